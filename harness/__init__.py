@@ -1,0 +1,1 @@
+"""What runs a job: configuration, mesh, data, governance, training loop, checkpoint, evaluation."""

@@ -1,0 +1,1 @@
+"""Catalogues, their governance, and the stateless reading of samples."""

@@ -1,0 +1,184 @@
+"""The catalogue folder: what ingest writes, and how its samples are read by their global id."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import resource
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import xxhash
+
+from harness.errors import UserError
+
+CATALOGUE_FORMAT = 1
+ALL_SPLITS = "all"
+INDEX_DTYPE = np.dtype(
+    [("shard", "<u4"), ("offset", "<u8"), ("length", "<u8"), ("xxh3", "<u8"), ("width", "<u4"), ("height", "<u4")]
+)
+SAMPLE_SCHEMA = pa.schema(
+    [("sample_id", pa.int64())]
+    + [(name, pa.string()) for name in ("item", "kind", "class_key", "split", "title", "description", "image")]
+)
+
+
+def shard_name(shard: int) -> str:
+    """File name of a shard under shards/."""
+    return f"shard-{shard:06d}.tar"
+
+
+def nearest_first(name: str, names: Iterable[str]) -> list[str]:
+    """`names` with those most like `name` first, for an error message."""
+    return sorted(names, key=lambda other: -difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio())
+
+
+class CorruptSample(Exception):
+    """The stored bytes of one sample cannot be read or are not those that were ingested.
+
+    Args:
+        sample_id: the global sample id.
+        reason: what is wrong, with the shard.
+    """
+
+    def __init__(self, sample_id: int, reason: str) -> None:
+        super().__init__(f"sample {sample_id}: {reason}")
+        self.sample_id = sample_id
+        self.reason = reason
+
+
+class Catalogue:
+    """Read access to an ingested catalogue; threads may share one.
+
+    Args:
+        path: the catalogue folder.
+
+    Attributes:
+        meta: content of catalogue.json.
+        num_samples: global sample ids are 0 .. num_samples - 1.
+        index: [num_samples] memory-mapped records of INDEX_DTYPE; width and height in pixels, upright.
+        attributes: names of the attribute columns.
+
+    Raises:
+        UserError: no catalogue there, an unfinished one, one of another format, or one that lost files.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.meta = self._read_meta()
+        self.num_samples: int = self.meta["num_samples"]
+        self.attributes: list[str] = self.meta["attributes"]
+        self.index: np.ndarray = np.load(self._present("index.npy"), mmap_mode="r")
+        if len(self.index) != self.num_samples:
+            self._refuse(f"index.npy has {len(self.index)} entries, catalogue.json says {self.num_samples}")
+        self._shards = self._present("shards")
+        for shard in sorted(set(map(shard_name, range(self.meta["num_shards"]))) - set(os.listdir(self._shards))):
+            self._refuse(f"{shard} is missing")
+        self._samples = ds.dataset(sorted(self._present("samples").glob("part-*.parquet")), format="parquet")
+        self._handles: dict[int, int] = {}
+        self._lock = threading.Lock()
+        # A catalogue may have more shards than a process may open files; those beyond are opened for each read.
+        self._max_handles = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+
+    def _read_meta(self) -> dict[str, Any]:
+        file = self.path / "catalogue.json"
+        if not file.is_file():
+            what = "no catalogue.json in it: unfinished, or no catalogue" if self.path.is_dir() else "no such folder"
+            raise UserError(f"{self.path}: {what}", "Make one with `shelfmark ingest`")
+        try:
+            meta: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            self._refuse(f"catalogue.json does not parse ({error})")
+        if meta.get("format") != CATALOGUE_FORMAT:
+            self._refuse(f"format {meta.get('format')!r}, this version reads format {CATALOGUE_FORMAT}")
+        return meta
+
+    def _present(self, name: str) -> Path:
+        if not (self.path / name).exists():
+            self._refuse(f"{name} is missing")
+        return self.path / name
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise UserError(f"catalogue {self.path}: {what}", "Restore it, or ingest again")
+
+    def table(self, columns: list[str] | None = None, kind: str | None = None, split: str | None = None) -> pa.Table:
+        """The samples' rows in the order of their ids.
+
+        Args:
+            columns: names to read besides sample_id, which always comes first; None for all.
+            kind: 'query' or 'document'; None for both.
+            split: rows of this split and those of split 'all'; None for every row.
+
+        Raises:
+            UserError: an unknown column.
+        """
+        return self._samples.to_table(**self._selection(columns, kind, split))
+
+    def batches(
+        self, columns: list[str] | None = None, kind: str | None = None, split: str | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """The rows of `table` piece by piece, for what must not grow with the catalogue."""
+        selection = self._selection(columns, kind, split)
+        return self._samples.to_batches(**selection, batch_readahead=2, fragment_readahead=1)
+
+    def _selection(self, columns: list[str] | None, kind: str | None, split: str | None) -> dict[str, Any]:
+        known = self._samples.schema.names
+        for name in columns or ():
+            if name not in known:
+                raise UserError(
+                    f"catalogue {self.path} has no column {name!r}", f"It has {', '.join(nearest_first(name, known))}"
+                )
+        names = [name for name in (known if columns is None else columns) if name != "sample_id"]
+        rows = pc.scalar(True)
+        if kind is not None:
+            rows &= pc.field("kind") == kind
+        if split is not None:
+            rows &= pc.field("split").isin([split, ALL_SPLITS])
+        return {"columns": ["sample_id", *names], "filter": rows}
+
+    def read_bytes(self, sample_id: int) -> bytes:
+        """The image file of a sample as it was ingested, its length and checksum verified.
+
+        Raises:
+            CorruptSample: the shard cannot be read there or holds other bytes.
+            IndexError: no such sample.
+        """
+        if not 0 <= sample_id < self.num_samples:
+            raise IndexError(f"sample {sample_id} of a catalogue of {self.num_samples}")
+        shard, offset, length, checksum, _, _ = self.index[sample_id].item()
+        try:
+            data = self._read(shard, length, offset)
+        except OSError as error:
+            raise CorruptSample(sample_id, f"{shard_name(shard)}: {error.strerror}") from error
+        if len(data) != length:
+            raise CorruptSample(sample_id, f"{shard_name(shard)} ends after {len(data)} of its {length} bytes")
+        if xxhash.xxh3_64_intdigest(data) != checksum:
+            raise CorruptSample(sample_id, f"{shard_name(shard)}: checksum of the {length} bytes at {offset} differs")
+        return data
+
+    def _read(self, shard: int, length: int, offset: int) -> bytes:
+        with self._lock:
+            handle = self._handles.get(shard)
+            if handle is None and len(self._handles) < self._max_handles:
+                handle = self._handles[shard] = os.open(self._shards / shard_name(shard), os.O_RDONLY)
+        if handle is not None:
+            return os.pread(handle, length, offset)
+        handle = os.open(self._shards / shard_name(shard), os.O_RDONLY)
+        try:
+            return os.pread(handle, length, offset)
+        finally:
+            os.close(handle)
+
+    def close(self) -> None:
+        """Closes the shards; a later read opens them again. No read may be under way."""
+        with self._lock:
+            for handle in self._handles.values():
+                os.close(handle)
+            self._handles.clear()

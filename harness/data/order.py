@@ -1,0 +1,161 @@
+"""The order of the samples: a pure function of the position, without shuffling, lists or state.
+
+    position -> (epoch, offset) -> keyed bijection of the epoch's slots -> slot -> class -> keyed rotation of members
+
+An epoch of a kind has as many positions as governance gave slots; every class fills exactly its slots in it. The slots
+exist as prefix sums only, mapped from disk, so that ten billion of them open as fast as ten.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.data.keyed import keyed_hash, keyed_permutation
+from harness.errors import UserError
+
+Ints = npt.NDArray[np.int64]
+
+KINDS = {"query": 1, "document": 2}
+# One word per use of the seed keeps the streams apart.
+_SLOT, _MEMBER, _PAIR = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What stands at n positions: int64 arrays [n]."""
+
+    sample_ids: Ints
+    class_ids: Ints
+    epochs: Ints
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One kind's arrays (see the contract of classes/ in docs), usually memory-mapped."""
+
+    members: Ints
+    member_offsets: Ints
+    slot_offsets: Ints
+
+
+class ClassOrder:
+    """The order that a governed catalogue and a seed define.
+
+    Attributes:
+        seed: any integer.
+        order_id: 16 hex digits, the checksum of the governed classes: positions mean the same only under the same id.
+        num_classes: class ids are 0 .. num_classes - 1.
+    """
+
+    def __init__(self, kinds: dict[str, _Kind], order_id: str, num_classes: int, seed: int) -> None:
+        self._kinds = kinds
+        self.order_id = order_id
+        self.num_classes = num_classes
+        self.seed = seed
+
+    @classmethod
+    def open(cls, catalogue: Path, seed: int) -> ClassOrder:
+        """Map the classes of a catalogue; reads no array, so it costs the same at any size.
+
+        Raises:
+            UserError: the catalogue has no classes, or they are incomplete.
+        """
+        folder = Path(catalogue) / "classes"
+        if not (folder / "governance.json").is_file():
+            raise UserError(f"{catalogue} has no classes; run: shelfmark govern {catalogue}")
+        meta = json.loads((folder / "governance.json").read_text())
+        if meta.get("format") != 1:
+            raise UserError(f"{folder} has format {meta.get('format')}, not 1", f"Run: shelfmark govern {catalogue}")
+        num_classes = int(meta["num_classes"])
+        kinds = {}
+        for name in KINDS:
+            try:
+                members, member_offsets, slot_offsets = (
+                    np.load(folder / f"{name}.{array}.npy", mmap_mode="r")
+                    for array in ("members", "member_offsets", "slot_offsets")
+                )
+            except (OSError, ValueError) as error:
+                raise UserError(f"{folder} is damaged: {error}", f"Run: shelfmark govern {catalogue}") from error
+            lengths = (len(member_offsets), len(slot_offsets), int(member_offsets[-1]))
+            if lengths != (num_classes + 1, num_classes + 1, len(members)):
+                raise UserError(
+                    f"{folder}: the {name} arrays do not fit together", f"Run: shelfmark govern {catalogue}"
+                )
+            kinds[name] = _Kind(members, member_offsets, slot_offsets)
+        return cls(kinds, str(meta["order_id"]), num_classes, seed)
+
+    def slots(self, kind: str) -> int:
+        """Positions in one epoch of `kind` ('query' or 'document')."""
+        return int(self._kinds[kind].slot_offsets[-1])
+
+    def draw(self, kind: str, positions: npt.ArrayLike) -> Draw:
+        """What stands at the given positions; each answer depends on its own position alone.
+
+        Over consecutive epochs a class walks through all its members, once each per lap, every lap in another order.
+
+        Args:
+            kind: 'query' or 'document'.
+            positions: integers [n] from 0; position // slots(kind) is the epoch.
+
+        Raises:
+            UserError: the catalogue has no slots of that kind, or gives slots to a class without members.
+        """
+        arrays, word, slots = self._kinds[kind], KINDS[kind], self.slots(kind)
+        if slots == 0:
+            raise UserError(f"the catalogue's classes have no {kind} slots", "Check the result of: shelfmark govern")
+        position = np.asarray(positions, dtype=np.int64)
+        if position.size and position.min() < 0:
+            raise ValueError("positions start at 0")
+        epochs, offsets = np.divmod(position, slots)
+        slot = keyed_permutation(offsets, slots, keyed_hash(self.seed, _SLOT, word, epochs))
+        class_ids = np.searchsorted(arrays.slot_offsets, slot, side="right") - 1
+        first = arrays.slot_offsets[class_ids]
+        visit = epochs * (arrays.slot_offsets[class_ids + 1] - first) + (slot - first)
+        begin, size = self._members(kind, class_ids)
+        lap, place = np.divmod(visit, size)
+        member = keyed_permutation(place, size, keyed_hash(self.seed, _MEMBER, word, class_ids, lap))
+        return Draw(np.asarray(arrays.members[begin + member]), class_ids, epochs)
+
+    def paired(self, class_ids: npt.ArrayLike, positions: npt.ArrayLike, kind: str) -> Ints:
+        """A member of the given kind for each class, uniform and keyed by the position.
+
+        Args:
+            class_ids: integers [n].
+            positions: integers [n], for contrastive training those of the queries to be paired.
+            kind: the kind of the members wanted.
+
+        Returns:
+            sample ids, int64 [n].
+
+        Raises:
+            UserError: a class has no member of that kind.
+        """
+        classes = np.asarray(class_ids, dtype=np.int64)
+        begin, size = self._members(kind, classes)
+        pick = keyed_hash(self.seed, _PAIR, KINDS[kind], classes, positions) % size.astype(np.uint64)
+        return np.asarray(self._kinds[kind].members[begin + pick.astype(np.int64)])
+
+    def _members(self, kind: str, class_ids: Ints) -> tuple[Ints, Ints]:
+        offsets = self._kinds[kind].member_offsets
+        begin = offsets[class_ids]
+        size = offsets[class_ids + 1] - begin
+        if (size == 0).any():
+            raise UserError(
+                f"class {int(class_ids[size == 0][0])} has no {kind} member",
+                "Run shelfmark govern again, or choose a method that needs none",
+            )
+        return begin, size
+
+
+def ledger(positions: npt.ArrayLike, ids: npt.ArrayLike, kind: str, key: int) -> int:
+    """Account of what was read: the sum modulo 2**64 of keyed hashes of (position, id).
+
+    The sums of disjoint parts add up (modulo 2**64) to the sum of the whole, in any order and on any number of ranks,
+    so two runs have read the same samples at the same positions if and, but for chance, only if their ledgers agree.
+    """
+    return int(keyed_hash(key, KINDS[kind], positions, ids).sum(dtype=np.uint64))

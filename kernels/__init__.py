@@ -1,0 +1,1 @@
+"""Fused kernels, each with a plain-torch twin that is also its specification."""

@@ -1,0 +1,1 @@
+"""Towers, fusion, heads and the three retrieval methods. Knows nothing of files, flags or schedulers."""

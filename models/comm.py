@@ -1,0 +1,54 @@
+"""Collectives over shards of unequal, also empty, size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def shard_sizes(count: int, group: ProcessGroup, device: torch.device) -> list[int]:
+    """The `count` of every rank of `group`, in rank order."""
+    sizes = torch.empty(group.size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(sizes, torch.tensor([count], device=device), group=group)
+    return sizes.tolist()
+
+
+def gather_shards(x: Tensor, group: ProcessGroup, sizes: list[int] | None = None) -> Tensor:
+    """Rows of every rank's `x` [n_r, ...], concatenated in rank order; not differentiable. `sizes` saves the exchange of n_r."""
+    if group.size() == 1:
+        return x
+    sizes = sizes or shard_sizes(len(x), group, x.device)
+    longest = max(sizes)
+    padded = x.new_zeros(longest, *x.shape[1:])
+    padded[: len(x)] = x
+    gathered = x.new_empty(group.size() * longest, *x.shape[1:])
+    dist.all_gather_into_tensor(gathered, padded, group=group)
+    return torch.cat([gathered[r * longest : r * longest + n] for r, n in enumerate(sizes)])
+
+
+def own_slice(sizes: list[int], rank: int) -> slice:
+    """Where rank's rows stand in what gather_shards returns."""
+    start = sum(sizes[:rank])
+    return slice(start, start + sizes[rank])
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup, sizes: list[int]) -> Tensor:
+        ctx.group, ctx.sizes = group, sizes
+        return gather_shards(x, group, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        grad = grads[0].contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad[own_slice(ctx.sizes, ctx.group.rank())], None, None
+
+
+def gather_with_grad(x: Tensor, group: ProcessGroup, sizes: list[int]) -> Tensor:
+    """gather_shards whose backward sums the gradients of all ranks and returns each rank its own rows."""
+    return x if group.size() == 1 else _GatherWithGrad.apply(x, group, sizes)

@@ -1,0 +1,262 @@
+"""The class-parallel margin-softmax head: one row of weights per class, the rows spread over all ranks.
+
+    row group   dp x tp: every rank owns a contiguous range of class ids (uneven, also empty).
+    data group  dp: every rank brings its own samples; tensor-parallel ranks bring the same ones.
+
+Query and document embeddings are equivalent samples of a class (OCLEAR). The loss is sum(w l) / sum(w) over the global batch of the whole
+optimizer step, and the gradient a rank gets is d(global loss) / d(its embeddings): towers sum over dp and never average.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from kernels.cosine_lse import NO_TARGET, cosine_lse, cosine_lse_backward
+from models.comm import gather_shards, own_slice, shard_sizes
+from models.heads.margin import Margin, margin_cosine, scaled_margin
+from models.heads.sampling import ID_BLOCK, sampled_classes
+
+IGNORED = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassHeadConfig:
+    """The class-parallel classifier.
+
+    Args:
+        num_classes: number of classes; 0 takes the catalogue's.
+        embedding_dim: width of the embeddings; 0 takes the model's.
+        margin: (m1, m2, m3): the target's logit is cos(m1 theta + m2) - m3. (1, 0, m) is CosFace, (1, m, 0) ArcFace.
+        scale: factor on the cosines.
+        sample_rate: share of the classes that serve as negatives in a step; positives always do.
+        gradient: exact, or straight_through (the margin counts as a constant, as in Partial FC).
+        filter_above: negatives whose cosine exceeds it are left out, against label noise; 1.0 leaves out none.
+        tile: rows whose logits are held at a time.
+        init_std: standard deviation of a new row's entries.
+        seed: seed of new rows and of sampling.
+    """
+
+    num_classes: int = 0
+    embedding_dim: int = 0
+    margin: Margin = (1.0, 0.0, 0.4)
+    scale: float = 64.0
+    sample_rate: float = 1.0
+    gradient: str = "exact"
+    filter_above: float = 1.0
+    tile: int = 8192
+    init_std: float = 0.05
+    seed: int = 0
+
+    def errors(self, where: str) -> list[str]:
+        """What is out of range, as sentences that name the key under `where`."""
+        errors = []
+        if not 0 < self.sample_rate <= 1:
+            errors.append(f"{where}.sample_rate is {self.sample_rate}; it must lie in (0, 1]")
+        if self.gradient not in ("exact", "straight_through"):
+            errors.append(f"{where}.gradient is '{self.gradient}'; it can be 'exact' or 'straight_through'")
+        if self.scale <= 0 or self.tile < 1:
+            errors.append(f"{where}.scale and {where}.tile must be positive")
+        return errors
+
+
+@dataclass
+class _Step:
+    """What one optimizer step fixes: active rows, margin, and the weight that its loss is divided by."""
+
+    active: Tensor  # int64 [a], local row indices, ascending
+    weight: Tensor  # [], sum of sample weights over the global batch
+    margin: Margin
+    grad: Tensor  # [a, d], gradient of the active rows, summed over micro-batches
+
+
+class ClassParallelHead(nn.Module):
+    """See the module docstring. `rows` is no parameter: the towers' optimizer never sees it (models.heads.row_optimizer does).
+
+    Args:
+        config: num_classes and embedding_dim must be set.
+        row_group: ranks that share the rows.
+        data_group: ranks that bring different samples.
+        device: where the rows live.
+        dtype: type of the rows.
+    """
+
+    def __init__(
+        self,
+        config: ClassHeadConfig,
+        row_group: ProcessGroup,
+        data_group: ProcessGroup,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.config, self.row_group, self.data_group = config, row_group, data_group
+        # The same ranges as torch.chunk, so that a checkpoint can describe them as a DTensor.
+        per_rank = -(-config.num_classes // row_group.size())
+        self.start = min(row_group.rank() * per_rank, config.num_classes)
+        self.stop = min(self.start + per_rank, config.num_classes)
+        self.rows = self._initial_rows().to(device=device, dtype=dtype)
+        self._step: _Step | None = None
+
+    def _initial_rows(self) -> Tensor:
+        """Rows keyed by class id, so that they do not depend on the number of ranks."""
+        blocks = []
+        for block in range(self.start // ID_BLOCK, -(-self.stop // ID_BLOCK)):
+            generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + block)
+            blocks.append(torch.randn(ID_BLOCK, self.config.embedding_dim, generator=generator))
+        if self.start == self.stop:
+            return torch.empty(0, self.config.embedding_dim)
+        first = self.start // ID_BLOCK * ID_BLOCK
+        return self.config.init_std * torch.cat(blocks)[self.start - first : self.stop - first]
+
+    def begin_step(self, labels: Tensor, weights: Tensor | None = None, step: int = 0, margin_part: float = 1.0) -> Tensor:
+        """Fixes the active rows and the global weight from the whole step's samples of this rank; the micro-batches' calls follow.
+
+        Args:
+            labels: int64 [n], class ids of all micro-batches of this rank; IGNORED (-1) counts nothing.
+            weights: [n], default 1.
+            step: global step; keys the sampling of negatives.
+            margin_part: share of the margin in [0, 1], for its warm-up.
+
+        Returns:
+            int64 [a]: the active local rows, ascending.
+
+        Raises:
+            ValueError: a label outside [-1, num_classes).
+        """
+        weights = self._weights(labels, weights)
+        if len(labels) and not bool(((labels >= IGNORED) & (labels < self.config.num_classes)).all()):
+            raise ValueError(f"labels must lie in [-1, {self.config.num_classes}), got {labels.min()}..{labels.max()}")
+        total = weights.sum()
+        dist.all_reduce(total, group=self.data_group)
+        everyone = gather_shards(labels, self.data_group)
+        mine = everyone[(everyone >= self.start) & (everyone < self.stop)]
+        if self.config.sample_rate < 1.0:
+            drawn = sampled_classes(self.start, self.stop, self.config.sample_rate, self.config.seed, step, labels.device)
+            active = torch.unique(torch.cat([mine, drawn])) - self.start
+        else:
+            active = torch.arange(self.stop - self.start, device=labels.device)
+        grad = torch.zeros(len(active), self.config.embedding_dim, device=self.rows.device, dtype=self._accumulate)
+        self._step = _Step(active, total, scaled_margin(self.config.margin, margin_part), grad)
+        return active
+
+    def forward(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of one micro-batch of local samples.
+
+        Args:
+            embeddings: [n, d], any length, any n per rank (also 0); tensor-parallel ranks pass the same.
+            labels: int64 [n], class ids, IGNORED (-1) to leave a sample out.
+            weights: [n], default 1.
+
+        Returns:
+            (loss: the micro-batch's part sum(w l) / W of the step's loss, the same on every rank; metrics positive_cosine and accuracy as
+            local [weighted sum, weight], which add up over micro-batches and ranks). Without begin_step the call is a step of its own; the
+            rows' gradients wait in `row_grad`.
+        """
+        if self._step is None:
+            self.begin_step(labels, weights)
+        assert self._step is not None
+        unit = F.normalize(embeddings.to(self._accumulate), dim=-1)
+        weights = self._weights(labels, weights)
+        loss, cosine, right = _MarginSoftmax.apply(unit, labels, weights, self, self._step)
+        total = weights.sum()
+        metrics = {"positive_cosine": cosine @ weights, "accuracy": right @ weights}
+        return loss, {name: torch.stack([value, total]) for name, value in metrics.items()}
+
+    @property
+    def row_grad(self) -> tuple[Tensor, Tensor]:
+        """(active local rows int64 [a], their gradient [a, d]) of the open step."""
+        assert self._step is not None, "no step is open"
+        return self._step.active, self._step.grad
+
+    def end_step(self) -> None:
+        """Forgets the open step and its gradients."""
+        self._step = None
+
+    def full_weight(self) -> Tensor:
+        """All rows in class-id order [num_classes, embedding_dim], on every rank."""
+        return gather_shards(self.rows, self.row_group)
+
+    def load_full_weight(self, weight: Tensor) -> None:
+        """Takes this rank's rows out of `weight` [num_classes, embedding_dim]."""
+        if tuple(weight.shape) != (self.config.num_classes, self.config.embedding_dim):
+            raise ValueError(f"expected [{self.config.num_classes}, {self.config.embedding_dim}], got {list(weight.shape)}")
+        self.rows.copy_(weight[self.start : self.stop])
+
+    @property
+    def _accumulate(self) -> torch.dtype:
+        return torch.promote_types(self.rows.dtype, torch.float32)
+
+    def _weights(self, labels: Tensor, weights: Tensor | None) -> Tensor:
+        """Sample weights [n] in the accumulation type, 0 where the label is IGNORED."""
+        if weights is None:
+            weights = torch.ones(len(labels), device=labels.device)
+        return weights.to(self._accumulate) * (labels != IGNORED)
+
+
+class _MarginSoftmax(torch.autograd.Function):
+    """Loss over sharded rows; the backward fills step.grad and returns the exact gradient of the local unit embeddings."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, unit: Tensor, labels: Tensor, weights: Tensor, head: ClassParallelHead, step: _Step
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        config = head.config
+        sizes = shard_sizes(len(unit), head.data_group, unit.device)
+        everyone = gather_shards(unit.detach(), head.data_group, sizes)
+        label = gather_shards(labels, head.data_group, sizes)
+        weight = gather_shards(weights, head.data_group, sizes) / step.weight.clamp_min(torch.finfo(weights.dtype).tiny)
+
+        rows = head.rows[step.active].to(unit.dtype)
+        target = _row_of(label, head, step.active)
+        part = cosine_lse(everyone, rows, target, config.scale, config.filter_above, config.tile)
+        lse, cosine, largest = _combine(part, head.row_group)
+
+        value, slope = margin_cosine(cosine, step.margin, config.gradient == "straight_through")
+        sample_loss = F.softplus(lse - config.scale * value, threshold=1e4)  # = -log softmax of the target; no clamp
+        ctx.save_for_backward(everyone, rows, target, lse, weight, slope, config.scale * value)
+        ctx.head, ctx.step, ctx.sizes = head, step, sizes
+        loss = torch.where(weight > 0, sample_loss, 0.0) @ weight
+        mine = own_slice(sizes, head.data_group.rank())
+        own_cosine, own_right = cosine[mine].clone(), (cosine > largest)[mine].to(weight.dtype)
+        ctx.mark_non_differentiable(own_cosine, own_right)
+        return loss, own_cosine, own_right
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        everyone, rows, target, lse, weight, slope, logit = ctx.saved_tensors
+        head: ClassParallelHead = ctx.head
+        config = head.config
+        wrong = grads[0] * weight * torch.sigmoid(lse - logit)  # d loss / d lse; the target's logit gets the opposite
+        grad, grad_rows = cosine_lse_backward(
+            everyone, rows, target, config.scale, lse, wrong, -config.scale * slope * wrong, config.filter_above, config.tile
+        )
+        ctx.step.grad += grad_rows
+        dist.all_reduce(grad, group=head.row_group)
+        return grad[own_slice(ctx.sizes, head.data_group.rank())], None, None, None, None
+
+
+def _row_of(label: Tensor, head: ClassParallelHead, active: Tensor) -> Tensor:
+    """Index in `active` of each label's row, NO_TARGET where this rank does not own the class."""
+    mine = (label >= head.start) & (label < head.stop)
+    if not len(active):
+        return torch.full_like(label, NO_TARGET)
+    return torch.where(mine, torch.searchsorted(active, label - head.start).clamp_max(len(active) - 1), NO_TARGET)
+
+
+def _combine(part: Any, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp, target cosine and largest negative cosine over all shards, from each shard's own."""
+    if group.size() == 1:
+        return part.lse, part.target_cosine, part.max_cosine
+    peaks = torch.stack([part.lse, part.max_cosine])
+    dist.all_reduce(peaks, dist.ReduceOp.MAX, group=group)
+    peak = torch.where(peaks[0].isfinite(), peaks[0], 0.0)
+    sums = torch.stack([torch.exp(part.lse - peak), part.target_cosine])
+    dist.all_reduce(sums, group=group)
+    return peak + sums[0].log(), sums[1], peaks[1]

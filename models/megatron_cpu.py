@@ -1,0 +1,137 @@
+"""Lets megatron-core 0.16 run on a machine without CUDA; does nothing where CUDA is there.
+
+megatron-core writes `torch.cuda.current_device()`, `device='cuda'` and `'torch.cuda.FloatTensor'` into a few modules that have nothing
+to do with a GPU otherwise. We never patch torch itself: each module named in `PATCHED` gets, in place of its global name `torch`, a proxy
+that answers those three for the CPU. Our own attention core, norm, clipping and loop keep the list short. Source: ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import multiprocessing
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+# module -> why it needs the proxy. tests/test_megatron_cpu.py fails when one of them no longer mentions CUDA.
+PATCHED = {
+    "megatron.core.tensor_parallel.random": "RNG tracker reads and writes the CUDA generator",
+    "megatron.core.distributed.param_and_grad_buffer": "buffers allocated on torch.cuda.current_device()",
+    "megatron.core.optimizer.optimizer": "found_inf lives on 'cuda'",
+    "megatron.core.optimizer.distrib_optimizer": "state shards allocated on torch.cuda.current_device()",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": "synchronize() before writing",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver": "collective flags on 'cuda'",
+    "megatron.core.dist_checkpointing.exchange_utils": "exchange buffers on 'cuda'",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel": "exchange buffers on 'cuda'",
+}
+
+_TYPE_NAMES = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+    torch.float16: "torch.cuda.HalfTensor",
+}
+_FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like")
+
+
+class _CpuCuda(types.ModuleType):
+    """Stand-in for torch.cuda in one patched module."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+    @staticmethod
+    def current_device() -> torch.device:
+        return torch.device("cpu")
+
+    @staticmethod
+    def synchronize(*_: Any) -> None:
+        """Nothing runs ahead on a CPU."""
+
+    @staticmethod
+    def manual_seed(seed: int) -> None:
+        torch.manual_seed(seed)
+
+    @staticmethod
+    def get_rng_state(*_: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    @staticmethod
+    def set_rng_state(state: torch.Tensor, *_: Any) -> None:
+        torch.set_rng_state(state)
+
+
+class _CpuTorch(types.ModuleType):
+    """Stand-in for torch in one patched module: `device='cuda'` means the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        self.cuda = _CpuCuda("torch.cuda")
+        for name in _FACTORIES:
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def build(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if "cuda" in str(kwargs.get("device", "")):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return build
+
+
+def install() -> None:
+    """Patches the modules of `PATCHED` (idempotent). Call before megatron-core is used; a no-op where CUDA is available."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "Transformer Engine and Apex are not installed": logged once by models/backends.py
+        modules = {name: importlib.import_module(name) for name in PATCHED}
+    _mend_checkpoint_queue(modules["megatron.core.dist_checkpointing.strategies.filesystem_async"])
+    if torch.cuda.is_available():
+        return
+    torch._dynamo.config.disable = True  # jit_fuser is torch.compile: on a CPU it needs g++ and gains nothing
+    for module in modules.values():
+        if not isinstance(module.torch, _CpuTorch):
+            module.torch = _CpuTorch()  # type: ignore[attr-defined]
+    rng: Any = modules["megatron.core.tensor_parallel.random"]
+    rng._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    rng._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    # On a CPU the tracker's streams share torch's one generator, so its warning about that fires at every fork.
+    logging.getLogger(rng.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+def _mend_checkpoint_queue(filesystem_async: Any) -> None:
+    """The stock queue starts a *spawned* manager per save: 5 s, and a hang where `__main__` has no guard. A forked one is instant."""
+
+    def queue() -> Any:
+        if filesystem_async._results_queue is None:
+            filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
+        return filesystem_async._results_queue
+
+    filesystem_async._get_write_results_queue = queue
+
+
+@contextlib.contextmanager
+def cuda_type_names() -> Iterator[None]:
+    """Inside, `tensor.type()` of a CPU tensor reads like a CUDA one: megatron's optimizer sorts parameters by that string."""
+    if torch.cuda.is_available():
+        yield
+        return
+    original = torch.Tensor.type
+
+    def named(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None and self.dtype in _TYPE_NAMES:
+            return _TYPE_NAMES[self.dtype]
+        return original(self, dtype, *args, **kwargs)
+
+    torch.Tensor.type = named  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = original  # type: ignore[method-assign]

@@ -1,0 +1,135 @@
+"""OCLEAR: a query photo finds documents made of image and text, by classification (Cheng et al., arXiv 2305.03972).
+
+Known: one image encoder shared by query and document, separate transformation networks behind it, concept-aware fusion of a document's text and image,
+queries and documents as equivalent samples of a class, data-parallel encoders with a class-parallel classifier. Ours: everything else; see
+docs/methods.md. The same `OclearTowers` runs on megatron-core (training) and in plain torch (oracle, serving): the builder decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from models.batch import Batch
+from models.fusion import ConceptFusion, ResidualTransform
+from models.heads.class_parallel import ClassParallelHead
+from models.heads.contrastive import info_nce
+from models.shape import TransformerBuilder, shape_errors, words_hidden
+from models.text import TextConfig, TextTower
+from models.vision import VisionConfig, VisionTower
+
+
+@dataclass(frozen=True, kw_only=True)
+class OclearConfig:
+    """OCLEAR's towers and objective.
+
+    Args:
+        vision: the image tower, shared by queries and documents.
+        text: the text tower of documents.
+        embedding_dim: width of the embeddings.
+        concept_slots: memory slots of the concept-aware fusion.
+        fusion_heads: attention heads of the fusion.
+        separate_transforms: a transformation network each for queries and documents; false shares one (ablation).
+        transform_dropout: dropout inside the transformation networks.
+        objective: classification (class-parallel margin softmax), or contrastive (in-batch InfoNCE, for comparison).
+        temperature: of the contrastive objective.
+    """
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    embedding_dim: int = 256
+    concept_slots: int = 8
+    fusion_heads: int = 4
+    separate_transforms: bool = True
+    transform_dropout: float = 0.0
+    objective: str = "classification"
+    temperature: float = 0.07
+
+    def errors(self, tensor_parallel: int) -> list[str]:
+        """What does not fit together, as sentences that name the key."""
+        errors = self.vision.errors("model.vision")
+        errors += shape_errors(self.vision, tensor_parallel, "model.vision")
+        errors += shape_errors(self.text, tensor_parallel, "model.text")
+        if self.objective not in ("classification", "contrastive"):
+            errors.append(f"model.objective is '{self.objective}'; it can be 'classification' or 'contrastive'")
+        if self.vision.hidden_size % self.fusion_heads:
+            errors.append(
+                f"model.vision.hidden_size {self.vision.hidden_size} is no multiple of model.fusion_heads {self.fusion_heads}"
+            )
+        return errors
+
+
+class OclearTowers(nn.Module):
+    """Images and texts to embeddings."""
+
+    def __init__(self, config: OclearConfig, build: TransformerBuilder) -> None:
+        super().__init__()
+        hidden = config.vision.hidden_size
+        self.pad_id = config.text.pad_id
+        self.vision = VisionTower(config.vision, build)
+        self.text = TextTower(config.text, build)
+        self.fusion = ConceptFusion(hidden, config.text.hidden_size, config.concept_slots, config.fusion_heads)
+        self.query_transform = ResidualTransform(hidden, config.embedding_dim, config.transform_dropout)
+        self.document_transform = (
+            ResidualTransform(hidden, config.embedding_dim, config.transform_dropout)
+            if config.separate_transforms
+            else self.query_transform
+        )
+
+    def query(self, images: Tensor) -> Tensor:
+        """images [q, 3, S, S] -> [q, d], not normalised."""
+        return self.query_transform(self.vision(images)[1])
+
+    def document(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """images [n, 3, S, S], tokens [n, L] -> (embeddings [n, d], not normalised; gates [n])."""
+        patches, pooled = self.vision(images)
+        return self._fuse(patches, pooled, tokens)
+
+    def forward(self, query_images: Tensor, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Both in one pass of the shared image tower -> (queries [q, d], documents [n, d], gates [n])."""
+        patches, pooled = self.vision(torch.cat([query_images, images]))
+        q = len(query_images)
+        documents, gate = self._fuse(patches[q:], pooled[q:], tokens)
+        return self.query_transform(pooled[:q]), documents, gate
+
+    def _fuse(self, patches: Tensor, pooled: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        fused = self.fusion(pooled, patches, self.text(tokens), words_hidden(tokens, self.pad_id))
+        return self.document_transform(fused.vector), fused.gate
+
+
+class Oclear:
+    """The method as the loop sees it: loss(batch), embed_query(batch), embed_document(batch).
+
+    Args:
+        config: the method's configuration.
+        towers: OclearTowers, plain or tensor-parallel.
+        head: the class-parallel head (unused by the contrastive objective).
+        data_group: ranks that bring different samples.
+    """
+
+    def __init__(self, config: OclearConfig, towers: OclearTowers, head: ClassParallelHead, data_group: ProcessGroup) -> None:
+        self.config, self.towers, self.head, self.data_group = config, towers, head, data_group
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of one micro-batch (the same on every rank), and metrics as local [sum, weight]: positive_cosine, accuracy, gate."""
+        queries, documents, gate = self.towers(batch.query_images, batch.document_images, batch.document_tokens)
+        if self.config.objective == "contrastive":
+            loss, metrics = info_nce(
+                queries, documents, batch.query_labels, self.config.temperature, self.data_group, batch.query_weights
+            )
+        else:
+            loss, metrics = self.head(torch.cat([queries, documents]), batch.labels, batch.weights)
+        gates = torch.stack([gate.detach().to(loss.dtype).sum(), loss.new_tensor(len(gate))])
+        return loss, {**metrics, "gate": gates}
+
+    def embed_query(self, batch: Batch) -> Tensor:
+        """Unit embeddings of the batch's queries, float32 [q, d]."""
+        return F.normalize(self.towers.query(batch.query_images).float(), dim=-1)
+
+    def embed_document(self, batch: Batch) -> Tensor:
+        """Unit embeddings of the batch's documents, float32 [d, dim]."""
+        return F.normalize(self.towers.document(batch.document_images, batch.document_tokens)[0].float(), dim=-1)

@@ -1,0 +1,51 @@
+"""How an image becomes patch tokens: one linear patch embedding, or a convolutional stem. No BatchNorm: nothing depends on the batch."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class ChannelNorm(nn.GroupNorm):
+    """Group norm with groups of 16 channels (one group below that)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(max(1, channels // 16), channels)
+
+
+class ResidualConv(nn.Module):
+    """Pre-activation residual block of two 3x3 convolutions at constant size. Source: He et al. 2016, with group norm (ours)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            ChannelNorm(channels),
+            nn.GELU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            ChannelNorm(channels),
+            nn.GELU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, c, y, x] -> the same shape."""
+        return x + self.body(x)
+
+
+def patch_stem(patch_size: int, hidden_size: int) -> nn.Module:
+    """One linear layer per patch: [b, 3, S, S] -> [b, hidden_size, S / patch_size, S / patch_size]."""
+    return nn.Conv2d(3, hidden_size, patch_size, stride=patch_size)
+
+
+def conv_stem(channels: tuple[int, ...], blocks: tuple[int, ...], hidden_size: int) -> nn.Module:
+    """Stages that halve the image, each with `blocks[i]` residual blocks at `channels[i]`; a 1x1 convolution ends at hidden_size.
+
+    [b, 3, S, S] -> [b, hidden_size, S / 2**len(channels), S / 2**len(channels)].
+    """
+    layers: list[nn.Module] = []
+    previous = 3
+    for width, count in zip(channels, blocks, strict=True):
+        layers.append(nn.Conv2d(previous, width, 3, stride=2, padding=1, bias=False))
+        layers.extend(ResidualConv(width) for _ in range(count))
+        previous = width
+    layers += [ChannelNorm(previous), nn.GELU(), nn.Conv2d(previous, hidden_size, 1)]
+    return nn.Sequential(*layers)

@@ -1,0 +1,156 @@
+"""The transformer block of both towers: megatron-core's, with our attention core and norm."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models import megatron_cpu
+from models.shape import TransformerShape
+
+megatron_cpu.install()
+
+from megatron.core import ModelParallelConfig, tensor_parallel  # noqa: E402
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.transformer import MegatronModule, TransformerConfig  # noqa: E402
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules  # noqa: E402
+from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
+from megatron.core.transformer.identity_op import IdentityOp  # noqa: E402
+from megatron.core.transformer.mlp import MLP, MLPSubmodules  # noqa: E402
+from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules  # noqa: E402
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules  # noqa: E402
+
+
+def megatron_config(shape: TransformerShape, tensor_parallel_size: int) -> TransformerConfig:
+    """megatron-core's configuration of `shape`.
+
+    calculate_per_token_loss makes its data-parallel reduction a plain sum (our losses are already divided by the global weight).
+    bias_activation_fusion stays off: it silently swaps erf-GELU for the tanh form.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # its default cuda_graph_scope warns about itself
+        return TransformerConfig(
+            num_layers=shape.num_layers,
+            hidden_size=shape.hidden_size,
+            num_attention_heads=shape.num_attention_heads,
+            ffn_hidden_size=shape.mlp_size,
+            hidden_dropout=shape.dropout,
+            attention_dropout=shape.attention_dropout,
+            layernorm_epsilon=shape.layernorm_eps,
+            tensor_model_parallel_size=tensor_parallel_size,
+            use_cpu_initialization=True,  # the master weight is drawn whole and cut, so it does not depend on the layout
+            calculate_per_token_loss=True,
+            bias_activation_fusion=False,
+            bias_dropout_fusion=False,
+            gradient_accumulation_fusion=False,
+            masked_softmax_fusion=False,
+            persist_layer_norm=False,
+        )
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """torch's layer norm under megatron-core's constructor."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+
+
+class SdpaCore(MegatronModule):
+    """Attention core on torch.nn.functional.scaled_dot_product_attention. Source: ours.
+
+    megatron-core's own core needs CUDA buffers, and its local ViT spec is silently causal; this one masks what it is told to, nothing else.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config)
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+    ) -> Tensor:
+        """query, key, value [s, b, heads, d]; attention_mask bool, broadcastable to [b, heads, s, s], True = hidden. Returns [s, b, heads*d]."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        dropout = self.dropout if self.training else 0.0
+        # Heads differ between tensor-parallel ranks, so their dropout must too: it draws from the tracker's own stream.
+        with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else nullcontext():
+            out = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=None if attention_mask is None else ~attention_mask,
+                dropout_p=dropout,
+                scale=self.softmax_scale,
+            )
+        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+class MegatronBuilder:
+    """Builds the tensor-parallel parts of a tower on megatron-core (models.shape.TransformerBuilder).
+
+    Args:
+        groups: process groups; `groups.tp` shards the weights.
+        init_std: standard deviation of the word embeddings' initial weights.
+    """
+
+    def __init__(self, groups: ProcessGroupCollection, init_std: float = 0.02) -> None:
+        self.groups = groups
+        self.init_std = init_std
+
+    def block(self, shape: TransformerShape) -> torch.nn.Module:
+        """A pre-norm transformer with a final norm; bidirectional: it attends to all that the given mask leaves visible."""
+        layer = ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=LayerNorm,
+                self_attention=ModuleSpec(
+                    module=SelfAttention,
+                    params={"attn_mask_type": AttnMaskType.no_mask},
+                    submodules=SelfAttentionSubmodules(
+                        linear_qkv=tensor_parallel.ColumnParallelLinear,
+                        core_attention=SdpaCore,
+                        linear_proj=tensor_parallel.RowParallelLinear,
+                        q_layernorm=IdentityOp,
+                        k_layernorm=IdentityOp,
+                    ),
+                ),
+                self_attn_bda=get_bias_dropout_add,
+                pre_mlp_layernorm=LayerNorm,
+                mlp=ModuleSpec(
+                    module=MLP,
+                    submodules=MLPSubmodules(
+                        linear_fc1=tensor_parallel.ColumnParallelLinear, linear_fc2=tensor_parallel.RowParallelLinear
+                    ),
+                ),
+                mlp_bda=get_bias_dropout_add,
+            ),
+        )
+        config = megatron_config(shape, self.groups.tp.size())
+        submodules = TransformerBlockSubmodules(layer_specs=[layer] * shape.num_layers, layer_norm=LayerNorm)
+        return TransformerBlock(config, submodules, pg_collection=self.groups)
+
+    def embedding(self, num_embeddings: int, hidden_size: int) -> torch.nn.Module:
+        """Vocab-parallel word embedding; `num_embeddings` must be a multiple of the tensor-parallel size (models.shape.padded_vocab)."""
+        return tensor_parallel.VocabParallelEmbedding(
+            num_embeddings,
+            hidden_size,
+            init_method=lambda weight: torch.nn.init.normal_(weight, std=self.init_std),
+            config=ModelParallelConfig(use_cpu_initialization=True, tensor_model_parallel_size=self.groups.tp.size()),
+            tp_group=self.groups.tp,
+        )
