@@ -153,7 +153,7 @@ def run(config: GovernConfig) -> dict[str, Any]:
         f"{summary['queries']:,} queries and {summary['documents']:,} documents, order {summary['order_id']}\n"
         f"an epoch shows {summary['query_slots']:,} queries and {summary['document_slots']:,} documents; the largest "
         f"class is {largest['class_key']!r} with {largest['query_members']:,} and {largest['document_members']:,}\n"
-        f"quarantined: {summary['quarantined_classes']:,} classes and {summary['quarantined_samples']:,} samples without"
+        f"quarantined: {summary['quarantined_classes']:,} classes, {summary['quarantined_samples']:,} classless samples"
     )
     return summary
 
@@ -241,7 +241,7 @@ def _refuse_empty(catalogue: Catalogue, counts: ibis.Table, config: GovernConfig
     splits = ", ".join(f"{name} ({count:,})" for name, count in catalogue.meta["counts"]["splits"].items())
     largest = f"; the most are {found['queries']} and {found['documents']}" if found["classes"] else ""
     raise UserError(
-        f"none of {found['classes']:,} classes in split {config.split!r} of {catalogue.path} has {config.min_queries} "
-        f"queries (--min-queries) and {config.min_documents} documents (--min-documents){largest}",
+        f"none of {found['classes']:,} classes in split {config.split!r} of {catalogue.path} has at least "
+        f"{config.min_queries} queries (--min-queries) and {config.min_documents} documents (--min-documents){largest}",
         f"The splits are {splits}",
     )

@@ -107,17 +107,17 @@ class Oclear:
     Args:
         config: the method's configuration.
         towers: OclearTowers, plain or tensor-parallel.
-        head: the class-parallel head (unused by the contrastive objective).
+        head: the class-parallel head; None with the contrastive objective, or where nothing is trained.
         data_group: ranks that bring different samples.
     """
 
-    def __init__(self, config: OclearConfig, towers: OclearTowers, head: ClassParallelHead, data_group: ProcessGroup) -> None:
+    def __init__(self, config: OclearConfig, towers: OclearTowers, head: ClassParallelHead | None, data_group: ProcessGroup) -> None:
         self.config, self.towers, self.head, self.data_group = config, towers, head, data_group
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one micro-batch (the same on every rank), and metrics as local [sum, weight]: positive_cosine, accuracy, gate."""
         queries, documents, gate = self.towers(batch.query_images, batch.document_images, batch.document_tokens)
-        if self.config.objective == "contrastive":
+        if self.head is None:
             loss, metrics = info_nce(
                 queries, documents, batch.query_labels, self.config.temperature, self.data_group, batch.query_weights
             )

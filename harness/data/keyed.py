@@ -96,6 +96,6 @@ def _word(value: Words) -> Any:
     if isinstance(value, int):
         return np.uint64(value & _MASK)
     array = np.asarray(value)
-    if array.dtype.kind not in "iub":
+    if array.size and array.dtype.kind not in "iub":  # an empty list has no type to complain of
         raise TypeError(f"a word is an integer, not {array.dtype}")
     return array.astype(np.uint64)

@@ -36,7 +36,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class _Kind:
-    """One kind's arrays (see the contract of classes/ in docs), usually memory-mapped."""
+    """One kind's arrays as harness/govern.py writes them, memory-mapped."""
 
     members: Ints
     member_offsets: Ints
@@ -60,7 +60,7 @@ class ClassOrder:
 
     @classmethod
     def open(cls, catalogue: Path, seed: int) -> ClassOrder:
-        """Map the classes of a catalogue; reads no array, so it costs the same at any size.
+        """Map the classes of a catalogue; no array is read through, so it costs the same at any size.
 
         Raises:
             UserError: the catalogue has no classes, or they are incomplete.

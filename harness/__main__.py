@@ -1,0 +1,74 @@
+"""`shelfmark COMMAND …` (= `python -m harness`): every command of a user at one place."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from harness.arguments import Parser, run_command, write_figures
+from harness.errors import UserError
+
+# command -> (module, its configuration class, positional required fields?, one sentence). Modules load only when asked for.
+COMMANDS = {
+    "ingest": ("harness.data.ingest", "IngestConfig", False, "Make a catalogue of a manifest and an image folder."),
+    "govern": ("harness.govern", "GovernConfig", True, "Turn a catalogue's samples into training classes."),
+    "tokenizer": ("harness.data.tokenizer", "TokenizerConfig", True, "Train a tokenizer and encode a catalogue's text."),
+    "eval": ("harness.evaluate_run", "EvalConfig", True, "Evaluate a run's checkpoint; also under torchrun."),
+}
+TRAIN = "Train a model by a recipe; also as `torchrun … -m harness.train`."
+
+
+def usage() -> str:
+    """The overview that `shelfmark --help` prints."""
+    lines = [f"  {name:<11}{sentence}" for name, (_, _, _, sentence) in COMMANDS.items()]
+    lines.insert(3, f"  {'train':<11}{TRAIN}")
+    return "\n".join(
+        [
+            "usage: shelfmark COMMAND [options]",
+            "",
+            *lines,
+            "",
+            "`shelfmark COMMAND --help` lists options with their defaults and an example.",
+        ]
+    )
+
+
+def command(name: str, argv: list[str]) -> None:
+    """Runs one command.
+
+    Raises:
+        UserError: an unknown command or option, or what the command itself finds.
+    """
+    if name == "train":
+        from harness.train import train
+
+        return train(argv)
+    if name not in COMMANDS:
+        raise UserError(f"unknown command '{name}'", f"Commands are {', '.join([*COMMANDS, 'train'])}")
+    module_name, config_name, positional, sentence = COMMANDS[name]
+    module: Any = importlib.import_module(module_name)
+    parser = Parser(f"shelfmark {name}", sentence, module.EXAMPLE)
+    parser.add_class_arguments(getattr(module, config_name), as_positional=positional)
+    parser.add_argument("--json", type=Path | None, default=None, help="file for the figures that the command reports")
+    values = parser.parse(argv).as_dict()
+    json_file = values.pop("json")
+    figures = module.run(getattr(module, config_name)(**values))
+    if os.environ.get("RANK", "0") == "0":
+        write_figures(json_file, figures)
+    return None
+
+
+def main() -> int:
+    """Entry point of `shelfmark`."""
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    return run_command(lambda: command(argv[0], argv[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""Checkpoints: one folder a step, one manifest; saved at any world size and tensor-parallel size, loaded at any other.
+
+    step-00001000/
+        towers/         parameters and AdamW state, megatron-core dist_checkpointing (torch_dist, fully reshardable)
+        head/           class rows and their optimizer state, torch.distributed.checkpoint with row ranges
+        classes.parquet class id -> class key, so that rows keep their meaning when the catalogue grows
+        state.json      step, data position, ledger, order id, identity of the run, layout
+        manifest.json   size and xxh3-64 of every other file; written last
+    latest              name of the newest step folder
+
+A folder is written as step-N.tmp, flushed, checksummed and renamed; only then does `latest` move. The only importer of either checkpoint library.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+import xxhash
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from harness.errors import UserError
+from harness.mesh import Mesh
+from harness.optimizer import TowerOptimizer
+from models.heads.class_parallel import ClassParallelHead
+from models.heads.row_optimizer import RowAdamW
+
+from megatron.core import dist_checkpointing  # isort: skip  (after the CPU proxy)
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint  # isort: skip
+
+_CHUNK = 1 << 24
+
+
+@dataclass
+class Trainable:
+    """All that a checkpoint holds besides its state.json. Optimizers are None where only the weights are wanted."""
+
+    towers: nn.Module
+    head: ClassParallelHead | None
+    tower_optimizer: TowerOptimizer | None
+    row_optimizer: RowAdamW | None
+
+
+def save(folder: Path, step: int, parts: Trainable, state: dict[str, Any], classes: Path, mesh: Mesh, keep: int) -> Path:
+    """Writes the checkpoint of `step` under `folder`; collective. Keeps the newest `keep` and returns the new one.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f"{final.name}.tmp"
+    with _disk_errors(temporary):
+        if mesh.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / "towers").mkdir(parents=True)
+        mesh.barrier()
+        model = _model_state(parts.towers, mesh)
+        towers: dict[str, Any] = {"model": model}
+        if parts.tower_optimizer is not None:
+            towers["optimizer"] = parts.tower_optimizer.sharded_state_dict(model, _metadata(mesh), loading=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dist_checkpointing.save(towers, str(temporary / "towers"), content_metadata=_content_metadata())
+            if parts.head is not None:
+                dcp.save(_head_state(parts.head, parts.row_optimizer, mesh), checkpoint_id=temporary / "head")
+        mesh.barrier()
+        if mesh.rank == 0:
+            shutil.copyfile(classes, temporary / "classes.parquet")
+            (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+            _write_manifest(temporary)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            _replace_text(folder / "latest", final.name)
+            for old in sorted(folder.glob("step-????????"))[:-keep]:
+                shutil.rmtree(old, ignore_errors=True)
+    mesh.barrier()
+    return final
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint under `folder`, and a sentence for each that was passed over."""
+    passed_over = []
+    for candidate in sorted(folder.glob("step-*"), reverse=True):
+        if candidate.suffix == ".tmp":
+            passed_over.append(f"{candidate.name}: never finished")
+            continue
+        if problem := verify(candidate):
+            passed_over.append(f"{candidate.name}: {problem}")
+            continue
+        return candidate, passed_over
+    return None, passed_over
+
+
+def verify(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint folder; empty if every file is there with its checksum."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return "manifest.json is missing or damaged"
+    for name, (size, checksum) in manifest["files"].items():
+        file = checkpoint / name
+        if not file.is_file() or file.stat().st_size != size:
+            return f"{name} is missing or has another size"
+        if _checksum(file) != checksum:
+            return f"{name} has another checksum"
+    return ""
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return json.loads((checkpoint / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint} is no checkpoint ({error})", "Name a step-N folder of a run") from error
+
+
+def load(checkpoint: Path, parts: Trainable, mesh: Mesh) -> None:
+    """Loads what `parts` asks for, at whatever layout the ranks have now; collective."""
+    model = _model_state(parts.towers, mesh)
+    wanted: dict[str, Any] = {"model": model}
+    if parts.tower_optimizer is not None:
+        wanted["optimizer"] = parts.tower_optimizer.sharded_state_dict(model, _metadata(mesh), loading=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = dist_checkpointing.load(wanted, str(checkpoint / "towers"))
+        parts.towers.load_state_dict(loaded["model"])
+        if parts.tower_optimizer is not None:
+            parts.tower_optimizer.load_state_dict(loaded["optimizer"])
+        if parts.head is not None:
+            head = _head_state(parts.head, parts.row_optimizer, mesh)
+            dcp.load(head, checkpoint_id=checkpoint / "head")
+            if parts.row_optimizer is not None:
+                parts.row_optimizer.log_decay = float(head["log_decay"])
+    mesh.barrier()
+
+
+def _model_state(towers: nn.Module, mesh: Mesh) -> dict[str, Any]:
+    """The towers' parameters as megatron-core ShardedTensors; keys are the state names of the plain twin."""
+    axes = {n: p.partition_dim for n, p in towers.named_parameters() if getattr(p, "tensor_model_parallel", False)}
+    return make_sharded_tensors_for_checkpoint(
+        towers.state_dict(keep_vars=True), "", axes, tp_group=mesh.tp, dp_cp_group=mesh.groups.dp_cp
+    )
+
+
+def _content_metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": True,  # gathers over gloo, on CPUs and GPUs alike
+    }
+
+
+def _metadata(mesh: Mesh) -> dict[str, Any]:
+    return {**_content_metadata(), "dp_cp_group": mesh.groups.dp_cp}
+
+
+def _head_state(head: ClassParallelHead, optimizer: RowAdamW | None, mesh: Mesh) -> dict[str, Any]:
+    """Rows and their optimizer state as DTensors over the row group: a logical [num_classes, ...] tensor each, shards may be empty."""
+    device_mesh = DeviceMesh.from_group(mesh.row_group, mesh.device.type)
+
+    def logical(local: torch.Tensor) -> DTensor:
+        shape = torch.Size((head.config.num_classes, *local.shape[1:]))
+        return DTensor.from_local(
+            local, device_mesh, [Shard(0)], run_check=False, shape=shape, stride=torch.empty(shape, device="meta").stride()
+        )
+
+    state: dict[str, Any] = {"rows": logical(head.rows)}
+    if optimizer is not None:
+        for name in ("exp_avg", "exp_avg_sq", "row_step", "paid"):
+            state[name] = logical(getattr(optimizer, name))
+        state["log_decay"] = torch.tensor(optimizer.log_decay, dtype=torch.float64)
+    return state
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {}
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+        files[str(file.relative_to(folder))] = (file.stat().st_size, _checksum(file))
+    _replace_text(folder / "manifest.json", json.dumps({"format": 1, "files": files}, indent=1))
+
+
+def _checksum(file: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with file.open("rb") as handle:
+        while chunk := handle.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _replace_text(file: Path, text: str) -> None:
+    """Writes `file` whole or not at all."""
+    temporary = file.with_suffix(".tmp")
+    with temporary.open("w") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(file)
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        what = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+        raise UserError(f"checkpoint {folder} was not written: {what}", "Earlier checkpoints are untouched") from error
+    except dist_checkpointing.core.CheckpointingException as error:
+        raise UserError(f"checkpoint {folder} was not written: {error}", "Earlier checkpoints are untouched") from error

@@ -1,0 +1,197 @@
+"""A run's configuration: one YAML recipe, dotted overrides, frozen dataclasses; checked before any process group starts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from harness.arguments import Parser, read_recipe
+from harness.data.loader import DataConfig
+from harness.errors import UserError
+from harness.evaluate import EvaluationConfig
+from harness.mesh import MeshConfig, check_layout
+from harness.methods import METHODS
+from harness.optimizer import OptimizerConfig
+from models.heads.class_parallel import ClassHeadConfig
+
+EXAMPLE = (
+    "torchrun --nproc-per-node 2 -m harness.train --config jobs/recipes/oclear_grocery.yaml "
+    "--data.catalogue catalogues/grocery --run runs/grocery"
+)
+# What may not change when a run resumes: with another value it would be another run.
+IDENTITY = ("method", "seed", "model", "head", "data.queries_per_step", "data.documents_per_step", "data.preprocess")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop.
+
+    Args:
+        steps: optimizer steps of the run.
+        precision: fp32 or bf16 (bf16 towers with fp32 master weights).
+        margin_warmup: steps over which the margin grows from 0 to its value.
+        log_every: steps between two lines of log.
+        evaluate_every: steps between two evaluations; 0 evaluates at the end only.
+        checkpoint_every: steps between two checkpoints; 0 saves at the end only.
+        keep_checkpoints: newest checkpoints to keep.
+        resume: auto continues the newest checkpoint in the run folder if there is one; never starts anew and refuses a used folder.
+        stop_at: stop, with a checkpoint, once this many steps are done; 0 runs all. For trying out a resume.
+    """
+
+    steps: int = 1000
+    precision: str = "fp32"
+    margin_warmup: int = 0
+    log_every: int = 10
+    evaluate_every: int = 0
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    resume: str = "auto"
+    stop_at: int = 0
+
+    def errors(self) -> list[str]:
+        """What is out of range, as sentences that name the key."""
+        errors = []
+        if self.precision not in ("fp32", "bf16"):
+            errors.append(f"train.precision is '{self.precision}'; it can be 'fp32' or 'bf16'")
+        if self.resume not in ("auto", "never"):
+            errors.append(f"train.resume is '{self.resume}'; it can be 'auto' or 'never'")
+        if self.steps < 1 or self.log_every < 1 or self.keep_checkpoints < 1:
+            errors.append("train.steps, train.log_every and train.keep_checkpoints must be at least 1")
+        return errors
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that makes a run. `model` is the configuration that harness.methods.METHODS[method] names."""
+
+    run: Path
+    method: str
+    seed: int
+    model: Any
+    head: ClassHeadConfig
+    data: DataConfig
+    mesh: MeshConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    evaluation: EvaluationConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, ready for YAML or JSON."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
+
+def parser(method: str) -> Parser:
+    """The parser of a run of `method`."""
+    p = Parser("harness.train", "Train a retrieval model by a recipe; every key can be overridden, as --train.steps 200.", EXAMPLE)
+    p.add_argument("--config", type=Path, help="YAML recipe")
+    p.add_argument("--run", type=Path, default=Path("runs/run"), help="run folder: log, TensorBoard, checkpoints")
+    p.add_argument("--json", type=Path | None, default=None, help="file for the final figures")
+    p.add_argument("--method", type=str, default=method, help=f"one of {', '.join(METHODS)}")
+    p.add_argument("--seed", type=int, default=0, help="seed of weights, order, augmentation and dropout")
+    for section, kind in _sections(method).items():
+        p.add_class_arguments(kind, section)
+    return p
+
+
+def _sections(method: str) -> dict[str, type]:
+    return {
+        "model": METHODS[method].config,
+        "head": ClassHeadConfig,
+        "data": DataConfig,
+        "mesh": MeshConfig,
+        "optimizer": OptimizerConfig,
+        "train": TrainConfig,
+        "evaluation": EvaluationConfig,
+    }
+
+
+def parse(argv: list[str]) -> tuple[RunConfig, Path | None]:
+    """The checked configuration of a command line, and its --json file.
+
+    Raises:
+        UserError: unknown keys (with the nearest one), values out of range, paths that do not exist, a layout that does not divide.
+    """
+    options = {"--config": "", "--method": ""}
+    for option in options:
+        for i, arg in enumerate(argv):
+            if arg == option and i + 1 < len(argv):
+                options[option] = argv[i + 1]
+            elif arg.startswith(f"{option}="):
+                options[option] = arg.split("=", 1)[1]
+    recipe: dict[str, Any] = {}
+    if options["--config"]:
+        every_key = {key for name in METHODS for key in parser(name).get_defaults().keys()}
+        recipe = read_recipe(Path(options["--config"]), every_key)
+    method = options["--method"] or recipe.get("method", next(iter(METHODS)))
+    if method not in METHODS:
+        raise UserError(f"method is '{method}'", f"It can be {', '.join(METHODS)}")
+    p = parser(method)
+    p.set_defaults(_flat(recipe))
+    values = p.parse(argv)
+    config = _build(values)
+    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    return config, values.json
+
+
+def load(run: Path) -> RunConfig:
+    """The configuration that a run folder holds.
+
+    Raises:
+        UserError: no such run.
+    """
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{run} is no run folder: it has no config.yaml", "Name the folder that was --run in training")
+    saved = yaml.safe_load(file.read_text())
+    p = parser(saved["method"])
+    p.set_defaults(_flat(saved))
+    return replace(_build(p.parse([])), run=run)
+
+
+def check(config: RunConfig, world: int) -> None:
+    """Raises one UserError for the first thing that does not fit together."""
+    errors = config.model.errors(config.mesh.tensor_parallel) + config.head.errors("head")
+    errors += config.data.errors() + config.train.errors()
+    if config.data.preprocess.image_size != config.model.vision.image_size:
+        errors.append(
+            f"data.preprocess.image_size {config.data.preprocess.image_size} differs from "
+            f"model.vision.image_size {config.model.vision.image_size}"
+        )
+    if config.model.objective == "contrastive" and config.data.micro_batches > 1:
+        errors.append("data.micro_batches must be 1 with model.objective contrastive: its negatives are those of one forward")
+    if errors:
+        raise UserError(errors[0], f"(and {len(errors) - 1} more)" if len(errors) > 1 else "")
+    check_layout(config.mesh, world)
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ: key -> (old, new)."""
+    a, b = _flat(old), _flat(new)
+    return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
+
+
+def identity_changes(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """Those keys of a difference that make it another run."""
+    return [key for key in changes if any(key == part or key.startswith(f"{part}.") for part in IDENTITY)]
+
+
+def _build(values: jsonargparse.Namespace) -> RunConfig:
+    sections = {name: getattr(values, name) for name in _sections(values.method)}
+    return RunConfig(run=values.run, method=values.method, seed=values.seed, **sections)
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

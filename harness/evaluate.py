@@ -1,0 +1,226 @@
+"""Evaluation: embed queries and documents over the ranks, rank exactly, report metrics and slices. `shelfmark eval RUN`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from tqdm import tqdm
+
+from harness.data.catalogue import Catalogue
+from harness.data.loader import ImageReader
+from harness.data.tokenizer import FIELDS, Tokenizer, TokenStore
+from harness.errors import UserError
+from harness.mesh import Mesh
+from harness.metrics import slices, summarise
+from harness.retrieval import Embedded, RelevantRanks, relevant_ranks, top_k
+from models.batch import Batch
+
+if TYPE_CHECKING:
+    from harness.config import RunConfig
+    from harness.methods import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is evaluated, during training and by `shelfmark eval`.
+
+    Args:
+        split: split of the queries (and of documents that are not in every split).
+        batch_size: images embedded at once.
+        slices: attribute columns of the catalogue whose values get figures of their own.
+        distractors: other catalogues whose documents join the gallery, relevant to nothing.
+        panel: queries shown with their best documents in TensorBoard.
+    """
+
+    split: str = "val"
+    batch_size: int = 128
+    slices: tuple[str, ...] = ()
+    distractors: tuple[Path, ...] = ()
+    panel: int = 8
+
+
+@dataclass(frozen=True)
+class Side:
+    """Queries or documents of an evaluation over all ranks: table columns as arrays of n rows, in the order of their ids.
+
+    ids are unique over all catalogues; sample_ids count within `catalogue`; labels index class keys, -1 = relevant to nothing.
+    """
+
+    catalogue: Catalogue
+    kind: str
+    ids: np.ndarray
+    sample_ids: np.ndarray
+    labels: np.ndarray
+    columns: dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an evaluation found; the same on every rank.
+
+    figures: metric -> value; rows: one for each slice value; panel: (query id, its best document ids) of this rank's first queries.
+    """
+
+    figures: dict[str, float]
+    rows: list[dict[str, Any]]
+    panel: list[tuple[int, list[int]]]
+
+
+class Evaluation:
+    """One catalogue's retrieval task, ready to be run at any step.
+
+    Args:
+        config: split, slices, distractors.
+        run: the run's configuration (preprocessing, backend, text length).
+        catalogue: the catalogue with queries and documents.
+        tokenizer: the run's tokenizer; it encodes distractors too.
+        classes: the run's classes.parquet, for the slices seen / never trained and head / tail.
+        mesh: the ranks.
+
+    Raises:
+        UserError: the split has no query or no document, or a slice names no attribute.
+    """
+
+    def __init__(
+        self, config: EvaluationConfig, run: RunConfig, catalogue: Catalogue, tokenizer: Tokenizer, classes: Path, mesh: Mesh
+    ) -> None:
+        self.config, self.run_config, self.mesh, self.tokenizer = config, run, mesh, tokenizer
+        for name in config.slices:
+            if name not in catalogue.attributes:
+                raise UserError(
+                    f"evaluation.slices names '{name}', no attribute of {catalogue.path}",
+                    f"It has {', '.join(catalogue.attributes) or 'none'} (ingest --attribute-columns)",
+                )
+        keys: dict[str, int] = {}
+        self.documents = [_side(catalogue, "document", config.split, [*FIELDS], keys, 0)]
+        self.queries = _side(catalogue, "query", config.split, [*config.slices], keys, 0)
+        for side in (self.queries, self.documents[0]):
+            if not len(side.ids):
+                splits = ", ".join(catalogue.meta["counts"]["splits"])
+                raise UserError(
+                    f"split '{config.split}' of {catalogue.path} has no {side.kind}", f"The splits are {splits} (evaluation.split)"
+                )
+        offset = catalogue.num_samples
+        for path in config.distractors:
+            other = Catalogue(path)
+            self.documents.append(_side(other, "document", None, [*FIELDS], None, offset))
+            offset += other.num_samples
+        self.groups = self._groups(keys, classes)
+        self._panel_rows = len(self.queries.ids) // max(1, config.panel)
+
+    def run(self, method: Method) -> Report:
+        """Embeds, ranks and measures; collective. The towers are left in training mode if they were."""
+        training = method.towers.training
+        method.towers.eval()
+        try:
+            documents = [self._embed(method, side) for side in self.documents]
+            gallery = Embedded(
+                torch.cat([d.vectors for d in documents]),
+                torch.cat([d.ids for d in documents]),
+                torch.cat([d.labels for d in documents]),
+            )
+            queries = self._embed(method, self.queries)
+            ranks = relevant_ranks(queries, gallery, self.mesh.dp)
+            shown = self._shown(queries)
+            best, _ = top_k(shown, gallery, 5, self.mesh.dp)
+        finally:
+            method.towers.train(training)
+        figures = {**summarise(ranks.ranks, ranks.offsets), "documents": float(sum(len(d.ids) for d in self.documents))}
+        panel = list(zip(shown.ids.tolist(), best.tolist(), strict=True))
+        return Report(figures, slices(ranks.ranks, ranks.offsets, self._ordered(ranks)), panel)
+
+    @torch.no_grad()
+    def _embed(self, method: Method, side: Side) -> Embedded:
+        """This rank's share of a side. Blocks of batch_size consecutive rows, always full, so that a vector does not depend on the world."""
+        size, dp = self.config.batch_size, self.mesh.dp
+        blocks = range(dp.rank(), -(-len(side.ids) // size), dp.size())
+        reader = ImageReader(
+            side.catalogue,
+            self.run_config.data.preprocess,
+            self.run_config.data.backend,
+            size,
+            self.run_config.data.threads,
+            self.mesh.device,
+        )
+        tokens = None
+        if side.kind == "document":
+            tokens = TokenStore.encode(self.tokenizer, {field: side.columns[field] for field in FIELDS})
+        width = self.run_config.model.embedding_dim
+        vectors, kept = [torch.empty(0, width, device=self.mesh.device)], [np.empty(0, dtype=np.int64)]
+        silent = self.mesh.rank != 0
+        for block in tqdm(blocks, desc=f"embedding {side.kind}", unit=" batches", leave=False, delay=5, disable=silent):
+            rows = np.arange(block * size, (block + 1) * size)
+            full = np.minimum(rows, len(side.ids) - 1)
+            batch = self._batch(reader, side, full, tokens)
+            embed = method.embed_query if side.kind == "query" else method.embed_document
+            count = int((rows < len(side.ids)).sum())
+            vectors.append(embed(batch)[:count])
+            kept.append(rows[:count])
+        reader.close()
+        own = np.concatenate(kept)
+        device = self.mesh.device
+        return Embedded(
+            torch.cat(vectors), torch.from_numpy(side.ids[own]).to(device), torch.from_numpy(side.labels[own]).to(device)
+        )
+
+    def _batch(self, reader: ImageReader, side: Side, rows: np.ndarray, tokens: TokenStore | None) -> Batch:
+        samples = side.sample_ids[rows]
+        images, ok = reader.read(samples, reader.parameters(samples))
+        labels, ids, weights = torch.from_numpy(side.labels[rows]), torch.from_numpy(samples), ok.float()
+        length = self.run_config.model.text.max_length
+        text = torch.zeros(len(rows), length, dtype=torch.int64)
+        if tokens is not None:
+            text = torch.from_numpy(tokens.batch(rows, length))
+        batch = Batch(images, labels, weights, ids, images, text, labels, weights, ids)
+        return batch.to(self.mesh.device, torch.bfloat16 if self.run_config.train.precision == "bf16" else torch.float32)
+
+    def _groups(self, keys: dict[str, int], classes: Path) -> dict[str, np.ndarray]:
+        """Slice name -> value of each query, in query order."""
+        table = pq.read_table(classes, columns=["class_key", "tail"]).to_pydict()
+        kind = {keys[key]: "tail" if tail else "head" for key, tail in zip(*table.values(), strict=True) if key in keys}
+        groups = {name: np.array([str(v) for v in self.queries.columns[name]]) for name in self.config.slices}
+        groups["class"] = np.array([kind.get(label, "never trained") for label in self.queries.labels.tolist()])
+        return groups
+
+    def _ordered(self, ranks: RelevantRanks) -> dict[str, np.ndarray]:
+        rows = np.searchsorted(self.queries.ids, ranks.query_ids)
+        return {name: values[rows] for name, values in self.groups.items()}
+
+    def _shown(self, queries: Embedded) -> Embedded:
+        """This rank's queries of the panel, spread evenly over all queries."""
+        wanted = torch.from_numpy(self.queries.ids[:: max(1, self._panel_rows)][: self.config.panel]).to(queries.ids.device)
+        mine = torch.isin(queries.ids, wanted)
+        return Embedded(queries.vectors[mine], queries.ids[mine], queries.labels[mine])
+
+
+def _side(
+    catalogue: Catalogue, kind: str, split: str | None, columns: list[str], keys: dict[str, int] | None, offset: int
+) -> Side:
+    """All samples of a kind; class keys get their labels in `keys` (None: every label is -1)."""
+    table = catalogue.table(["class_key", *columns], kind=kind, split=split).to_pydict()
+    labels = [-1] * len(table["sample_id"])
+    if keys is not None:
+        labels = [-1 if key is None else keys.setdefault(key, len(keys)) for key in table["class_key"]]
+    samples = np.array(table["sample_id"], dtype=np.int64)
+    return Side(catalogue, kind, samples + offset, samples, np.array(labels, dtype=np.int64), table)
+
+
+def print_report(report: Report, title: str) -> None:
+    """The report as a table on standard output."""
+    metrics = [name for name in report.figures if "_at_" in name or name in ("map", "mrr")]
+    header = f"{'':<32}{'queries':>9}" + "".join(f"{name:>14}" for name in metrics)
+    lines = [title, header, _line("all", report.figures, metrics)]
+    lines += [_line(f"{row['slice']} = {row['value']}", row, metrics) for row in report.rows]
+    print("\n".join(lines))
+
+
+def _line(name: str, figures: dict[str, Any], metrics: Sequence[str]) -> str:
+    values = "".join(f"{figures[m]:>14.4f}" if math.isfinite(figures[m]) else f"{'-':>14}" for m in metrics)
+    return f"{name[:31]:<32}{int(figures['queries']):>9}{values}"

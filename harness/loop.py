@@ -1,0 +1,312 @@
+"""The training loop. `Trainer.train_step` is the whole step on one screen; everything else attaches around it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor
+
+from harness import checkpoint
+from harness.config import RunConfig, difference, identity_changes
+from harness.data.loader import StepData, StepLoader
+from harness.data.tokenizer import Tokenizer
+from harness.errors import UserError
+from harness.evaluate import Evaluation, Report
+from harness.mesh import Mesh
+from harness.meters import RunLog, StepClock, write_json
+from harness.methods import METHODS, build
+from harness.optimizer import TowerOptimizer, learning_rate
+from harness.panel import draw_panel, picture
+from models.heads.row_optimizer import RowAdamW
+
+
+@dataclass
+class StepResult:
+    """What one step leaves: global loss, metrics as [k, 2] local sums in the order of `names`, gradient norm before clipping."""
+
+    loss: Tensor
+    names: list[str]
+    sums: Tensor
+    norm: float
+
+
+class Trainer:
+    """One run on this mesh, from its configuration and run folder; resumes by itself."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh) -> None:
+        self.config, self.mesh = config, mesh
+        self.paired = METHODS[config.method].paired(config.model)
+        self.tokenizer = Tokenizer.load(config.data.catalogue)
+        self.loader = StepLoader(
+            config.data,
+            config.seed,
+            config.model.text.max_length,
+            mesh.dp.rank(),
+            mesh.dp.size(),
+            mesh.device,
+            paired=self.paired,
+        )
+        order = self.loader.order
+        self.method, self.model_config = build(
+            config.method,
+            config.model,
+            config.head,
+            mesh,
+            num_classes=order.num_classes,
+            vocab_size=self.tokenizer.vocab_size,
+            seed=config.seed,
+            precision=config.train.precision,
+        )
+        self.towers = TowerOptimizer(self.method.towers, config.optimizer, mesh)
+        head = self.method.head
+        self.rows = None if head is None else RowAdamW(head.rows, config.optimizer.rows)
+        self.parts = checkpoint.Trainable(self.method.towers, head, self.towers, self.rows)
+        self.classes = config.data.catalogue / "classes" / "classes.parquet"
+        self.evaluation = Evaluation(
+            config.evaluation, config, self.loader.catalogue, self.tokenizer, self.classes, mesh
+        )
+        self.clock = StepClock(mesh)
+        self.step = 0
+        self.ledger = 0  # of all steps up to the last checkpoint, over all ranks
+        self._own_ledger = 0  # of this rank's share since then
+        self.bad_samples = 0
+        self._resume()
+
+    def train_step(self, data: StepData) -> StepResult:
+        """One optimizer step over all its micro-batches."""
+        config, head, clock = self.config, self.method.head, self.clock
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        batches = [batch.to(self.mesh.device, dtype) for batch in data.batches]
+        lr = learning_rate(config.optimizer, self.step, config.train.steps)
+        self.mesh.seed_streams(config.seed, self.step)
+        self.towers.zero_grad()
+        if head is not None and self.rows is not None:
+            labels, weights = torch.cat([b.labels for b in batches]), torch.cat([b.weights for b in batches])
+            margin_part = min(1.0, (self.step + 1) / max(1, config.train.margin_warmup))
+            self.rows.catch_up(head.begin_step(labels, weights, self.step, margin_part))
+        clock.mark("data")
+
+        total, sums, names = torch.zeros((), device=self.mesh.device), None, []
+        for i, batch in enumerate(batches):
+            with self.towers.accumulate(last=i == len(batches) - 1):
+                loss, metrics = self.method.loss(batch)
+                clock.mark("forward")
+                loss.backward()
+                clock.mark("backward")
+            total, names = total + loss.detach(), list(metrics)
+            stacked = torch.stack(list(metrics.values()))
+            sums = stacked if sums is None else sums + stacked
+
+        self.towers.reduce()
+        squared = self.towers.squared_norm()
+        if head is not None:
+            active, row_grad = head.row_grad
+            squared += row_grad.double().square().sum()
+        norm = math.sqrt(self.mesh.sum(squared).item())
+        self._require_finite(total, norm, data)
+        if config.optimizer.clip_norm and norm > config.optimizer.clip_norm:
+            factor = torch.tensor(config.optimizer.clip_norm / (norm + 1e-6), device=self.mesh.device)
+            self.towers.scale(factor)
+            if head is not None:
+                row_grad *= factor
+        self.towers.step(lr)
+        if head is not None and self.rows is not None:
+            self.rows.step(active, row_grad, lr)
+            head.end_step()
+        clock.mark("optimizer")
+        self.step += 1
+        self._own_ledger += data.ledger
+        assert sums is not None, "a step has at least one micro-batch"
+        return StepResult(total, names, sums, norm)
+
+    def fit(self) -> dict[str, Any]:
+        """Trains to the last step (or to train.stop_at); returns the final figures."""
+        config, train = self.config, self.config.train
+        log = RunLog(config.run, self.mesh, self.step, train.steps)
+        for line in self.notes:
+            log.say(line)
+        end = min(train.steps, train.stop_at or train.steps)
+        images = config.data.queries_per_step + self.loader.documents_per_step
+        started, first = time.perf_counter(), self.step
+        report, paused, window = None, 0.0, time.perf_counter()
+        losses: list[float] = []
+        try:
+            self.clock.start(exact=False)
+            for data in self.loader.steps(self.step, end):
+                result = self.train_step(data)
+                self._note_bad(data, log)
+                last = self.step == end
+                log.advance({"loss": f"{losses[-1]:.3f}" if losses else "-"})
+                if self.step % train.log_every == 0 or last:
+                    count = self.step % train.log_every or train.log_every
+                    figures = self._figures(result, images * count / (time.perf_counter() - window))
+                    losses.append(figures["train/loss"])
+                    log.scalars(self.step, figures)
+                    window = time.perf_counter()
+                pause = time.perf_counter()
+                if train.checkpoint_every and self.step % train.checkpoint_every == 0 or last:
+                    self.save()
+                if train.evaluate_every and self.step % train.evaluate_every == 0 or self.step == train.steps:
+                    report = self.evaluate(log)
+                paused += time.perf_counter() - pause
+                window += time.perf_counter() - pause
+                self.clock.start(exact=self.step % train.log_every == train.log_every - 1)
+        finally:
+            self.loader.close()
+            log.close()
+        seconds = time.perf_counter() - started
+        return {
+            "steps": self.step,
+            "loss": losses[-1] if losses else None,
+            "seconds": round(seconds, 1),
+            "images_per_second": round(images * (self.step - first) / max(1e-9, seconds - paused), 1),
+            **({} if report is None else {**report.figures, "slices": report.rows}),
+        }
+
+    def save(self) -> Path:
+        """Writes a checkpoint of the present step; collective."""
+        own = self._own_ledger % 2**64
+        halves = torch.tensor([own >> 32, own & 0xFFFFFFFF], dtype=torch.int64, device=self.mesh.device)
+        dist.all_reduce(halves, group=self.mesh.dp)  # in halves: a sum of 64-bit words would not fit int64
+        self.ledger = (self.ledger + (int(halves[0]) << 32) + int(halves[1])) % 2**64
+        self._own_ledger = 0
+        state = {
+            "ledger": f"{self.ledger:016x}",
+            "order_id": self.loader.order.order_id,
+            "positions": {
+                "query": self.step * self.config.data.queries_per_step,
+                "document": self.step * self.loader.documents_per_step,
+            },
+            "config": self.config.to_dict(),
+            "world_size": self.mesh.world_size,
+            "tensor_parallel": self.mesh.tp.size(),
+        }
+        return checkpoint.save(
+            self.config.run / "checkpoints",
+            self.step,
+            self.parts,
+            state,
+            self.classes,
+            self.mesh,
+            self.config.train.keep_checkpoints,
+        )
+
+    def evaluate(self, log: RunLog) -> Report:
+        """Evaluates the present weights, logs the metrics and the retrieval panel; collective."""
+        report = self.evaluation.run(self.method)
+        log.scalars(self.step, {f"retrieval/{name}": value for name, value in report.figures.items()})
+        if self.mesh.rank == 0:
+            log.image("retrieval/panel", draw_panel(self._panel_rows(report)), self.step)
+            write_json(self.config.run / f"eval-{self.step:08d}.json", {**report.figures, "slices": report.rows})
+        return report
+
+    def _figures(self, result: StepResult, rate: float) -> dict[str, float]:
+        """What is logged of a step; collective over dp."""
+        sums = result.sums.double()
+        dist.all_reduce(sums, group=self.mesh.dp)
+        means = (sums[:, 0] / sums[:, 1].clamp_min(1e-12)).tolist()
+        return {
+            "train/loss": result.loss.item(),
+            **{f"train/{name}": value for name, value in zip(result.names, means, strict=True)},
+            "train/gradient_norm": result.norm,
+            "train/learning_rate": learning_rate(self.config.optimizer, self.step - 1, self.config.train.steps),
+            "speed/images_per_second": rate,
+            "data/bad_samples": float(self.bad_samples),
+            **{f"step_seconds/{part}": seconds for part, seconds in self.clock.seconds.items()},
+        }
+
+    def _require_finite(self, loss: Tensor, norm: float, data: StepData) -> None:
+        """Ends the run before a loss or gradient that is not finite reaches the weights; the newest checkpoint stays good."""
+        if math.isfinite(norm) and math.isfinite(loss.item()):
+            return
+        ids = torch.cat([torch.cat([b.query_ids, b.document_ids]) for b in data.batches]).tolist()
+        file = self.config.run / f"nonfinite-step-{self.step}-rank-{self.mesh.rank}.json"
+        write_json(file, {"step": self.step, "loss": str(loss.item()), "gradient_norm": str(norm), "sample_ids": ids})
+        raise UserError(
+            f"step {self.step}: loss {loss.item()} or gradient norm {norm} is not finite; nothing was updated",
+            f"The samples are in {file}. Lower optimizer.lr or the margin, then start again: the run resumes",
+        )
+
+    def _note_bad(self, data: StepData, log: RunLog) -> None:
+        if data.bad_ids:
+            self.bad_samples += len(data.bad_ids)
+            log.say(f"step {self.step}: samples {data.bad_ids} are damaged; they have weight 0")
+
+    def _panel_rows(self, report: Report) -> list[Any]:
+        catalogue = self.loader.catalogue
+        side = self.evaluation.documents[0]
+        place = {int(i): n for n, i in enumerate(side.ids)}
+        label = dict(zip(self.evaluation.queries.ids.tolist(), self.evaluation.queries.labels.tolist(), strict=True))
+        rows = []
+        for query, best in report.panel:
+            known = [i for i in best if i in place]  # distractors' pictures lie in other catalogues
+            documents = [
+                (
+                    picture(catalogue, i),
+                    side.columns["title"][place[i]],
+                    int(side.labels[place[i]]) == label[query],
+                )
+                for i in known
+            ]
+            rows.append((picture(catalogue, query), documents))
+        return rows
+
+    def _resume(self) -> None:
+        """Continues the newest complete checkpoint, if there is one; says what it passed over and what changed."""
+        config = self.config
+        self.notes: list[str] = []
+        found: list[Any] = [None, []]
+        if self.mesh.rank == 0:
+            found = list(checkpoint.newest(config.run / "checkpoints"))
+        dist.broadcast_object_list(found)
+        path, passed_over = found
+        self.notes += [f"passed over checkpoint {line}" for line in passed_over]
+        if path is None:
+            return
+        if config.train.resume == "never":
+            raise UserError(f"{config.run} holds checkpoints and train.resume is 'never'", "Choose another --run")
+        state = checkpoint.read_state(path)
+        changes = difference(state["config"], config.to_dict())
+        if forbidden := identity_changes(changes):
+            key = forbidden[0]
+            raise UserError(
+                f"{config.run} was trained with {key} = {changes[key][0]}, not {changes[key][1]}",
+                "That makes another run: choose another --run, or set the key back",
+            )
+        if state["order_id"] != self.loader.order.order_id:
+            raise UserError(
+                f"{config.run} was trained on order {state['order_id']}, {config.data.catalogue} has {self.loader.order.order_id}",
+                "The catalogue was governed anew since: restore its classes/, or choose another --run",
+            )
+        checkpoint.load(path, self.parts, self.mesh)
+        self.step, self.ledger = state["step"], int(state["ledger"], 16)
+        self.notes.append(f"resumed {path.name} (saved by {state['world_size']} ranks, now {self.mesh.world_size})")
+        self.notes += [f"changed since: {key} {old} -> {new}" for key, (old, new) in changes.items()]
+
+
+def prepare_run_folder(config: RunConfig, versions: dict[str, str]) -> None:
+    """Makes the run folder explain itself: configuration, versions, and what is needed to embed a photo. Rank 0 only.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        config.run.mkdir(parents=True, exist_ok=True)
+        (config.run / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        write_json(config.run / "versions.json", versions)
+        write_json(config.run / "preprocess.json", config.data.preprocess.to_dict())
+        target = config.run / "tokenizer"
+        target.mkdir(exist_ok=True)
+        for name in ("spm.model", "tokenizer.json"):
+            shutil.copyfile(config.data.catalogue / "tokenizer" / name, target / name)
+    except OSError as error:
+        raise UserError(f"run folder {config.run}: {error}", "Choose another --run") from error
+

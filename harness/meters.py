@@ -1,0 +1,112 @@
+"""What a run tells: JSONL, TensorBoard and a progress bar, all on rank 0; and where a step's time went."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from harness.mesh import Mesh
+
+
+class StepClock:
+    """Seconds of each part of a step. On a GPU a part is only timed truly where the device is waited for: see `exact`."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.exact = False
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def start(self, exact: bool) -> None:
+        """Begins a step; `exact` waits for the device at every mark."""
+        self.exact, self.seconds = exact, {}
+        self._last = time.perf_counter()
+
+    def mark(self, part: str) -> None:
+        """Charges the time since the last mark to `part`."""
+        if self.exact:
+            self.mesh.synchronize()
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
+        self._last = now
+
+
+class RunLog:
+    """Writes a run's figures; silent on every rank but 0.
+
+    Args:
+        folder: the run folder: log.jsonl and tensorboard/ in it.
+        mesh: the ranks.
+        first: step at which this process starts; later lines of an earlier process are cut, they will be written again.
+        steps: last step, for the progress bar.
+    """
+
+    def __init__(self, folder: Path, mesh: Mesh, first: int, steps: int) -> None:
+        self.active = mesh.rank == 0
+        if not self.active:
+            return
+        self._file = folder / "log.jsonl"
+        if self._file.exists():
+            kept = [line for line in self._file.read_text().splitlines() if json.loads(line)["step"] <= first]
+            self._file.write_text("".join(f"{line}\n" for line in kept))
+        self._jsonl = self._file.open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1 if first else None)
+        # A file gets a line now and then, a terminal a smooth bar.
+        pace = 0.2 if sys.stderr.isatty() else 30.0
+        self._bar = tqdm(total=steps, initial=first, desc="training", unit=" steps", smoothing=0.05, mininterval=pace)
+
+    def advance(self, shown: dict[str, str]) -> None:
+        """One step is done; `shown` stands beside the progress bar."""
+        if self.active:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update()
+
+    def scalars(self, step: int, figures: dict[str, float]) -> None:
+        """Names with a slash group in TensorBoard; step counts finished steps."""
+        if self.active:
+            self._jsonl.write(json.dumps({"step": step, **figures}) + "\n")
+            self._jsonl.flush()
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, step)
+
+    def text(self, tag: str, markdown: str) -> None:
+        """A text that TensorBoard shows."""
+        if self.active:
+            self._board.add_text(tag, markdown)
+
+    def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
+        """uint8 [H, W, 3]."""
+        if self.active:
+            self._board.add_image(tag, pixels, step, dataformats="HWC")
+
+    def say(self, line: str) -> None:
+        """A line above the progress bar."""
+        if self.active:
+            tqdm.write(line)
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        if self.active:
+            self._bar.close()
+            self._jsonl.close()
+            self._board.close()
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Indented JSON; NaN becomes null."""
+    file.write_text(json.dumps(_finite(content), indent=1, default=str) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and value != value else value

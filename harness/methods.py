@@ -1,0 +1,71 @@
+"""The registry of methods: what `method` in a recipe selects. The loop knows no method by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from harness.mesh import Mesh
+from models.batch import Batch
+from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
+from models.oclear import Oclear, OclearConfig, OclearTowers
+from models.shape import TransformerBuilder
+from models.transformer import MegatronBuilder
+
+
+class Method(Protocol):
+    """What the loop, evaluation and export ask of a method."""
+
+    towers: nn.Module
+    head: ClassParallelHead | None
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss of one micro-batch, the same on every rank; metrics as local [sum, weight])."""
+        ...
+
+    def embed_query(self, batch: Batch) -> Tensor:
+        """Unit embeddings float32 [q, d]."""
+        ...
+
+    def embed_document(self, batch: Batch) -> Tensor:
+        """Unit embeddings float32 [n, d]."""
+        ...
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method's configuration class, its towers, and how it is put together with a head."""
+
+    config: type[Any]
+    towers: Callable[[Any, TransformerBuilder], nn.Module]
+    assemble: Callable[..., Method]
+    paired: Callable[[Any], bool]
+
+
+METHODS: dict[str, MethodSpec] = {
+    "oclear": MethodSpec(OclearConfig, OclearTowers, Oclear, lambda config: config.objective == "contrastive")
+}
+
+
+def build(
+    method: str, model: Any, head: ClassHeadConfig, mesh: Mesh, *, num_classes: int, vocab_size: int, seed: int, precision: str
+) -> tuple[Method, Any]:
+    """The tensor-parallel method on this mesh, and its configuration with vocabulary filled in.
+
+    Weights depend on `seed` alone, not on the layout. `num_classes` 0 builds no head (evaluation).
+    """
+    spec = METHODS[method]
+    model = replace(model, text=replace(model.text, vocab_size=model.text.vocab_size or vocab_size))
+    mesh.seed_streams(seed, -1)
+    torch.manual_seed(seed)  # the same on every rank, unlike the streams
+    towers = spec.towers(model, MegatronBuilder(mesh.groups))
+    towers.to(mesh.device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    rows = None
+    if num_classes and not spec.paired(model):
+        settings = replace(head, num_classes=num_classes, embedding_dim=model.embedding_dim)
+        rows = ClassParallelHead(settings, mesh.row_group, mesh.dp, mesh.device)
+    return spec.assemble(model, towers, rows, mesh.dp), model

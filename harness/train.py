@@ -1,0 +1,62 @@
+"""`torchrun … -m harness.train --config RECIPE`: one run from its recipe."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+from harness.arguments import run_command, write_figures
+from harness.config import parse
+from harness.errors import UserError
+from harness.loop import Trainer, prepare_run_folder
+from harness.mesh import Mesh
+from harness.versions import versions
+
+
+def train(argv: list[str]) -> None:
+    """Parses, checks, trains. Raises UserError for what the user can mend, on every rank alike."""
+    config, json_file = parse(argv)
+    quiet_libraries()
+    mesh = Mesh(config.mesh)
+    try:
+        trainer = Trainer(config, mesh)
+        if mesh.rank == 0:
+            prepare_run_folder(config, versions())
+        mesh.barrier()
+        figures = trainer.fit()
+        if mesh.rank == 0:
+            write_figures(json_file, figures)
+            shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items() if k != "slices"}
+            print(f"run {config.run}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
+    finally:
+        mesh.close()
+
+
+def quiet_libraries() -> None:
+    """megatron-core and DCP warn about their own internals at every save; a run's log is for what a user can act on."""
+    warnings.filterwarnings("ignore", module=r"megatron\..*|torch\.distributed\..*")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; errors are printed by the first local rank only."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+
+        def body() -> None:
+            try:
+                train(arguments)
+            except UserError:
+                raise SystemExit(2) from None
+    else:
+
+        def body() -> None:
+            train(arguments)
+
+    return run_command(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
