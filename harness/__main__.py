@@ -11,12 +11,12 @@ from typing import Any
 from harness.arguments import Parser, run_command, write_figures
 from harness.errors import UserError
 
-# command -> (module, its configuration class, positional required fields?, one sentence). Modules load only when asked for.
+# command -> (module, its configuration class, the field that is given by place, one sentence). Modules load only when asked for.
 COMMANDS = {
-    "ingest": ("harness.data.ingest", "IngestConfig", False, "Make a catalogue of a manifest and an image folder."),
-    "govern": ("harness.govern", "GovernConfig", True, "Turn a catalogue's samples into training classes."),
-    "tokenizer": ("harness.data.tokenizer", "TokenizerConfig", True, "Train a tokenizer and encode a catalogue's text."),
-    "eval": ("harness.evaluate_run", "EvalConfig", True, "Evaluate a run's checkpoint; also under torchrun."),
+    "ingest": ("harness.data.ingest", "IngestConfig", "", "Make a catalogue of a manifest and an image folder."),
+    "govern": ("harness.govern", "GovernConfig", "catalogue", "Turn a catalogue's samples into training classes."),
+    "tokenizer": ("harness.data.tokenizer", "TokenizerConfig", "catalogue", "Train a tokenizer and encode a catalogue's text."),
+    "eval": ("harness.evaluate_run", "EvalConfig", "run", "Evaluate a run's checkpoint; also under torchrun."),
 }
 TRAIN = "Train a model by a recipe; also as `torchrun … -m harness.train`."
 
@@ -51,7 +51,9 @@ def command(name: str, argv: list[str]) -> None:
     module_name, config_name, positional, sentence = COMMANDS[name]
     module: Any = importlib.import_module(module_name)
     parser = Parser(f"shelfmark {name}", sentence, module.EXAMPLE)
-    parser.add_class_arguments(getattr(module, config_name), as_positional=positional)
+    if positional:
+        parser.add_argument(positional, type=Path, help=f"the {positional} folder")
+    parser.add_class_arguments(getattr(module, config_name), skip={positional} if positional else set())
     parser.add_argument("--json", type=Path | None, default=None, help="file for the figures that the command reports")
     values = parser.parse(argv).as_dict()
     json_file = values.pop("json")

@@ -34,7 +34,6 @@ class Parser(jsonargparse.ArgumentParser):
             description=description,
             epilog=f"example: {example}",
             exit_on_error=False,
-            formatter_class=_HelpFormatter,
             **kwargs,
         )
 
@@ -44,6 +43,7 @@ class Parser(jsonargparse.ArgumentParser):
         Raises:
             UserError: anything that is wrong with `argv` or with the recipe that it names.
         """
+        argv = [_underscored(arg) for arg in argv]
         known = {key for key in self.get_defaults().keys() if key != "config"}
         for key in _given_keys(argv):
             if key not in known and not any(name.startswith(f"{key}.") for name in known) and key not in ("help", "config"):
@@ -54,9 +54,9 @@ class Parser(jsonargparse.ArgumentParser):
             raise UserError(_one_line(str(error)), f"See `{self.prog} --help`") from error
 
 
-class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return super()._get_help_string(action) or ""
+    def format_help(self) -> str:
+        """The help text, its flags spelt with dashes (the keys of a recipe, which hold dots, keep their underscores)."""
+        return re.sub(r"--[a-z_]+(?![\w.])", lambda flag: flag[0].replace("_", "-"), super().format_help())
 
 
 def unknown_key(key: str, known: Iterable[str], where: str) -> UserError:
@@ -93,6 +93,12 @@ def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _leaves(value, f"{name}.")
         else:
             yield name
+
+
+def _underscored(arg: str) -> str:
+    """--vocab-size and --vocab_size are the same flag."""
+    flag, equals, value = arg.partition("=")
+    return flag[:2] + flag[2:].replace("-", "_") + equals + value if re.match(r"--[a-z]", arg) else arg
 
 
 def _given_keys(argv: list[str]) -> list[str]:

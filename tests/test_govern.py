@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import xxhash
-from catalogues import make_catalogue
 
 from harness.data.catalogue import Catalogue
 from harness.data.ingest import IngestConfig
 from harness.data.ingest import run as ingest
 from harness.errors import UserError
 from harness.govern import GovernConfig, run
+from tests.catalogues import make_catalogue
 
 KINDS = ("query", "document")
 

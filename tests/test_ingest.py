@@ -22,7 +22,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import xxhash
-from catalogues import COLUMNS, draw_rows, make_catalogue, write_manifest
 from PIL import Image
 
 from harness.data import ingest
@@ -31,6 +30,7 @@ from harness.data.ingest import IngestConfig, run
 from harness.data.manifest import Manifest
 from harness.data.writers import NpyWriter, ParquetWriter
 from harness.errors import UserError
+from tests.catalogues import COLUMNS, draw_rows, make_catalogue, write_manifest
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from catalogues import make_catalogue
 
 from harness.data import tokenizer as module
 from harness.data.catalogue import Catalogue
@@ -16,6 +15,7 @@ from harness.data.ingest import IngestConfig
 from harness.data.ingest import run as ingest
 from harness.data.tokenizer import Tokenizer, TokenizerConfig, TokenStore, run
 from harness.errors import UserError
+from tests.catalogues import make_catalogue
 
 WORDS = ("red", "green", "blue", "wool", "cotton", "silk", "shirt", "scarf", "jacket", "sleeve", "collar", "winter")
 QUERY_TITLE = "worn zipper"  # the train queries' text, which no document has

@@ -280,9 +280,7 @@ def _encode_catalogue(catalogue: Catalogue, tokenizer: Tokenizer, folder: Path) 
     with ExitStack() as stack:
         tokens = {field: stack.enter_context(NpyWriter(folder / f"{field}.tokens.npy", np.int32)) for field in FIELDS}
         offsets = {field: stack.enter_context(NpyWriter(folder / f"{field}.offsets.npy", np.int64)) for field in FIELDS}
-        progress = stack.enter_context(
-            tqdm(total=catalogue.num_samples, desc="encode", unit=" samples", mininterval=0.5)
-        )
+        progress = stack.enter_context(tqdm(total=catalogue.num_samples, desc="encode", unit=" rows", mininterval=0.5))
         for writer in offsets.values():
             writer.append([0])
         for batch in catalogue.batches(list(FIELDS)):

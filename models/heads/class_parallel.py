@@ -181,7 +181,8 @@ class ClassParallelHead(nn.Module):
 
     def full_weight(self) -> Tensor:
         """All rows in class-id order [num_classes, embedding_dim], on every rank."""
-        return gather_shards(self.rows, self.row_group)
+        weight = gather_shards(self.rows, self.row_group)
+        return weight.clone() if weight is self.rows else weight
 
     def load_full_weight(self, weight: Tensor) -> None:
         """Takes this rank's rows out of `weight` [num_classes, embedding_dim]."""
@@ -219,7 +220,8 @@ class _MarginSoftmax(torch.autograd.Function):
         lse, cosine, largest = _combine(part, head.row_group)
 
         value, slope = margin_cosine(cosine, step.margin, config.gradient == "straight_through")
-        sample_loss = F.softplus(lse - config.scale * value, threshold=1e4)  # = -log softmax of the target; no clamp
+        # -log softmax of the target = log(1 + exp(lse - logit)): exact at both ends, no clamp
+        sample_loss = torch.logaddexp(torch.zeros_like(lse), lse - config.scale * value)
         ctx.save_for_backward(everyone, rows, target, lse, weight, slope, config.scale * value)
         ctx.head, ctx.step, ctx.sizes = head, step, sizes
         loss = torch.where(weight > 0, sample_loss, 0.0) @ weight

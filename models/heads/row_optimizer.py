@@ -65,5 +65,7 @@ class RowAdamW:
         first = self.exp_avg[active].lerp_(grad, 1 - beta1)
         second = self.exp_avg_sq[active].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         self.row_step[active], self.exp_avg[active], self.exp_avg_sq[active] = count, first, second
-        denominator = (second / (1 - beta2**count)).sqrt_().add_(config.eps)
-        self.rows[active] = self.rows[active] - (lr * first / (1 - beta1**count) / denominator).to(self.rows.dtype)
+        # in float64: 1 - beta2 ** count loses five digits of float32 in the first steps
+        bias1, bias2 = (1 - beta ** count.double() for beta in (beta1, beta2))
+        denominator = second.sqrt().div_(bias2.sqrt().to(second.dtype)).add_(config.eps)
+        self.rows[active] = self.rows[active] - (first / bias1.to(first.dtype) / denominator * lr).to(self.rows.dtype)

@@ -1,0 +1,101 @@
+"""Persistent gloo ranks for the tests: starting a rank costs seconds, so one pool per world size runs many checks.
+
+`ranks(3).run(check, *args)` calls check(*args) on ranks 0..2 at once and returns their results in rank order. A check is a module-level function;
+inside, `layout(tp)` gives a Mesh. A check that raises on any rank, or hangs, fails the test and replaces the pool.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+TIMEOUT = 240.0
+
+
+class Ranks:
+    """Processes 0..world_size-1 of one gloo world."""
+
+    def __init__(self, world_size: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["harness.loop", "harness.evaluate_run", "tests.pool"])
+        self.world_size = world_size
+        rendezvous = tempfile.mktemp(prefix="shelfmark-pool-")
+        self.pipes, self.processes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, rendezvous, theirs), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, check: Callable[..., Any], *args: Any) -> list[Any]:
+        """check(*args) on every rank; raises AssertionError with the first failing rank's traceback."""
+        for pipe in self.pipes:
+            pipe.send((check, args))
+        results, failures = [], []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(20.0 if failures else TIMEOUT):
+                failures.append(f"rank {rank} of {self.world_size} hangs in {check.__name__}")
+                continue
+            ok, value = pipe.recv()
+            results.append(value)
+            if not ok:
+                failures.append(f"rank {rank} of {self.world_size}:\n{value}")
+        if failures:
+            self.stop()
+            ranks.cache_clear()
+            raise AssertionError("\n".join(failures))
+        return results
+
+    def stop(self) -> None:
+        """Kills the ranks."""
+        for process in self.processes:
+            process.kill()
+
+
+@functools.cache
+def ranks(world_size: int) -> Ranks:
+    """The pool of that world size."""
+    pool = Ranks(world_size)
+    atexit.register(pool.stop)
+    return pool
+
+
+@contextmanager
+def layout(tensor_parallel: int = 1) -> Iterator[Any]:
+    """Inside a check: a Mesh over all ranks of the pool."""
+    from harness.mesh import Mesh, MeshConfig
+
+    mesh = Mesh(MeshConfig(tensor_parallel=tensor_parallel))
+    try:
+        yield mesh
+    finally:
+        mesh.close(keep_world=True)
+
+
+def _serve(rank: int, world_size: int, rendezvous: str, pipe: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    torch.set_num_threads(1)
+    from harness.train import quiet_libraries
+
+    quiet_libraries()
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+    while True:
+        try:
+            check, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, check(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
