@@ -30,7 +30,7 @@ class Ranks:
         self.pipes, self.processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, rendezvous, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, world_size, rendezvous, theirs))
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)

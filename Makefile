@@ -1,0 +1,33 @@
+# `make test` is what CI runs, `make test-full` every check that there is. Both begin by setting up .venv, which needs
+# nothing but Python 3.11 or 3.12 with its venv module; another interpreter: make PYTHON=python3.12 test
+PYTHON ?= python3
+RUN := .venv/bin/python -m
+INSTALLED := .venv/installed
+
+# Tests start many ranks on few cores: threads of their own would only fight for them.
+export OMP_NUM_THREADS := 1
+
+.PHONY: test test-full lint .venv
+
+test: lint
+	$(RUN) pytest -m "not full"
+
+test-full: lint
+	$(RUN) pytest
+
+lint: $(INSTALLED)
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+	$(RUN) mypy
+
+.venv: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || { \
+		echo "error: Shelfmark needs Python 3.11 or 3.12. Name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(RUN) pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || { rm -rf .venv; \
+		echo "error: $(PYTHON) cannot make a virtual environment. Install its venv module" \
+			"(on Debian and Ubuntu the package python3-venv) and call make again" >&2; exit 1; }
+	@echo "Installing the packages of pyproject.toml into .venv, pinned by constraints.txt (some minutes, once)"
+	@$(RUN) pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0 -e '.[dev]'
+	@touch $@
