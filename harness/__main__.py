@@ -8,14 +8,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness.arguments import Parser, run_command, write_figures
+from harness.arguments import Parser, check_figures, run_command, write_figures
 from harness.errors import UserError
 
 # command -> (module, its configuration class, the field that is given by place, one sentence). Modules load only when asked for.
 COMMANDS = {
     "ingest": ("harness.data.ingest", "IngestConfig", "", "Make a catalogue of a manifest and an image folder."),
     "govern": ("harness.govern", "GovernConfig", "catalogue", "Turn a catalogue's samples into training classes."),
-    "tokenizer": ("harness.data.tokenizer", "TokenizerConfig", "catalogue", "Train a tokenizer and encode a catalogue's text."),
+    "tokenizer": (
+        "harness.data.tokenizer",
+        "TokenizerConfig",
+        "catalogue",
+        "Train a tokenizer and encode a catalogue's text.",
+    ),
     "eval": ("harness.evaluate_run", "EvalConfig", "run", "Evaluate a run's checkpoint; also under torchrun."),
 }
 TRAIN = "Train a model by a recipe; also as `torchrun … -m harness.train`."
@@ -57,6 +62,7 @@ def command(name: str, argv: list[str]) -> None:
     parser.add_argument("--json", type=Path | None, default=None, help="file for the figures that the command reports")
     values = parser.parse(argv).as_dict()
     json_file = values.pop("json")
+    check_figures(json_file)
     figures = module.run(getattr(module, config_name)(**values))
     if os.environ.get("RANK", "0") == "0":
         write_figures(json_file, figures)

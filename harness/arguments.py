@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import jsonargparse
 import yaml
@@ -17,6 +19,7 @@ import yaml
 from harness.errors import UserError
 
 USER_ERROR_CODE = 2
+OTHERS_WAIT = 5.0  # seconds
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -37,26 +40,46 @@ class Parser(jsonargparse.ArgumentParser):
             **kwargs,
         )
 
-    def parse(self, argv: list[str]) -> jsonargparse.Namespace:
-        """Parses and instantiates.
+    def parse(self, argv: list[str], recipe: Mapping[str, Any] | None = None) -> jsonargparse.Namespace:
+        """Parses `argv` on top of `recipe` (from `read_recipe`) and instantiates.
 
         Raises:
-            UserError: anything that is wrong with `argv` or with the recipe that it names.
+            UserError: anything that is wrong with either.
         """
-        argv = [_underscored(arg) for arg in argv]
+        argv = self._bracketed([_underscored(arg) for arg in argv])
         known = {key for key in self.get_defaults().keys() if key != "config"}
         for key in _given_keys(argv):
-            if key not in known and not any(name.startswith(f"{key}.") for name in known) and key not in ("help", "config"):
+            if (
+                key not in known
+                and not any(name.startswith(f"{key}.") for name in known)
+                and key not in ("help", "config")
+            ):
                 raise unknown_key(key, known, "command line")
         try:
-            return self.instantiate_classes(self.parse_args(argv))
+            given = self.parse_object(dict(recipe)) if recipe else None
+            return self.instantiate_classes(self.parse_args(argv, namespace=given))
         except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
-            raise UserError(_one_line(str(error)), f"See `{self.prog} --help`") from error
+            raise UserError(_plain(str(error)), f"See `{self.prog} --help`") from error
 
+    def _bracketed(self, argv: list[str]) -> list[str]:
+        """`--slices colour,shape` means `--slices [colour,shape]`."""
+        lists = {f"--{a.dest}" for a in self._actions if get_origin(getattr(a, "_typehint", None)) is tuple}
+        result, previous = [], ""
+        for arg in argv:
+            flag, equals, value = arg.partition("=")
+            if equals and flag in lists and value[:1] != "[":
+                arg = f"{flag}=[{value}]"
+            elif previous in lists and arg[:1] != "[":
+                arg = f"[{arg}]"
+            result.append(arg)
+            previous = flag if not equals else ""
+        return result
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
         """The help text, its flags spelt with dashes (the keys of a recipe, which hold dots, keep their underscores)."""
-        return re.sub(r"--[a-z_]+(?![\w.])", lambda flag: flag[0].replace("_", "-"), super().format_help())
+        return re.sub(
+            r"--[a-z_]+(?![\w.])", lambda flag: flag[0].replace("_", "-"), super().format_help(*args, **kwargs)
+        )
 
 
 def unknown_key(key: str, known: Iterable[str], where: str) -> UserError:
@@ -69,30 +92,35 @@ def read_recipe(path: Path, known: Iterable[str]) -> dict[str, Any]:
     """The mapping of a YAML recipe, its keys checked against `known` (dotted).
 
     Raises:
-        UserError: no such file, no YAML mapping, or an unknown key.
+        UserError: no such file, no YAML mapping, an unknown key, or one without a value.
     """
     try:
-        recipe = yaml.safe_load(path.read_text())
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"recipe {path}: {error.strerror}", "Recipes lie in jobs/recipes") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is no YAML: {_one_line(str(error))}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"recipe {path} must be a YAML mapping of keys to values")
     names = set(known)
-    for key in _leaves(recipe):
-        if key not in names and not any(name.startswith(f"{key}.") for name in names):
+    for key, value in _leaves(recipe):
+        section = any(name.startswith(f"{key}.") for name in names)
+        if key not in names and not section:
             raise unknown_key(key, names, f"recipe {path}")
+        if section and value != {}:
+            raise UserError(f"recipe {path}: '{key}' must be a mapping of keys to values")
+        if value is None:
+            raise UserError(f"recipe {path}: '{key}' has no value", "Give it one, or leave the key out")
     return recipe
 
 
-def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in mapping.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{name}.")
         else:
-            yield name
+            yield name, value
 
 
 def _underscored(arg: str) -> str:
@@ -107,6 +135,21 @@ def _given_keys(argv: list[str]) -> list[str]:
 
 def _one_line(message: str) -> str:
     return re.sub(r"\s+", " ", message).strip().rstrip(".")
+
+
+def _plain(message: str) -> str:
+    """jsonargparse's message in one line, without the names of Python's types."""
+    message = re.sub(r"Parser key \"([^\"]+)\"", r"\1", _one_line(message))
+    message = re.sub(
+        r"Does not validate .* Subtypes: \[(.*?)\] Errors: .* Given value: ", r"Expected \1. Got value: ", message
+    )
+    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("typing.", "").replace("NoneType", "null")
+
+
+def check_figures(path: Path | None) -> None:
+    """Raises UserError if --json `path` cannot be written; to be called before hours of work."""
+    if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+        raise UserError(f"--json {path} cannot be written", "Name a file in a folder that exists")
 
 
 def write_figures(path: Path | None, figures: Mapping[str, Any]) -> None:
@@ -124,11 +167,18 @@ def write_figures(path: Path | None, figures: Mapping[str, Any]) -> None:
 
 
 def run_command(body: Callable[[], Any]) -> int:
-    """Runs a command's body; a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Runs a command's body; a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+
+    Under torchrun the first rank of a node speaks for all. Another one waits: if the first has met the same, torchrun ends this one now.
+    """
     try:
         body()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        name = "error"
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(OTHERS_WAIT)
+            name = f"error: rank {os.environ.get('RANK')}"
+        print(f"{name}: {error}", file=sys.stderr)
         return USER_ERROR_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

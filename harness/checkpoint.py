@@ -53,7 +53,9 @@ class Trainable:
     row_optimizer: RowAdamW | None
 
 
-def save(folder: Path, step: int, parts: Trainable, state: dict[str, Any], classes: Path, mesh: Mesh, keep: int) -> Path:
+def save(
+    folder: Path, step: int, parts: Trainable, state: dict[str, Any], classes: Path, mesh: Mesh, keep: int
+) -> Path:
     """Writes the checkpoint of `step` under `folder`; collective. Keeps the newest `keep` and returns the new one.
 
     Raises:
@@ -152,7 +154,11 @@ def load(checkpoint: Path, parts: Trainable, mesh: Mesh) -> None:
 
 def _model_state(towers: nn.Module, mesh: Mesh) -> dict[str, Any]:
     """The towers' parameters as megatron-core ShardedTensors; keys are the state names of the plain twin."""
-    axes = {n: p.partition_dim for n, p in towers.named_parameters() if getattr(p, "tensor_model_parallel", False)}
+    axes = {
+        name: parameter.partition_dim  # type: ignore[attr-defined]
+        for name, parameter in towers.named_parameters()
+        if getattr(parameter, "tensor_model_parallel", False)
+    }
     return make_sharded_tensors_for_checkpoint(
         towers.state_dict(keep_vars=True), "", axes, tp_group=mesh.tp, dp_cp_group=mesh.groups.dp_cp
     )
@@ -176,7 +182,12 @@ def _head_state(head: ClassParallelHead, optimizer: RowAdamW | None, mesh: Mesh)
     def logical(local: torch.Tensor) -> DTensor:
         shape = torch.Size((head.config.num_classes, *local.shape[1:]))
         return DTensor.from_local(
-            local, device_mesh, [Shard(0)], run_check=False, shape=shape, stride=torch.empty(shape, device="meta").stride()
+            local,
+            device_mesh,
+            [Shard(0)],
+            run_check=False,
+            shape=shape,
+            stride=torch.empty(shape, device="meta").stride(),
         )
 
     state: dict[str, Any] = {"rows": logical(head.rows)}

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
-import yaml
 
 from harness.arguments import Parser, read_recipe
 from harness.data.loader import DataConfig
@@ -89,7 +88,11 @@ class RunConfig:
 
 def parser(method: str) -> Parser:
     """The parser of a run of `method`."""
-    p = Parser("harness.train", "Train a retrieval model by a recipe; every key can be overridden, as --train.steps 200.", EXAMPLE)
+    p = Parser(
+        "harness.train",
+        "Train a retrieval model by a recipe; every key can be overridden, as --train.steps 200.",
+        EXAMPLE,
+    )
     p.add_argument("--config", type=Path, help="YAML recipe")
     p.add_argument("--run", type=Path, default=Path("runs/run"), help="run folder: log, TensorBoard, checkpoints")
     p.add_argument("--json", type=Path | None, default=None, help="file for the final figures")
@@ -98,6 +101,18 @@ def parser(method: str) -> Parser:
     for section, kind in _sections(method).items():
         p.add_class_arguments(kind, section)
     return p
+
+
+def _every_key() -> set[str]:
+    return {key for name in METHODS for key in parser(name).get_defaults().keys()}
+
+
+def _parser_of(recipe: Mapping[str, Any]) -> Parser:
+    """The parser of the method that `recipe` names."""
+    method = str(recipe.get("method", next(iter(METHODS))))
+    if method not in METHODS:
+        raise UserError(f"method is '{method}'", f"It can be {', '.join(METHODS)}")
+    return parser(method)
 
 
 def _sections(method: str) -> dict[str, type]:
@@ -127,14 +142,10 @@ def parse(argv: list[str]) -> tuple[RunConfig, Path | None]:
                 options[option] = arg.split("=", 1)[1]
     recipe: dict[str, Any] = {}
     if options["--config"]:
-        every_key = {key for name in METHODS for key in parser(name).get_defaults().keys()}
-        recipe = read_recipe(Path(options["--config"]), every_key)
-    method = options["--method"] or recipe.get("method", next(iter(METHODS)))
-    if method not in METHODS:
-        raise UserError(f"method is '{method}'", f"It can be {', '.join(METHODS)}")
-    p = parser(method)
-    p.set_defaults(_flat(recipe))
-    values = p.parse(argv)
+        recipe = read_recipe(Path(options["--config"]), _every_key())
+    if options["--method"]:
+        recipe["method"] = options["--method"]
+    values = _parser_of(recipe).parse(argv, recipe)
     config = _build(values)
     check(config, int(os.environ.get("WORLD_SIZE", "1")))
     return config, values.json
@@ -144,15 +155,13 @@ def load(run: Path) -> RunConfig:
     """The configuration that a run folder holds.
 
     Raises:
-        UserError: no such run.
+        UserError: no such run, or one whose configuration this version does not read.
     """
     file = run / "config.yaml"
     if not file.is_file():
         raise UserError(f"{run} is no run folder: it has no config.yaml", "Name the folder that was --run in training")
-    saved = yaml.safe_load(file.read_text())
-    p = parser(saved["method"])
-    p.set_defaults(_flat(saved))
-    return replace(_build(p.parse([])), run=run)
+    saved = read_recipe(file, _every_key())
+    return replace(_build(_parser_of(saved).parse([], saved)), run=run)
 
 
 def check(config: RunConfig, world: int) -> None:
@@ -165,7 +174,9 @@ def check(config: RunConfig, world: int) -> None:
             f"model.vision.image_size {config.model.vision.image_size}"
         )
     if config.model.objective == "contrastive" and config.data.micro_batches > 1:
-        errors.append("data.micro_batches must be 1 with model.objective contrastive: its negatives are those of one forward")
+        errors.append(
+            "data.micro_batches must be 1 with model.objective contrastive: its negatives are those of one forward"
+        )
     if errors:
         raise UserError(errors[0], f"(and {len(errors) - 1} more)" if len(errors) > 1 else "")
     check_layout(config.mesh, world)

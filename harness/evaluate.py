@@ -89,7 +89,13 @@ class Evaluation:
     """
 
     def __init__(
-        self, config: EvaluationConfig, run: RunConfig, catalogue: Catalogue, tokenizer: Tokenizer, classes: Path, mesh: Mesh
+        self,
+        config: EvaluationConfig,
+        run: RunConfig,
+        catalogue: Catalogue,
+        tokenizer: Tokenizer,
+        classes: Path,
+        mesh: Mesh,
     ) -> None:
         self.config, self.run_config, self.mesh, self.tokenizer = config, run, mesh, tokenizer
         for name in config.slices:
@@ -105,7 +111,8 @@ class Evaluation:
             if not len(side.ids):
                 splits = ", ".join(catalogue.meta["counts"]["splits"])
                 raise UserError(
-                    f"split '{config.split}' of {catalogue.path} has no {side.kind}", f"The splits are {splits} (evaluation.split)"
+                    f"split '{config.split}' of {catalogue.path} has no {side.kind}",
+                    f"The splits are {splits} (evaluation.split)",
                 )
         offset = catalogue.num_samples
         for path in config.distractors:
@@ -167,7 +174,9 @@ class Evaluation:
         own = np.concatenate(kept)
         device = self.mesh.device
         return Embedded(
-            torch.cat(vectors), torch.from_numpy(side.ids[own]).to(device), torch.from_numpy(side.labels[own]).to(device)
+            torch.cat(vectors),
+            torch.from_numpy(side.ids[own]).to(device),
+            torch.from_numpy(side.labels[own]).to(device),
         )
 
     def _batch(self, reader: ImageReader, side: Side, rows: np.ndarray, tokens: TokenStore | None) -> Batch:
@@ -179,7 +188,9 @@ class Evaluation:
         if tokens is not None:
             text = torch.from_numpy(tokens.batch(rows, length))
         batch = Batch(images, labels, weights, ids, images, text, labels, weights, ids)
-        return batch.to(self.mesh.device, torch.bfloat16 if self.run_config.train.precision == "bf16" else torch.float32)
+        return batch.to(
+            self.mesh.device, torch.bfloat16 if self.run_config.train.precision == "bf16" else torch.float32
+        )
 
     def _groups(self, keys: dict[str, int], classes: Path) -> dict[str, np.ndarray]:
         """Slice name -> value of each query, in query order."""
@@ -195,7 +206,9 @@ class Evaluation:
 
     def _shown(self, queries: Embedded) -> Embedded:
         """This rank's queries of the panel, spread evenly over all queries."""
-        wanted = torch.from_numpy(self.queries.ids[:: max(1, self._panel_rows)][: self.config.panel]).to(queries.ids.device)
+        wanted = torch.from_numpy(self.queries.ids[:: max(1, self._panel_rows)][: self.config.panel]).to(
+            queries.ids.device
+        )
         mine = torch.isin(queries.ids, wanted)
         return Embedded(queries.vectors[mine], queries.ids[mine], queries.labels[mine])
 

@@ -152,9 +152,9 @@ class Trainer:
                     log.scalars(self.step, figures)
                     window = time.perf_counter()
                 pause = time.perf_counter()
-                if train.checkpoint_every and self.step % train.checkpoint_every == 0 or last:
+                if (train.checkpoint_every and self.step % train.checkpoint_every == 0) or last:
                     self.save()
-                if train.evaluate_every and self.step % train.evaluate_every == 0 or self.step == train.steps:
+                if (train.evaluate_every and self.step % train.evaluate_every == 0) or self.step == train.steps:
                     report = self.evaluate(log)
                 paused += time.perf_counter() - pause
                 window += time.perf_counter() - pause
@@ -309,4 +309,3 @@ def prepare_run_folder(config: RunConfig, versions: dict[str, str]) -> None:
             shutil.copyfile(config.data.catalogue / "tokenizer" / name, target / name)
     except OSError as error:
         raise UserError(f"run folder {config.run}: {error}", "Choose another --run") from error
-

@@ -56,7 +56,8 @@ class Mesh:
             timeout = timedelta(minutes=config.timeout_minutes)
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout, **store)  # type: ignore[arg-type]
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=config.tensor_parallel, distributed_timeout_minutes=int(config.timeout_minutes) or 1
+            tensor_model_parallel_size=config.tensor_parallel,
+            distributed_timeout_minutes=int(config.timeout_minutes) or 1,
         )
         self.groups = ProcessGroupCollection.use_mpu_process_groups()
         self.tp: ProcessGroup = self.groups.tp
@@ -67,7 +68,8 @@ class Mesh:
     def seed_streams(self, seed: int, step: int) -> None:
         """Random streams of one step, a pure function of (seed, step, place), so that no generator state is ever saved.
 
-        torch's generator differs over dp and agrees over tp; megatron-core's tracked stream (dropout inside tensor-parallel regions) differs over both.
+        torch's generator differs over dp and agrees over tp; megatron-core's tracked stream, for dropout inside tensor-parallel regions,
+        differs over both.
         """
         key = (seed * 1_000_003 + step) * 65_537 + self.dp.rank()
         torch.manual_seed(key)

@@ -20,8 +20,15 @@ from models.transformer import MegatronBuilder
 class Method(Protocol):
     """What the loop, evaluation and export ask of a method."""
 
-    towers: nn.Module
-    head: ClassParallelHead | None
+    @property
+    def towers(self) -> nn.Module:
+        """The parameters that are trained."""
+        ...
+
+    @property
+    def head(self) -> ClassParallelHead | None:
+        """The class-parallel head, if the objective has one."""
+        ...
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss of one micro-batch, the same on every rank; metrics as local [sum, weight])."""
@@ -52,7 +59,15 @@ METHODS: dict[str, MethodSpec] = {
 
 
 def build(
-    method: str, model: Any, head: ClassHeadConfig, mesh: Mesh, *, num_classes: int, vocab_size: int, seed: int, precision: str
+    method: str,
+    model: Any,
+    head: ClassHeadConfig,
+    mesh: Mesh,
+    *,
+    num_classes: int,
+    vocab_size: int,
+    seed: int,
+    precision: str,
 ) -> tuple[Method, Any]:
     """The tensor-parallel method on this mesh, and its configuration with vocabulary filled in.
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 
-from harness.arguments import run_command, write_figures
+from harness.arguments import check_figures, run_command, write_figures
 from harness.config import parse
-from harness.errors import UserError
 from harness.loop import Trainer, prepare_run_folder
 from harness.mesh import Mesh
 from harness.versions import versions
@@ -18,6 +16,7 @@ from harness.versions import versions
 def train(argv: list[str]) -> None:
     """Parses, checks, trains. Raises UserError for what the user can mend, on every rank alike."""
     config, json_file = parse(argv)
+    check_figures(json_file)
     quiet_libraries()
     mesh = Mesh(config.mesh)
     try:
@@ -41,21 +40,8 @@ def quiet_libraries() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; errors are printed by the first local rank only."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-
-        def body() -> None:
-            try:
-                train(arguments)
-            except UserError:
-                raise SystemExit(2) from None
-    else:
-
-        def body() -> None:
-            train(arguments)
-
-    return run_command(body)
+    """Entry point."""
+    return run_command(lambda: train(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

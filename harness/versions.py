@@ -10,7 +10,16 @@ from pathlib import Path
 
 import torch
 
-_PACKAGES = ("shelfmark", "torch", "megatron-core", "nvidia-dali-cuda130", "numpy", "sentencepiece", "pyarrow", "pillow")
+_PACKAGES = (
+    "shelfmark",
+    "torch",
+    "megatron-core",
+    "nvidia-dali-cuda130",
+    "numpy",
+    "sentencepiece",
+    "pyarrow",
+    "pillow",
+)
 
 
 def commit() -> str:

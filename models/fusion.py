@@ -25,7 +25,11 @@ class CrossAttention(nn.Module):
         """x [b, m, h]; context [b, n, c]; hidden bool [b, 1, 1, n], True = not seen. Returns ([b, m, h], map [b, heads, m, n])."""
         b, m, _ = x.shape
         q = self.query(self.norm_query(x)).view(b, m, self.heads, -1).transpose(1, 2)
-        k, v = self.key_value(self.norm_context(context)).view(b, context.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        k, v = (
+            self.key_value(self.norm_context(context))
+            .view(b, context.shape[1], 2, self.heads, -1)
+            .permute(2, 0, 3, 1, 4)
+        )
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
         if hidden is not None:
             scores = scores.masked_fill(hidden, float("-inf"))

@@ -90,7 +90,9 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 def install() -> None:
     """Patches the modules of `PATCHED` (idempotent). Call before megatron-core is used; a no-op where CUDA is available."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "Transformer Engine and Apex are not installed": logged once by models/backends.py
+        warnings.simplefilter(
+            "ignore"
+        )  # "Transformer Engine and Apex are not installed": logged once by models/backends.py
         modules = {name: importlib.import_module(name) for name in PATCHED}
     _mend_checkpoint_queue(modules["megatron.core.dist_checkpointing.strategies.filesystem_async"])
     if torch.cuda.is_available():

@@ -14,7 +14,7 @@ def merge_shards(shard: Tensor, parameter: nn.Parameter, group: ProcessGroup) ->
         return shard
     shards = [torch.empty_like(shard) for _ in range(group.size())]
     dist.all_gather(shards, shard.contiguous(), group=group)
-    return torch.cat(shards, dim=parameter.partition_dim)  # type: ignore[arg-type]
+    return torch.cat(shards, dim=parameter.partition_dim)  # type: ignore[attr-defined]
 
 
 def merged_state_dict(towers: nn.Module, group: ProcessGroup) -> dict[str, Tensor]:

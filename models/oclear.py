@@ -1,8 +1,9 @@
 """OCLEAR: a query photo finds documents made of image and text, by classification (Cheng et al., arXiv 2305.03972).
 
-Known: one image encoder shared by query and document, separate transformation networks behind it, concept-aware fusion of a document's text and image,
-queries and documents as equivalent samples of a class, data-parallel encoders with a class-parallel classifier. Ours: everything else; see
-docs/methods.md. The same `OclearTowers` runs on megatron-core (training) and in plain torch (oracle, serving): the builder decides.
+Known: one image encoder shared by query and document, separate transformation networks behind it, concept-aware fusion of a document's
+text and image, queries and documents as equivalent samples of a class, data-parallel encoders with a class-parallel classifier.
+Ours: everything else (docs/methods.md). The same `OclearTowers` runs on megatron-core (training) and in plain torch (oracle, serving): the
+builder decides.
 """
 
 from __future__ import annotations
@@ -111,7 +112,9 @@ class Oclear:
         data_group: ranks that bring different samples.
     """
 
-    def __init__(self, config: OclearConfig, towers: OclearTowers, head: ClassParallelHead | None, data_group: ProcessGroup) -> None:
+    def __init__(
+        self, config: OclearConfig, towers: OclearTowers, head: ClassParallelHead | None, data_group: ProcessGroup
+    ) -> None:
         self.config, self.towers, self.head, self.data_group = config, towers, head, data_group
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

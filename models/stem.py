@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -18,13 +19,10 @@ class ResidualConv(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            ChannelNorm(channels),
-            nn.GELU(),
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            ChannelNorm(channels),
-            nn.GELU(),
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            *_norm_act(channels), _conv3(channels, channels, 1), *_norm_act(channels), _conv3(channels, channels, 1)
         )
+        with torch.no_grad():
+            self.body[-1].weight.mul_(0.2)  # type: ignore[operator]  # close to the identity at the start
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, c, y, x] -> the same shape."""
@@ -43,9 +41,21 @@ def conv_stem(channels: tuple[int, ...], blocks: tuple[int, ...], hidden_size: i
     """
     layers: list[nn.Module] = []
     previous = 3
-    for width, count in zip(channels, blocks, strict=True):
-        layers.append(nn.Conv2d(previous, width, 3, stride=2, padding=1, bias=False))
+    for stage, (width, count) in enumerate(zip(channels, blocks, strict=True)):
+        if stage:
+            layers += _norm_act(previous)
+        layers.append(_conv3(previous, width, 2))
         layers.extend(ResidualConv(width) for _ in range(count))
         previous = width
-    layers += [ChannelNorm(previous), nn.GELU(), nn.Conv2d(previous, hidden_size, 1)]
+    layers += [*_norm_act(previous), nn.Conv2d(previous, hidden_size, 1)]
     return nn.Sequential(*layers)
+
+
+def _norm_act(channels: int) -> list[nn.Module]:
+    return [ChannelNorm(channels), nn.ReLU()]  # GELU costs a stem a fifth of its time on a CPU and gains nothing
+
+
+def _conv3(before: int, after: int, stride: int) -> nn.Conv2d:
+    conv = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight)
+    return conv

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from contextlib import nullcontext
 from typing import Any
@@ -44,6 +45,7 @@ def megatron_config(shape: TransformerShape, tensor_parallel_size: int) -> Trans
             hidden_dropout=shape.dropout,
             attention_dropout=shape.attention_dropout,
             layernorm_epsilon=shape.layernorm_eps,
+            init_method_std=math.sqrt(2 / (5 * shape.hidden_size)),  # Nguyen and Salazar 2019; 0.023 at width 768
             tensor_model_parallel_size=tensor_parallel_size,
             use_cpu_initialization=True,  # the master weight is drawn whole and cut, so it does not depend on the layout
             calculate_per_token_loss=True,
@@ -82,9 +84,7 @@ class SdpaCore(MegatronModule):
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
-    ) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
         """query, key, value [s, b, heads, d]; attention_mask bool, broadcastable to [b, heads, s, s], True = hidden. Returns [s, b, heads*d]."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0

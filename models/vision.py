@@ -38,14 +38,18 @@ class VisionConfig(TransformerShape):
         """What does not fit together, as sentences that name the key under `where`."""
         errors = []
         if self.image_size % self.patch_size:
-            errors.append(f"{where}.image_size {self.image_size} is no multiple of {where}.patch_size {self.patch_size}")
+            errors.append(
+                f"{where}.image_size {self.image_size} is no multiple of {where}.patch_size {self.patch_size}"
+            )
         if self.stem_channels and 2 ** len(self.stem_channels) != self.patch_size:
             errors.append(
                 f"{where}.stem_channels has {len(self.stem_channels)} stages, which makes patches of "
                 f"{2 ** len(self.stem_channels)} pixels, but {where}.patch_size is {self.patch_size}"
             )
         if len(self.stem_blocks) != len(self.stem_channels):
-            errors.append(f"{where}.stem_blocks needs one number for each of the {len(self.stem_channels)} stem_channels")
+            errors.append(
+                f"{where}.stem_blocks needs one number for each of the {len(self.stem_channels)} stem_channels"
+            )
         if self.pooling not in ("mean", "class"):
             errors.append(f"{where}.pooling is '{self.pooling}'; it can be 'mean' or 'class'")
         return errors

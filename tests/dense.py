@@ -12,7 +12,12 @@ from models.heads.class_parallel import ClassHeadConfig
 
 
 def dense_loss(
-    embeddings: Tensor, rows: Tensor, labels: Tensor, weights: Tensor, config: ClassHeadConfig, active: Tensor | None = None
+    embeddings: Tensor,
+    rows: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    config: ClassHeadConfig,
+    active: Tensor | None = None,
 ) -> Tensor:
     """Weighted mean margin-softmax loss over all rows (or the `active` ones, which hold every label); labels of -1 count nothing."""
     weights = weights * (labels >= 0)

@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.catalogues import make_catalogue
-
 from harness.config import RunConfig, parse
+from tests.catalogues import make_catalogue
 
 # fp32, 4 heads for tensor parallelism up to 4, dropout 0: what layout comparisons need.
 RECIPE: dict[str, Any] = {
@@ -55,13 +54,13 @@ def prepared_catalogue(
     return catalogue
 
 
-def arguments(catalogue: Path, run: Path, **overrides: Any) -> list[str]:
+def arguments(catalogue: Path, run: Path, /, **overrides: Any) -> list[str]:
     """The command line of a tiny run; dotted keys as in `**{"train.steps": 3}`."""
     values = {**RECIPE, "data.catalogue": catalogue, "run": run, **overrides}
     return [f"--{key}={value if isinstance(value, str | Path) else json.dumps(value)}" for key, value in values.items()]
 
 
-def tiny_config(catalogue: Path, run: Path, **overrides: Any) -> RunConfig:
+def tiny_config(catalogue: Path, run: Path, /, **overrides: Any) -> RunConfig:
     """The checked configuration of a tiny run; dotted keys as in `**{"train.steps": 3}`.
 
     mesh.tensor_parallel is checked against the ranks of this process: inside a pool, choose it with tests.pool.layout.
@@ -75,9 +74,8 @@ def trainer(config: RunConfig, tensor_parallel: int = 1, ready: bool = True) -> 
 
     With `ready` the run folder explains itself already, as after harness.train.
     """
-    from tests.pool import layout
-
     from harness.loop import Trainer, prepare_run_folder
+    from tests.pool import layout
 
     with layout(tensor_parallel) as mesh:
         made = Trainer(config, mesh)

@@ -18,7 +18,12 @@ from tests.dense import dense_loss
 from tests.pool import layout, ranks
 
 D = 6
-MARGINS = {"cosface": (1.0, 0.0, 0.35), "arcface": (1.0, 0.5, 0.0), "sphereface": (1.35, 0.0, 0.0), "all": (1.2, 0.4, 0.1)}
+MARGINS = {
+    "cosface": (1.0, 0.0, 0.35),
+    "arcface": (1.0, 0.5, 0.0),
+    "sphereface": (1.35, 0.0, 0.0),
+    "all": (1.2, 0.4, 0.1),
+}
 
 
 def samples(count: int, classes: int, one_shard: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -48,7 +53,7 @@ def check_head(config: ClassHeadConfig, tensor_parallel: int, sizes: list[int], 
         whole = torch.cat(everywhere).long()
         total = torch.zeros((), dtype=torch.float64)
         for part in torch.arange(len(local)).tensor_split(micro):
-            loss, metrics = head(local[part], labels[own][part], weights[own][part])
+            loss, _ = head(local[part], labels[own][part], weights[own][part])
             loss.backward()
             total += loss.detach()
 
@@ -67,7 +72,9 @@ def check_head(config: ClassHeadConfig, tensor_parallel: int, sizes: list[int], 
 @pytest.mark.parametrize("margin", MARGINS)
 @pytest.mark.parametrize("gradient", ["exact", "straight_through"])
 def test_uneven_shards_and_batches(margin: str, gradient: str) -> None:
-    config = ClassHeadConfig(num_classes=11, embedding_dim=D, margin=MARGINS[margin], scale=8.0, gradient=gradient, tile=3)
+    config = ClassHeadConfig(
+        num_classes=11, embedding_dim=D, margin=MARGINS[margin], scale=8.0, gradient=gradient, tile=3
+    )
     ranks(3).run(check_head, config, 1, [3, 0, 5], False, 1)
 
 
@@ -182,9 +189,7 @@ def test_kernel_twin_does_not_depend_on_its_tiles() -> None:
     for tile in (1, 4, 13):
         for found, wanted in zip(cosine_lse(embeddings, rows, target, 20.0, tile=tile), whole, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-        found_backward = cosine_lse_backward(
-            embeddings, rows, target, 20.0, whole.lse, ones, -ones, tile=tile
-        )
+        found_backward = cosine_lse_backward(embeddings, rows, target, 20.0, whole.lse, ones, -ones, tile=tile)
         for found, wanted in zip(found_backward, backward, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
@@ -244,6 +249,8 @@ def check_info_nce(tensor_parallel: int, sizes: list[int]) -> None:
             torch.testing.assert_close(found.grad, reference.grad[own], rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize(("world", "tensor_parallel", "sizes"), [(1, 1, [5]), (3, 1, [4, 1, 3]), (3, 1, [0, 5, 2]), (4, 2, [3, 4])])
+@pytest.mark.parametrize(
+    ("world", "tensor_parallel", "sizes"), [(1, 1, [5]), (3, 1, [4, 1, 3]), (3, 1, [0, 5, 2]), (4, 2, [3, 4])]
+)
 def test_info_nce_equals_one_dense_process(world: int, tensor_parallel: int, sizes: list[int]) -> None:
     ranks(world).run(check_info_nce, tensor_parallel, sizes)

@@ -126,7 +126,7 @@ def test_micro_batches_equal_one_large_batch(
 def test_resumed_equals_uninterrupted_to_the_digit(
     world: int, tensor_parallel: int, seeded: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    catalogue, run = seeded
+    catalogue, _run = seeded
     settings = {**SETTINGS, "model.vision.dropout": 0.1, "model.text.attention_dropout": 0.1, "head.sample_rate": 0.5}
     pool = ranks(world)
     pool.run(seed_and_train, catalogue, tmp_path / "a", settings, tensor_parallel, 10)

@@ -21,6 +21,6 @@ def fail_on_one() -> None:
 def test_layouts_and_failures() -> None:
     assert ranks(4).run(place, 2) == [(0, 0, 6), (0, 1, 6), (1, 0, 6), (1, 1, 6)]
     assert ranks(3).run(place, 1) == [(0, 0, 3), (1, 0, 3), (2, 0, 3)]
-    with pytest.raises(AssertionError, match="rank 1 of 3:(.|\n)*on purpose"):
+    with pytest.raises(AssertionError, match=r"rank 1 of 3:(.|\n)*on purpose"):
         ranks(3).run(fail_on_one)
     assert ranks(3).run(place, 3) == [(0, 0, 3), (0, 1, 3), (0, 2, 3)]

@@ -62,7 +62,9 @@ def part(batch: Batch, rank: int, size: int) -> Batch:
 
 def close(found: Tensor, wanted: Tensor, name: str, tolerance: float = 1e-10) -> None:
     error = (found - wanted).abs().max() if wanted.numel() else torch.tensor(0.0)
-    assert error <= tolerance * max(1e-6, float(wanted.abs().max())), f"{name}: {error:.3e} off of {wanted.abs().max():.3e}"
+    assert error <= tolerance * max(1e-6, float(wanted.abs().max())), (
+        f"{name}: {error:.3e} off of {wanted.abs().max():.3e}"
+    )
 
 
 def check_against_plain(name: str, tensor_parallel: int) -> None:

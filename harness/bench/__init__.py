@@ -1,1 +1,1 @@
-"""Benchmarks: each a command `python -m harness.bench.NAME`, all with figures of one form (`harness/bench/report.py`)."""
+"""Benchmarks: each a command `python -m harness.bench.NAME`, its figures in the form of `harness/bench/report.py`."""

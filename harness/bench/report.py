@@ -51,7 +51,7 @@ def make_report(
 
 
 def command_line(module: str, config: Any) -> str:
-    """`python -m module` with every field of the dataclass `config` spelt out: defaults may change, a figure may not."""
+    """`python -m module` with every field of the dataclass `config` spelt out, for defaults may change."""
     flags = [
         word
         for field in dataclasses.fields(config)

@@ -216,7 +216,7 @@ class ShardWriter:
         if self._tar is None or self._tar.offset >= self._shard_size:
             self.close()
             path = self._folder / shard_name(self.num_shards)
-            self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - closed by close()
+            self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # closed by close()
             self.num_shards += 1
         member = tarfile.TarInfo(name)
         member.size = len(data)

@@ -85,14 +85,24 @@ class ImageReader:
     """
 
     def __init__(
-        self, catalogue: Catalogue, spec: PreprocessSpec, backend: str, batch_size: int, threads: int, device: torch.device
+        self,
+        catalogue: Catalogue,
+        spec: PreprocessSpec,
+        backend: str,
+        batch_size: int,
+        threads: int,
+        device: torch.device,
     ) -> None:
         self.catalogue, self.spec = catalogue, spec
         if backend == "dali":
             try:
-                from harness.data.pipeline import ImagePipeline  # here, so that `reference` runs where DALI has no wheel
+                from harness.data.pipeline import (
+                    ImagePipeline,
+                )  # here, so that `reference` runs where DALI has no wheel
             except ImportError as error:
-                raise UserError(f"DALI does not import ({error})", "Install nvidia-dali, or use data.backend: reference")
+                raise UserError(
+                    f"DALI does not import ({error})", "Install nvidia-dali, or use data.backend: reference"
+                ) from error
             kind = "mixed" if device.type == "cuda" else "cpu"
             self._pipeline: ImagePipeline | ReferencePipeline = ImagePipeline(
                 spec, batch_size, threads, kind, device.index or 0

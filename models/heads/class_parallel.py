@@ -115,7 +115,9 @@ class ClassParallelHead(nn.Module):
         first = self.start // ID_BLOCK * ID_BLOCK
         return self.config.init_std * torch.cat(blocks)[self.start - first : self.stop - first]
 
-    def begin_step(self, labels: Tensor, weights: Tensor | None = None, step: int = 0, margin_part: float = 1.0) -> Tensor:
+    def begin_step(
+        self, labels: Tensor, weights: Tensor | None = None, step: int = 0, margin_part: float = 1.0
+    ) -> Tensor:
         """Fixes the active rows and the global weight from the whole step's samples of this rank; the micro-batches' calls follow.
 
         Args:
@@ -138,7 +140,9 @@ class ClassParallelHead(nn.Module):
         everyone = gather_shards(labels, self.data_group)
         mine = everyone[(everyone >= self.start) & (everyone < self.stop)]
         if self.config.sample_rate < 1.0:
-            drawn = sampled_classes(self.start, self.stop, self.config.sample_rate, self.config.seed, step, labels.device)
+            drawn = sampled_classes(
+                self.start, self.stop, self.config.sample_rate, self.config.seed, step, labels.device
+            )
             active = torch.unique(torch.cat([mine, drawn])) - self.start
         else:
             active = torch.arange(self.stop - self.start, device=labels.device)
@@ -146,7 +150,9 @@ class ClassParallelHead(nn.Module):
         self._step = _Step(active, total, scaled_margin(self.config.margin, margin_part), grad)
         return active
 
-    def forward(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, weights: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one micro-batch of local samples.
 
         Args:
@@ -187,7 +193,9 @@ class ClassParallelHead(nn.Module):
     def load_full_weight(self, weight: Tensor) -> None:
         """Takes this rank's rows out of `weight` [num_classes, embedding_dim]."""
         if tuple(weight.shape) != (self.config.num_classes, self.config.embedding_dim):
-            raise ValueError(f"expected [{self.config.num_classes}, {self.config.embedding_dim}], got {list(weight.shape)}")
+            raise ValueError(
+                f"expected [{self.config.num_classes}, {self.config.embedding_dim}], got {list(weight.shape)}"
+            )
         self.rows.copy_(weight[self.start : self.stop])
 
     @property
@@ -237,7 +245,15 @@ class _MarginSoftmax(torch.autograd.Function):
         config = head.config
         wrong = grads[0] * weight * torch.sigmoid(lse - logit)  # d loss / d lse; the target's logit gets the opposite
         grad, grad_rows = cosine_lse_backward(
-            everyone, rows, target, config.scale, lse, wrong, -config.scale * slope * wrong, config.filter_above, config.tile
+            everyone,
+            rows,
+            target,
+            config.scale,
+            lse,
+            wrong,
+            -config.scale * slope * wrong,
+            config.filter_above,
+            config.tile,
         )
         ctx.step.grad += grad_rows
         dist.all_reduce(grad, group=head.row_group)

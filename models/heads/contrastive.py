@@ -12,7 +12,12 @@ from models.comm import gather_shards, gather_with_grad, own_slice, shard_sizes
 
 
 def info_nce(
-    queries: Tensor, documents: Tensor, labels: Tensor, temperature: float, group: ProcessGroup, weights: Tensor | None = None
+    queries: Tensor,
+    documents: Tensor,
+    labels: Tensor,
+    temperature: float,
+    group: ProcessGroup,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Symmetric InfoNCE over the global batch; row i of queries and documents is a pair.
 
@@ -30,7 +35,9 @@ def info_nce(
     if weights is None:
         weights = torch.ones(len(labels), device=labels.device)
     sizes = shard_sizes(len(labels), group, labels.device)
-    q = F.normalize(gather_with_grad(queries.to(torch.promote_types(queries.dtype, torch.float32)), group, sizes), dim=-1)
+    q = F.normalize(
+        gather_with_grad(queries.to(torch.promote_types(queries.dtype, torch.float32)), group, sizes), dim=-1
+    )
     d = F.normalize(gather_with_grad(documents.to(q.dtype), group, sizes), dim=-1)
     label, weight = gather_shards(labels, group, sizes), gather_shards(weights.to(q.dtype), group, sizes)
     weight = weight / weight.sum()

@@ -1,0 +1,110 @@
+"""Benchmarks: reports of the one form, files that repeat, mistakes in one line. What they measure is not asserted."""
+
+import json
+import os
+import subprocess
+import sys
+from datetime import datetime
+
+import pytest
+
+from harness.bench import decode
+from harness.bench.report import command_line, format_table, make_report
+from harness.errors import UserError
+
+TINY = {"images": 5, "image_size": 16, "source_size": 40, "threads": 1, "pairs": 2}
+FIELDS = {
+    "name": str,
+    "command": str,
+    "commit": str,
+    "date": str,
+    "hardware": str,
+    "headline": dict,
+    "rows": list,
+}
+
+
+def check_report(report):
+    """Raises where `report` is not of the form that harness/bench/report.py states; the oracle for every benchmark."""
+    assert {name: type(value) for name, value in report.items()} == FIELDS
+    assert all(report.values())
+    assert datetime.fromisoformat(report["date"]).tzinfo is not None
+    assert all(type(name) is str and type(value) is float for name, value in report["headline"].items())
+    for row in report["rows"]:
+        assert type(row) is dict
+        assert all(type(value) in (str, int, float, bool, type(None)) for value in row.values())
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_decode_reports_both_pipelines(capsys):
+    report = decode.run(decode.DecodeConfig(**TINY))
+    check_report(report)
+    assert report["name"] == "decode"
+    assert report["command"].endswith("decode --images 5 --image-size 16 --source-size 40 --threads 1 --pairs 2")
+    assert [row["pair"] for row in report["rows"]] == [1, 2]
+    headline = report["headline"]
+    assert headline["dali_images_per_s"] > 0 and headline["pillow_images_per_s"] > 0
+    assert headline["dali_vs_pillow_min"] <= headline["dali_vs_pillow"] <= headline["dali_vs_pillow_max"]
+    printed = capsys.readouterr().out
+    assert report["command"] in printed and all(name in printed for name in headline)
+
+
+def test_the_command_line_writes_the_report(tmp_path):
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+    command = [sys.executable, "-m", decode.MODULE, *flags, "--json", str(tmp_path / "decode.json")]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    check_report(json.loads((tmp_path / "decode.json").read_text()))
+
+
+def test_help_names_defaults_and_an_example(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["decode", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        decode.main()
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "default: 224" in text and decode.EXAMPLE in text and "--image-size" in text
+
+
+@pytest.mark.parametrize(("flags", "named"), [(["--pairs", "0"], "--pairs is 0"), (["--image", "3"], "'images'")])
+def test_a_mistake_is_one_line(flags, named, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["decode", *flags])
+    assert decode.main() == 2
+    message = capsys.readouterr().err
+    assert named in message and message.count("\n") == 1
+
+
+def test_photos_repeat_and_differ():
+    assert decode.photo(40, 1) == decode.photo(40, 1)
+    assert len({decode.photo(40, number) for number in range(6)}) == 6
+
+
+def test_no_image_is_timed_that_failed(monkeypatch):
+    monkeypatch.setattr(decode, "photo", lambda size, number: decode_garbage(size, number))
+    with pytest.raises(RuntimeError, match="failed to decode"):
+        decode.run(decode.DecodeConfig(**TINY))
+
+
+REAL_PHOTO = decode.photo
+
+
+def decode_garbage(size, number):
+    whole = REAL_PHOTO(size, number)
+    return whole if number else whole[: len(whole) // 2]
+
+
+def test_numbers_of_other_types_become_plain():
+    report = make_report("x", "true", {"rate": 3}, [{"a": 1, "b": None}])
+    check_report(report)
+    assert report["headline"] == {"rate": 3.0}
+
+
+def test_a_table_is_aligned():
+    rows = [{"name": "a", "rate": 12345.6, "n": 7}, {"name": "long", "rate": 0.01234}]
+    assert format_table(rows).splitlines() == ["name    rate  n", "a     12,346  7", "long  0.0123  -"]
+    assert format_table([]) == ""
+
+
+def test_a_command_line_survives_a_shell():
+    assert command_line("m", decode.DecodeConfig(images=3)).startswith("python -m m --images 3 --image-size 224")
+    with pytest.raises(UserError):
+        decode.DecodeConfig(images=0)

@@ -1,0 +1,98 @@
+"""What a fresh machine installs: pyproject.toml, constraints.txt and the Makefile agree, and name no registry."""
+
+import fnmatch
+import os
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+# What `make` installs. The extras gpu and spark go on top, on machines that have what they need.
+INSTALLED = [Requirement(line) for line in [*PROJECT["dependencies"], *EXTRAS["dev"], *EXTRAS["serve"]]]
+
+
+def pins():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def requirement(name):
+    (found,) = [item for item in map(Requirement, PROJECT["dependencies"]) if item.name == name]
+    return found
+
+
+@pytest.mark.parametrize("needed", INSTALLED, ids=str)
+def test_every_dependency_has_an_exact_pin_that_it_allows(needed):
+    version = pins()[canonicalize_name(needed.name)]
+    assert re.fullmatch(r"\d+(\.\d+)+", version), "neither a range nor one machine's local build"
+    assert needed.specifier.contains(version)
+
+
+def test_megatron_is_pinned_alike():
+    # models/megatron_cpu.py reaches into this very version.
+    assert str(requirement("megatron-core").specifier) == f"=={pins()['megatron-core']}"
+
+
+def test_the_range_of_torch():
+    assert requirement("torch").specifier == SpecifierSet(">=2.11,<2.14")
+    assert f" torch=={pins()['torch']} " in (ROOT / "Makefile").read_text()
+
+
+def test_python_of_pyproject_and_makefile():
+    assert SpecifierSet(PROJECT["requires-python"]) == SpecifierSet(">=3.11,<3.13")
+    assert "(3, 11) <= sys.version_info[:2] <= (3, 12)" in (ROOT / "Makefile").read_text()
+
+
+def files_of_the_repository():
+    ignored = [".git", *(line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines() if line)]
+    for folder, folders, files in os.walk(ROOT):
+        folders[:] = [name for name in folders if not any(fnmatch.fnmatch(name, pattern) for pattern in ignored)]
+        yield from (Path(folder) / name for name in files if not any(fnmatch.fnmatch(name, p) for p in ignored))
+
+
+# In pieces, so that this file does not name them either.
+REGISTRY = re.compile(
+    "|".join((r"pypi\.[a-z]", r"python" + r"hosted", r"download\.py" + r"torch", r"--(extra-)?index" + "-url"))
+)
+
+
+def test_no_file_names_a_package_registry():
+    files = list(files_of_the_repository())
+    assert {"Makefile", "pyproject.toml", "run"} <= {path.name for path in files}
+    assert not [str(path) for path in files if REGISTRY.search(path.read_text(errors="ignore"))]
+
+
+def test_a_python_without_venv_is_told_what_to_install(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *venv*) mkdir -p .venv/bin; exit 1;; esac\n')
+    python.chmod(0o755)
+    made = subprocess.run(["make", "lint", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True)
+    assert made.returncode != 0 and "python3-venv" in made.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_another_python_is_refused(tmp_path):
+    (tmp_path / "Makefile").write_bytes((ROOT / "Makefile").read_bytes())
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    made = subprocess.run(["make", "test", "PYTHON=false"], cwd=tmp_path, capture_output=True, text=True)
+    assert made.returncode != 0 and "make PYTHON=python3.12 test" in made.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_ci_is_a_correct_script():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert "\nset -euo pipefail\n" in script.read_text() and "make test" in script.read_text()
