@@ -29,5 +29,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 		echo "error: $(PYTHON) cannot make a virtual environment. Install its venv module" \
 			"(on Debian and Ubuntu the package python3-venv) and call make again" >&2; exit 1; }
 	@echo "Installing the packages of pyproject.toml into .venv, pinned by constraints.txt (some minutes, once)"
-	@$(RUN) pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0 -e '.[dev]'
+	@$(RUN) pip install -qq --disable-pip-version-check -c constraints.txt torch==2.13.0 -e '.[dev]'
 	@touch $@

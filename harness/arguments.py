@@ -140,9 +140,8 @@ def _one_line(message: str) -> str:
 def _plain(message: str) -> str:
     """jsonargparse's message in one line, without the names of Python's types."""
     message = re.sub(r"Parser key \"([^\"]+)\"", r"\1", _one_line(message))
-    message = re.sub(
-        r"Does not validate .* Subtypes: \[(.*?)\] Errors: .* Given value: ", r"Expected \1. Got value: ", message
-    )
+    union = r"Does not validate .* Subtypes: \[(.*)\] Errors: .* Given value: "
+    message = re.sub(union, r"Expected \1. Got value: ", message)
     return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("typing.", "").replace("NoneType", "null")
 
 
@@ -169,7 +168,8 @@ def write_figures(path: Path | None, figures: Mapping[str, Any]) -> None:
 def run_command(body: Callable[[], Any]) -> int:
     """Runs a command's body; a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
 
-    Under torchrun the first rank of a node speaks for all. Another one waits: if the first has met the same, torchrun ends this one now.
+    Under torchrun the first rank of a node speaks for all. Another one waits first: if they all have met the same,
+    torchrun ends it meanwhile.
     """
     try:
         body()

@@ -22,10 +22,16 @@ from models.heads.class_parallel import ClassHeadConfig
 
 EXAMPLE = (
     "torchrun --nproc-per-node 2 -m harness.train --config jobs/recipes/oclear_grocery.yaml "
-    "--data.catalogue catalogues/grocery --run runs/grocery"
+    "--data.catalogue catalogues/grocery --run-dir runs/grocery"
 )
 # What may not change when a run resumes: with another value it would be another run.
 IDENTITY = ("method", "seed", "model", "head", "data.queries_per_step", "data.documents_per_step", "data.preprocess")
+# Last parts of keys: numbers that must be above 0 wherever they stand, and those that may be negative.
+POSITIVE = (
+    "image_size patch_size hidden_size num_attention_heads num_layers max_length embedding_dim concept_slots fusion_heads "
+    "temperature tensor_parallel timeout_minutes lr"
+).split()
+SIGNED = ("seed",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +76,7 @@ class TrainConfig:
 class RunConfig:
     """Everything that makes a run. `model` is the configuration that harness.methods.METHODS[method] names."""
 
-    run: Path
+    run_dir: Path
     method: str
     seed: int
     model: Any
@@ -94,7 +100,7 @@ def parser(method: str) -> Parser:
         EXAMPLE,
     )
     p.add_argument("--config", type=Path, help="YAML recipe")
-    p.add_argument("--run", type=Path, default=Path("runs/run"), help="run folder: log, TensorBoard, checkpoints")
+    p.add_argument("--run_dir", type=Path, default=Path("runs/run"), help="run folder: log, TensorBoard, checkpoints")
     p.add_argument("--json", type=Path | None, default=None, help="file for the final figures")
     p.add_argument("--method", type=str, default=method, help=f"one of {', '.join(METHODS)}")
     p.add_argument("--seed", type=int, default=0, help="seed of weights, order, augmentation and dropout")
@@ -159,15 +165,22 @@ def load(run: Path) -> RunConfig:
     """
     file = run / "config.yaml"
     if not file.is_file():
-        raise UserError(f"{run} is no run folder: it has no config.yaml", "Name the folder that was --run in training")
+        raise UserError(f"{run} is no run folder: it has no config.yaml", "Name the folder that was --run-dir in training")
     saved = read_recipe(file, _every_key())
-    return replace(_build(_parser_of(saved).parse([], saved)), run=run)
+    return replace(_build(_parser_of(saved).parse([], saved)), run_dir=run)
 
 
 def check(config: RunConfig, world: int) -> None:
     """Raises one UserError for the first thing that does not fit together."""
+    # Before the parts' own checks, which divide by these.
+    for key, value in _flat(config.to_dict()).items():
+        name = key.rsplit(".", 1)[-1]
+        if name in POSITIVE and value <= 0 and not key.startswith("head."):  # there 0 takes the model's
+            raise UserError(f"{key} is {value}", "It must be above 0")
+        if name not in SIGNED and isinstance(value, int | float) and value < 0:
+            raise UserError(f"{key} is {value}", "It must not be negative")
     errors = config.model.errors(config.mesh.tensor_parallel) + config.head.errors("head")
-    errors += config.data.errors() + config.train.errors()
+    errors += config.data.errors() + config.train.errors() + config.evaluation.errors()
     if config.data.preprocess.image_size != config.model.vision.image_size:
         errors.append(
             f"data.preprocess.image_size {config.data.preprocess.image_size} differs from "
@@ -195,7 +208,7 @@ def identity_changes(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
 
 def _build(values: jsonargparse.Namespace) -> RunConfig:
     sections = {name: getattr(values, name) for name in _sections(values.method)}
-    return RunConfig(run=values.run, method=values.method, seed=values.seed, **sections)
+    return RunConfig(run_dir=values.run_dir, method=values.method, seed=values.seed, **sections)
 
 
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -45,6 +45,15 @@ class EvaluationConfig:
     distractors: tuple[Path, ...] = ()
     panel: int = 8
 
+    def errors(self) -> list[str]:
+        """What is out of range, as sentences that name the key."""
+        errors = []
+        if self.batch_size < 1:
+            errors.append("evaluation.batch_size must be at least 1")
+        if self.panel < 0:
+            errors.append("evaluation.panel must be at least 0")
+        return errors
+
 
 @dataclass(frozen=True)
 class Side:

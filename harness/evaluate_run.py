@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,9 @@ def run(config: EvalConfig) -> dict[str, Any]:
         UserError: no run or checkpoint there, an empty split, an unknown slice, a layout that does not divide.
     """
     settings = load(config.run)
+    errors = settings.model.errors(config.tensor_parallel) if config.tensor_parallel > 0 else []
+    if errors or config.batch_size < 1:
+        raise UserError(errors[0] if errors else f"--batch-size is {config.batch_size}; it must be at least 1")
     path, catalogue = find_checkpoint(config), Catalogue(config.catalogue or settings.data.catalogue)
     mesh = Mesh(MeshConfig(tensor_parallel=config.tensor_parallel))
     try:
@@ -74,16 +78,14 @@ def find_checkpoint(config: EvalConfig) -> Path:
     path, passed_over = checkpoint.newest(config.run / "checkpoints")
     if path is None:
         raise UserError(f"{config.run} has no complete checkpoint", "; ".join(passed_over))
-    for line in passed_over:
-        print(f"passed over checkpoint {line}")
+    if os.environ.get("RANK", "0") == "0":
+        for line in passed_over:
+            print(f"passed over checkpoint {line}")
     return path
 
 
 def _evaluate(config: EvalConfig, settings: RunConfig, path: Path, catalogue: Catalogue, mesh: Mesh) -> Any:
     tokenizer = Tokenizer.load(config.run)
-    errors = settings.model.errors(config.tensor_parallel)
-    if errors:
-        raise UserError(errors[0])
     method, _ = build(
         settings.method,
         settings.model,

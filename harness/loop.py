@@ -44,7 +44,6 @@ class Trainer:
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
         self.paired = METHODS[config.method].paired(config.model)
-        self.tokenizer = Tokenizer.load(config.data.catalogue)
         self.loader = StepLoader(
             config.data,
             config.seed,
@@ -54,6 +53,7 @@ class Trainer:
             mesh.device,
             paired=self.paired,
         )
+        self.tokenizer = Tokenizer.load(config.data.catalogue)  # after the loader, which says if there is no catalogue
         order = self.loader.order
         self.method, self.model_config = build(
             config.method,
@@ -77,7 +77,7 @@ class Trainer:
         self.step = 0
         self.ledger = 0  # of all steps up to the last checkpoint, over all ranks
         self._own_ledger = 0  # of this rank's share since then
-        self.bad_samples = 0
+        self.bad_samples = 0  # of this rank
         self._resume()
 
     def train_step(self, data: StepData) -> StepResult:
@@ -130,13 +130,13 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Trains to the last step (or to train.stop_at); returns the final figures."""
         config, train = self.config, self.config.train
-        log = RunLog(config.run, self.mesh, self.step, train.steps)
+        log = RunLog(config.run_dir, self.mesh, self.step, train.steps)
         for line in self.notes:
             log.say(line)
         end = min(train.steps, train.stop_at or train.steps)
         images = config.data.queries_per_step + self.loader.documents_per_step
         started, first = time.perf_counter(), self.step
-        report, paused, window = None, 0.0, time.perf_counter()
+        report, paused, window, logged = None, 0.0, time.perf_counter(), self.step
         losses: list[float] = []
         try:
             self.clock.start(exact=False)
@@ -146,11 +146,11 @@ class Trainer:
                 last = self.step == end
                 log.advance({"loss": f"{losses[-1]:.3f}" if losses else "-"})
                 if self.step % train.log_every == 0 or last:
-                    count = self.step % train.log_every or train.log_every
-                    figures = self._figures(result, images * count / (time.perf_counter() - window))
+                    rate = images * (self.step - logged) / (time.perf_counter() - window)
+                    figures = self._figures(result, rate)
                     losses.append(figures["train/loss"])
                     log.scalars(self.step, figures)
-                    window = time.perf_counter()
+                    window, logged = time.perf_counter(), self.step
                 pause = time.perf_counter()
                 if (train.checkpoint_every and self.step % train.checkpoint_every == 0) or last:
                     self.save()
@@ -190,7 +190,7 @@ class Trainer:
             "tensor_parallel": self.mesh.tp.size(),
         }
         return checkpoint.save(
-            self.config.run / "checkpoints",
+            self.config.run_dir / "checkpoints",
             self.step,
             self.parts,
             state,
@@ -205,13 +205,15 @@ class Trainer:
         log.scalars(self.step, {f"retrieval/{name}": value for name, value in report.figures.items()})
         if self.mesh.rank == 0:
             log.image("retrieval/panel", draw_panel(self._panel_rows(report)), self.step)
-            write_json(self.config.run / f"eval-{self.step:08d}.json", {**report.figures, "slices": report.rows})
+            write_json(self.config.run_dir / f"eval-{self.step:08d}.json", {**report.figures, "slices": report.rows})
         return report
 
     def _figures(self, result: StepResult, rate: float) -> dict[str, float]:
         """What is logged of a step; collective over dp."""
-        sums = result.sums.double()
+        bad = result.sums.new_tensor([[self.bad_samples, 0]])
+        sums = torch.cat([result.sums, bad]).double()
         dist.all_reduce(sums, group=self.mesh.dp)
+        sums, bad = sums[:-1], sums[-1, 0]
         means = (sums[:, 0] / sums[:, 1].clamp_min(1e-12)).tolist()
         return {
             "train/loss": result.loss.item(),
@@ -219,7 +221,7 @@ class Trainer:
             "train/gradient_norm": result.norm,
             "train/learning_rate": learning_rate(self.config.optimizer, self.step - 1, self.config.train.steps),
             "speed/images_per_second": rate,
-            "data/bad_samples": float(self.bad_samples),
+            "data/bad_samples": bad.item(),
             **{f"step_seconds/{part}": seconds for part, seconds in self.clock.seconds.items()},
         }
 
@@ -228,7 +230,7 @@ class Trainer:
         if math.isfinite(norm) and math.isfinite(loss.item()):
             return
         ids = torch.cat([torch.cat([b.query_ids, b.document_ids]) for b in data.batches]).tolist()
-        file = self.config.run / f"nonfinite-step-{self.step}-rank-{self.mesh.rank}.json"
+        file = self.config.run_dir / f"nonfinite-step-{self.step}-rank-{self.mesh.rank}.json"
         write_json(file, {"step": self.step, "loss": str(loss.item()), "gradient_norm": str(norm), "sample_ids": ids})
         raise UserError(
             f"step {self.step}: loss {loss.item()} or gradient norm {norm} is not finite; nothing was updated",
@@ -252,7 +254,7 @@ class Trainer:
                 (
                     picture(catalogue, i),
                     side.columns["title"][place[i]],
-                    int(side.labels[place[i]]) == label[query],
+                    int(side.labels[place[i]]) == label[query] != -1,
                 )
                 for i in known
             ]
@@ -265,26 +267,26 @@ class Trainer:
         self.notes: list[str] = []
         found: list[Any] = [None, []]
         if self.mesh.rank == 0:
-            found = list(checkpoint.newest(config.run / "checkpoints"))
+            found = list(checkpoint.newest(config.run_dir / "checkpoints"))
         dist.broadcast_object_list(found)
         path, passed_over = found
         self.notes += [f"passed over checkpoint {line}" for line in passed_over]
         if path is None:
             return
         if config.train.resume == "never":
-            raise UserError(f"{config.run} holds checkpoints and train.resume is 'never'", "Choose another --run")
+            raise UserError(f"{config.run_dir} holds checkpoints and train.resume is 'never'", "Choose another --run-dir")
         state = checkpoint.read_state(path)
         changes = difference(state["config"], config.to_dict())
         if forbidden := identity_changes(changes):
             key = forbidden[0]
             raise UserError(
-                f"{config.run} was trained with {key} = {changes[key][0]}, not {changes[key][1]}",
+                f"{config.run_dir} was trained with {key} = {changes[key][0]}, not {changes[key][1]}",
                 "That makes another run: choose another --run, or set the key back",
             )
         if state["order_id"] != self.loader.order.order_id:
             raise UserError(
-                f"{config.run} was trained on order {state['order_id']}, {config.data.catalogue} has {self.loader.order.order_id}",
-                "The catalogue was governed anew since: restore its classes/, or choose another --run",
+                f"{config.run_dir} was trained on order {state['order_id']}, {config.data.catalogue} has {self.loader.order.order_id}",
+                "The catalogue was governed anew since: restore its classes/, or choose another --run-dir",
             )
         checkpoint.load(path, self.parts, self.mesh)
         self.step, self.ledger = state["step"], int(state["ledger"], 16)
@@ -299,13 +301,13 @@ def prepare_run_folder(config: RunConfig, versions: dict[str, str]) -> None:
         UserError: the folder cannot be written.
     """
     try:
-        config.run.mkdir(parents=True, exist_ok=True)
-        (config.run / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
-        write_json(config.run / "versions.json", versions)
-        write_json(config.run / "preprocess.json", config.data.preprocess.to_dict())
-        target = config.run / "tokenizer"
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        (config.run_dir / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        write_json(config.run_dir / "versions.json", versions)
+        write_json(config.run_dir / "preprocess.json", config.data.preprocess.to_dict())
+        target = config.run_dir / "tokenizer"
         target.mkdir(exist_ok=True)
         for name in ("spm.model", "tokenizer.json"):
             shutil.copyfile(config.data.catalogue / "tokenizer" / name, target / name)
     except OSError as error:
-        raise UserError(f"run folder {config.run}: {error}", "Choose another --run") from error
+        raise UserError(f"run folder {config.run_dir}: {error}", "Choose another --run-dir") from error

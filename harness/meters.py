@@ -54,7 +54,7 @@ class RunLog:
             return
         self._file = folder / "log.jsonl"
         if self._file.exists():
-            kept = [line for line in self._file.read_text().splitlines() if json.loads(line)["step"] <= first]
+            kept = [line for line in self._file.read_text().splitlines() if _step(line) <= first]
             self._file.write_text("".join(f"{line}\n" for line in kept))
         self._jsonl = self._file.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1 if first else None)
@@ -97,6 +97,14 @@ class RunLog:
             self._bar.close()
             self._jsonl.close()
             self._board.close()
+
+
+def _step(line: str) -> float:
+    """The step of a line of log; infinite for one that a killed process left unfinished."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")
 
 
 def write_json(file: Path, content: Any) -> None:

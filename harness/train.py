@@ -28,7 +28,7 @@ def train(argv: list[str]) -> None:
         if mesh.rank == 0:
             write_figures(json_file, figures)
             shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items() if k != "slices"}
-            print(f"run {config.run}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
+            print(f"run {config.run_dir}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
     finally:
         mesh.close()
 

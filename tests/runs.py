@@ -56,7 +56,7 @@ def prepared_catalogue(
 
 def arguments(catalogue: Path, run: Path, /, **overrides: Any) -> list[str]:
     """The command line of a tiny run; dotted keys as in `**{"train.steps": 3}`."""
-    values = {**RECIPE, "data.catalogue": catalogue, "run": run, **overrides}
+    values = {**RECIPE, "data.catalogue": catalogue, "run_dir": run, **overrides}
     return [f"--{key}={value if isinstance(value, str | Path) else json.dumps(value)}" for key, value in values.items()]
 
 

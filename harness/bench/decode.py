@@ -59,27 +59,29 @@ def run(config: DecodeConfig) -> dict[str, Any]:
     spec = PreprocessSpec(image_size=config.image_size)
     numbers = tqdm(range(config.images), desc="photos", unit=" photos")
     photos = [photo(config.source_size, number) for number in numbers]
-    sizes = np.array([Image.open(io.BytesIO(data)).size for data in photos])
+    widths, heights = np.array([Image.open(io.BytesIO(data)).size for data in photos]).T
     batch_size = min(BATCH, config.images)
     torch_threads = torch.get_num_threads()
-    dali = ImagePipeline(spec, batch_size, config.threads)
-    pillow = ReferencePipeline(spec, batch_size, config.threads)
+    pipelines: dict[str, ImagePipeline | ReferencePipeline] = {
+        "dali": ImagePipeline(spec, batch_size, config.threads),
+        "pillow": ReferencePipeline(spec, batch_size, config.threads),
+    }
     rows = []
     try:
         torch.set_num_threads(config.threads)  # the DALI pipeline's last step runs in torch
         for pair in tqdm(range(config.pairs + 1), desc="decode", unit=" pairs"):
-            params = draw_parameters(spec, 0, pair, np.arange(config.images), *sizes.T, train=True)
+            params = draw_parameters(spec, 0, pair, np.arange(config.images), widths, heights, train=True)
             # The first of a pair alternates, so that a machine that slows down favours neither.
-            order = {"dali": dali, "pillow": pillow} if pair % 2 else {"pillow": pillow, "dali": dali}
-            rate = {name: _images_per_second(pipeline, photos, params) for name, pipeline in order.items()}
+            names = list(pipelines) if pair % 2 else reversed(pipelines)
+            rate = {name: _images_per_second(pipelines[name], photos, params) for name in names}
             if pair > 0:
                 ratio = rate["dali"] / rate["pillow"]
                 figures = {"dali_images_per_s": rate["dali"], "pillow_images_per_s": rate["pillow"]}
                 rows.append({"pair": pair, **figures, "dali_vs_pillow": ratio})
     finally:
         torch.set_num_threads(torch_threads)
-        dali.close()
-        pillow.close()
+        for pipeline in pipelines.values():
+            pipeline.close()
     ratios = [row["dali_vs_pillow"] for row in rows]
     headline = {
         "dali_images_per_s": statistics.median(row["dali_images_per_s"] for row in rows),

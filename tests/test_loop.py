@@ -1,0 +1,220 @@
+"""One run in this process: what it leaves behind, what it reports, and how it meets bad numbers and bad bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from harness import checkpoint
+from harness.data.catalogue import Catalogue, shard_name
+from harness.data.loader import StepData, StepLoader
+from harness.data.tokenizer import Tokenizer
+from harness.errors import UserError
+from harness.optimizer import OptimizerConfig, learning_rate
+from models.batch import Batch
+from tests.runs import tiny_config, trainer
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def finished(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[float]]:
+    """A finished run: its folder, its figures, and the learning rate that the optimizer held after the last step."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    settings = {"train.steps": STEPS, "train.evaluate_every": 3, "train.checkpoint_every": 2}
+    with trainer(tiny_config(catalogue, run, **settings, **{"evaluation.slices": ["colour"]})) as t:
+        figures = t.fit()
+        rates = [group["lr"] / group["lr_mult"] for group in t.towers.optimizer.param_groups]
+    return run, figures, rates
+
+
+@pytest.fixture(scope="module")
+def board(finished: tuple[Path, dict[str, Any], list[float]]) -> EventAccumulator:
+    events = EventAccumulator(str(finished[0] / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    return events.Reload()
+
+
+def scalar(board: EventAccumulator, tag: str) -> dict[int, float]:
+    return {event.step: event.value for event in board.Scalars(tag)}
+
+
+def log_lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_run_folder_explains_itself(finished: tuple[Path, dict[str, Any], list[float]], catalogue: Path) -> None:
+    run, figures, _ = finished
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["train"]["steps"] == STEPS and config["data"]["catalogue"] == str(catalogue)
+    assert (run / "versions.json").is_file()
+    assert json.loads((run / "preprocess.json").read_text())["image_size"] == 32
+    assert Tokenizer.load(run).vocab_size == Tokenizer.load(catalogue).vocab_size
+    folder = run / "checkpoints"
+    assert (folder / "latest").read_text() == f"step-{STEPS:08d}"
+    # keep_checkpoints is 2 of the three that were written, and nothing unfinished is left.
+    assert sorted(f.name for f in folder.iterdir()) == ["latest", "step-00000004", "step-00000006"]
+    assert all(checkpoint.verify(path) == "" for path in folder.glob("step-*"))
+    state = checkpoint.read_state(folder / "step-00000006")
+    assert (state["step"], state["positions"]) == (6, {"query": 48, "document": 24})
+    report = json.loads((run / f"eval-{STEPS:08d}.json").read_text())
+    assert report["recall_at_1"] == figures["recall_at_1"]
+    assert {row["slice"] for row in report["slices"]} == {"colour", "class"}
+    assert figures["steps"] == STEPS and figures["queries"] == 6 and figures["documents"] == 6
+
+
+def test_log_and_tensorboard_agree(finished: tuple[Path, dict[str, Any], list[float]], board: EventAccumulator) -> None:
+    training = [line for line in log_lines(finished[0]) if "train/loss" in line]
+    assert [line["step"] for line in training] == list(range(1, STEPS + 1))
+    parts = {f"step_seconds/{part}" for part in ("data", "forward", "backward", "optimizer")}
+    shown = {"train/loss", "train/positive_cosine", "train/accuracy", "train/gate", "train/gradient_norm"}
+    shown |= {"train/learning_rate", "speed/images_per_second", "data/bad_samples", *parts}
+    assert set(training[0]) == {"step", *shown}
+    for tag in sorted(shown):
+        values = scalar(board, tag)
+        assert list(values) == list(range(1, STEPS + 1)), tag
+        assert list(values.values()) == pytest.approx([line[tag] for line in training], rel=1e-6), tag
+    assert all(0 < line["train/gate"] < 1 and -1 <= line["train/positive_cosine"] <= 1 for line in training)
+    assert all(line["train/gradient_norm"] > 0 and line["speed/images_per_second"] > 0 for line in training)
+    assert all(line[part] > 0 for line in training for part in parts)
+    for name in ("recall_at_1", "recall_at_5", "recall_at_10", "map", "ndcg_at_10", "mrr"):
+        assert list(scalar(board, f"retrieval/{name}")) == [3, 6]
+        assert 0 <= scalar(board, f"retrieval/{name}")[6] <= 1
+
+
+def test_the_panel_is_a_picture(board: EventAccumulator) -> None:
+    images = board.Images("retrieval/panel")
+    assert [image.step for image in images] == [3, 6]
+    # 3 queries, each beside its best 5 documents, in cells of 112 pixels and their frames.
+    assert (images[0].width, images[0].height) == (6 * 124, 3 * 138)
+    assert len(images[0].encoded_image_string) > 10_000
+
+
+def test_the_learning_rate_follows_its_schedule(
+    finished: tuple[Path, dict[str, Any], list[float]], board: EventAccumulator
+) -> None:
+    # lr 1e-3, 2 steps of warm-up, then a cosine over the other 4 that would reach 1 % at step 6.
+    cosine = [0.01 + 0.99 * (1 + math.cos(math.pi * part / 4)) / 2 for part in range(4)]
+    wanted = [0.5e-3, 1e-3, *(1e-3 * factor for factor in cosine)]
+    assert list(scalar(board, "train/learning_rate").values()) == pytest.approx(wanted, rel=1e-6)
+    assert finished[2] == pytest.approx([wanted[-1]] * len(finished[2]), rel=1e-9)
+    config = OptimizerConfig(lr=2.0, warmup_steps=0, min_lr_factor=0.25)
+    assert [learning_rate(config, step, 10) for step in (0, 5, 10, 99)] == pytest.approx([2.0, 1.25, 0.5, 0.5])
+
+
+def test_a_resumed_log_has_every_step_once_and_survives_a_torn_line(catalogue: Path, tmp_path: Path) -> None:
+    settings = {"train.steps": 5, "train.log_every": 2}
+    with trainer(tiny_config(catalogue, tmp_path / "run", **settings, **{"train.stop_at": 3})) as t:
+        t.fit()
+    with (tmp_path / "run" / "log.jsonl").open("a") as log:
+        log.write('{"step": 4, "train/loss": 1}\n{"step": 4, "tra')  # a process that was killed after its checkpoint
+    with trainer(tiny_config(catalogue, tmp_path / "run", **settings)) as t:
+        assert t.fit()["steps"] == 5
+    training = [line for line in log_lines(tmp_path / "run") if "train/loss" in line]
+    assert [line["step"] for line in training] == [2, 3, 4, 5]
+    assert training[2]["train/loss"] != 1
+
+
+def weights(t: Any) -> list[torch.Tensor]:
+    return [*(p.detach().clone() for p in t.method.towers.parameters()), t.method.head.rows.clone(), t.rows.exp_avg.clone()]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip(a, b, strict=True))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_reaches_the_weights(catalogue: Path, tmp_path: Path) -> None:
+    settings = {"train.checkpoint_every": 1, "optimizer.warmup_steps": 0}
+    with trainer(tiny_config(catalogue, tmp_path / "run", **settings, **{"optimizer.lr": 1e30})) as t:
+        with pytest.raises(UserError, match=r"step 1: loss .* is not finite; nothing was updated.*nonfinite-step-1-rank-0"):
+            t.fit()
+        assert t.step == 1
+        left, data = weights(t), t.loader.load(1)
+    found = json.loads((tmp_path / "run" / "nonfinite-step-1-rank-0.json").read_text())
+    batch = data.batches[0]
+    assert found["step"] == 1 and "nan" in found["loss"] + found["gradient_norm"]
+    assert found["sample_ids"] == torch.cat([batch.query_ids, batch.document_ids]).tolist()
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints") == (tmp_path / "run/checkpoints/step-00000001", [])
+    with trainer(tiny_config(catalogue, tmp_path / "run", **settings)) as t:
+        assert t.step == 1 and same(weights(t), left)
+
+
+def test_a_weight_that_is_not_a_number_changes_nothing_and_the_checkpoint_stays_good(
+    catalogue: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(catalogue, tmp_path / "run")
+    with trainer(config) as t:
+        t.train_step(t.loader.load(0))
+        t.save()
+        good = weights(t)
+        with torch.no_grad():
+            next(p for name, p in t.method.towers.named_parameters() if name.startswith("vision.block"))[0] = math.nan
+        before = weights(t)
+        with pytest.raises(UserError, match="not finite"):
+            t.train_step(t.loader.load(1))
+        assert same(weights(t), before) and t.step == 1
+    with trainer(config) as t:
+        assert same(weights(t), good)
+        assert math.isfinite(t.train_step(t.loader.load(1)).loss.item())
+
+
+@pytest.fixture
+def damaged(catalogue: Path, tmp_path: Path) -> tuple[Path, list[int]]:
+    """A copy of the catalogue in which one training query and one document have other bytes than were ingested."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(catalogue, folder)
+    original = Catalogue(folder)
+    ids = [original.table([], kind=kind, split="train")["sample_id"][2].as_py() for kind in ("query", "document")]
+    for i in ids:
+        shard, offset, length, *_ = original.index[i].item()
+        with (folder / "shards" / shard_name(shard)).open("r+b") as file:
+            file.seek(offset + length // 2)
+            file.write(b"\0damaged\0")
+    return folder, ids
+
+
+def test_a_damaged_sample_costs_itself_alone(
+    catalogue: Path, damaged: tuple[Path, list[int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, ids = damaged
+    with trainer(tiny_config(folder, tmp_path / "run")) as t:
+        met: Counter[int] = Counter()
+        for step in range(4):
+            data = t.loader.load(step)
+            met.update(data.bad_ids)
+            batch = data.batches[0]
+            seen = torch.cat([batch.query_ids, batch.document_ids])
+            is_bad = torch.isin(seen, torch.tensor(ids))
+            assert torch.equal(batch.weights, (~is_bad).float())
+            assert sorted(data.bad_ids) == sorted(seen[is_bad].tolist())
+        assert set(met) == set(ids), "4 steps of 8 queries and 4 documents meet both"
+        figures = t.fit()
+    assert figures["steps"] == 4 and math.isfinite(figures["loss"])
+    assert log_lines(tmp_path / "run")[-2]["data/bad_samples"] == met.total()
+    assert f"samples [{ids[0]}] are damaged; they have weight 0" in capsys.readouterr().out
+    with trainer(tiny_config(catalogue, tmp_path / "whole")) as t, trainer_loader(folder) as loader:
+        for step in range(4):
+            a, b = t.loader.load(step).batches[0], loader.load(step).batches[0]
+            kept = b.query_weights > 0
+            assert torch.equal(a.query_images[kept], b.query_images[kept])
+            assert torch.equal(a.query_ids, b.query_ids)
+
+
+def trainer_loader(
+    catalogue: Path, rank: int = 0, world: int = 1, paired: bool = False, **settings: Any
+) -> contextlib_closing:
+    """The loader that a trainer of this place would have."""
+    config = tiny_config(catalogue, Path("unused"), **settings)
+    length = config.model.text.max_length
+    return contextlib_closing(StepLoader(config.data, config.seed, length, rank, world, torch.device("cpu"), paired))
