@@ -91,11 +91,10 @@ class Mesh:
         """Waits for all ranks."""
         dist.barrier()
 
-    def close(self, keep_world: bool = False) -> None:
-        """Ends all groups; `keep_world` leaves the default group, for another layout on the same processes (tests)."""
+    def close(self) -> None:
+        """Ends all groups."""
         parallel_state.destroy_model_parallel()
-        if not keep_world:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def check_layout(config: MeshConfig, world: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -26,19 +27,20 @@ class Ranks:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["harness.loop", "harness.evaluate_run", "tests.pool"])
         self.world_size = world_size
-        rendezvous = tempfile.mktemp(prefix="shelfmark-pool-")
-        self.pipes, self.processes = [], []
+        self.folder = tempfile.TemporaryDirectory(prefix="shelfmark-pool-")
+        self.pipes, self.processes, self.checks = [], [], 0
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, rendezvous, theirs))
+            process = context.Process(target=_serve, args=(rank, world_size, theirs))
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
 
     def run(self, check: Callable[..., Any], *args: Any) -> list[Any]:
         """check(*args) on every rank; raises AssertionError with the first failing rank's traceback."""
+        self.checks += 1
         for pipe in self.pipes:
-            pipe.send((check, args))
+            pipe.send((f"{self.folder.name}/{self.checks}", check, args))
         results, failures = [], []
         for rank, pipe in enumerate(self.pipes):
             if not pipe.poll(20.0 if failures else TIMEOUT):
@@ -71,31 +73,51 @@ def ranks(world_size: int) -> Ranks:
 @contextmanager
 def layout(tensor_parallel: int = 1) -> Iterator[Any]:
     """Inside a check: a Mesh over all ranks of the pool."""
+    import torch.distributed as dist
+
     from harness.mesh import Mesh, MeshConfig
 
+    if _world and not dist.is_initialized():  # a second layout in the same check
+        _join()
     mesh = Mesh(MeshConfig(tensor_parallel=tensor_parallel))
     try:
         yield mesh
     finally:
-        mesh.close(keep_world=True)
+        mesh.close()
 
 
-def _serve(rank: int, world_size: int, rendezvous: str, pipe: Any) -> None:
+_world: dict[str, Any] = {}  # in a rank of a pool: how to join the next process group
+
+
+def _join() -> None:
+    import torch.distributed as dist
+
+    _world["joined"] += 1
+    file = f"file://{_world['rendezvous']}-{_world['joined']}"
+    dist.init_process_group("gloo", init_method=file, rank=_world["rank"], world_size=_world["world_size"])
+
+
+def _serve(rank: int, world_size: int, pipe: Any) -> None:
     import torch
     import torch.distributed as dist
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    torch.set_num_threads(1)
     from harness.train import quiet_libraries
 
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    torch.set_num_threads(1)
     quiet_libraries()
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
     while True:
         try:
-            check, args = pipe.recv()
+            rendezvous, check, args = pipe.recv()
         except EOFError:
             return
+        # Every check gets a world of its own: groups that stayed would keep hundreds of gloo threads awake.
+        _world.update(rendezvous=rendezvous, joined=0, rank=rank, world_size=world_size)
+        _join()
         try:
             pipe.send((True, check(*args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        gc.collect()

@@ -7,17 +7,18 @@ import math
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from harness import checkpoint
+from harness.config import RunConfig
 from harness.data.catalogue import Catalogue, shard_name
 from harness.data.loader import StepData, StepLoader
 from harness.data.tokenizer import Tokenizer
@@ -127,7 +128,11 @@ def test_a_resumed_log_has_every_step_once_and_survives_a_torn_line(catalogue: P
 
 
 def weights(t: Any) -> list[torch.Tensor]:
-    return [*(p.detach().clone() for p in t.method.towers.parameters()), t.method.head.rows.clone(), t.rows.exp_avg.clone()]
+    return [
+        *(p.detach().clone() for p in t.method.towers.parameters()),
+        t.method.head.rows.clone(),
+        t.rows.exp_avg.clone(),
+    ]
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -137,12 +142,14 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_reaches_the_weights(catalogue: Path, tmp_path: Path) -> None:
     settings = {"train.checkpoint_every": 1, "optimizer.warmup_steps": 0}
     with trainer(tiny_config(catalogue, tmp_path / "run", **settings, **{"optimizer.lr": 1e30})) as t:
-        with pytest.raises(UserError, match=r"step 1: loss .* is not finite; nothing was updated.*nonfinite-step-1-rank-0"):
+        batch = t.loader.load(1).batches[0]
+        with pytest.raises(
+            UserError, match=r"step 1: loss .* is not finite; nothing was updated.*nonfinite-step-1-rank-0"
+        ):
             t.fit()
         assert t.step == 1
-        left, data = weights(t), t.loader.load(1)
+        left = weights(t)
     found = json.loads((tmp_path / "run" / "nonfinite-step-1-rank-0.json").read_text())
-    batch = data.batches[0]
     assert found["step"] == 1 and "nan" in found["loss"] + found["gradient_norm"]
     assert found["sample_ids"] == torch.cat([batch.query_ids, batch.document_ids]).tolist()
     assert checkpoint.newest(tmp_path / "run" / "checkpoints") == (tmp_path / "run/checkpoints/step-00000001", [])
@@ -202,19 +209,128 @@ def test_a_damaged_sample_costs_itself_alone(
         figures = t.fit()
     assert figures["steps"] == 4 and math.isfinite(figures["loss"])
     assert log_lines(tmp_path / "run")[-2]["data/bad_samples"] == met.total()
-    assert f"samples [{ids[0]}] are damaged; they have weight 0" in capsys.readouterr().out
-    with trainer(tiny_config(catalogue, tmp_path / "whole")) as t, trainer_loader(folder) as loader:
+    assert f"samples {ids} are damaged; they have weight 0" in capsys.readouterr().out
+    with open_loader(catalogue) as whole, open_loader(folder) as loader:
         for step in range(4):
-            a, b = t.loader.load(step).batches[0], loader.load(step).batches[0]
+            a, b = whole.load(step).batches[0], loader.load(step).batches[0]
             kept = b.query_weights > 0
             assert torch.equal(a.query_images[kept], b.query_images[kept])
             assert torch.equal(a.query_ids, b.query_ids)
 
 
-def trainer_loader(
+def test_a_damaged_sample_counts_nothing_in_the_loss(
+    catalogue: Path, damaged: tuple[Path, list[int]], tmp_path: Path
+) -> None:
+    with open_loader(damaged[0]) as loader:
+        step, data = next((step, data) for step in range(4) if (data := loader.load(step)).bad_ids)
+    with trainer(tiny_config(catalogue, tmp_path / "run")) as t:
+        whole, bad = t.loader.load(step).batches[0], data.batches[0]
+        left_out = replace(whole, query_weights=bad.query_weights, document_weights=bad.document_weights)
+        losses = [t.method.loss(batch)[0].item() for batch in (bad, left_out, whole) if not t.method.head.end_step()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] != pytest.approx(losses[2], rel=1e-3)
+
+
+def open_loader(
     catalogue: Path, rank: int = 0, world: int = 1, paired: bool = False, **settings: Any
-) -> contextlib_closing:
-    """The loader that a trainer of this place would have."""
+) -> closing[StepLoader]:
+    """The loader of one rank; no rank is needed for it."""
     config = tiny_config(catalogue, Path("unused"), **settings)
-    length = config.model.text.max_length
-    return contextlib_closing(StepLoader(config.data, config.seed, length, rank, world, torch.device("cpu"), paired))
+    length, device = config.model.text.max_length, torch.device("cpu")
+    return closing(StepLoader(config.data, config.seed, length, rank, world, device, paired))
+
+
+def whole_step(
+    catalogue: Path, step: int, world: int, micro_batches: int, **options: Any
+) -> tuple[list[torch.Tensor], int]:
+    """A step put together from all ranks' micro-batches, in the order of its positions, and the sum of the ledgers."""
+    parts: list[StepData] = []
+    for rank in range(world):
+        with open_loader(catalogue, rank, world, **options, **{"data.micro_batches": micro_batches}) as loader:
+            parts.append(loader.load(step))
+            assert len(parts[-1].batches) == micro_batches
+    batches = [parts[rank].batches[micro] for micro in range(micro_batches) for rank in range(world)]
+    joined = [torch.cat([getattr(batch, field.name) for batch in batches]) for field in fields(Batch)]
+    return joined, sum(part.ledger for part in parts) % 2**64
+
+
+@pytest.mark.parametrize("step", [0, 2])  # the queries' second epoch begins within step 2
+@pytest.mark.parametrize(
+    "options", [{}, {"paired": True}, {"data.backend": "reference"}], ids=["own", "paired", "pillow"]
+)
+def test_a_step_holds_the_same_however_it_is_cut(catalogue: Path, step: int, options: dict[str, Any]) -> None:
+    wanted, ledger = whole_step(catalogue, step, 1, 1, **options)
+    assert [len(tensor) for tensor in wanted] == [8] * 4 + [8 if "paired" in options else 4] * 5
+    for world in (1, 2, 3):
+        for micro_batches in (1, 2):
+            found, sum_of_ledgers = whole_step(catalogue, step, world, micro_batches, **options)
+            for field, a, b in zip(fields(Batch), wanted, found, strict=True):
+                assert torch.equal(a, b), f"{field.name} of {world} ranks with {micro_batches} micro-batches"
+            assert sum_of_ledgers == ledger
+    other, other_ledger = whole_step(catalogue, step + 1, 1, 1, **options)
+    assert not torch.equal(other[0], wanted[0]) and other_ledger != ledger
+
+
+def test_paired_documents_show_their_querys_class(catalogue: Path) -> None:
+    key = dict(zip(*Catalogue(catalogue).table(["class_key"]).to_pydict().values(), strict=True))
+    with open_loader(catalogue, paired=True) as loader:
+        batch = loader.load(0).batches[0]
+    assert [key[i] for i in batch.query_ids.tolist()] == [key[i] for i in batch.document_ids.tolist()]
+    assert torch.equal(batch.query_labels, batch.document_labels)
+
+
+@pytest.mark.parametrize("backend", ["dali", "reference"])
+@pytest.mark.parametrize("taken", [0, 2, 20])
+def test_the_read_ahead_ends_with_close(catalogue: Path, backend: str, taken: int) -> None:
+    before = set(threading.enumerate())
+    with open_loader(catalogue, **{"data.backend": backend}) as loader:
+        reading = loader.steps(3, 23)
+        ledgers = [next(reading).ledger for _ in range(taken)]
+        assert ledgers == [loader.load(3 + i).ledger for i in range(taken)]
+    assert set(threading.enumerate()) <= before
+
+
+def test_an_error_in_the_read_ahead_reaches_the_loop_and_ends_the_thread(
+    catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = StepLoader.load
+
+    def failing(self: StepLoader, step: int) -> StepData:
+        if step == 2:
+            raise UserError("the class arrays are gone")
+        return load(self, step)
+
+    monkeypatch.setattr(StepLoader, "load", failing)
+    before = set(threading.enumerate())
+    with trainer(tiny_config(catalogue, tmp_path / "run")) as t:
+        with pytest.raises(UserError, match="the class arrays are gone"):
+            t.fit()
+        assert t.step == 2
+    assert set(threading.enumerate()) <= before
+
+
+def first_loss(config: RunConfig) -> float:
+    with trainer(config) as t:
+        assert next(t.method.towers.parameters()).dtype == getattr(
+            torch, {"fp32": "float32", "bf16": "bfloat16"}[config.train.precision]
+        )
+        return t.train_step(t.loader.load(0)).loss.item()
+
+
+def test_bf16_trains_and_begins_like_fp32(catalogue: Path, tmp_path: Path) -> None:
+    wanted = first_loss(tiny_config(catalogue, tmp_path / "fp32"))
+    bf16 = tiny_config(catalogue, tmp_path / "bf16", **{"train.precision": "bf16"})
+    assert first_loss(bf16) == pytest.approx(wanted, rel=0.05)
+    with trainer(bf16) as t:
+        figures = t.fit()
+    assert figures["steps"] == 4 and math.isfinite(figures["loss"]) and figures["queries"] == 6
+
+
+def test_the_contrastive_objective_trains_on_pairs(catalogue: Path, tmp_path: Path) -> None:
+    with trainer(tiny_config(catalogue, tmp_path / "run", **{"model.objective": "contrastive"})) as t:
+        assert t.method.head is None and t.rows is None
+        assert t.loader.documents_per_step == 8
+        figures = t.fit()
+    assert figures["steps"] == 4 and math.isfinite(figures["loss"])
+    assert checkpoint.read_state(tmp_path / "run/checkpoints/step-00000004")["positions"]["document"] == 32
+    with pytest.raises(UserError, match=r"data.micro_batches must be 1 with model.objective contrastive"):
+        tiny_config(catalogue, tmp_path, **{"model.objective": "contrastive", "data.micro_batches": 2})
