@@ -27,7 +27,7 @@ def evaluated(
     catalogue: Path, settings: dict[str, Any], tensor_parallel: int = 1
 ) -> tuple[Report, dict[int, np.ndarray]]:
     """Evaluates the weights that the seed gives; also each rank's query vectors by sample id."""
-    with trainer(tiny_config(catalogue, Path("unused"), **settings), tensor_parallel, ready=False) as t:
+    with trainer(tiny_config(catalogue, Path("unused"), **settings), ready=False) as t:
         report = t.evaluation.run(t.method)
         queries = t.evaluation._embed(t.method, t.evaluation.queries)
         vectors = dict(zip(queries.ids.tolist(), queries.vectors.numpy(), strict=True))
@@ -69,22 +69,21 @@ SHARDED = {"evaluation.batch_size": 4, "evaluation.slices": ["colour", "shape"],
 @pytest.mark.parametrize("split", ["val", "train"])
 def test_every_number_of_ranks_finds_the_same(catalogue: Path, noise: Path, split: str) -> None:
     settings = {**SHARDED, "evaluation.split": split, "evaluation.distractors": [str(noise)]}
-    wanted, vectors = evaluated(catalogue, settings)
+    ((wanted, vectors),) = ranks(1).run(evaluated, catalogue, settings)
     assert wanted.figures["queries"] == {"val": 6, "train": 18}[split] and 0 < wanted.figures["map"] < 1
-    for world, tensor_parallel in ((2, 1), (3, 1), (2, 2)):
-        found = ranks(world).run(evaluated, catalogue, settings, tensor_parallel)
+    for world in (2, 3):
+        found = ranks(world).run(evaluated, catalogue, settings)
         for report, _ in found:
-            assert equal(report.figures, wanted.figures), (world, tensor_parallel)
+            assert equal(report.figures, wanted.figures)
             assert all(equal(a, b) for a, b in zip(report.rows, wanted.rows, strict=True))
-        if tensor_parallel == 1:
-            shared: dict[int, np.ndarray] = {}
-            for report, own in found:
-                assert not shared.keys() & own.keys(), "a query was embedded twice"
-                assert dict(report.panel).keys() <= own.keys()
-                shared |= own
-            assert shared.keys() == vectors.keys()
-            assert all((shared[i] == vectors[i]).all() for i in vectors)
-            assert sorted(row for report, _ in found for row in report.panel) == sorted(wanted.panel)
+        shared: dict[int, np.ndarray] = {}
+        for report, own in found:
+            assert not shared.keys() & own.keys(), "a query was embedded twice"
+            assert dict(report.panel).keys() <= own.keys()
+            shared |= own
+        assert shared.keys() == vectors.keys()
+        assert all((shared[i] == vectors[i]).all() for i in vectors), "a vector depends on the number of ranks"
+        assert sorted(row for report, _ in found for row in report.panel) == sorted(wanted.panel)
 
 
 def test_slices_are_parts_of_the_whole(catalogue: Path) -> None:
