@@ -57,7 +57,7 @@ class Parser(jsonargparse.ArgumentParser):
                 raise unknown_key(key, known, "command line")
         try:
             given = self.parse_object(dict(recipe)) if recipe else None
-            return self.instantiate_classes(self.parse_args(argv, namespace=given))
+            return self.instantiate(self.parse_args(argv, namespace=given))
         except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
             raise UserError(_plain(str(error)), f"See `{self.prog} --help`") from error
 

@@ -165,7 +165,9 @@ def load(run: Path) -> RunConfig:
     """
     file = run / "config.yaml"
     if not file.is_file():
-        raise UserError(f"{run} is no run folder: it has no config.yaml", "Name the folder that was --run-dir in training")
+        raise UserError(
+            f"{run} is no run folder: it has no config.yaml", "Name the folder that was --run-dir in training"
+        )
     saved = read_recipe(file, _every_key())
     return replace(_build(_parser_of(saved).parse([], saved)), run_dir=run)
 

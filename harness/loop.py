@@ -274,7 +274,9 @@ class Trainer:
         if path is None:
             return
         if config.train.resume == "never":
-            raise UserError(f"{config.run_dir} holds checkpoints and train.resume is 'never'", "Choose another --run-dir")
+            raise UserError(
+                f"{config.run_dir} holds checkpoints and train.resume is 'never'", "Choose another --run-dir"
+            )
         state = checkpoint.read_state(path)
         changes = difference(state["config"], config.to_dict())
         if forbidden := identity_changes(changes):

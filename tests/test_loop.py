@@ -281,11 +281,12 @@ def test_paired_documents_show_their_querys_class(catalogue: Path) -> None:
 @pytest.mark.parametrize("backend", ["dali", "reference"])
 @pytest.mark.parametrize("taken", [0, 2, 20])
 def test_the_read_ahead_ends_with_close(catalogue: Path, backend: str, taken: int) -> None:
+    with open_loader(catalogue, **{"data.backend": backend}) as loader:
+        wanted = [loader.load(3 + i).ledger for i in range(taken)]
     before = set(threading.enumerate())
     with open_loader(catalogue, **{"data.backend": backend}) as loader:
         reading = loader.steps(3, 23)
-        ledgers = [next(reading).ledger for _ in range(taken)]
-        assert ledgers == [loader.load(3 + i).ledger for i in range(taken)]
+        assert [next(reading).ledger for _ in range(taken)] == wanted
     assert set(threading.enumerate()) <= before
 
 
