@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import json
 import os
 import re
@@ -166,7 +167,7 @@ def write_figures(path: Path | None, figures: Mapping[str, Any]) -> None:
 
 
 def run_command(body: Callable[[], Any]) -> int:
-    """Runs a command's body; a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+    """Runs a command's body; a UserError or a full disk becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
 
     Under torchrun the first rank of a node speaks for all. Another one waits first: if they all have met the same,
     torchrun ends it meanwhile.
@@ -174,13 +175,21 @@ def run_command(body: Callable[[], Any]) -> int:
     try:
         body()
     except UserError as error:
-        name = "error"
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(OTHERS_WAIT)
-            name = f"error: rank {os.environ.get('RANK')}"
-        print(f"{name}: {error}", file=sys.stderr)
-        return USER_ERROR_CODE
+        return _report(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _report(UserError(f"{error.filename or 'disk'}: {error.strerror}", "Free space there, then start again"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _report(error: UserError) -> int:
+    name = "error"
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(OTHERS_WAIT)
+        name = f"error: rank {os.environ.get('RANK')}"
+    print(f"{name}: {error}", file=sys.stderr)
+    return USER_ERROR_CODE

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import multiprocessing
+import queue
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -94,7 +94,7 @@ def install() -> None:
             "ignore"
         )  # "Transformer Engine and Apex are not installed": logged once by models/backends.py
         modules = {name: importlib.import_module(name) for name in PATCHED}
-    _mend_checkpoint_queue(modules["megatron.core.dist_checkpointing.strategies.filesystem_async"])
+    _mend_checkpoint_writer(modules["megatron.core.dist_checkpointing.strategies.filesystem_async"])
     if torch.cuda.is_available():
         return
     torch._dynamo.config.disable = True  # jit_fuser is torch.compile: on a CPU it needs g++ and gains nothing
@@ -108,15 +108,27 @@ def install() -> None:
     logging.getLogger(rng.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
-def _mend_checkpoint_queue(filesystem_async: Any) -> None:
-    """The stock queue starts a *spawned* manager per save: 5 s, and a hang where `__main__` has no guard. A forked one is instant."""
+def _mend_checkpoint_writer(filesystem_async: Any) -> None:
+    """The stock writer forks for every save, from a process full of threads (gloo or NCCL, DALI), and first starts a *spawned* manager that imports
+    the main module again: 5 s, a hang where that has no guard, an orphan where the rank is killed. Ours writes its buckets itself. Also on GPUs."""
+    writer = filesystem_async.FileSystemWriterAsync
 
-    def queue() -> Any:
-        if filesystem_async._results_queue is None:
-            filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
-        return filesystem_async._results_queue
+    def write_here(transforms: Any, _use_msc: bool, _rank: int, buckets: list[Any], results: queue.Queue[Any]) -> None:
+        written: dict[int, Any] = {}
+        for number, bucket in enumerate(buckets):
+            counts: queue.Queue[int] = queue.Queue()
+            counts.put(number)  # the stock worker takes its number off at its end
+            outcome: queue.Queue[Any] = queue.Queue()
+            writer.write_preloaded_data(transforms, number, bucket, outcome, counts, use_fsync=True)
+            _, written[number] = outcome.get_nowait()
+            if isinstance(written[number], Exception):
+                results.put(written[number])
+                return
+        results.put(written)
 
-    filesystem_async._get_write_results_queue = queue
+    writer.write_preloaded_data_multiproc = staticmethod(write_here)
+    results: queue.Queue[Any] = queue.Queue()
+    filesystem_async._get_write_results_queue = lambda: results
 
 
 @contextlib.contextmanager
