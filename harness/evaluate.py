@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from harness.data.catalogue import Catalogue
@@ -74,7 +75,7 @@ class Side:
 class Report:
     """What an evaluation found; the same on every rank.
 
-    figures: metric -> value; rows: one for each slice value; panel: (query id, its best document ids) of this rank's first queries.
+    figures: metric -> value; rows: one for each slice value; panel: (query id, its best document ids), by query id.
     """
 
     figures: dict[str, float]
@@ -149,7 +150,10 @@ class Evaluation:
         finally:
             method.towers.train(training)
         figures = {**summarise(ranks.ranks, ranks.offsets), "documents": float(sum(len(d.ids) for d in self.documents))}
-        panel = list(zip(shown.ids.tolist(), best.tolist(), strict=True))
+        own = list(zip(shown.ids.tolist(), best.tolist(), strict=True))
+        parts: list[Any] = [None] * self.mesh.dp.size()
+        dist.all_gather_object(parts, own, group=self.mesh.dp)
+        panel = sorted(row for part in parts for row in part)
         return Report(figures, slices(ranks.ranks, ranks.offsets, self._ordered(ranks)), panel)
 
     @torch.no_grad()
