@@ -20,7 +20,7 @@ import yaml
 from harness.errors import UserError
 
 USER_ERROR_CODE = 2
-OTHERS_WAIT = 5.0  # seconds
+OTHERS_WAIT = 30.0  # seconds; a rank takes some to end
 
 
 class Parser(jsonargparse.ArgumentParser):

@@ -283,7 +283,7 @@ class Trainer:
             key = forbidden[0]
             raise UserError(
                 f"{config.run_dir} was trained with {key} = {changes[key][0]}, not {changes[key][1]}",
-                "That makes another run: choose another --run, or set the key back",
+                "That makes another run: choose another --run-dir, or set the key back",
             )
         if state["order_id"] != self.loader.order.order_id:
             raise UserError(

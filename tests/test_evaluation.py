@@ -77,7 +77,7 @@ def test_every_number_of_ranks_finds_the_same(catalogue: Path, noise: Path, spli
             assert equal(report.figures, wanted.figures)
             assert all(equal(a, b) for a, b in zip(report.rows, wanted.rows, strict=True))
         shared: dict[int, np.ndarray] = {}
-        for report, own in found:
+        for _, own in found:
             assert not shared.keys() & own.keys(), "a query was embedded twice"
             shared |= own
         assert shared.keys() == vectors.keys()

@@ -205,3 +205,24 @@ def test_a_row_group_larger_than_the_number_of_classes(seeded: tuple[Path, Path]
         found = ranks(world).run(states, catalogue, tmp_path / "run", SETTINGS, 1)[0]
         for key in ("rows", "exp_avg", "exp_avg_sq", "row_step"):
             same(found[key], wanted[key], key)
+
+
+def first_moments(catalogue: Path, run: Path, settings: dict[str, Any]) -> tuple[float, float]:
+    """After one step from nothing: (norm of AdamW's first moments over towers and rows, gradient norm before clipping)."""
+    with trainer(tiny_config(catalogue, run, **settings)) as t:
+        norm = t.train_step(t.loader.load(0)).norm
+        moments = [e["exp_avg"] for part in t.towers._parts for e in part.optimizer.state.values()]
+        total = sum(
+            (m.double().square().sum() for m in [*moments, t.rows.exp_avg]), torch.zeros((), dtype=torch.float64)
+        )
+        return float(t.mesh.sum(total).sqrt()), norm
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_one_norm_clips_towers_and_rows_alike(world: int, catalogue: Path, tmp_path: Path) -> None:
+    """From nothing, a first moment is (1 - beta1) x the clipped gradient, so all of them together have that norm."""
+    for name, clip in (("clipped", 0.01), ("whole", 0.0)):
+        settings = {**SETTINGS, "optimizer.clip_norm": clip, "optimizer.rows.betas": [0.9, 0.999]}
+        moments, norm = ranks(world).run(first_moments, catalogue, tmp_path / name, settings)[0]
+        assert norm > 0.1
+        assert moments == pytest.approx(0.1 * (clip or norm), rel=1e-4)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from harness import checkpoint
 from harness.config import RunConfig
@@ -25,6 +25,7 @@ from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError
 from harness.optimizer import OptimizerConfig, learning_rate
 from models.batch import Batch
+from tests.pool import ranks
 from tests.runs import tiny_config, trainer
 
 STEPS = 6
@@ -218,6 +219,20 @@ def test_a_damaged_sample_costs_itself_alone(
             assert torch.equal(a.query_ids, b.query_ids)
 
 
+def damage_met(catalogue: Path, run: Path) -> int:
+    """Trains; how many damaged samples this rank itself met."""
+    with trainer(tiny_config(catalogue, run)) as t:
+        t.fit()
+    return t.bad_samples
+
+
+def test_damaged_samples_of_all_ranks_are_counted(damaged: tuple[Path, list[int]], tmp_path: Path) -> None:
+    met = ranks(2).run(damage_met, damaged[0], tmp_path / "run")
+    assert min(met) > 0
+    training = [line for line in log_lines(tmp_path / "run") if "train/loss" in line]
+    assert training[-1]["data/bad_samples"] == sum(met)
+
+
 def test_a_damaged_sample_counts_nothing_in_the_loss(
     catalogue: Path, damaged: tuple[Path, list[int]], tmp_path: Path
 ) -> None:
@@ -231,9 +246,15 @@ def test_a_damaged_sample_counts_nothing_in_the_loss(
 
 
 def open_loader(
-    catalogue: Path, rank: int = 0, world: int = 1, paired: bool = False, **settings: Any
+    catalogue: Path,
+    rank: int = 0,
+    world: int = 1,
+    paired: bool = False,
+    backend: str = "dali",
+    micro_batches: int = 1,
 ) -> closing[StepLoader]:
     """The loader of one rank; no rank is needed for it."""
+    settings = {"data.backend": backend, "data.micro_batches": micro_batches}
     config = tiny_config(catalogue, Path("unused"), **settings)
     length, device = config.model.text.max_length, torch.device("cpu")
     return closing(StepLoader(config.data, config.seed, length, rank, world, device, paired))
@@ -245,7 +266,7 @@ def whole_step(
     """A step put together from all ranks' micro-batches, in the order of its positions, and the sum of the ledgers."""
     parts: list[StepData] = []
     for rank in range(world):
-        with open_loader(catalogue, rank, world, **options, **{"data.micro_batches": micro_batches}) as loader:
+        with open_loader(catalogue, rank, world, micro_batches=micro_batches, **options) as loader:
             parts.append(loader.load(step))
             assert len(parts[-1].batches) == micro_batches
     batches = [parts[rank].batches[micro] for micro in range(micro_batches) for rank in range(world)]
@@ -254,9 +275,7 @@ def whole_step(
 
 
 @pytest.mark.parametrize("step", [0, 2])  # the queries' second epoch begins within step 2
-@pytest.mark.parametrize(
-    "options", [{}, {"paired": True}, {"data.backend": "reference"}], ids=["own", "paired", "pillow"]
-)
+@pytest.mark.parametrize("options", [{}, {"paired": True}, {"backend": "reference"}], ids=["own", "paired", "pillow"])
 def test_a_step_holds_the_same_however_it_is_cut(catalogue: Path, step: int, options: dict[str, Any]) -> None:
     wanted, ledger = whole_step(catalogue, step, 1, 1, **options)
     assert [len(tensor) for tensor in wanted] == [8] * 4 + [8 if "paired" in options else 4] * 5
@@ -281,10 +300,10 @@ def test_paired_documents_show_their_querys_class(catalogue: Path) -> None:
 @pytest.mark.parametrize("backend", ["dali", "reference"])
 @pytest.mark.parametrize("taken", [0, 2, 20])
 def test_the_read_ahead_ends_with_close(catalogue: Path, backend: str, taken: int) -> None:
-    with open_loader(catalogue, **{"data.backend": backend}) as loader:
+    with open_loader(catalogue, backend=backend) as loader:
         wanted = [loader.load(3 + i).ledger for i in range(taken)]
     before = set(threading.enumerate())
-    with open_loader(catalogue, **{"data.backend": backend}) as loader:
+    with open_loader(catalogue, backend=backend) as loader:
         reading = loader.steps(3, 23)
         assert [next(reading).ledger for _ in range(taken)] == wanted
     assert set(threading.enumerate()) <= before
