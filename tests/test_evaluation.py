@@ -86,7 +86,7 @@ def test_every_number_of_ranks_finds_the_same(catalogue: Path, noise: Path, spli
 
 
 def test_slices_are_parts_of_the_whole(catalogue: Path) -> None:
-    report, _ = evaluated(catalogue, SHARDED)
+    report, _ = evaluated(catalogue, {**SHARDED, "evaluation.panel": 6})
     assert {row["slice"] for row in report.rows} == {"colour", "shape", "class"}
     for name in ("colour", "shape", "class"):
         rows = [row for row in report.rows if row["slice"] == name]
@@ -97,6 +97,13 @@ def test_slices_are_parts_of_the_whole(catalogue: Path) -> None:
     # Classes c0 .. c5: four colours in turn, the first four discs.
     assert [find(report, "colour", colour)["queries"] for colour in ("red", "green", "blue", "yellow")] == [2, 2, 1, 1]
     assert [find(report, "shape", shape)["queries"] for shape in ("disc", "box")] == [4, 2]
+    # Six samples a class, its document first: what the panel shows of all queries gives the same recall.
+    for number, colour in enumerate(("red", "green", "blue", "yellow")):
+        shown = [(query // 6 * 6, best) for query, best in report.panel if query // 6 % 4 == number]
+        row = find(report, "colour", colour)
+        assert row["recall_at_1"] == np.mean([best[0] == right for right, best in shown])
+        assert row["recall_at_5"] == np.mean([right in best for right, best in shown])
+    assert len({find(report, "colour", colour)["recall_at_5"] for colour in ("red", "green", "blue", "yellow")}) > 1
 
 
 def test_distractors_join_the_gallery_and_answer_nothing(catalogue: Path, noise: Path) -> None:
@@ -127,6 +134,7 @@ def test_text_of_distractors_is_read_by_the_runs_tokenizer(catalogue: Path, nois
     assert torch.equal(own.vectors, copy.vectors) and torch.equal(own.ids + 36, copy.ids)
     assert (own.labels >= 0).all() and (copy.labels == -1).all() and (other.labels == -1).all()
     assert not torch.equal(own.vectors, other.vectors[:6])
+    assert len(torch.cat([own.ids, copy.ids, other.ids]).unique()) == 6 + 6 + 10
 
 
 def test_head_tail_and_never_trained_classes(catalogue: Path, tmp_path: Path) -> None:
