@@ -28,6 +28,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import xxhash
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -227,10 +228,12 @@ def _replace_text(file: Path, text: str) -> None:
 
 @contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
+    """A full or failing disk becomes a UserError; both libraries wrap what the system said in exceptions of their own."""
     try:
         yield
-    except OSError as error:
-        what = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+    except (OSError, RuntimeError, CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
+        full = os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(folder.parent).free < 1 << 20
+        if isinstance(error, RuntimeError) and not full:
+            raise
+        what = "the disk is full" if full else str(error).strip().splitlines()[-1]
         raise UserError(f"checkpoint {folder} was not written: {what}", "Earlier checkpoints are untouched") from error
-    except dist_checkpointing.core.CheckpointingException as error:
-        raise UserError(f"checkpoint {folder} was not written: {error}", "Earlier checkpoints are untouched") from error

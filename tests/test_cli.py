@@ -382,8 +382,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-# harness/checkpoint.py lets torch's CheckpointException through (a BaseException, and no OSError).
-@pytest.mark.xfail(reason="checkpoint._disk_errors does not know torch's CheckpointException", raises=BaseException)
 def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints(
     shelfmark: Shelfmark, catalogue: Path, small_disk: Path
 ) -> None:
