@@ -235,5 +235,6 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         full = os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(folder.parent).free < 1 << 20
         if isinstance(error, RuntimeError) and not full:
             raise
+        shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint would only hold the space
         what = "the disk is full" if full else str(error).strip().splitlines()[-1]
         raise UserError(f"checkpoint {folder} was not written: {what}", "Earlier checkpoints are untouched") from error

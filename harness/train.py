@@ -27,7 +27,8 @@ def train(argv: list[str]) -> None:
         figures = trainer.fit()
         if mesh.rank == 0:
             write_figures(json_file, figures)
-            shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items() if k != "slices"}
+            shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
+            shown = {k: v for k, v in shown.items() if v is not None and k != "slices"}
             print(f"run {config.run_dir}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
     finally:
         mesh.close()

@@ -41,7 +41,8 @@ class Ranks:
         self.checks += 1
         for pipe in self.pipes:
             pipe.send((f"{self.folder.name}/{self.checks}", check, args))
-        results, failures = [], []
+        results: list[Any] = []
+        failures: list[str] = []
         for rank, pipe in enumerate(self.pipes):
             if not pipe.poll(20.0 if failures else TIMEOUT):
                 failures.append(f"rank {rank} of {self.world_size} hangs in {check.__name__}")

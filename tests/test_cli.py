@@ -394,7 +394,7 @@ def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints(
     )
     path, passed_over = checkpoint.newest(run / "checkpoints")
     assert path is not None and path.name == "step-00000001" and checkpoint.verify(path) == ""
-    assert passed_over == ["step-00000002.tmp: never finished"]
+    assert passed_over == [], "the half-written one still holds the space"
     assert (run / "checkpoints" / "latest").read_text() == "step-00000001"
 
 

@@ -180,7 +180,10 @@ class StepLoader:
         return self.config.queries_per_step if self.paired else self.config.documents_per_step
 
     def load(self, step: int) -> StepData:
-        """This rank's part of `step`; the same whenever and however often it is asked for."""
+        """This rank's part of `step`; the same whenever and however often it is asked for.
+
+        Not while `steps` reads ahead: there is one decoder, and it serves one thread.
+        """
         batches, total, bad = [], 0, []
         for micro in range(self.config.micro_batches):
             piece, pieces = micro * self.world_size + self.rank, self.config.micro_batches * self.world_size
