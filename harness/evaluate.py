@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,17 +15,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from harness.data.catalogue import Catalogue
-from harness.data.loader import ImageReader
+from harness.data.loader import DataConfig, ImageReader
 from harness.data.tokenizer import FIELDS, Tokenizer, TokenStore
 from harness.errors import UserError
 from harness.mesh import Mesh
+from harness.methods import Method
 from harness.metrics import slices, summarise
 from harness.retrieval import Embedded, RelevantRanks, relevant_ranks, top_k
 from models.batch import Batch
-
-if TYPE_CHECKING:
-    from harness.config import RunConfig
-    from harness.methods import Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +85,8 @@ class Evaluation:
 
     Args:
         config: split, slices, distractors.
-        run: the run's configuration (preprocessing, backend, text length).
+        data: the run's preprocessing and decoder.
+        model: the method's configuration: embedding_dim and text.max_length.
         catalogue: the catalogue with queries and documents.
         tokenizer: the run's tokenizer; it encodes distractors too.
         classes: the run's classes.parquet, for the slices seen / never trained and head / tail.
@@ -101,13 +99,14 @@ class Evaluation:
     def __init__(
         self,
         config: EvaluationConfig,
-        run: RunConfig,
+        data: DataConfig,
+        model: Any,
         catalogue: Catalogue,
         tokenizer: Tokenizer,
         classes: Path,
         mesh: Mesh,
     ) -> None:
-        self.config, self.run_config, self.mesh, self.tokenizer = config, run, mesh, tokenizer
+        self.config, self.data, self.model, self.mesh, self.tokenizer = config, data, model, mesh, tokenizer
         for name in config.slices:
             if name not in catalogue.attributes:
                 raise UserError(
@@ -163,22 +162,22 @@ class Evaluation:
         blocks = range(dp.rank(), -(-len(side.ids) // size), dp.size())
         reader = ImageReader(
             side.catalogue,
-            self.run_config.data.preprocess,
-            self.run_config.data.backend,
+            self.data.preprocess,
+            self.data.backend,
             size,
-            self.run_config.data.threads,
+            self.data.threads,
             self.mesh.device,
         )
         tokens = None
         if side.kind == "document":
             tokens = TokenStore.encode(self.tokenizer, {field: side.columns[field] for field in FIELDS})
-        width = self.run_config.model.embedding_dim
+        width, dtype = self.model.embedding_dim, next(method.towers.parameters()).dtype
         vectors, kept = [torch.empty(0, width, device=self.mesh.device)], [np.empty(0, dtype=np.int64)]
         silent = self.mesh.rank != 0
         for block in tqdm(blocks, desc=f"embedding {side.kind}", unit=" batches", leave=False, delay=5, disable=silent):
             rows = np.arange(block * size, (block + 1) * size)
             full = np.minimum(rows, len(side.ids) - 1)
-            batch = self._batch(reader, side, full, tokens)
+            batch = self._batch(reader, side, full, tokens).to(self.mesh.device, dtype)
             embed = method.embed_query if side.kind == "query" else method.embed_document
             count = int((rows < len(side.ids)).sum())
             vectors.append(embed(batch)[:count])
@@ -196,14 +195,11 @@ class Evaluation:
         samples = side.sample_ids[rows]
         images, ok = reader.read(samples, reader.parameters(samples))
         labels, ids, weights = torch.from_numpy(side.labels[rows]), torch.from_numpy(samples), ok.float()
-        length = self.run_config.model.text.max_length
+        length = self.model.text.max_length
         text = torch.zeros(len(rows), length, dtype=torch.int64)
         if tokens is not None:
             text = torch.from_numpy(tokens.batch(rows, length))
-        batch = Batch(images, labels, weights, ids, images, text, labels, weights, ids)
-        return batch.to(
-            self.mesh.device, torch.bfloat16 if self.run_config.train.precision == "bf16" else torch.float32
-        )
+        return Batch(images, labels, weights, ids, images, text, labels, weights, ids)
 
     def _groups(self, keys: dict[str, int], classes: Path) -> dict[str, np.ndarray]:
         """Slice name -> value of each query, in query order."""

@@ -104,5 +104,5 @@ def _evaluate(config: EvalConfig, settings: RunConfig, path: Path, catalogue: Ca
         distractors=config.distractors,
         batch_size=config.batch_size,
     )
-    evaluation = Evaluation(task, settings, catalogue, tokenizer, path / "classes.parquet", mesh)
+    evaluation = Evaluation(task, settings.data, settings.model, catalogue, tokenizer, path / "classes.parquet", mesh)
     return evaluation.run(method)

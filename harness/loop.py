@@ -71,7 +71,7 @@ class Trainer:
         self.parts = checkpoint.Trainable(self.method.towers, head, self.towers, self.rows)
         self.classes = config.data.catalogue / "classes" / "classes.parquet"
         self.evaluation = Evaluation(
-            config.evaluation, config, self.loader.catalogue, self.tokenizer, self.classes, mesh
+            config.evaluation, config.data, config.model, self.loader.catalogue, self.tokenizer, self.classes, mesh
         )
         self.clock = StepClock(mesh)
         self.step = 0

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from harness.errors import UserError
-from harness.evaluate import Report
+from harness.evaluate import Evaluation, Report
 from tests.catalogues import make_catalogue
 from tests.pool import ranks
 from tests.runs import tiny_config, trainer
@@ -142,8 +142,14 @@ def test_head_tail_and_never_trained_classes(catalogue: Path, tmp_path: Path) ->
     changed = [{**row, "tail": row["class_key"] in ("c0", "c2", "c3")} for row in classes]
     with trainer(tiny_config(catalogue, Path("unused"), **SHARDED), ready=False) as t:
         pq.write_table(pa.Table.from_pylist(changed), tmp_path / "classes.parquet")
-        evaluation = type(t.evaluation)(
-            t.evaluation.config, t.config, t.loader.catalogue, t.tokenizer, tmp_path / "classes.parquet", t.mesh
+        evaluation = Evaluation(
+            t.config.evaluation,
+            t.config.data,
+            t.config.model,
+            t.loader.catalogue,
+            t.tokenizer,
+            tmp_path / "classes.parquet",
+            t.mesh,
         )
         report = evaluation.run(t.method)
     found = {row["value"]: row["queries"] for row in report.rows if row["slice"] == "class"}
