@@ -1,4 +1,4 @@
-"""Lets megatron-core 0.16 run on a machine without CUDA; does nothing where CUDA is there.
+"""Lets megatron-core 0.16 run on a machine without CUDA; where CUDA is there, only its checkpoint writer is mended.
 
 megatron-core writes `torch.cuda.current_device()`, `device='cuda'` and `'torch.cuda.FloatTensor'` into a few modules that have nothing
 to do with a GPU otherwise. We never patch torch itself: each module named in `PATCHED` gets, in place of its global name `torch`, a proxy

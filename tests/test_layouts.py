@@ -57,11 +57,12 @@ def states(catalogue: Path, run: Path, settings: dict[str, Any], tensor_parallel
         head = t.method.head
         joined = {name: checkpoint_rows(head, value) for name, value in rows.items()}
         adam = [float(e["step"]) for part in t.towers._parts for e in part.optimizer.state.values()]
-        moments = sum(
-            float(e["exp_avg"].double().sum()) * (t.mesh.tp.rank() == 0 or 1)
+        moments = {
+            f"{name}-{i}": entry[name]
             for part in t.towers._parts
-            for e in part.optimizer.state.values()
-        )
+            for i, entry in enumerate(part.optimizer.state.values())
+            for name in ("exp_avg", "exp_avg_sq")
+        }  # of this rank's own shards: comparable at the same layout only
         return {
             "towers": merged_state_dict(t.method.towers, t.mesh.tp),
             "rows": head.full_weight(),
