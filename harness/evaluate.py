@@ -12,17 +12,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from harness.data.catalogue import Catalogue
-from harness.data.loader import DataConfig, ImageReader
-from harness.data.tokenizer import FIELDS, Tokenizer, TokenStore
+from harness.data.loader import DataConfig
+from harness.data.tokenizer import FIELDS, Tokenizer
+from harness.embed import Embedder, side_of
 from harness.errors import UserError
 from harness.mesh import Mesh
 from harness.methods import Method
 from harness.metrics import slices, summarise
 from harness.retrieval import Embedded, RelevantRanks, relevant_ranks, top_k
-from models.batch import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,21 +50,6 @@ class EvaluationConfig:
         if self.panel < 0:
             errors.append("evaluation.panel must be at least 0")
         return errors
-
-
-@dataclass(frozen=True)
-class Side:
-    """Queries or documents of an evaluation over all ranks: table columns as arrays of n rows, in the order of their ids.
-
-    ids are unique over all catalogues; sample_ids count within `catalogue`; labels index class keys, -1 = relevant to nothing.
-    """
-
-    catalogue: Catalogue
-    kind: str
-    ids: np.ndarray
-    sample_ids: np.ndarray
-    labels: np.ndarray
-    columns: dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
@@ -106,7 +90,8 @@ class Evaluation:
         classes: Path,
         mesh: Mesh,
     ) -> None:
-        self.config, self.data, self.model, self.mesh, self.tokenizer = config, data, model, mesh, tokenizer
+        self.config, self.mesh = config, mesh
+        self.embedder = Embedder(data, model, tokenizer, config.batch_size, mesh)
         for name in config.slices:
             if name not in catalogue.attributes:
                 raise UserError(
@@ -114,8 +99,8 @@ class Evaluation:
                     f"It has {', '.join(catalogue.attributes) or 'none'} (ingest --attribute-columns)",
                 )
         keys: dict[str, int] = {}
-        self.documents = [_side(catalogue, "document", config.split, [*FIELDS], keys, 0)]
-        self.queries = _side(catalogue, "query", config.split, [*config.slices], keys, 0)
+        self.documents = [side_of(catalogue, "document", config.split, [*FIELDS], keys, 0)]
+        self.queries = side_of(catalogue, "query", config.split, [*config.slices], keys, 0)
         for side in (self.queries, self.documents[0]):
             if not len(side.ids):
                 splits = ", ".join(catalogue.meta["counts"]["splits"])
@@ -126,7 +111,7 @@ class Evaluation:
         offset = catalogue.num_samples
         for path in config.distractors:
             other = Catalogue(path)
-            self.documents.append(_side(other, "document", None, [*FIELDS], None, offset))
+            self.documents.append(side_of(other, "document", None, [*FIELDS], None, offset))
             offset += other.num_samples
         self.groups = self._groups(keys, classes)
         self._panel_rows = len(self.queries.ids) // max(1, config.panel)
@@ -136,13 +121,13 @@ class Evaluation:
         training = method.towers.training
         method.towers.eval()
         try:
-            documents = [self._embed(method, side) for side in self.documents]
+            documents = [self.embedder.embed(method, side) for side in self.documents]
             gallery = Embedded(
                 torch.cat([d.vectors for d in documents]),
                 torch.cat([d.ids for d in documents]),
                 torch.cat([d.labels for d in documents]),
             )
-            queries = self._embed(method, self.queries)
+            queries = self.embedder.embed(method, self.queries)
             ranks = relevant_ranks(queries, gallery, self.mesh.dp)
             shown = self._shown(queries)
             best, _ = top_k(shown, gallery, 5, self.mesh.dp)
@@ -154,52 +139,6 @@ class Evaluation:
         dist.all_gather_object(parts, own, group=self.mesh.dp)
         panel = sorted(row for part in parts for row in part)
         return Report(figures, slices(ranks.ranks, ranks.offsets, self._ordered(ranks)), panel)
-
-    @torch.no_grad()
-    def _embed(self, method: Method, side: Side) -> Embedded:
-        """This rank's share of a side. Blocks of batch_size consecutive rows, always full, so that a vector does not depend on the world."""
-        size, dp = self.config.batch_size, self.mesh.dp
-        blocks = range(dp.rank(), -(-len(side.ids) // size), dp.size())
-        reader = ImageReader(
-            side.catalogue,
-            self.data.preprocess,
-            self.data.backend,
-            size,
-            self.data.threads,
-            self.mesh.device,
-        )
-        tokens = None
-        if side.kind == "document":
-            tokens = TokenStore.encode(self.tokenizer, {field: side.columns[field] for field in FIELDS})
-        width, dtype = self.model.embedding_dim, next(method.towers.parameters()).dtype
-        vectors, kept = [torch.empty(0, width, device=self.mesh.device)], [np.empty(0, dtype=np.int64)]
-        silent = self.mesh.rank != 0
-        for block in tqdm(blocks, desc=f"embedding {side.kind}", unit=" batches", leave=False, delay=5, disable=silent):
-            rows = np.arange(block * size, (block + 1) * size)
-            full = np.minimum(rows, len(side.ids) - 1)
-            batch = self._batch(reader, side, full, tokens).to(self.mesh.device, dtype)
-            embed = method.embed_query if side.kind == "query" else method.embed_document
-            count = int((rows < len(side.ids)).sum())
-            vectors.append(embed(batch)[:count])
-            kept.append(rows[:count])
-        reader.close()
-        own = np.concatenate(kept)
-        device = self.mesh.device
-        return Embedded(
-            torch.cat(vectors),
-            torch.from_numpy(side.ids[own]).to(device),
-            torch.from_numpy(side.labels[own]).to(device),
-        )
-
-    def _batch(self, reader: ImageReader, side: Side, rows: np.ndarray, tokens: TokenStore | None) -> Batch:
-        samples = side.sample_ids[rows]
-        images, ok = reader.read(samples, reader.parameters(samples))
-        labels, ids, weights = torch.from_numpy(side.labels[rows]), torch.from_numpy(samples), ok.float()
-        length = self.model.text.max_length
-        text = torch.zeros(len(rows), length, dtype=torch.int64)
-        if tokens is not None:
-            text = torch.from_numpy(tokens.batch(rows, length))
-        return Batch(images, labels, weights, ids, images, text, labels, weights, ids)
 
     def _groups(self, keys: dict[str, int], classes: Path) -> dict[str, np.ndarray]:
         """Slice name -> value of each query, in query order."""
@@ -220,18 +159,6 @@ class Evaluation:
         )
         mine = torch.isin(queries.ids, wanted)
         return Embedded(queries.vectors[mine], queries.ids[mine], queries.labels[mine])
-
-
-def _side(
-    catalogue: Catalogue, kind: str, split: str | None, columns: list[str], keys: dict[str, int] | None, offset: int
-) -> Side:
-    """All samples of a kind; class keys get their labels in `keys` (None: every label is -1)."""
-    table = catalogue.table(["class_key", *columns], kind=kind, split=split).to_pydict()
-    labels = [-1] * len(table["sample_id"])
-    if keys is not None:
-        labels = [-1 if key is None else keys.setdefault(key, len(keys)) for key in table["class_key"]]
-    samples = np.array(table["sample_id"], dtype=np.int64)
-    return Side(catalogue, kind, samples + offset, samples, np.array(labels, dtype=np.int64), table)
 
 
 def print_report(report: Report, title: str) -> None:

@@ -29,7 +29,7 @@ def evaluated(
     """Evaluates the weights that the seed gives; also each rank's query vectors by sample id."""
     with trainer(tiny_config(catalogue, Path("unused"), **settings), ready=False) as t:
         report = t.evaluation.run(t.method)
-        queries = t.evaluation._embed(t.method, t.evaluation.queries)
+        queries = t.evaluation.embedder.embed(t.method, t.evaluation.queries)
         vectors = dict(zip(queries.ids.tolist(), queries.vectors.numpy(), strict=True))
         assert t.method.towers.training
     return report, vectors
@@ -130,7 +130,7 @@ def test_text_of_distractors_is_read_by_the_runs_tokenizer(catalogue: Path, nois
     assert not (noise / "tokenizer").exists()
     settings = {**SHARDED, "evaluation.distractors": [str(catalogue), str(noise)]}
     with trainer(tiny_config(catalogue, Path("unused"), **settings), ready=False) as t:
-        own, copy, other = (t.evaluation._embed(t.method, side) for side in t.evaluation.documents)
+        own, copy, other = (t.evaluation.embedder.embed(t.method, side) for side in t.evaluation.documents)
     assert torch.equal(own.vectors, copy.vectors) and torch.equal(own.ids + 36, copy.ids)
     assert (own.labels >= 0).all() and (copy.labels == -1).all() and (other.labels == -1).all()
     assert not torch.equal(own.vectors, other.vectors[:6])
