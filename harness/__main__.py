@@ -11,8 +11,9 @@ from typing import Any
 from harness.arguments import Parser, check_figures, run_command, write_figures
 from harness.errors import UserError
 
-# command -> (module, its configuration class, the field that is given by place, one sentence). Modules load only when asked for.
+# command -> (module, its configuration class, the fields given by place, one sentence). Modules load only when asked for.
 COMMANDS = {
+    "synth": ("harness.synth.command", "SynthConfig", "out", "Draw a demo catalogue: products, photos, a click log."),
     "ingest": ("harness.data.ingest", "IngestConfig", "", "Make a catalogue of a manifest and an image folder."),
     "govern": ("harness.govern", "GovernConfig", "catalogue", "Turn a catalogue's samples into training classes."),
     "tokenizer": (
@@ -22,14 +23,17 @@ COMMANDS = {
         "Train a tokenizer and encode a catalogue's text.",
     ),
     "eval": ("harness.evaluate_run", "EvalConfig", "run", "Evaluate a run's checkpoint; also under torchrun."),
+    "export": ("harness.export", "ExportConfig", "run", "Make a run's search artefact: encoder, index, id map."),
+    "search": ("harness.search", "SearchConfig", "artefact photos", "Find the documents that a photo shows."),
 }
+SEVERAL = {"photos": "query photos"}  # fields given by place that take one or more files
 TRAIN = "Train a model by a recipe; also as `torchrun … -m harness.train`."
 
 
 def usage() -> str:
     """The overview that `shelfmark --help` prints."""
     lines = [f"  {name:<11}{sentence}" for name, (_, _, _, sentence) in COMMANDS.items()]
-    lines.insert(3, f"  {'train':<11}{TRAIN}")
+    lines.insert(4, f"  {'train':<11}{TRAIN}")
     return "\n".join(
         [
             "usage: shelfmark COMMAND [options]",
@@ -56,9 +60,12 @@ def command(name: str, argv: list[str]) -> None:
     module_name, config_name, positional, sentence = COMMANDS[name]
     module: Any = importlib.import_module(module_name)
     parser = Parser(f"shelfmark {name}", sentence, module.EXAMPLE)
-    if positional:
-        parser.add_argument(positional, type=Path, help=f"the {positional} folder")
-    parser.add_class_arguments(getattr(module, config_name), skip={positional} if positional else set())
+    for place in positional.split():
+        if place in SEVERAL:
+            parser.add_argument(place, type=Path, nargs="+", help=SEVERAL[place])
+        else:
+            parser.add_argument(place, type=Path, help=f"the {place} folder")
+    parser.add_class_arguments(getattr(module, config_name), skip=set(positional.split()))
     parser.add_argument("--json", type=Path | None, default=None, help="file for the figures that the command reports")
     values = parser.parse(argv).as_dict()
     json_file = values.pop("json")

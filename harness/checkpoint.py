@@ -26,12 +26,12 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-import xxhash
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from harness.checksums import verify, write_manifest, write_whole
 from harness.errors import UserError
 from harness.mesh import Mesh
 from harness.optimizer import TowerOptimizer
@@ -40,8 +40,6 @@ from models.heads.row_optimizer import RowAdamW
 
 from megatron.core import dist_checkpointing  # isort: skip  (after the CPU proxy)
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint  # isort: skip
-
-_CHUNK = 1 << 24
 
 
 @dataclass
@@ -82,10 +80,10 @@ def save(
         if mesh.rank == 0:
             shutil.copyfile(classes, temporary / "classes.parquet")
             (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-            _write_manifest(temporary)
+            write_manifest(temporary)
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
-            _replace_text(folder / "latest", final.name)
+            write_whole(folder / "latest", final.name)
             for old in sorted(folder.glob("step-????????"))[:-keep]:
                 shutil.rmtree(old, ignore_errors=True)
     mesh.barrier()
@@ -104,21 +102,6 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
             continue
         return candidate, passed_over
     return None, passed_over
-
-
-def verify(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint folder; empty if every file is there with its checksum."""
-    try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-    except (OSError, ValueError):
-        return "manifest.json is missing or damaged"
-    for name, (size, checksum) in manifest["files"].items():
-        file = checkpoint / name
-        if not file.is_file() or file.stat().st_size != size:
-            return f"{name} is missing or has another size"
-        if _checksum(file) != checksum:
-            return f"{name} has another checksum"
-    return ""
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -197,33 +180,6 @@ def _head_state(head: ClassParallelHead, optimizer: RowAdamW | None, mesh: Mesh)
             state[name] = logical(getattr(optimizer, name))
         state["log_decay"] = torch.tensor(optimizer.log_decay, dtype=torch.float64)
     return state
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {}
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-        files[str(file.relative_to(folder))] = (file.stat().st_size, _checksum(file))
-    _replace_text(folder / "manifest.json", json.dumps({"format": 1, "files": files}, indent=1))
-
-
-def _checksum(file: Path) -> str:
-    digest = xxhash.xxh3_64()
-    with file.open("rb") as handle:
-        while chunk := handle.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _replace_text(file: Path, text: str) -> None:
-    """Writes `file` whole or not at all."""
-    temporary = file.with_suffix(".tmp")
-    with temporary.open("w") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(file)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from harness.data.catalogue import Catalogue
-from harness.data.loader import DataConfig, ImageReader
+from harness.data.loader import DataConfig, ImageReader, share
 from harness.data.tokenizer import FIELDS, Tokenizer, TokenStore
 from harness.mesh import Mesh
 from harness.methods import Method
@@ -61,12 +61,12 @@ class Embedder:
 
     @torch.no_grad()
     def embed(self, method: Method, side: Side) -> Embedded:
-        """This rank's share of a side; `method` is used as it is (call eval() on its towers first).
+        """This rank's share of a side, consecutive rows; `method` is used as it is (call eval() on its towers first).
 
-        Blocks of batch_size consecutive rows, always full, so that a vector does not depend on the number of ranks.
+        Blocks of batch_size rows, always full, so that a vector does not depend on the number of ranks.
         """
         size, dp = self.batch_size, self.mesh.dp
-        blocks = range(dp.rank(), -(-len(side.ids) // size), dp.size())
+        blocks = share(-(-len(side.ids) // size), dp.size(), dp.rank())
         reader = ImageReader(
             side.catalogue,
             self.data.preprocess,

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness import checkpoint
-from harness.config import RunConfig, load
+from harness.config import RunConfig
 from harness.data.catalogue import Catalogue
 from harness.data.tokenizer import Tokenizer
-from harness.errors import UserError
 from harness.evaluate import Evaluation, print_report
 from harness.mesh import Mesh, MeshConfig
-from harness.methods import build
+from harness.trained import find_checkpoint, load_method, open_settings
 
 EXAMPLE = "torchrun --nproc-per-node 2 -m harness eval runs/grocery --split test --slices department"
 
@@ -50,11 +47,11 @@ def run(config: EvalConfig) -> dict[str, Any]:
     Raises:
         UserError: no run or checkpoint there, an empty split, an unknown slice, a layout that does not divide.
     """
-    settings = load(config.run)
-    errors = settings.model.errors(config.tensor_parallel) if config.tensor_parallel > 0 else []
-    if errors or config.batch_size < 1:
-        raise UserError(errors[0] if errors else f"--batch-size is {config.batch_size}; it must be at least 1")
-    path, catalogue = find_checkpoint(config), Catalogue(config.catalogue or settings.data.catalogue)
+    settings = open_settings(config.run, config.tensor_parallel, config.batch_size)
+    path, catalogue = (
+        find_checkpoint(config.run, config.checkpoint),
+        Catalogue(config.catalogue or settings.data.catalogue),
+    )
     mesh = Mesh(MeshConfig(tensor_parallel=config.tensor_parallel))
     try:
         report = _evaluate(config, settings, path, catalogue, mesh)
@@ -65,38 +62,9 @@ def run(config: EvalConfig) -> dict[str, Any]:
     return {"checkpoint": str(path), "split": config.split, **report.figures, "slices": report.rows}
 
 
-def find_checkpoint(config: EvalConfig) -> Path:
-    """The checkpoint that was asked for.
-
-    Raises:
-        UserError: there is no complete one.
-    """
-    if config.checkpoint is not None:
-        if problem := checkpoint.verify(config.checkpoint):
-            raise UserError(f"{config.checkpoint}: {problem}", "Name another step folder, or leave out --checkpoint")
-        return config.checkpoint
-    path, passed_over = checkpoint.newest(config.run / "checkpoints")
-    if path is None:
-        raise UserError(f"{config.run} has no complete checkpoint", "; ".join(passed_over))
-    if os.environ.get("RANK", "0") == "0":
-        for line in passed_over:
-            print(f"passed over checkpoint {line}")
-    return path
-
-
 def _evaluate(config: EvalConfig, settings: RunConfig, path: Path, catalogue: Catalogue, mesh: Mesh) -> Any:
     tokenizer = Tokenizer.load(config.run)
-    method, _ = build(
-        settings.method,
-        settings.model,
-        settings.head,
-        mesh,
-        num_classes=0,
-        vocab_size=tokenizer.vocab_size,
-        seed=settings.seed,
-        precision=settings.train.precision,
-    )
-    checkpoint.load(path, checkpoint.Trainable(method.towers, None, None, None), mesh)
+    method, _ = load_method(settings, path, tokenizer, mesh)
     task = replace(
         settings.evaluation,
         split=config.split,

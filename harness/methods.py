@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from harness.mesh import Mesh
 from models.batch import Batch
 from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
-from models.oclear import Oclear, OclearConfig, OclearTowers
+from models.merge import merged_state_dict
+from models.oclear import Oclear, OclearConfig, OclearQuery, OclearTowers
+from models.plain.transformer import PlainBuilder
 from models.shape import TransformerBuilder
 from models.transformer import MegatronBuilder
 
@@ -45,16 +47,23 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A method's configuration class, its towers, and how it is put together with a head."""
+    """A method's configuration class, its towers, its query encoder for serving, and how it is put together with a head."""
 
     config: type[Any]
     towers: Callable[[Any, TransformerBuilder], nn.Module]
+    query_encoder: Callable[[Any], nn.Module]
     assemble: Callable[..., Method]
     paired: Callable[[Any], bool]
 
 
 METHODS: dict[str, MethodSpec] = {
-    "oclear": MethodSpec(OclearConfig, OclearTowers, Oclear, lambda config: config.objective == "contrastive")
+    "oclear": MethodSpec(
+        config=OclearConfig,
+        towers=OclearTowers,
+        query_encoder=OclearQuery,
+        assemble=Oclear,
+        paired=lambda config: config.objective == "contrastive",
+    )
 }
 
 
@@ -84,3 +93,11 @@ def build(
         settings = replace(head, num_classes=num_classes, embedding_dim=model.embedding_dim)
         rows = ClassParallelHead(settings, mesh.row_group, mesh.dp, mesh.device)
     return spec.assemble(model, towers, rows, mesh.dp), model
+
+
+def plain_query_encoder(method: str, model: Any, towers: nn.Module, mesh: Mesh) -> nn.Module:
+    """The method's query encoder in plain torch, fp32 on the CPU, with the weights of tensor-parallel `towers`; collective over tp."""
+    state = {name: value.float().cpu() for name, value in merged_state_dict(towers, mesh.tp).items()}
+    plain = METHODS[method].towers(model, PlainBuilder())
+    plain.load_state_dict(state)
+    return METHODS[method].query_encoder(plain).eval()

@@ -1,31 +1,61 @@
-"""The retrieval panel: query photos, each with the best documents found for it."""
+"""Contact sheets: query photos, each with the best documents found for it."""
 
 from __future__ import annotations
 
 import io
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from harness.data.catalogue import Catalogue, CorruptSample
 
-CELL = 112
-GREEN, RED, GREY = (40, 160, 60), (200, 50, 50), (90, 90, 90)
+CELL, GAP, FRAME = 128, 12, 4  # pixels
+LINES, LINE = 2, 14  # of a caption
+GREEN, RED, GREY, DARK = (40, 160, 60), (200, 50, 50), (200, 200, 200), (60, 60, 60)
+FRAMES = {True: GREEN, False: RED, None: GREY}
 
 
-def draw_panel(rows: list[tuple[Image.Image, list[tuple[Image.Image, str, bool]]]]) -> np.ndarray:
-    """uint8 [H, W, 3]: a row for each query; a document is (picture, caption, relevant), framed green if relevant, red if not."""
-    width = max((len(documents) for _, documents in rows), default=0) + 1
-    sheet = Image.new("RGB", (width * (CELL + 12), max(1, len(rows)) * (CELL + 26)), "white")
-    draw = ImageDraw.Draw(sheet)
+def draw_panel(rows: list[tuple[Image.Image, list[tuple[Image.Image, str, bool | None]]]]) -> np.ndarray:
+    """uint8 [H, W, 3]: a row for each query, its documents as (picture, caption, relevant).
+
+    A document is framed green if relevant, red if not, grey if that is unknown (None); the query has a dark frame.
+    """
+    columns = max((len(documents) for _, documents in rows), default=0) + 1
+    step_x, step_y = CELL + 2 * GAP, CELL + 2 * GAP + LINES * LINE
+    sheet = Image.new("RGB", (columns * step_x, max(1, len(rows)) * step_y), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
     for y, (query, documents) in enumerate(rows):
-        cells = [(query, "query", GREY)] + [(image, name, GREEN if hit else RED) for image, name, hit in documents]
+        cells = [(query, "photo", DARK)] + [(image, text, FRAMES[relevant]) for image, text, relevant in documents]
         for x, (image, caption, colour) in enumerate(cells):
-            left, top = x * (CELL + 12) + 6, y * (CELL + 26) + 6
-            draw.rectangle((left - 3, top - 3, left + CELL + 2, top + CELL + 2), fill=colour)
-            sheet.paste(ImageOps.fit(image, (CELL, CELL)), (left, top))
-            draw.text((left, top + CELL + 3), caption[:18], fill="black")
+            left, top = x * step_x + GAP, y * step_y + GAP
+            draw.rectangle(
+                (left - FRAME, top - FRAME, left + CELL + FRAME - 1, top + CELL + FRAME - 1), fill=colour, width=0
+            )
+            sheet.paste(ImageOps.pad(image, (CELL, CELL), color="white"), (left, top))
+            for line, text in enumerate(_wrap(caption, font)):
+                draw.text((left, top + CELL + FRAME + 1 + line * LINE), text, fill="black", font=font)
     return np.asarray(sheet)
+
+
+def _wrap(caption: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    """`caption` in at most LINES lines that fit a cell; what does not fit ends in '…'."""
+    lines = [""]
+    for word in caption.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > CELL:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    shown = lines[:LINES]
+    if len(lines) > LINES:
+        shown[-1] += "…"
+    return [_fit(line, font) for line in shown]
+
+
+def _fit(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    while font.getlength(line) > CELL:
+        line = f"{line[:-2]}…"
+    return line
 
 
 def picture(catalogue: Catalogue, sample_id: int) -> Image.Image:

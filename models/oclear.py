@@ -102,6 +102,22 @@ class OclearTowers(nn.Module):
         return self.document_transform(fused.vector), fused.gate
 
 
+class OclearQuery(nn.Module):
+    """What a search service runs: photos to unit embeddings, without the document side.
+
+    Args:
+        towers: plain towers with the trained weights; shared, not copied.
+    """
+
+    def __init__(self, towers: OclearTowers) -> None:
+        super().__init__()
+        self.vision, self.query_transform = towers.vision, towers.query_transform
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [n, 3, S, S] -> unit embeddings float32 [n, d]."""
+        return F.normalize(self.query_transform(self.vision(images)[1]).float(), dim=-1)
+
+
 class Oclear:
     """The method as the loop sees it: loss(batch), embed_query(batch), embed_document(batch).
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from harness import __main__ as cli
-from harness import checkpoint
+from harness import checkpoint, checksums
 from harness.arguments import OTHERS_WAIT, run_command
 from harness.config import check
 from harness.errors import UserError
@@ -393,7 +393,7 @@ def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints(
         "Earlier checkpoints are untouched",
     )
     path, passed_over = checkpoint.newest(run / "checkpoints")
-    assert path is not None and path.name == "step-00000001" and checkpoint.verify(path) == ""
+    assert path is not None and path.name == "step-00000001" and checksums.verify(path) == ""
     assert passed_over == [], "the half-written one still holds the space"
     assert (run / "checkpoints" / "latest").read_text() == "step-00000001"
 

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +73,35 @@ class StepData:
     bad_ids: list[int]
 
 
+class Pipeline(Protocol):
+    """Encoded images to the model's input: DALI's and Pillow's, told apart by nothing but speed."""
+
+    def decode(self, encoded: list[bytes], params: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images float32 [n, 3, S, S], zeros where unreadable, and ok bool [n]."""
+        ...
+
+    def close(self) -> None:
+        """Ends its threads."""
+        ...
+
+
+def open_pipeline(spec: PreprocessSpec, backend: str, batch_size: int, threads: int, device: torch.device) -> Pipeline:
+    """The decoder that `backend` names; see `ImageReader`.
+
+    Raises:
+        UserError: DALI is asked for and does not import.
+    """
+    if backend == "reference":
+        return ReferencePipeline(spec, batch_size, threads)
+    try:
+        from harness.data.pipeline import ImagePipeline  # here, so that `reference` runs where DALI has no wheel
+    except ImportError as error:
+        raise UserError(
+            f"DALI does not import ({error})", "Install nvidia-dali, or choose the backend 'reference'"
+        ) from error
+    return ImagePipeline(spec, batch_size, threads, "mixed" if device.type == "cuda" else "cpu", device.index or 0)
+
+
 class ImageReader:
     """Reads and decodes samples of one catalogue; a sample whose bytes are damaged costs itself alone.
 
@@ -94,21 +124,7 @@ class ImageReader:
         device: torch.device,
     ) -> None:
         self.catalogue, self.spec = catalogue, spec
-        if backend == "dali":
-            try:
-                from harness.data.pipeline import (
-                    ImagePipeline,
-                )  # here, so that `reference` runs where DALI has no wheel
-            except ImportError as error:
-                raise UserError(
-                    f"DALI does not import ({error})", "Install nvidia-dali, or use data.backend: reference"
-                ) from error
-            kind = "mixed" if device.type == "cuda" else "cpu"
-            self._pipeline: ImagePipeline | ReferencePipeline = ImagePipeline(
-                spec, batch_size, threads, kind, device.index or 0
-            )
-        else:
-            self._pipeline = ReferencePipeline(spec, batch_size, threads)
+        self._pipeline = open_pipeline(spec, backend, batch_size, threads, device)
 
     def read(self, ids: Ints, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
         """Images [n, 3, S, S] and ok bool [n] of samples `ids`."""

@@ -1,0 +1,198 @@
+"""An exported artefact, opened for search: photos in, the best documents out. Needs neither the run nor its catalogue."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import torch
+from PIL import Image
+from torch import Tensor
+
+from harness.checksums import verify
+from harness.data.ingest import IngestConfig, Rejected, load_image
+from harness.data.loader import open_pipeline
+from harness.data.preprocess import PreprocessSpec, draw_parameters
+from harness.data.reference import decode_rgb
+from harness.errors import UserError
+from harness.retrieval import Embedded, top_k
+
+ARTEFACT_FORMAT = 1
+_SPARE = 32  # documents fetched beyond those wanted, to be ordered exactly
+
+Box = tuple[int, int, int, int]
+
+
+def import_faiss() -> Any:
+    """The faiss module.
+
+    Raises:
+        UserError: it is not installed, or its libraries are missing.
+    """
+    try:
+        import faiss
+    except Exception as error:  # faiss-gpu without CUDA's libraries raises more than ImportError
+        raise UserError(f"faiss does not import ({error})", "Install faiss-cpu or faiss-gpu, not both") from error
+    return faiss
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A query photo: its bytes, and the window that is searched for, (x, y, width, height) in upright pixels."""
+
+    data: bytes
+    window: Box
+
+    @classmethod
+    def open(cls, path: Path, box: Sequence[int] = ()) -> Photo:
+        """Reads and checks a file; without `box` all of it counts.
+
+        Raises:
+            UserError: no such file, not an image, or a box that is empty or outside of it.
+        """
+        limits = IngestConfig(manifest=path, images=path, out=path)
+        try:
+            image = load_image(path.absolute().parent, path.name, limits.max_bytes, limits.max_pixels)
+        except Rejected as reason:
+            raise UserError(f"photo {path}: {reason}", "Name a JPEG, PNG, WebP, TIFF or BMP file") from None
+        if not box:
+            return cls(image.data, (0, 0, image.width, image.height))
+        size = f"the upright photo {path} has {image.width} x {image.height} pixels"
+        if len(box) != 4:
+            raise UserError(f"--box has {len(box)} numbers", "Give four: x,y,width,height in pixels")
+        x, y, width, height = box
+        if width < 1 or height < 1:
+            raise UserError(f"--box {','.join(map(str, box))} is empty", f"Width and height must be at least 1; {size}")
+        if x < 0 or y < 0 or x + width > image.width or y + height > image.height:
+            raise UserError(f"--box {','.join(map(str, box))} leaves the photo", size[0].upper() + size[1:])
+        return cls(image.data, (x, y, width, height))
+
+    def picture(self) -> Image.Image:
+        """The window in RGB."""
+        x, y, width, height = self.window
+        return decode_rgb(self.data).crop((x, y, x + width, y + height))
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A document found: its row in the index, its id, title, and cosine similarity to the query."""
+
+    row: int
+    id: str
+    title: str
+    score: float
+
+
+class Artefact:
+    """An artefact folder.
+
+    Args:
+        path: what `shelfmark export` wrote.
+        backend: decoder of the photos, dali or reference; the one that the run was trained and evaluated with by default.
+        threads: decoding threads.
+
+    Attributes:
+        meta: content of artefact.json.
+        documents: the id map, row i = document i of the index: sample_id, item, title, description, attributes,
+            class_key, thumbnail.
+
+    Raises:
+        UserError: no artefact there, one that is damaged or of another format, no faiss, no DALI.
+    """
+
+    def __init__(self, path: Path, backend: str | None = None, threads: int = 1) -> None:
+        self.path = path
+        self.meta = _read_meta(path)
+        faiss = import_faiss()
+        self.spec = PreprocessSpec.from_dict(json.loads((path / "preprocess.json").read_text()))
+        self.backend = backend or self.meta["backend"]
+        self.threads = threads
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.export's own
+            self._encode = torch.export.load(path / "encoder.pt2").module()
+        self._index = faiss.read_index(str(path / "index.faiss"))
+        parts = ds.dataset(sorted((path / "documents").glob("part-*.parquet")), format="parquet")
+        self.documents: pa.Table = parts.to_table([name for name in parts.schema.names if name != "embedding"])
+        if not self._index.ntotal == len(self.documents) == self.meta["documents"]:
+            raise UserError(f"{path}: index and id map differ in length", "Export again")
+
+    @torch.no_grad()
+    def embed(self, photos: Sequence[Photo], batch_size: int = 64) -> Tensor:
+        """Unit embeddings float32 [n, d] of photos.
+
+        Raises:
+            UserError: the decoder cannot read one of them.
+        """
+        size = min(batch_size, len(photos))
+        pipeline = open_pipeline(self.spec, self.backend, size, self.threads, torch.device("cpu"))
+        vectors = [torch.empty(0, self.meta["embedding_dim"])]
+        for start in range(0, len(photos), size):
+            part = photos[start : start + size]
+            windows = np.array([photo.window for photo in part])
+            # A box is searched for as if it were the whole photo: the same centred square within it.
+            parameters = draw_parameters(
+                self.spec, 0, 0, np.arange(len(part)), windows[:, 2], windows[:, 3], train=False
+            )
+            parameters["anchor"] += windows[:, :2].astype(np.int32)
+            images, ok = pipeline.decode([photo.data for photo in part], parameters)
+            if not bool(ok.all()):
+                raise UserError(
+                    f"photo {start + int(ok.int().argmin()) + 1} of {len(photos)} cannot be decoded by {self.backend}",
+                    "Save it as an ordinary JPEG, or choose --backend reference",
+                )
+            vectors.append(self._encode(images))
+        pipeline.close()
+        return torch.cat(vectors)
+
+    def search(self, queries: Tensor, k: int) -> list[list[Hit]]:
+        """The `k` best documents (or all there are) of each query [n, d], best first.
+
+        Order and scores are those of evaluation (harness/retrieval.py), ties included, unless more than 32 documents tie with
+        the last one: FAISS finds the candidates in fp32, which are then ranked exactly.
+        """
+        if not len(queries):
+            return []
+        _, rows = self._index.search(queries.numpy(), min(k + _SPARE, self._index.ntotal))
+        ids, titles = self.documents.column("item"), self.documents.column("title")
+        found = []
+        for query, candidates in zip(queries, rows, strict=True):
+            vectors = torch.from_numpy(self._index.reconstruct_batch(candidates))
+            best, scores = top_k(_labelless(query[None]), _labelless(vectors, torch.from_numpy(candidates)), k)
+            hits = zip(best[0].tolist(), scores[0].tolist(), strict=True)
+            found.append([Hit(row, ids[row].as_py(), titles[row].as_py(), score) for row, score in hits])
+        return found
+
+    def thumbnail(self, row: int) -> Image.Image:
+        """The small picture of a document; a grey one where none was exported."""
+        data = self.documents.column("thumbnail")[row].as_py()
+        return (
+            Image.new("RGB", (64, 64), (127, 127, 127)) if data is None else Image.open(io.BytesIO(data)).convert("RGB")
+        )
+
+
+def _labelless(vectors: Tensor, ids: Tensor | None = None) -> Embedded:
+    ids = torch.zeros(len(vectors), dtype=torch.int64) if ids is None else ids
+    return Embedded(vectors, ids, torch.full_like(ids, -1))
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    file = path / "artefact.json"
+    if not file.is_file():
+        what = "no artefact: it has no artefact.json" if path.is_dir() else "no such folder"
+        raise UserError(f"{path}: {what}", "Name a folder that `shelfmark export` wrote")
+    if problem := verify(path):
+        raise UserError(f"artefact {path}: {problem}", "Copy it again, or export again")
+    meta: dict[str, Any] = json.loads(file.read_text())
+    if meta["format"] != ARTEFACT_FORMAT:
+        raise UserError(
+            f"artefact {path} has format {meta['format']}, this version reads {ARTEFACT_FORMAT}", "Export again"
+        )
+    return meta

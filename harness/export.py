@@ -1,0 +1,204 @@
+"""`shelfmark export RUN --out ARTEFACT`: a checkpoint and a catalogue become what a search service loads. Under torchrun the work is shared.
+
+artefact.json             format, method, run, checkpoint, catalogue, versions
+encoder.pt2               the query encoder (torch.export): images [n, 3, S, S] -> unit embeddings [n, d]; needs torch alone
+preprocess.json           from a photo to the encoder's input
+tokenizer/                the run's tokenizer
+documents/part-*.parquet  id map and embeddings: row i of all parts together is document i of the index
+index.faiss               exact inner-product index over the embeddings
+manifest.json             size and checksum of every other file
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from harness.artefact import ARTEFACT_FORMAT, import_faiss
+from harness.checksums import write_manifest
+from harness.config import RunConfig
+from harness.data.catalogue import Catalogue
+from harness.data.staging import staged_folder
+from harness.data.tokenizer import FIELDS, Tokenizer
+from harness.embed import Embedder, Side, side_of
+from harness.errors import UserError
+from harness.mesh import Mesh, MeshConfig
+from harness.meters import write_json
+from harness.methods import plain_query_encoder
+from harness.panel import picture
+from harness.retrieval import Embedded
+from harness.trained import find_checkpoint, load_method, open_settings
+from harness.versions import versions
+
+EXAMPLE = "torchrun --nproc-per-node 2 -m harness export runs/grocery --out artefacts/grocery"
+_ROWS = 4096  # rows written, or added to the index, at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Embeds a catalogue's documents with a run's checkpoint and writes everything that search needs into one folder.
+
+    Args:
+        run: the run folder that training wrote.
+        out: the artefact folder to create; it appears only when it is complete.
+        checkpoint: a step folder of the run; the newest complete one by default.
+        catalogue: another catalogue to export; the run's own by default.
+        split: documents of this split and of split 'all'; every document by default.
+        thumbnail: longest side in pixels of the small picture kept of each document, for contact sheets; 0 keeps none.
+        batch_size: images embedded at once.
+        tensor_parallel: ranks that share one copy of the towers.
+    """
+
+    run: Path
+    out: Path
+    checkpoint: Path | None = None
+    catalogue: Path | None = None
+    split: str | None = None
+    thumbnail: int = 160
+    batch_size: int = 128
+    tensor_parallel: int = 1
+
+
+def run(config: ExportConfig) -> dict[str, Any]:
+    """Exports, prints a line on rank 0 and returns documents, embedding_dim and seconds.
+
+    Raises:
+        UserError: no run or checkpoint there, `out` exists, no document, a layout that does not divide, no faiss.
+    """
+    started = time.perf_counter()
+    if config.out.exists():  # on every rank, and before the work
+        raise UserError(f"{config.out} exists already", "Choose another --out, or remove that folder first")
+    if config.thumbnail < 0:
+        raise UserError(f"--thumbnail is {config.thumbnail}", "It must not be negative")
+    import_faiss()
+    settings = open_settings(config.run, config.tensor_parallel, config.batch_size)
+    path = find_checkpoint(config.run, config.checkpoint)
+    catalogue = Catalogue(config.catalogue or settings.data.catalogue)
+    tokenizer = Tokenizer.load(config.run)
+    side = side_of(catalogue, "document", config.split, ["item", *FIELDS, *catalogue.attributes], None, 0)
+    splits = catalogue.meta["counts"]["splits"]
+    if not len(side.ids) or config.split not in (None, *splits):
+        which = "" if config.split is None else f" in split '{config.split}'"
+        raise UserError(f"{catalogue.path} has no document{which}", f"The splits are {', '.join(splits)} (--split)")
+    mesh = Mesh(MeshConfig(tensor_parallel=config.tensor_parallel))
+    try:
+        method, model = load_method(settings, path, tokenizer, mesh)
+        own = Embedder(settings.data, model, tokenizer, config.batch_size, mesh).embed(method, side)
+        encoder = plain_query_encoder(settings.method, model, method.towers, mesh)
+        with ExitStack() as stack:
+            stage = _shared_stage(config.out, mesh, stack)
+            if mesh.tp.rank() == 0:
+                _write_documents(
+                    stage / "documents" / f"part-{mesh.dp.rank():05d}.parquet", side, own, config.thumbnail
+                )
+            mesh.barrier()
+            if mesh.rank == 0:
+                _write_index(stage, model.embedding_dim)
+                _write_encoder(encoder, settings.data.preprocess.image_size, stage / "encoder.pt2")
+                write_json(stage / "preprocess.json", settings.data.preprocess.to_dict())
+                shutil.copytree(config.run / "tokenizer", stage / "tokenizer")
+                write_json(stage / "artefact.json", _description(config, settings, path, catalogue, side, model))
+                write_manifest(stage)
+    finally:
+        mesh.close()
+    seconds = time.perf_counter() - started
+    if mesh.rank == 0:
+        print(f"{config.out}: {len(side.ids):,} documents of {catalogue.path} in {seconds:.1f} s")
+    return {"documents": len(side.ids), "embedding_dim": model.embedding_dim, "seconds": round(seconds, 3)}
+
+
+def _shared_stage(out: Path, mesh: Mesh, stack: ExitStack) -> Path:
+    """The staging folder of rank 0, which all ranks write into; it becomes `out` when rank 0 leaves the stack."""
+    shared = [out]
+    if mesh.rank == 0:
+        shared = [stack.enter_context(staged_folder(out))]
+        (shared[0] / "documents").mkdir()
+    dist.broadcast_object_list(shared)
+    return shared[0]
+
+
+def _write_documents(file: Path, side: Side, own: Embedded, thumbnail: int) -> None:
+    """This rank's rows, in the order of the side: consecutive ones, so that the parts follow each other."""
+    rows = np.searchsorted(side.ids, own.ids.cpu().numpy())
+    vectors = own.vectors.float().cpu().numpy()
+    width = vectors.shape[1]
+    texts = [name for name in side.columns if name != "sample_id"]
+    schema = pa.schema(
+        [
+            ("sample_id", pa.int64()),
+            *((name, pa.string()) for name in texts),
+            ("thumbnail", pa.binary()),
+            ("embedding", pa.list_(pa.float32(), width)),
+        ]
+    )
+    with pq.ParquetWriter(file, schema) as writer:
+        for start in tqdm(range(0, len(rows), _ROWS), desc="documents", unit=" x 4,096", leave=False, delay=5):
+            part = rows[start : start + _ROWS]
+            samples = side.sample_ids[part]
+            flat = pa.array(vectors[start : start + _ROWS].reshape(-1), pa.float32())
+            columns = {
+                "sample_id": samples,
+                **{name: [side.columns[name][row] for row in part] for name in texts},
+                "thumbnail": [_thumbnail(side.catalogue, int(i), thumbnail) for i in samples],
+                "embedding": pa.FixedSizeListArray.from_arrays(flat, width),
+            }
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+def _thumbnail(catalogue: Catalogue, sample_id: int, size: int) -> bytes | None:
+    if not size:
+        return None
+    image = picture(catalogue, sample_id)
+    image.thumbnail((size, size))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def _write_index(stage: Path, width: int) -> None:
+    faiss = import_faiss()
+    index = faiss.IndexFlatIP(width)
+    for part in sorted((stage / "documents").glob("part-*.parquet")):
+        for batch in pq.ParquetFile(part).iter_batches(_ROWS, columns=["embedding"]):
+            index.add(batch.column(0).flatten().to_numpy().reshape(-1, width))
+    faiss.write_index(index, str(stage / "index.faiss"))
+
+
+def _write_encoder(encoder: nn.Module, image_size: int, file: Path) -> None:
+    """Saves the encoder as a program of its own, for any number of images at once."""
+    example = torch.zeros(2, 3, image_size, image_size)
+    with torch.no_grad():
+        program = torch.export.export(encoder, (example,), dynamic_shapes=({0: torch.export.Dim("images", min=1)},))
+    torch.export.save(program, file)
+
+
+def _description(
+    config: ExportConfig, settings: RunConfig, checkpoint: Path, catalogue: Catalogue, side: Side, model: Any
+) -> dict[str, Any]:
+    return {
+        "format": ARTEFACT_FORMAT,
+        "method": settings.method,
+        "similarity": "inner product of unit vectors",
+        "embedding_dim": model.embedding_dim,
+        "documents": len(side.ids),
+        "split": config.split,
+        "backend": settings.data.backend,
+        "precision": settings.train.precision,
+        "run": config.run.resolve().name,
+        "checkpoint": checkpoint.name,
+        "catalogue": catalogue.path.resolve().name,
+        "versions": versions(),
+    }

@@ -1,0 +1,64 @@
+"""A trained run, opened again for evaluation or export: which checkpoint, and the method with its weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from harness import checkpoint
+from harness.checksums import verify
+from harness.config import RunConfig, load
+from harness.data.tokenizer import Tokenizer
+from harness.errors import UserError
+from harness.mesh import Mesh
+from harness.methods import Method, build
+
+
+def open_settings(run: Path, tensor_parallel: int, batch_size: int) -> RunConfig:
+    """The configuration of `run`, checked for use on that layout before any process group starts.
+
+    Raises:
+        UserError: no run there, a layout that does not divide, no image in a batch.
+    """
+    settings = load(run)
+    errors = settings.model.errors(tensor_parallel) if tensor_parallel > 0 else []
+    if errors or batch_size < 1:
+        raise UserError(errors[0] if errors else f"--batch-size is {batch_size}; it must be at least 1")
+    return settings
+
+
+def find_checkpoint(run: Path, wanted: Path | None) -> Path:
+    """The checkpoint `wanted`, or else the newest complete one of `run`.
+
+    Raises:
+        UserError: there is no complete one.
+    """
+    if wanted is not None:
+        if problem := verify(wanted):
+            raise UserError(f"{wanted}: {problem}", "Name another step folder, or leave out --checkpoint")
+        return wanted
+    path, passed_over = checkpoint.newest(run / "checkpoints")
+    if path is None:
+        raise UserError(f"{run} has no complete checkpoint", "; ".join(passed_over))
+    if os.environ.get("RANK", "0") == "0":
+        for line in passed_over:
+            print(f"passed over checkpoint {line}")
+    return path
+
+
+def load_method(settings: RunConfig, path: Path, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Method, Any]:
+    """The method without its head, in evaluation mode, with the weights of checkpoint `path`, and its configuration; collective."""
+    method, model = build(
+        settings.method,
+        settings.model,
+        settings.head,
+        mesh,
+        num_classes=0,
+        vocab_size=tokenizer.vocab_size,
+        seed=settings.seed,
+        precision=settings.train.precision,
+    )
+    checkpoint.load(path, checkpoint.Trainable(method.towers, None, None, None), mesh)
+    method.towers.eval()
+    return method, model

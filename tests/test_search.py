@@ -1,0 +1,206 @@
+"""Export and search: what a service loads finds what evaluation finds, and says clearly what it cannot use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow.dataset as ds
+import pytest
+import torch
+from PIL import Image
+
+from harness import export, search
+from harness.artefact import Artefact, Photo
+from harness.data.catalogue import Catalogue
+from harness.embed import side_of
+from harness.errors import UserError
+from tests.pool import ranks
+from tests.runs import tiny_config, trainer
+
+
+def train(run: Path, catalogue: Path, **overrides: Any) -> None:
+    """In a pool: a short run with a checkpoint."""
+    with trainer(tiny_config(catalogue, run, **{"train.steps": 3, **overrides})) as t:
+        t.fit()
+
+
+def export_here(run: Path, out: Path, batch_size: int = 128, tensor_parallel: int = 1) -> None:
+    """In a pool."""
+    export.run(export.ExportConfig(run=run, out=out, batch_size=batch_size, tensor_parallel=tensor_parallel))
+
+
+def found_by_evaluation(run: Path, catalogue: Path, top: int) -> tuple[list[Any], torch.Tensor, torch.Tensor]:
+    """In a pool: (query id, its best document ids) of every query, vectors of queries and of documents, by the trained towers."""
+    config = tiny_config(catalogue, run, **{"train.steps": 3, "evaluation.panel": 10_000, "evaluation.split": "test"})
+    with trainer(config) as t:
+        report = t.evaluation.run(t.method)
+        t.method.towers.eval()
+        queries = t.evaluation.embedder.embed(t.method, t.evaluation.queries)
+        documents = t.evaluation.embedder.embed(t.method, t.evaluation.documents[0])
+    return [(query, best[:top]) for query, best in report.panel], queries.vectors, documents.vectors
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, catalogue: Path) -> Path:
+    run = tmp_path_factory.mktemp("trained") / "run"
+    ranks(2).run(train, run, catalogue)
+    return run
+
+
+@pytest.fixture(scope="module")
+def artefact(trained: Path) -> Iterator[Path]:
+    out = trained.parent / "artefact"
+    ranks(1).run(export_here, trained, out)
+    yield out
+
+
+def test_search_agrees_with_evaluation_on_every_query(trained: Path, artefact: Path, catalogue: Path) -> None:
+    """Other towers (plain, exported), other batches, another index, another process: the same documents in the same order."""
+    expected, vectors, _ = ranks(1).run(found_by_evaluation, trained, catalogue, 5)[0]
+    queries = side_of(Catalogue(catalogue), "query", "test", ["item"], None, 0)
+    assert [query for query, _ in expected] == queries.ids.tolist() and len(expected) == 6
+    opened = Artefact(artefact)
+    photos = []
+    for sample in queries.sample_ids:
+        data = Catalogue(catalogue).read_bytes(int(sample))
+        entry = Catalogue(catalogue).index[sample]
+        photos.append(Photo(data, (0, 0, int(entry["width"]), int(entry["height"]))))
+    for batch_size in (1, 4):
+        ours = opened.embed(photos, batch_size)
+        torch.testing.assert_close(ours, vectors, rtol=0, atol=1e-6)
+        hits = opened.search(ours, 5)
+        samples = opened.documents.column("sample_id").to_pylist()
+        assert [[samples[hit.row] for hit in found] for found in hits] == [best for _, best in expected]
+        scores = np.array([[hit.score for hit in found] for found in hits])
+        assert (np.diff(scores) <= 0).all()
+
+
+def test_artefact_holds_the_trained_embeddings(trained: Path, artefact: Path, catalogue: Path) -> None:
+    """Row i of the id map, of the embeddings and of the index are one document; the vectors are evaluation's."""
+    _, _, expected = ranks(1).run(found_by_evaluation, trained, catalogue, 1)[0]
+    rows = ds.dataset(artefact / "documents").to_table()
+    vectors = np.array(rows.column("embedding").to_pylist(), dtype=np.float32)
+    torch.testing.assert_close(torch.from_numpy(vectors), expected, rtol=0, atol=0)
+    index = faiss.read_index(str(artefact / "index.faiss"))
+    assert (index.reconstruct_n(0, index.ntotal) == vectors).all()
+    documents = Catalogue(catalogue).table(["item", "title", "colour", "class_key"], kind="document")
+    for name in documents.column_names:
+        assert rows.column(name).to_pylist() == documents.column(name).to_pylist(), name
+    assert Artefact(artefact).thumbnail(0).size[0] <= 160
+    encoder = torch.export.load(artefact / "encoder.pt2").module()
+    assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 16)
+
+
+@pytest.mark.parametrize("world,tensor_parallel", [(2, 1), (2, 2), (3, 1)])
+def test_export_does_not_depend_on_the_layout(
+    trained: Path, artefact: Path, tmp_path: Path, world: int, tensor_parallel: int
+) -> None:
+    """Also with more ranks than blocks of documents: some write no row. Batches of 4 make 2 blocks of 6 documents."""
+    out = tmp_path / "artefact"
+    ranks(world).run(export_here, trained, out, 4, tensor_parallel)
+    one, other = (ds.dataset(folder / "documents").to_table() for folder in (artefact, out))
+    assert one.drop(["embedding"]).equals(other.drop(["embedding"]))
+    a, b = (np.array(table.column("embedding").to_pylist()) for table in (one, other))
+    assert np.abs(a - b).max() < 1e-6
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    a, b = (torch.export.load(folder / "encoder.pt2").module()(images) for folder in (artefact, out))
+    torch.testing.assert_close(a, b, rtol=0, atol=0)  # the merged weights are the same weights
+
+
+def test_box_searches_for_a_part(artefact: Path, tmp_path: Path) -> None:
+    """A box gives what the cut-out picture gives, and another answer than the whole photo."""
+    rng = np.random.default_rng(0)
+    whole = Image.fromarray(rng.integers(0, 256, (60, 90, 3), dtype=np.uint8))
+    whole.save(tmp_path / "whole.png")
+    whole.crop((20, 10, 70, 50)).save(tmp_path / "part.png")
+    opened = Artefact(artefact)
+    for backend in ("dali", "reference"):
+        opened.backend = backend
+        box, part, all_of_it = opened.embed(
+            [
+                Photo.open(tmp_path / "whole.png", (20, 10, 50, 40)),
+                Photo.open(tmp_path / "part.png"),
+                Photo.open(tmp_path / "whole.png"),
+            ]
+        )
+        torch.testing.assert_close(box, part, rtol=0, atol=1e-6)
+        assert (box - all_of_it).abs().max() > 1e-3
+
+
+def test_box_counts_upright_pixels(tmp_path: Path) -> None:
+    """A photo that is stored lying down has its box where a person sees it."""
+    picture = Image.new("RGB", (90, 60), "white")
+    picture.paste((255, 0, 0), (0, 0, 30, 60))  # left third as stored, top third when turned by orientation 6
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "lying.jpg", exif=exif, quality=95)
+    red = Photo.open(tmp_path / "lying.jpg", (0, 0, 60, 28))
+    assert np.asarray(red.picture()).reshape(-1, 3).mean(0) == pytest.approx([254, 0, 0], abs=4)
+    with pytest.raises(UserError, match="60 x 90 pixels"):
+        Photo.open(tmp_path / "lying.jpg", (0, 0, 61, 10))
+
+
+def test_search_prints_and_draws(artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (64, 48), (200, 40, 40)).save(photo)
+    sheet = tmp_path / "sheet.png"
+    figures = search.run(search.SearchConfig(artefact=artefact, photos=(photo, photo), top=3, sheet=sheet))
+    out = capsys.readouterr().out
+    first = figures["photos"][0]["found"]
+    assert len(first) == 3 and figures["photos"][1]["found"] == first
+    assert all(f"{hit['score']:7.4f}  {hit['id']}" in out and hit["title"] in out for hit in first)
+    drawn = Image.open(sheet)
+    assert drawn.width == 4 * 152 and len(drawn.convert("RGB").getcolors(1 << 20) or []) > 50
+
+
+@pytest.mark.parametrize(
+    "damage,message",
+    [
+        (lambda a: (a / "index.faiss").unlink(), "index.faiss is missing"),
+        (lambda a: (a / "encoder.pt2").write_bytes(b"x" * (a / "encoder.pt2").stat().st_size), "encoder.pt2 has another checksum"),
+        (lambda a: (a / "artefact.json").unlink(), "no artefact: it has no artefact.json"),
+        (lambda a: (a / "manifest.json").write_text("{"), "manifest.json is missing or damaged"),
+    ],
+)  # fmt: skip
+def test_damaged_artefacts_are_refused(artefact: Path, tmp_path: Path, damage: Any, message: str) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(artefact, copy)
+    damage(copy)
+    with pytest.raises(UserError, match=message):
+        Artefact(copy)
+
+
+def test_mistakes_are_told(artefact: Path, trained: Path, tmp_path: Path) -> None:
+    good, text, cut = tmp_path / "good.jpg", tmp_path / "text.jpg", tmp_path / "cut.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 48, 3), dtype=np.uint8)).save(good)
+    text.write_text("no picture")
+    cut.write_bytes(good.read_bytes()[:900])
+
+    def message(**values: Any) -> str:
+        with pytest.raises(UserError) as error:
+            search.run(search.SearchConfig(**{"artefact": artefact, "photos": (good,), **values}))
+        return str(error.value)
+
+    assert "missing file" in message(photos=(tmp_path / "none.jpg",))
+    assert "not an image" in message(photos=(text,))
+    assert "truncated or damaged" in message(photos=(cut,))
+    assert "no such folder" in message(artefact=tmp_path / "nowhere")
+    assert "no artefact" in message(artefact=trained)
+    assert "is empty" in message(box=(5, 5, 0, 9))
+    assert "leaves the photo" in message(box=(40, 5, 9, 9))
+    assert "Give four" in message(box=(1, 2, 3))
+    assert "must be at least 1" in message(top=0)
+    assert "no .png or .jpg" in message(sheet=tmp_path / "sheet.txt")
+    assert "contact sheet" in message(sheet=tmp_path / "no" / "sheet.png")
+    with pytest.raises(UserError, match="exists already"):
+        export.run(export.ExportConfig(run=trained, out=artefact))
+    with pytest.raises(UserError, match="no document in split 'nosuch'"):
+        export.run(export.ExportConfig(run=trained, out=tmp_path / "out", split="nosuch"))
+    assert json.loads((artefact / "artefact.json").read_text())["checkpoint"] == "step-00000003"
