@@ -1,0 +1,1 @@
+"""The demo catalogue: drawn products, photos of them, and a click log."""

@@ -1,0 +1,156 @@
+"""The demo catalogue: the same bytes from any number of processes, honest splits, near-duplicates, a skewed click log."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter, defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from harness.data import ingest
+from harness.errors import UserError
+from harness.synth.command import SynthConfig, run
+from harness.synth.products import KINDS, make_products
+from harness.synth.shapes import cutout
+
+SMALL = SynthConfig(out=Path(), products=12, photos=4, held_out=1, unseen=0.25, near_duplicates=0.34, seed=3, workers=1)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """12 products: 3 of them never trained on, 4 in near-duplicate pairs."""
+    folder = tmp_path_factory.mktemp("synth") / "demo"
+    run(replace(SMALL, out=folder))
+    return folder
+
+
+def manifest(folder: Path) -> list[dict[str, str]]:
+    with (folder / "manifest.tsv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_same_bytes_from_any_number_of_workers(demo: Path, tmp_path: Path) -> None:
+    figures = run(replace(SMALL, out=tmp_path / "again", workers=2))
+    assert tree(tmp_path / "again") == tree(demo)
+    assert figures["photos"] == 9 * 6 + 3 * 2
+
+
+def test_another_seed_draws_other_pictures(demo: Path, tmp_path: Path) -> None:
+    run(replace(SMALL, out=tmp_path / "other", seed=4))
+    one, other = tree(demo), tree(tmp_path / "other")
+    assert not {data for name, data in one.items() if name.endswith(".jpg")} & set(other.values())
+
+
+def test_ingests_as_it_is(demo: Path, tmp_path: Path) -> None:
+    figures = ingest.run(
+        ingest.IngestConfig(
+            manifest=demo / "manifest.tsv",
+            images=demo,
+            out=tmp_path / "catalogue",
+            attribute_columns="category,colour,pattern,brand",
+        )
+    )
+    assert (figures["quarantined"], figures["document"], figures["query"]) == (0, 12, 60)
+    assert figures["splits"] == {"all": 9, "test": 9 + 3 * 3, "train": 36, "val": 9}
+
+
+def test_never_trained_products_are_in_the_test_split_alone(demo: Path) -> None:
+    products = make_products(12, 0.34, 0.25, 3)
+    unseen = {f"c{product.number:04d}" for product in products if product.unseen}
+    assert len(unseen) == 3
+    rows = manifest(demo)
+    splits = defaultdict(Counter)
+    for row in rows:
+        splits[row["class_id"]][row["kind"], row["split"]] += 1
+        assert bool(row["title"]) == bool(row["description"]) == (row["kind"] == "document")
+    for key, counts in splits.items():
+        if key in unseen:
+            assert counts == {("document", "test"): 1, ("query", "test"): 2}
+        else:
+            trained = {("document", "all"): 1, ("query", "train"): 4, ("query", "val"): 1, ("query", "test"): 1}
+            assert counts == trained
+    class_of = {row["id"]: row["class_id"] for row in rows}
+    log = pq.read_table(demo / "clicks.parquet").to_pydict()
+    assert not {class_of[item] for item in [*log["query"], *log["document"]]} & unseen
+    assert {row["split"] for row in rows if row["id"] in set(log["query"])} == {"train"}
+
+
+def test_never_trained_products_are_new_combinations_of_known_values() -> None:
+    products = make_products(60, 0.10, 0.3, 0)  # few enough that holding out blindly would hide a kind
+    unseen = [product for product in products if product.unseen]
+    seen = [product for product in products if not product.unseen]
+    assert len(unseen) == 18
+    for field in ("kind", "colour", "pattern", "brand"):
+        assert {getattr(p, field) for p in unseen} <= {getattr(p, field) for p in seen}
+    assert {(p.kind, p.colour, p.pattern) for p in unseen} - {(p.kind, p.colour, p.pattern) for p in seen}
+
+
+def test_pairs_differ_in_one_thing_and_all_others_in_two() -> None:
+    products = make_products(240, 0.10, 0.15, 0)
+    paired = [product for product in products if product.twin is not None]
+    assert len(paired) == 24
+    different = Counter()
+    for product in paired:
+        twin = products[product.twin]
+        assert twin.twin == product.number
+        fields = ("kind", "colour", "accent", "pattern", "brand", "variant")
+        changed = [field for field in fields if getattr(product, field) != getattr(twin, field)]
+        assert changed in (["colour"], ["variant"])
+        different[changed[0]] += 1
+    assert len(different) == 2
+    looks = [(p.kind, p.colour, p.pattern, p.brand) for p in products if p.twin is None]
+    for number, look in enumerate(looks):
+        for other in looks[:number]:
+            assert look[0] != other[0] or sum(a != b for a, b in zip(look, other, strict=True)) >= 2
+
+
+def test_click_log_is_skewed_and_partly_wrong(demo: Path) -> None:
+    class_of = {row["id"]: row["class_id"] for row in manifest(demo)}
+    log = pq.read_table(demo / "clicks.parquet").to_pydict()
+    queries, documents = ([class_of[item] for item in log[side]] for side in ("query", "document"))
+    position, impressions, clicks = (np.array(log[name]) for name in ("position", "impressions", "clicks"))
+    right = np.array(queries) == np.array(documents)
+    assert 0.10 <= clicks[~right].sum() / clicks.sum() <= 0.15
+    assert (clicks <= impressions).all() and (impressions > 0).all()
+    assert (clicks[~right] == 0).mean() > 0.5
+    by_position = np.bincount(position, impressions)
+    assert by_position[1] > 2 * by_position[position.max()]
+    by_product = [impressions[np.array(queries) == product].sum() for product in set(queries)]
+    assert max(by_product) > 3 * min(by_product)
+
+
+def test_every_kind_has_a_shape_of_its_own() -> None:
+    template = make_products(12, 0, 0, 0)[0]
+    outlines = {}
+    for kind, facts in KINDS.items():
+        picture = cutout(replace(template, kind=kind, pattern=facts.patterns[0], colour=facts.colours[0]), 96)
+        outlines[kind] = np.asarray(picture.getchannel("A").resize((32, 32), Image.Resampling.BOX), float) / 255
+        assert outlines[kind].mean() > 0.2
+    for kind, outline in outlines.items():
+        nearest = min(np.abs(outline - other).mean() for name, other in outlines.items() if name != kind)
+        assert nearest > 0.01, kind
+
+
+@pytest.mark.parametrize(
+    "change", [{"products": 7}, {"products": 2001}, {"photos": 0}, {"held_out": 0}, {"unseen": 0.6}, {"seed": -1}]
+)
+def test_values_out_of_range_are_refused(tmp_path: Path, change: dict) -> None:
+    with pytest.raises(UserError, match="It must be from"):
+        run(replace(SMALL, out=tmp_path / "demo", **change))
+    assert not (tmp_path / "demo").exists()
+
+
+def test_an_existing_folder_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        run(replace(SMALL, out=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
