@@ -188,7 +188,7 @@ def run_command(body: Callable[[], Any]) -> int:
 
 def _report(error: UserError) -> int:
     name = "error"
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0":
         time.sleep(OTHERS_WAIT)
         name = f"error: rank {os.environ.get('RANK')}"
     print(f"{name}: {error}", file=sys.stderr)

@@ -34,6 +34,7 @@ class EvaluationConfig:
         slices: attribute columns of the catalogue whose values get figures of their own.
         distractors: other catalogues whose documents join the gallery, relevant to nothing.
         panel: queries shown with their best documents in TensorBoard.
+        projector: at most so many of the catalogue's documents shown in TensorBoard's projector; 0 shows none.
     """
 
     split: str = "val"
@@ -41,27 +42,31 @@ class EvaluationConfig:
     slices: tuple[str, ...] = ()
     distractors: tuple[Path, ...] = ()
     panel: int = 8
+    projector: int = 1000
 
     def errors(self) -> list[str]:
         """What is out of range, as sentences that name the key."""
         errors = []
         if self.batch_size < 1:
             errors.append("evaluation.batch_size must be at least 1")
-        if self.panel < 0:
-            errors.append("evaluation.panel must be at least 0")
+        errors += [
+            f"evaluation.{name} must be at least 0" for name in ("panel", "projector") if getattr(self, name) < 0
+        ]
         return errors
 
 
 @dataclass(frozen=True)
 class Report:
-    """What an evaluation found; the same on every rank.
+    """What an evaluation found; the same on every rank, `sample` excepted.
 
-    figures: metric -> value; rows: one for each slice value; panel: (query id, its best document ids), by query id.
+    figures: metric -> value; rows: one for each slice value; panel: (query id, its best document ids), by query id;
+    sample: on the first rank of dp config.projector documents spread evenly over the catalogue's own, by id, on the CPU; None elsewhere.
     """
 
     figures: dict[str, float]
     rows: list[dict[str, Any]]
     panel: list[tuple[int, list[int]]]
+    sample: Embedded | None
 
 
 class Evaluation:
@@ -114,7 +119,6 @@ class Evaluation:
             self.documents.append(side_of(other, "document", None, [*FIELDS], None, offset))
             offset += other.num_samples
         self.groups = self._groups(keys, classes)
-        self._panel_rows = len(self.queries.ids) // max(1, config.panel)
 
     def run(self, method: Method) -> Report:
         """Embeds, ranks and measures; collective. The towers are left in training mode if they were."""
@@ -138,7 +142,8 @@ class Evaluation:
         parts: list[Any] = [None] * self.mesh.dp.size()
         dist.all_gather_object(parts, own, group=self.mesh.dp)
         panel = sorted(row for part in parts for row in part)
-        return Report(figures, slices(ranks.ranks, ranks.offsets, self._ordered(ranks)), panel)
+        rows = slices(ranks.ranks, ranks.offsets, self._ordered(ranks))
+        return Report(figures, rows, panel, self._sample(documents[0]))
 
     def _groups(self, keys: dict[str, int], classes: Path) -> dict[str, np.ndarray]:
         """Slice name -> value of each query, in query order."""
@@ -153,12 +158,28 @@ class Evaluation:
         return {name: values[rows] for name, values in self.groups.items()}
 
     def _shown(self, queries: Embedded) -> Embedded:
-        """This rank's queries of the panel, spread evenly over all queries."""
-        wanted = torch.from_numpy(self.queries.ids[:: max(1, self._panel_rows)][: self.config.panel]).to(
-            queries.ids.device
-        )
-        mine = torch.isin(queries.ids, wanted)
-        return Embedded(queries.vectors[mine], queries.ids[mine], queries.labels[mine])
+        """This rank's queries of the panel."""
+        return _spread(queries, self.queries.ids, self.config.panel)
+
+    def _sample(self, documents: Embedded) -> Embedded | None:
+        """`Report.sample`, gathered from the ranks' shares; collective over dp."""
+        mine, dp = _spread(documents, self.documents[0].ids, self.config.projector), self.mesh.dp
+        own = (mine.vectors.float().cpu(), mine.ids.cpu(), mine.labels.cpu())
+        parts: list[Any] | None = [None] * dp.size() if dp.rank() == 0 else None
+        dist.gather_object(own, parts, group=dp, group_dst=0)
+        if parts is None:
+            return None
+        vectors, ids, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        order = ids.argsort()
+        return Embedded(vectors[order], ids[order], labels[order])
+
+
+def _spread(own: Embedded, ids: np.ndarray, count: int) -> Embedded:
+    """Those of this rank among at most `count` that are spread evenly over all `ids`."""
+    count = min(count, len(ids))
+    wanted = torch.from_numpy(ids[np.arange(count) * len(ids) // max(1, count)])
+    mine = torch.isin(own.ids, wanted.to(own.ids.device))
+    return Embedded(own.vectors[mine], own.ids[mine], own.labels[mine])
 
 
 def print_report(report: Report, title: str) -> None:

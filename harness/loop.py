@@ -15,6 +15,7 @@ import yaml
 from torch import Tensor
 
 from harness import checkpoint
+from harness.board import Projector
 from harness.config import RunConfig, difference, identity_changes
 from harness.data.loader import StepData, StepLoader
 from harness.data.tokenizer import Tokenizer
@@ -73,6 +74,7 @@ class Trainer:
         self.evaluation = Evaluation(
             config.evaluation, config.data, config.model, self.loader.catalogue, self.tokenizer, self.classes, mesh
         )
+        self.projector = Projector(config.run_dir / "tensorboard", self.loader.catalogue, config.data.threads)
         self.clock = StepClock(mesh)
         self.step = 0
         self.ledger = 0  # of all steps up to the last checkpoint, over all ranks
@@ -85,6 +87,7 @@ class Trainer:
         config, head, clock = self.config, self.method.head, self.clock
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         batches = [batch.to(self.mesh.device, dtype) for batch in data.batches]
+        clock.mark("data")
         lr = learning_rate(config.optimizer, self.step, config.train.steps)
         self.mesh.seed_streams(config.seed, self.step)
         self.towers.zero_grad()
@@ -92,7 +95,6 @@ class Trainer:
             labels, weights = torch.cat([b.labels for b in batches]), torch.cat([b.weights for b in batches])
             margin_part = min(1.0, (self.step + 1) / max(1, config.train.margin_warmup))
             self.rows.catch_up(head.begin_step(labels, weights, self.step, margin_part))
-        clock.mark("data")
 
         total, sums, names = torch.zeros((), device=self.mesh.device), None, []
         for i, batch in enumerate(batches):
@@ -133,6 +135,9 @@ class Trainer:
         log = RunLog(config.run_dir, self.mesh, self.step, train.steps)
         for line in self.notes:
             log.say(line)
+        if self.mesh.rank == 0:
+            classes = self.loader.order.num_classes
+            log.board.introduce(self.step, config, self.mesh, self.loader.catalogue, self.method, classes, self.notes)
         end = min(train.steps, train.stop_at or train.steps)
         images = config.data.queries_per_step + self.loader.documents_per_step
         started, first = time.perf_counter(), self.step
@@ -159,6 +164,8 @@ class Trainer:
                 paused += time.perf_counter() - pause
                 window += time.perf_counter() - pause
                 self.clock.start(exact=self.step % train.log_every == train.log_every - 1)
+            if self.mesh.rank == 0 and self.step == train.steps:
+                log.board.finish()
         finally:
             self.loader.close()
             log.close()
@@ -200,27 +207,32 @@ class Trainer:
         )
 
     def evaluate(self, log: RunLog) -> Report:
-        """Evaluates the present weights, logs the metrics and the retrieval panel; collective."""
+        """Evaluates the present weights; logs metrics, retrieval panel and projector; collective."""
         report = self.evaluation.run(self.method)
         log.scalars(self.step, {f"retrieval/{name}": value for name, value in report.figures.items()})
         if self.mesh.rank == 0:
-            log.image("retrieval/panel", draw_panel(self._panel_rows(report)), self.step)
+            log.board.image("retrieval/panel", draw_panel(self._panel_rows(report)), self.step)
+            if report.sample is not None and len(report.sample.ids):
+                self.projector.write(self.step, report.sample)
             write_json(self.config.run_dir / f"eval-{self.step:08d}.json", {**report.figures, "slices": report.rows})
         return report
 
     def _figures(self, result: StepResult, rate: float) -> dict[str, float]:
-        """What is logged of a step; collective over dp."""
+        """What is logged of a step; collective."""
         bad = result.sums.new_tensor([[self.bad_samples, 0]])
         sums = torch.cat([result.sums, bad]).double()
         dist.all_reduce(sums, group=self.mesh.dp)
         sums, bad = sums[:-1], sums[-1, 0]
         means = (sums[:, 0] / sums[:, 1].clamp_min(1e-12)).tolist()
+        wait = sums.new_tensor(self.clock.take_share("data"))
+        dist.all_reduce(wait, op=dist.ReduceOp.MAX)  # the others wait for the rank that waits longest
         return {
             "train/loss": result.loss.item(),
             **{f"train/{name}": value for name, value in zip(result.names, means, strict=True)},
             "train/gradient_norm": result.norm,
             "train/learning_rate": learning_rate(self.config.optimizer, self.step - 1, self.config.train.steps),
             "speed/images_per_second": rate,
+            "speed/data_wait_share": wait.item(),
             "data/bad_samples": bad.item(),
             **{f"step_seconds/{part}": seconds for part, seconds in self.clock.seconds.items()},
         }

@@ -8,10 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from harness.board import Board
 from harness.mesh import Mesh
 
 
@@ -22,6 +21,7 @@ class StepClock:
         self.mesh = mesh
         self.exact = False
         self.seconds: dict[str, float] = {}
+        self._charged: dict[str, float] = {}  # since `take_share`
         self._last = time.perf_counter()
 
     def start(self, exact: bool) -> None:
@@ -34,8 +34,15 @@ class StepClock:
         if self.exact:
             self.mesh.synchronize()
         now = time.perf_counter()
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
+        for sums in (self.seconds, self._charged):
+            sums[part] = sums.get(part, 0.0) + now - self._last
         self._last = now
+
+    def take_share(self, part: str) -> float:
+        """The part's share of all that was charged since the last call."""
+        share = self._charged.get(part, 0.0) / max(1e-9, sum(self._charged.values()))
+        self._charged = {}
+        return share
 
 
 class RunLog:
@@ -46,6 +53,8 @@ class RunLog:
         mesh: the ranks.
         first: step at which this process starts; later lines of an earlier process are cut, they will be written again.
         steps: last step, for the progress bar.
+
+    On rank 0 `board` is the run's TensorBoard; other ranks have none.
     """
 
     def __init__(self, folder: Path, mesh: Mesh, first: int, steps: int) -> None:
@@ -57,7 +66,7 @@ class RunLog:
             kept = [line for line in self._file.read_text().splitlines() if _step(line) <= first]
             self._file.write_text("".join(f"{line}\n" for line in kept))
         self._jsonl = self._file.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1 if first else None)
+        self.board = Board(folder / "tensorboard", first)
         # A file gets a line now and then, a terminal a smooth bar.
         pace = 0.2 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(total=steps, initial=first, desc="training", unit=" steps", smoothing=0.05, mininterval=pace)
@@ -69,22 +78,11 @@ class RunLog:
             self._bar.update()
 
     def scalars(self, step: int, figures: dict[str, float]) -> None:
-        """Names with a slash group in TensorBoard; step counts finished steps."""
+        """A line of log.jsonl, and TensorBoard's curves; step counts finished steps."""
         if self.active:
             self._jsonl.write(json.dumps({"step": step, **figures}) + "\n")
             self._jsonl.flush()
-            for name, value in figures.items():
-                self._board.add_scalar(name, value, step)
-
-    def text(self, tag: str, markdown: str) -> None:
-        """A text that TensorBoard shows."""
-        if self.active:
-            self._board.add_text(tag, markdown)
-
-    def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
-        """uint8 [H, W, 3]."""
-        if self.active:
-            self._board.add_image(tag, pixels, step, dataformats="HWC")
+            self.board.scalars(step, figures)
 
     def say(self, line: str) -> None:
         """A line above the progress bar."""
@@ -96,7 +94,7 @@ class RunLog:
         if self.active:
             self._bar.close()
             self._jsonl.close()
-            self._board.close()
+            self.board.close()
 
 
 def _step(line: str) -> float:

@@ -7,17 +7,19 @@ import math
 import shutil
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from harness import checkpoint
+from harness import checkpoint, checksums, meters
 from harness.config import RunConfig
 from harness.data.catalogue import Catalogue, shard_name
 from harness.data.loader import StepData, StepLoader
@@ -42,16 +44,6 @@ def finished(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return run, figures, rates
 
 
-@pytest.fixture(scope="module")
-def board(finished: tuple[Path, dict[str, Any], list[float]]) -> EventAccumulator:
-    events = EventAccumulator(str(finished[0] / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
-    return events.Reload()
-
-
-def scalar(board: EventAccumulator, tag: str) -> dict[int, float]:
-    return {event.step: event.value for event in board.Scalars(tag)}
-
-
 def log_lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
@@ -67,7 +59,7 @@ def test_the_run_folder_explains_itself(finished: tuple[Path, dict[str, Any], li
     assert (folder / "latest").read_text() == f"step-{STEPS:08d}"
     # keep_checkpoints is 2 of the three that were written, and nothing unfinished is left.
     assert sorted(f.name for f in folder.iterdir()) == ["latest", "step-00000004", "step-00000006"]
-    assert all(checkpoint.verify(path) == "" for path in folder.glob("step-*"))
+    assert all(checksums.verify(path) == "" for path in folder.glob("step-*"))
     state = checkpoint.read_state(folder / "step-00000006")
     assert (state["step"], state["positions"]) == (6, {"query": 48, "document": 24})
     report = json.loads((run / f"eval-{STEPS:08d}.json").read_text())
@@ -76,40 +68,63 @@ def test_the_run_folder_explains_itself(finished: tuple[Path, dict[str, Any], li
     assert figures["steps"] == STEPS and figures["queries"] == 6 and figures["documents"] == 6
 
 
-def test_log_and_tensorboard_agree(finished: tuple[Path, dict[str, Any], list[float]], board: EventAccumulator) -> None:
+def test_the_log_has_every_figure_of_every_step(finished: tuple[Path, dict[str, Any], list[float]]) -> None:
+    """tests/test_tensorboard.py compares what TensorBoard shows with it."""
     training = [line for line in log_lines(finished[0]) if "train/loss" in line]
     assert [line["step"] for line in training] == list(range(1, STEPS + 1))
     parts = {f"step_seconds/{part}" for part in ("data", "forward", "backward", "optimizer")}
     shown = {"train/loss", "train/positive_cosine", "train/accuracy", "train/gate", "train/gradient_norm"}
-    shown |= {"train/learning_rate", "speed/images_per_second", "data/bad_samples", *parts}
-    assert set(training[0]) == {"step", *shown}
-    for tag in sorted(shown):
-        values = scalar(board, tag)
-        assert list(values) == list(range(1, STEPS + 1)), tag
-        assert list(values.values()) == pytest.approx([line[tag] for line in training], rel=1e-6), tag
+    shown |= {"train/learning_rate", "speed/images_per_second", "speed/data_wait_share", "data/bad_samples", *parts}
+    assert all(set(line) == {"step", *shown} for line in training)
     assert all(0 < line["train/gate"] < 1 and -1 <= line["train/positive_cosine"] <= 1 for line in training)
     assert all(line["train/gradient_norm"] > 0 and line["speed/images_per_second"] > 0 for line in training)
     assert all(line[part] > 0 for line in training for part in parts)
+    evaluations = [line for line in log_lines(finished[0]) if "retrieval/map" in line]
+    assert [line["step"] for line in evaluations] == [3, 6]
     for name in ("recall_at_1", "recall_at_5", "recall_at_10", "map", "ndcg_at_10", "mrr"):
-        assert list(scalar(board, f"retrieval/{name}")) == [3, 6]
-        assert 0 <= scalar(board, f"retrieval/{name}")[6] <= 1
+        assert all(0 <= line[f"retrieval/{name}"] <= 1 for line in evaluations)
 
 
-def test_the_panel_is_a_picture(board: EventAccumulator) -> None:
-    images = board.Images("retrieval/panel")
-    assert [image.step for image in images] == [3, 6]
-    # 3 queries, each beside its best 5 documents, in cells of 112 pixels and their frames.
-    assert (images[0].width, images[0].height) == (6 * 124, 3 * 138)
-    assert len(images[0].encoded_image_string) > 10_000
+def train_by_a_clock_of_its_own(config: RunConfig) -> None:
+    """Trains where nothing takes time but waiting for data, 3 s on rank 0 and 6 s on rank 1, and the forward pass, 1 s."""
+    now = 0.0
+    with trainer(config) as t:
+        steps, loss = t.loader.steps, t.method.loss
+
+        def slow_steps(first: int, end: int) -> Iterator[StepData]:
+            nonlocal now
+            for data in steps(first, end):
+                now += 3.0 * (t.mesh.rank + 1)
+                yield data
+
+        def slow_loss(batch: Batch) -> Any:
+            nonlocal now
+            now += 1.0
+            return loss(batch)
+
+        with (
+            mock.patch.object(meters, "time", SimpleNamespace(perf_counter=lambda: now)),
+            mock.patch.object(t.loader, "steps", slow_steps),
+            mock.patch.object(t.method, "loss", slow_loss),
+        ):
+            t.clock = meters.StepClock(t.mesh)
+            t.fit()
 
 
-def test_the_learning_rate_follows_its_schedule(
-    finished: tuple[Path, dict[str, Any], list[float]], board: EventAccumulator
-) -> None:
+def test_the_share_of_waiting_is_that_of_the_slowest_rank(catalogue: Path, tmp_path: Path) -> None:
+    config = tiny_config(catalogue, tmp_path / "run", **{"train.log_every": 2, "train.evaluate_every": 2})
+    ranks(2).run(train_by_a_clock_of_its_own, config)
+    training = [line for line in log_lines(tmp_path / "run") if "train/loss" in line]
+    assert [line["speed/data_wait_share"] for line in training] == pytest.approx([6 / 7, 6 / 7])
+    assert [line["step_seconds/data"] for line in training] == [3.0, 3.0]  # of rank 0 in that step
+
+
+def test_the_learning_rate_follows_its_schedule(finished: tuple[Path, dict[str, Any], list[float]]) -> None:
     # lr 1e-3, 2 steps of warm-up, then a cosine over the other 4 that would reach 1 % at step 6.
     cosine = [0.01 + 0.99 * (1 + math.cos(math.pi * part / 4)) / 2 for part in range(4)]
     wanted = [0.5e-3, 1e-3, *(1e-3 * factor for factor in cosine)]
-    assert list(scalar(board, "train/learning_rate").values()) == pytest.approx(wanted, rel=1e-6)
+    logged = [line["train/learning_rate"] for line in log_lines(finished[0]) if "train/loss" in line]
+    assert logged == pytest.approx(wanted, rel=1e-9)
     assert finished[2] == pytest.approx([wanted[-1]] * len(finished[2]), rel=1e-9)
     config = OptimizerConfig(lr=2.0, warmup_steps=0, min_lr_factor=0.25)
     assert [learning_rate(config, step, 10) for step in (0, 5, 10, 99)] == pytest.approx([2.0, 1.25, 0.5, 0.5])

@@ -1,0 +1,180 @@
+"""jobs/*.sh on a real SLURM of two nodes: what a job writes is what plain torchrun writes, and what fails ends at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.runs import RECIPE
+from tests.slurm.cluster import Cluster, cluster, missing
+
+ROOT = Path(__file__).parents[2]
+# What cluster.env would say of these nodes; it also keeps a GPU of this machine out.
+SETTINGS = {"VENV": sys.prefix, "NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+TIMING = ("seconds/", "speed/")
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Cluster]:
+    with cluster(nodes=2) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project as a clone has it, with a commit of its own and without anybody's runs."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("harness", "models", "kernels", "jobs"):
+        (folder / name).symlink_to(ROOT / name)
+    git("init", "-q", folder=folder)
+    git("commit", "-q", "--allow-empty", "-m", "start", folder=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, catalogue: Path) -> Path:
+    file = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    file.write_text(yaml.safe_dump({**RECIPE, "train.checkpoint_every": 2, "data.catalogue": str(catalogue)}))
+    return file
+
+
+@pytest.fixture(scope="module")
+def trained(slurm: Cluster, project: Path, recipe: Path) -> tuple[int, str]:
+    """A training job on both nodes that must have succeeded: its id and its log."""
+    job = slurm.submit("--nodes=2", "jobs/train.sh", recipe, "--train.steps", 3, cwd=project, **SETTINGS)
+    return job, log(slurm, project, "train", job, "COMPLETED")
+
+
+def git(*words: str, folder: Path) -> str:
+    who = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+    return subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def log(slurm: Cluster, project: Path, name: str, number: int, state: str, code: int = 0) -> str:
+    """The log of a job, which must end in `state` with `code` and leave no process behind."""
+    job = slurm.wait(number)
+    text = (project / f"shelfmark-{name}-{number}.log").read_bytes().decode()
+    assert (job["JobState"], job["ExitCode"]) == (state, f"{code}:0"), text
+    assert slurm.processes(number) == []
+    return text
+
+
+def plain(project: Path, *words: object) -> None:
+    """A command without SLURM, in the project's folder."""
+    environment = {**os.environ, **SETTINGS, "PET_STANDALONE": "1"}
+    subprocess.run([sys.executable, "-m", *map(str, words)], cwd=project, env=environment, check=True, timeout=300)
+
+
+def figures(run: Path) -> list[dict[str, Any]]:
+    """What log.jsonl says of every step, without what depends on the machine's speed."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not any(part in k for part in TIMING)} for line in lines]
+
+
+def files(run: Path) -> dict[str, Path]:
+    """All files of a run by their names; TensorBoard's holds the time and the machine."""
+    found = (file for file in run.rglob("*") if file.is_file())
+    return {re.sub(r"tfevents\..*", "tfevents", str(file.relative_to(run))): file for file in found}
+
+
+def test_a_job_on_two_nodes_trains_what_plain_torchrun_trains(
+    trained: tuple[int, str], project: Path, recipe: Path
+) -> None:
+    number, _ = trained
+    run = project / "runs" / f"tiny-{number}"
+    plain(project, "torch.distributed.run", "--nproc-per-node", 2, "-m", "harness.train", "--config", recipe,
+          "--train.steps", 3, "--run-dir", "runs/plain")  # fmt: skip
+    expected = figures(project / "runs" / "plain")
+    assert figures(run) == expected
+    assert [line["step"] for line in expected if "train/loss" in line] == [1, 2, 3]
+    ours, theirs = files(run), files(project / "runs" / "plain")
+    assert ours.keys() == theirs.keys() and "checkpoints/step-00000003/towers/__0_0.distcp" in ours
+    for name in ours:
+        if name.endswith((".distcp", ".parquet", ".model", "preprocess.json")):
+            assert ours[name].read_bytes() == theirs[name].read_bytes(), name
+
+
+def test_a_job_writes_one_readable_log(trained: tuple[int, str], project: Path, recipe: Path) -> None:
+    number, text = trained
+    lines = text.splitlines()
+    assert lines[0].startswith(f"job      {number} shelfmark-train, restart 0, ")
+    assert lines[1].startswith("nodes    2 (node[1-2]), processes on each 1, threads 1, meeting at 127.0.0.1:2")
+    assert lines[2] == f"commit   {git('describe', '--always', '--abbrev=12', folder=project)}"
+    assert lines[3].startswith(f"command  -m 'harness.train' '--config' '{recipe}' '--train.steps' '3'")
+    assert "\r" not in text and any(re.match(r"training: 100%.* 3/3 \[", line) for line in lines)
+    assert text.count(f"run runs/tiny-{number}: steps 3, ") == 1
+    assert re.fullmatch(rf"exit code 0 after \d\d:\d\d:\d\d, run folder runs/tiny-{number}", lines[-1])
+    # No warning and nothing of the launcher's.
+    assert not re.search(r"Traceback|[Ww]arn|[Ee]rror|srun|\[[WE]\d{4}", text), text
+
+
+def test_eval_and_export_jobs(trained: tuple[int, str], slurm: Cluster, project: Path, tmp_path: Path) -> None:
+    run = f"runs/tiny-{trained[0]}"
+    options = ("--slices", "colour", "--json")
+    evaluation = slurm.submit("-N2", "jobs/eval.sh", run, *options, tmp_path / "job.json", cwd=project, **SETTINGS)
+    export = slurm.submit("-N2", "jobs/export.sh", run, "--out", tmp_path / "artefact", cwd=project, **SETTINGS)
+    plain(project, "harness", "eval", run, *options, tmp_path / "plain.json")
+    text = log(slurm, project, "eval", evaluation, "COMPLETED")
+    assert text.count("step-00000003: split test") == 1 and "colour = red" in text
+    assert (tmp_path / "job.json").read_bytes() == (tmp_path / "plain.json").read_bytes()
+    text = log(slurm, project, "export", export, "COMPLETED")
+    assert any((tmp_path / "artefact").iterdir()) and "exit code 0" in text
+
+
+def test_a_rank_that_is_killed_ends_the_job(slurm: Cluster, project: Path, recipe: Path) -> None:
+    settings = {**SETTINGS, "NPROC_PER_NODE": "auto"}
+    options = ("--train.steps", 100000, "--train.checkpoint_every", 0, "--run-dir", "runs/killed")
+    number = slurm.submit("--nodes=2", "jobs/train.sh", recipe, *options, cwd=project, **settings)
+    progress = project / "runs" / "killed" / "log.jsonl"
+    end = time.monotonic() + 200
+    while not (progress.exists() and progress.read_text()):
+        assert time.monotonic() < end, slurm.logs()
+        time.sleep(0.2)
+    (victim,) = [p for p in slurm.processes(number) if b"\0RANK=1\0" in (p / "environ").read_bytes()]
+    os.kill(int(victim.name), signal.SIGKILL)
+    text = log(slurm, project, "train", number, "FAILED", 137)
+    assert len(re.findall(r"^rank 1 on node\d ended with SIGKILL$", text, re.MULTILINE)) == 1
+    assert text.splitlines()[-1].startswith("exit code 137 after")
+
+
+def test_mistakes_end_a_job_in_one_line(slurm: Cluster, project: Path, recipe: Path, tmp_path: Path) -> None:
+    def says(*words: object, name: str = "train", folder: Path = project, **settings: str) -> str:
+        number = slurm.submit(f"{ROOT}/jobs/{name}.sh", *words, cwd=folder, **{**SETTINGS, **settings})
+        (line,) = log(slurm, folder, name, number, "FAILED", 2).splitlines()
+        return line
+
+    # Without an argument it is the recipe of cluster.env, which the environment overrides.
+    assert says(RECIPE="absent.yaml").startswith("error: there is no recipe absent.yaml. ")
+    assert "no recipe typo.yaml" in says("typo.yaml", "--train.steps", 3)
+    assert "no virtual environment at nowhere" in says(recipe, VENV="nowhere")
+    assert f"{tmp_path} is not Shelfmark's folder" in says(recipe, folder=tmp_path)
+    assert "'runs/none' is no run folder" in says("runs/none", name="eval")
+
+
+def test_cluster_env_names_what_exists() -> None:
+    script = 'source jobs/cluster.env; echo "$RECIPE|$VENV|$RDZV_PORT"'
+    clean = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "70001234", "SLURM_RESTART_COUNT": "1"}
+    out = subprocess.run(["bash", "-euc", script], cwd=ROOT, env=clean, check=True, capture_output=True, text=True)
+    recipe, venv, port = out.stdout.strip().split("|")
+    assert (ROOT / recipe).is_file() and venv == ".venv" and port == "22341"
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck")
+def test_shellcheck() -> None:
+    scripts = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "jobs").glob("*.sh"))
+    assert len(scripts) == 4
+    subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, check=True)
