@@ -1,0 +1,77 @@
+# shellcheck shell=bash
+# What every job does: read cluster.env, check, start one torchrun on each node, report. Sourced in the project's root.
+
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+# option NAME WORDS...: the value of --NAME in WORDS, the last one where there are several; empty without it.
+option() {
+    local flag="--$1" value="" word previous=""
+    shift
+    for word; do
+        word=${word/#--run_dir/--run-dir}
+        [[ $previous != "$flag" ]] || value=$word
+        [[ $word != "$flag="* ]] || value=${word#*=}
+        previous=$word
+    done
+    echo "$value"
+}
+
+# launch FOLDER MODULE WORDS...: runs `python -m MODULE WORDS` under torchrun on every node of the job and ends the job
+# with its exit code. FOLDER is the run folder, for the report.
+launch() {
+    local folder=$1 status=0
+    shift
+    if [[ $NPROC_PER_NODE == auto ]]; then
+        NPROC_PER_NODE=${SLURM_GPUS_ON_NODE:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)}
+        ((NPROC_PER_NODE > 0)) || NPROC_PER_NODE=1
+    fi
+    if [[ $OMP_NUM_THREADS == auto ]]; then
+        OMP_NUM_THREADS=$((SLURM_CPUS_ON_NODE / NPROC_PER_NODE))
+        ((OMP_NUM_THREADS > 0)) || OMP_NUM_THREADS=1
+    fi
+
+    # The node's address as SLURM has it: its name need not resolve.
+    local first address
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    local options=(
+        --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$NPROC_PER_NODE" --max-restarts 0
+        --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --master-addr "$address" --master-port "$RDZV_PORT"
+    )
+    # shellcheck disable=SC2206  # split into words on purpose
+    options+=($TORCHRUN_ARGS)
+
+    echo "job      $SLURM_JOB_ID $SLURM_JOB_NAME, restart ${SLURM_RESTART_COUNT:-0}, $(date '+%F %T')"
+    echo "nodes    $SLURM_JOB_NUM_NODES ($SLURM_JOB_NODELIST), processes on each $NPROC_PER_NODE, threads $OMP_NUM_THREADS," \
+        "meeting at $address:$RDZV_PORT"
+    echo "commit   $(git describe --always --dirty --abbrev=12 --exclude='*' 2>/dev/null || echo unknown)"
+    echo "command  -m ${*@Q}"
+    echo
+
+    # From SLURM 22.05 on srun does not take over sbatch's --cpus-per-task.
+    [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+    # A task knows its node's number, this shell does not. The first node that fails ends the others. A progress bar
+    # writes over its own line, which srun would hold back until the line ends, and which a file shows as one long line.
+    # shellcheck disable=SC2016
+    srun --nodes "$SLURM_JOB_NUM_NODES" --ntasks "$SLURM_JOB_NUM_NODES" --ntasks-per-node 1 \
+        --quiet --kill-on-bad-exit=1 --cpu-bind=none --unbuffered \
+        bash -c 'exec "$0" jobs/torchrun.py --node-rank "$SLURM_NODEID" "$@"' \
+        "$VENV/bin/python" "${options[@]}" -m "$@" |&
+        stdbuf -o0 tr -s '\r' '\n' || status=$?
+
+    echo
+    echo "exit code $status after $(date -u -d "@$SECONDS" +%T), run folder $folder"
+    exit "$status"
+}
+
+set -a
+# shellcheck source=jobs/cluster.env
+source jobs/cluster.env
+set +a
+# Lines appear in the log when they are printed; a rank that waits for another one is no news.
+export PYTHONUNBUFFERED=1 TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
+[[ -x $VENV/bin/python ]] ||
+    fail "no virtual environment at $VENV. Make one there (docs/clusters.md), or name yours in jobs/cluster.env"
