@@ -1,5 +1,5 @@
-# `make test` is what CI runs, `make test-full` every check that there is. Both begin by setting up .venv, which needs
-# nothing but Python 3.11 or 3.12 with its venv module; another interpreter: make PYTHON=python3.12 test
+# `make demo` is the whole line on a drawn catalogue, `make test` what CI runs, `make test-full` every check that there is.
+# Each begins by setting up .venv, which needs nothing but Python 3.11 or 3.12 with its venv module; another interpreter: make PYTHON=python3.12 test
 PYTHON ?= python3
 RUN := .venv/bin/python -m
 INSTALLED := .venv/installed
@@ -7,7 +7,10 @@ INSTALLED := .venv/installed
 # Tests start many ranks on few cores: threads of their own would only fight for them.
 export OMP_NUM_THREADS := 1
 
-.PHONY: test test-full lint .venv
+.PHONY: demo test test-full lint .venv
+
+demo: $(INSTALLED)
+	@.venv/bin/python jobs/demo.py
 
 test: lint
 	$(RUN) pytest -m "not full"

@@ -20,6 +20,8 @@ class TransformerShape:
         dropout: dropout on the residual branches and on the embeddings.
         attention_dropout: dropout on the attention weights.
         layernorm_eps: epsilon of the layer norms.
+        branch_init: factor on the initial weights that end each residual branch; well below 1 the transformer starts close to the identity
+            and learns faster on what a convolutional stem brings. Source: LayerScale (Touvron et al. 2021), folded into the weights (ours).
     """
 
     num_layers: int = 4
@@ -29,6 +31,7 @@ class TransformerShape:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     layernorm_eps: float = 1e-5
+    branch_init: float = 1.0
 
     @property
     def mlp_size(self) -> int:
@@ -52,8 +55,11 @@ def shape_errors(shape: TransformerShape, tensor_parallel: int, where: str) -> l
 class TransformerBuilder(Protocol):
     """Builds the two parts of a tower that are tensor-parallel; everything else is written once, in plain torch."""
 
-    def block(self, shape: TransformerShape) -> nn.Module:
-        """A pre-norm transformer with a final norm: (hidden [s, b, h], hidden_mask bool [b, 1, 1, s] | None, True = hidden) -> [s, b, h]."""
+    def block(self, shape: TransformerShape, final_norm: bool = True) -> nn.Module:
+        """A pre-norm transformer, with a final norm unless told otherwise.
+
+        (hidden [s, b, h], hidden_mask bool [b, 1, 1, s] | None, True = hidden) -> [s, b, h].
+        """
         ...
 
     def embedding(self, num_embeddings: int, hidden_size: int) -> nn.Module:

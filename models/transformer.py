@@ -35,6 +35,8 @@ def megatron_config(shape: TransformerShape, tensor_parallel_size: int) -> Trans
     calculate_per_token_loss makes its data-parallel reduction a plain sum (our losses are already divided by the global weight).
     bias_activation_fusion stays off: it silently swaps erf-GELU for the tanh form.
     """
+    init_std = math.sqrt(2 / (5 * shape.hidden_size))  # Nguyen and Salazar 2019; 0.023 at width 768
+    branch_std = shape.branch_init * init_std / math.sqrt(2 * shape.num_layers)  # megatron-core's own, times our factor
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # its default cuda_graph_scope warns about itself
         return TransformerConfig(
@@ -45,7 +47,8 @@ def megatron_config(shape: TransformerShape, tensor_parallel_size: int) -> Trans
             hidden_dropout=shape.dropout,
             attention_dropout=shape.attention_dropout,
             layernorm_epsilon=shape.layernorm_eps,
-            init_method_std=math.sqrt(2 / (5 * shape.hidden_size)),  # Nguyen and Salazar 2019; 0.023 at width 768
+            init_method_std=init_std,
+            output_layer_init_method=lambda weight: torch.nn.init.normal_(weight, std=branch_std),
             tensor_model_parallel_size=tensor_parallel_size,
             use_cpu_initialization=True,  # the master weight is drawn whole and cut, so it does not depend on the layout
             calculate_per_token_loss=True,
@@ -113,8 +116,8 @@ class MegatronBuilder:
         self.groups = groups
         self.init_std = init_std
 
-    def block(self, shape: TransformerShape) -> torch.nn.Module:
-        """A pre-norm transformer with a final norm; bidirectional: it attends to all that the given mask leaves visible."""
+    def block(self, shape: TransformerShape, final_norm: bool = True) -> torch.nn.Module:
+        """See TransformerBuilder.block; bidirectional: it attends to all that the given mask leaves visible."""
         layer = ModuleSpec(
             module=TransformerLayer,
             submodules=TransformerLayerSubmodules(
@@ -143,7 +146,7 @@ class MegatronBuilder:
         )
         config = megatron_config(shape, self.groups.tp.size())
         submodules = TransformerBlockSubmodules(layer_specs=[layer] * shape.num_layers, layer_norm=LayerNorm)
-        return TransformerBlock(config, submodules, pg_collection=self.groups)
+        return TransformerBlock(config, submodules, post_layer_norm=final_norm, pg_collection=self.groups)
 
     def embedding(self, num_embeddings: int, hidden_size: int) -> torch.nn.Module:
         """Vocab-parallel word embedding; `num_embeddings` must be a multiple of the tensor-parallel size (models.shape.padded_vocab)."""

@@ -20,7 +20,8 @@ class VisionConfig(TransformerShape):
         patch_size: side of the square that becomes one token; with a convolutional stem, 2 ** number of stages.
         stem_channels: channels of the convolutional stem, a stage each; empty: one linear patch embedding.
         stem_blocks: residual blocks in each stage of the stem.
-        pooling: how the tokens become one vector: their mean, or a class token.
+        pooling: how the tokens become one vector: mean, class (a token of its own), or mean_max (mean plus maximum of each channel, the
+            norm behind it: a small object on a large ground stands out).
     """
 
     image_size: int = 224
@@ -50,8 +51,8 @@ class VisionConfig(TransformerShape):
             errors.append(
                 f"{where}.stem_blocks needs one number for each of the {len(self.stem_channels)} stem_channels"
             )
-        if self.pooling not in ("mean", "class"):
-            errors.append(f"{where}.pooling is '{self.pooling}'; it can be 'mean' or 'class'")
+        if self.pooling not in ("mean", "class", "mean_max"):
+            errors.append(f"{where}.pooling is '{self.pooling}'; it can be 'mean', 'class' or 'mean_max'")
         return errors
 
 
@@ -68,7 +69,9 @@ class VisionTower(nn.Module):
         self.class_token = nn.Parameter(torch.zeros(1, config.hidden_size)) if config.pooling == "class" else None
         self.position = nn.Parameter(torch.randn(config.num_patches, config.hidden_size) * 0.02)
         self.dropout = nn.Dropout(config.dropout)
-        self.block = build.block(config)
+        pooled_norm = config.pooling == "mean_max"  # a norm on every token would hide which of them stand out
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_eps) if pooled_norm else None
+        self.block = build.block(config, final_norm=not pooled_norm)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images [b, 3, S, S] -> (patches [b, P, h], pooled [b, h]); row-major patches."""
@@ -78,4 +81,6 @@ class VisionTower(nn.Module):
         x = self.block(self.dropout(x).contiguous(), None)
         if self.class_token is not None:
             return x[1:].transpose(0, 1), x[0]
+        if self.norm is not None:
+            return x.transpose(0, 1), self.norm(x.mean(0) + x.amax(0))
         return x.transpose(0, 1), x.mean(0)

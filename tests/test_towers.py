@@ -32,6 +32,11 @@ CONFIGS = {
         embedding_dim=16,
         separate_transforms=False,
     ),
+    "conv stem, mean and maximum": OclearConfig(
+        vision=replace(CONV, pooling="mean_max", branch_init=0.1, num_layers=1),
+        text=TextConfig(num_layers=1, hidden_size=32, vocab_size=100, max_length=12),
+        embedding_dim=16,
+    ),
 }
 CLASSES = 7
 HEAD = ClassHeadConfig(num_classes=CLASSES, embedding_dim=16, scale=12.0, margin=(1.0, 0.0, 0.2))
@@ -167,3 +172,24 @@ def test_no_batch_norm_and_a_sample_does_not_depend_on_its_batch() -> None:
     assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in towers.modules())
     images = global_batch().query_images
     torch.testing.assert_close(towers.query(images)[2:3], towers.query(images[2:3]), rtol=1e-12, atol=1e-12)
+
+
+def branch_weights(shape: TransformerShape) -> tuple[list[float], list[float]]:
+    """In a pool: standard deviations of the weights that end a branch, and of the others."""
+    from models.transformer import MegatronBuilder
+
+    with layout() as mesh:
+        torch.manual_seed(0)
+        block = MegatronBuilder(mesh.groups).block(shape)
+        named = {name: p.std().item() for name, p in block.named_parameters() if p.dim() == 2}
+    ends = [std for name, std in named.items() if name.endswith(("linear_proj.weight", "linear_fc2.weight"))]
+    return ends, [std for name, std in named.items() if name.endswith(("linear_qkv.weight", "linear_fc1.weight"))]
+
+
+def test_branch_init_scales_what_ends_a_branch_alone() -> None:
+    shape = TransformerShape(num_layers=2, hidden_size=32)
+    (ends, others), (small, same) = (
+        ranks(1).run(branch_weights, replace(shape, branch_init=factor))[0] for factor in (1.0, 0.1)
+    )
+    assert small == pytest.approx([0.1 * std for std in ends], rel=1e-5) and len(ends) == 4
+    assert same == others

@@ -63,12 +63,12 @@ class PlainLayer(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """A stack of layers with a final norm."""
+    """A stack of layers with a final norm, or without."""
 
-    def __init__(self, shape: TransformerShape) -> None:
+    def __init__(self, shape: TransformerShape, final_norm: bool = True) -> None:
         super().__init__()
         self.layers = nn.ModuleList(PlainLayer(shape) for _ in range(shape.num_layers))
-        self.final_layernorm = nn.LayerNorm(shape.hidden_size, eps=shape.layernorm_eps)
+        self.final_layernorm = nn.LayerNorm(shape.hidden_size, eps=shape.layernorm_eps) if final_norm else nn.Identity()
 
     def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """hidden [s, b, h]; mask bool [b, 1, 1, s] or None. Returns [s, b, h]."""
@@ -80,9 +80,9 @@ class PlainBlock(nn.Module):
 class PlainBuilder:
     """Builds a tower's transformer parts in plain torch (models.shape.TransformerBuilder)."""
 
-    def block(self, shape: TransformerShape) -> nn.Module:
+    def block(self, shape: TransformerShape, final_norm: bool = True) -> nn.Module:
         """See TransformerBuilder.block."""
-        return PlainBlock(shape)
+        return PlainBlock(shape, final_norm)
 
     def embedding(self, num_embeddings: int, hidden_size: int) -> nn.Module:
         """See TransformerBuilder.embedding."""

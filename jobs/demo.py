@@ -1,0 +1,228 @@
+"""`make demo`: the whole line on a drawn catalogue, on this machine, by the commands that a user would type.
+
+Draws products and photos of them, makes a catalogue, trains OCLEAR from nothing, measures it on held-out photos, exports it, and searches
+eight of those photos. Leaves everything in runs/demo: summary.json says what came out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from harness.arguments import Parser, run_command
+from harness.artefact import Artefact
+from harness.data.catalogue import Catalogue
+from harness.embed import Side, side_of
+from harness.errors import UserError
+from harness.meters import write_json
+from harness.panel import picture
+from harness.search import save_sheet
+
+RECIPE = Path(__file__).resolve().parent / "recipes" / "oclear_demo.yaml"
+MARK = ".demo"  # a folder with this file is a demo's, and may be replaced
+PHOTOS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The demo.
+
+    Args:
+        out: folder for everything; an earlier demo there is replaced.
+        products: products to draw.
+        vocab_size: pieces of the tokenizer.
+        steps: optimizer steps; those of the recipe by default.
+        ranks: processes that train; one for each GPU, two without any, by default.
+        seed: of the drawing.
+    """
+
+    out: Path = Path("runs/demo")
+    products: int = 240
+    vocab_size: int = 200
+    steps: int | None = None
+    ranks: int | None = None
+    seed: int = 0
+
+
+class Stages:
+    """Runs commands one after the other and keeps the seconds of each."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def run(self, name: str, line: str) -> None:
+        """Echoes and runs one command line in this process's environment.
+
+        Raises:
+            UserError: it failed.
+        """
+        print(f"\n[{name}]\n$ {line}", flush=True)
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        started = time.perf_counter()
+        code = subprocess.run(shlex.split(line), env={"OMP_NUM_THREADS": "1", **os.environ, "PATH": path}).returncode
+        self.seconds[name] = round(time.perf_counter() - started, 1)
+        if code:
+            raise UserError(f"the demo stopped in stage '{name}': exit code {code}", "The reason stands above")
+
+
+def demo(config: DemoConfig) -> None:
+    """Runs all stages and writes out/summary.json.
+
+    Raises:
+        UserError: a stage failed, or `out` holds something else.
+    """
+    started = time.perf_counter()
+    out = fresh_folder(config.out)
+    products, catalogue, run, artefact = (out / name for name in ("products", "catalogue", "run", "artefact"))
+    ranks = config.ranks or torch.cuda.device_count() or 2
+    torchrun = f"torchrun --standalone --nproc-per-node {ranks} -m"
+    steps = "" if config.steps is None else f" --train.steps {config.steps}"
+    stages = Stages()
+    stages.run("synth", f"shelfmark synth {products} --products {config.products} --seed {config.seed}")
+    stages.run(
+        "ingest",
+        f"shelfmark ingest --manifest {products}/manifest.tsv --images {products} --out {catalogue} "
+        "--attribute-columns category,colour,pattern,brand",
+    )
+    stages.run("govern", f"shelfmark govern {catalogue}")
+    stages.run("tokenizer", f"shelfmark tokenizer {catalogue} --vocab-size {config.vocab_size}")
+    stages.run(
+        "train",
+        f"{torchrun} harness.train --config {RECIPE} --data.catalogue {catalogue} --run-dir {run}{steps} "
+        f"--json {out}/train.json",
+    )
+    stages.run("eval", f"{torchrun} harness eval {run} --split test --json {out}/eval.json")
+    stages.run("export", f"{torchrun} harness export {run} --out {artefact}")
+    photos = held_out_photos(products, PHOTOS)
+    files = " ".join(str(products / photo) for photo in photos)
+    stages.run("search", f"shelfmark search {artefact} {files} --top 5 --json {out}/search.json")
+    draw_sheet(out, list(photos.values()))
+
+    summary = summarise(out, catalogue, stages.seconds, time.perf_counter() - started)
+    write_json(out / "summary.json", summary)
+    print_summary(summary, out)
+
+
+def fresh_folder(out: Path) -> Path:
+    """`out`, empty, where nothing was or an earlier demo."""
+    if out.exists() and not (out / MARK).exists():
+        raise UserError(f"{out} exists and is no demo's", "Choose another --out, or remove it")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / MARK).touch()
+    return out
+
+
+def held_out_photos(products: Path, number: int) -> dict[str, str]:
+    """Image path -> class of test photos, from products spread evenly over the manifest."""
+    lines = (products / "manifest.tsv").read_text(encoding="utf-8").splitlines()
+    names = lines[0].split("\t")
+    rows = [dict(zip(names, line.split("\t"), strict=True)) for line in lines[1:]]
+    test = [row for row in rows if row["kind"] == "query" and row["split"] == "test"]
+    return {row["image"]: row["class_id"] for row in test[:: max(1, len(test) // number)][:number]}
+
+
+def draw_sheet(out: Path, classes: list[str]) -> None:
+    """The contact sheet of the photos searched for, right documents framed green, wrong ones red."""
+    artefact = Artefact(out / "artefact")
+    keys = artefact.documents.column("class_key").to_pylist()
+    rows: list[Any] = []
+    for found, truth in zip(json.loads((out / "search.json").read_text())["photos"], classes, strict=True):
+        hits = [
+            (artefact.thumbnail(hit["row"]), f"{hit['score']:.2f} {hit['title']}", keys[hit["row"]] == truth)
+            for hit in found["found"]
+        ]
+        rows.append((Image.open(found["photo"]).convert("RGB"), hits))
+    save_sheet(rows, out / "contact_sheet.png")
+
+
+def summarise(out: Path, catalogue: Path, seconds: dict[str, float], total: float) -> dict[str, Any]:
+    """What summary.json holds."""
+    evaluation = json.loads((out / "eval.json").read_text())
+    by_class = {row["value"]: row for row in evaluation["slices"] if row["slice"] == "class"}
+    return {
+        "recall_at_1": evaluation["recall_at_1"],
+        "recall_at_5": evaluation["recall_at_5"],
+        "recall_at_1_unseen": by_class["never trained"]["recall_at_1"],
+        "recall_at_1_histogram": histogram_recall(Catalogue(catalogue)),
+        "documents": int(evaluation["documents"]),
+        "queries": int(evaluation["queries"]),
+        "queries_unseen": int(by_class["never trained"]["queries"]),
+        "images_per_second": json.loads((out / "train.json").read_text())["images_per_second"],
+        "seconds": {**seconds, "all": round(total, 1)},
+    }
+
+
+def histogram_recall(catalogue: Catalogue) -> float:
+    """Recall@1 of the test photos by a nearest neighbour in colour: what the model must beat.
+
+    An 8 x 8 x 8 histogram of the RGB colours in the central half of each picture, compared by the overlap of histograms
+    (Swain and Ballard 1991).
+    """
+
+    def histograms(side: Side) -> np.ndarray:
+        rows = []
+        for sample in side.sample_ids:
+            image = picture(catalogue, int(sample)).resize((64, 64))
+            colours = np.asarray(image)[16:48, 16:48].reshape(-1, 3) // 32
+            rows.append(np.bincount(colours @ [64, 8, 1], minlength=512))
+        return np.array(rows)
+
+    keys: dict[str, int] = {}
+    documents = side_of(catalogue, "document", "test", [], keys, 0)
+    queries = side_of(catalogue, "query", "test", [], keys, 0)
+    gallery = histograms(documents)
+    best = [int(np.minimum(gallery, query).sum(1).argmax()) for query in histograms(queries)]
+    return float(np.mean(documents.labels[best] == queries.labels))
+
+
+def print_summary(summary: dict[str, Any], out: Path) -> None:
+    """The closing table, and where to look next."""
+    seconds = summary["seconds"]
+    lines = [
+        "",
+        f"{'Recall@1 of held-out photos':<44}{summary['recall_at_1']:>8.3f}   "
+        f"{summary['queries']} photos against {summary['documents']} documents",
+        f"{'Recall@5':<44}{summary['recall_at_5']:>8.3f}",
+        f"{'Recall@1, products never trained on':<44}{summary['recall_at_1_unseen']:>8.3f}   "
+        f"{summary['queries_unseen']} photos",
+        f"{'Recall@1 by colour histogram, to compare':<44}{summary['recall_at_1_histogram']:>8.3f}",
+        f"{'images per second in training':<44}{summary['images_per_second']:>8.1f}",
+        "",
+        "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()),
+        "",
+        "Look next:",
+        f"  {out}/contact_sheet.png            eight photos and what was found, right ones framed green",
+        f"  .venv/bin/tensorboard --logdir {out}/run     curves, retrieval panel, documents in space",
+        f"  .venv/bin/shelfmark search {out}/artefact PHOTO --sheet found.png",
+        f"  {out}/summary.json                 these figures",
+        "  docs/your-data.md                  the same line on your own catalogue",
+    ]
+    print("\n".join(lines))
+
+
+def main() -> int:
+    """Entry point."""
+
+    def body() -> None:
+        parser = Parser("demo", "The whole line on a drawn catalogue.", "python jobs/demo.py --out runs/demo")
+        parser.add_class_arguments(DemoConfig)
+        demo(DemoConfig(**parser.parse(sys.argv[1:]).as_dict()))
+
+    return run_command(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

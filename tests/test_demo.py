@@ -1,0 +1,79 @@
+"""`make demo` at toy size: every stage, the summary, the sheet; the figures are those of the stages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from harness.data.catalogue import Catalogue
+from tests.catalogues import make_catalogue
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "jobs"))
+
+import demo  # noqa: E402  (a script of jobs/, no package)
+
+
+def run_demo(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "jobs" / "demo.py"), *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+
+
+def test_demo_runs_to_its_table(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    small = ("--products", "14", "--vocab-size", "80", "--steps", "6")
+    done = run_demo("--out", str(out), *small)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    evaluation = json.loads((out / "eval.json").read_text())
+    assert summary["recall_at_1"] == evaluation["recall_at_1"] and summary["recall_at_5"] == evaluation["recall_at_5"]
+    assert summary["documents"] == 14 and summary["queries"] == evaluation["queries"] > 0
+    unseen = [row for row in evaluation["slices"] if row["value"] == "never trained"]
+    assert summary["recall_at_1_unseen"] == unseen[0]["recall_at_1"]
+    assert 0 < summary["queries_unseen"] == unseen[0]["queries"] < summary["queries"]
+    assert summary["images_per_second"] > 0 and 0 <= summary["recall_at_1_histogram"] <= 1
+    stages = ("synth", "ingest", "govern", "tokenizer", "train", "eval", "export", "search", "all")
+    assert tuple(summary["seconds"]) == stages and all(f"[{stage}]" in done.stdout for stage in stages[:-1])
+    sheet = Image.open(out / "contact_sheet.png")
+    assert sheet.width == 6 * 152 and sheet.height == demo.PHOTOS * 180
+    assert "Recall@1 of held-out photos" in done.stdout and "Look next" in done.stdout
+
+    # The photos searched for were held out of training, and a stage that fails stops the demo and is named.
+    searched = {Path(row["photo"]).name for row in json.loads((out / "search.json").read_text())["photos"]}
+    table = Catalogue(out / "catalogue").table(["image", "split"], kind="query").to_pydict()
+    split = {Path(image).name: s for image, s in zip(table["image"], table["split"], strict=True)}
+    assert len(searched) == demo.PHOTOS and {split[name] for name in searched} == {"test"}
+    failed = run_demo("--out", str(out), "--products", "14", "--vocab-size", "100000")
+    assert failed.returncode == 2 and "stopped in stage 'tokenizer'" in failed.stderr
+    assert not (out / "summary.json").exists(), "the table of an earlier demo must not stand for this one"
+
+
+def test_demo_replaces_nothing_but_a_demo(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    refused = run_demo("--out", str(tmp_path))
+    assert refused.returncode == 2 and "is no demo's" in refused.stderr
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("colours,expected", [(True, 1.0), (False, 0.0)])
+def test_histogram_finds_by_colour_alone(tmp_path: Path, colours: bool, expected: float) -> None:
+    """Photos in their document's colour are all found, those in another document's colour never."""
+    catalogue = make_catalogue(tmp_path, classes=4, queries=5, ingest=False).parent
+    palette = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)]
+    for number in range(4):
+        for member in range(6):
+            suffix = "png" if (number + member) % 2 else "jpg"
+            shown = number if colours or member == 0 else (number + 1) % 4
+            pixels = np.tile(np.array(palette[shown], np.uint8), (60, 50, 1))
+            Image.fromarray(pixels).save(catalogue / f"images/{number:03d}-{member:02d}.{suffix}")
+    from harness.data.ingest import IngestConfig, run
+
+    run(IngestConfig(manifest=catalogue / "manifest.tsv", images=catalogue, out=catalogue / "c", workers=1))
+    assert demo.histogram_recall(Catalogue(catalogue / "c")) == expected
