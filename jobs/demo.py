@@ -30,7 +30,7 @@ from harness.meters import write_json
 from harness.panel import picture
 from harness.search import save_sheet
 
-RECIPE = Path(__file__).resolve().parent / "recipes" / "oclear_demo.yaml"
+RECIPE = os.path.relpath(Path(__file__).parent / "recipes" / "oclear_demo.yaml")
 MARK = ".demo"  # a folder with this file is a demo's, and may be replaced
 PHOTOS = 8
 
