@@ -34,6 +34,8 @@ class OclearConfig:
         embedding_dim: width of the embeddings.
         concept_slots: memory slots of the concept-aware fusion.
         fusion_heads: attention heads of the fusion.
+        gate_init: gate of the fusion at the start, in (0, 1): 0 is the image alone, 1 the text's concepts alone.
+        text_dropout: share of documents whose text is left out in training.
         separate_transforms: a transformation network each for queries and documents; false shares one (ablation).
         transform_dropout: dropout inside the transformation networks.
         objective: classification (class-parallel margin softmax), or contrastive (in-batch InfoNCE, for comparison).
@@ -45,6 +47,8 @@ class OclearConfig:
     embedding_dim: int = 256
     concept_slots: int = 8
     fusion_heads: int = 4
+    gate_init: float = 0.5
+    text_dropout: float = 0.0
     separate_transforms: bool = True
     transform_dropout: float = 0.0
     objective: str = "classification"
@@ -57,6 +61,10 @@ class OclearConfig:
         errors += shape_errors(self.text, tensor_parallel, "model.text")
         if self.objective not in ("classification", "contrastive"):
             errors.append(f"model.objective is '{self.objective}'; it can be 'classification' or 'contrastive'")
+        if not 0 < self.gate_init < 1:
+            errors.append(f"model.gate_init is {self.gate_init}; it must lie in (0, 1)")
+        if not 0 <= self.text_dropout <= 1:
+            errors.append(f"model.text_dropout is {self.text_dropout}; it must lie in [0, 1]")
         if self.vision.hidden_size % self.fusion_heads:
             errors.append(
                 f"model.vision.hidden_size {self.vision.hidden_size} is no multiple of model.fusion_heads {self.fusion_heads}"
@@ -73,7 +81,14 @@ class OclearTowers(nn.Module):
         self.pad_id = config.text.pad_id
         self.vision = VisionTower(config.vision, build)
         self.text = TextTower(config.text, build)
-        self.fusion = ConceptFusion(hidden, config.text.hidden_size, config.concept_slots, config.fusion_heads)
+        self.fusion = ConceptFusion(
+            hidden,
+            config.text.hidden_size,
+            config.concept_slots,
+            config.fusion_heads,
+            config.gate_init,
+            config.text_dropout,
+        )
         self.query_transform = ResidualTransform(hidden, config.embedding_dim, config.transform_dropout)
         self.document_transform = (
             ResidualTransform(hidden, config.embedding_dim, config.transform_dropout)

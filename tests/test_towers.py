@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from models.batch import Batch
+from models.fusion import ConceptFusion
 from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
 from models.merge import merge_shards, merged_state_dict
 from models.oclear import Oclear, OclearConfig, OclearTowers
@@ -193,3 +194,28 @@ def test_branch_init_scales_what_ends_a_branch_alone() -> None:
     )
     assert small == pytest.approx([0.1 * std for std in ends], rel=1e-5) and len(ends) == 4
     assert same == others
+
+
+def test_text_dropout_leaves_out_text_in_training_alone() -> None:
+    """All of it left out, a document is its image and its text learns nothing; evaluation sees the text again."""
+    torch.manual_seed(0)
+    config = replace(CONFIGS["conv stem, mean"], text_dropout=1.0, gate_init=0.1, transform_dropout=0.0)
+    towers = OclearTowers(config, PlainBuilder()).double()
+    batch = global_batch()
+    towers.train()
+    documents, gate = towers.document(batch.document_images, batch.document_tokens)
+    image_alone = towers.document_transform(towers.vision(batch.document_images)[1])
+    torch.testing.assert_close(documents, image_alone, rtol=0, atol=1e-12)
+    documents.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in towers.text.parameters())
+    assert 0.05 < gate.mean() < 0.2
+    towers.eval()
+    assert (towers.document(batch.document_images, batch.document_tokens)[0] - image_alone).abs().max() > 1e-3
+
+
+def test_text_dropout_leaves_out_its_share() -> None:
+    fusion = ConceptFusion(16, 16, slots=2, heads=2, text_dropout=0.3).train()
+    n = 2000
+    image, patches, words = torch.randn(n, 16), torch.randn(n, 4, 16), torch.randn(n, 3, 16)
+    vector = fusion(image, patches, words, torch.zeros(n, 1, 1, 3, dtype=torch.bool)).vector
+    assert (vector == image).all(1).double().mean().item() == pytest.approx(0.3, abs=0.05)
