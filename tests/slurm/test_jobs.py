@@ -150,7 +150,7 @@ def test_a_rank_that_is_killed_ends_the_job(slurm: Cluster, project: Path, recip
     assert text.splitlines()[-1].startswith("exit code 137 after")
 
 
-@pytest.mark.parametrize("script,code,how", [("kill -9 $$", 137, "SIGKILL"), ("exit 3", 3, "exit code 3")])
+@pytest.mark.parametrize("script,code,how", [("kill -9 $BASHPID", 137, "SIGKILL"), ("exit 3", 3, "exit code 3")])
 def test_the_launcher_says_how_a_rank_ended(script: str, code: int, how: str) -> None:
     """Without SLURM: which launcher SLURM's own signals reach first is a race."""
     command = [sys.executable, "jobs/torchrun.py", "--standalone", "--nproc-per-node", "1", "--no-python"]
