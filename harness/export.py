@@ -182,7 +182,9 @@ def _write_encoder(encoder: nn.Module, image_size: int, file: Path) -> None:
     example = torch.zeros(2, 3, image_size, image_size)
     with torch.no_grad():
         program = torch.export.export(encoder, (example,), dynamic_shapes=({0: torch.export.Dim("images", min=1)},))
-    torch.export.save(program, file)
+    buffer = io.BytesIO()  # torch's own file writer aborts the process on a full disk
+    torch.export.save(program, buffer)
+    file.write_bytes(buffer.getbuffer())
 
 
 def _description(

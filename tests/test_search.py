@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,18 @@ def test_damaged_artefacts_are_refused(artefact: Path, tmp_path: Path, damage: A
     damage(copy)
     with pytest.raises(UserError, match=message):
         Artefact(copy)
+
+
+@pytest.mark.parametrize("part,kib", [("documents", 8), ("encoder.pt2", 100)])
+def test_a_full_disk_leaves_nothing(
+    trained: Path, artefact: Path, small_disk: Callable[[int], Path], part: str, kib: int
+) -> None:
+    size = {p.name: sum(f.stat().st_size for f in [p, *p.rglob("*")] if f.is_file()) for p in artefact.iterdir()}
+    assert size[part] > kib * 1024 and (part == "documents" or size["documents"] + size["index.faiss"] < kib * 1024)
+    disk = small_disk(kib)
+    with pytest.raises(AssertionError, match="no space left on the disk"):
+        ranks(1).run(export_here, trained, disk / "artefact")
+    assert list(disk.iterdir()) == []
 
 
 def test_mistakes_are_told(artefact: Path, trained: Path, tmp_path: Path) -> None:
