@@ -15,6 +15,7 @@ from harness.errors import UserError
 COMMANDS = {
     "synth": ("harness.synth.command", "SynthConfig", "out", "Draw a demo catalogue: products, photos, a click log."),
     "ingest": ("harness.data.ingest", "IngestConfig", "", "Make a catalogue of a manifest and an image folder."),
+    "shards": ("harness.data.shards", "ShardsConfig", "catalogue", "Say where a catalogue's images lie: s3, http, …"),
     "govern": ("harness.govern", "GovernConfig", "catalogue", "Turn a catalogue's samples into training classes."),
     "tokenizer": (
         "harness.data.tokenizer",
@@ -33,7 +34,7 @@ TRAIN = "Train a model by a recipe; also as `torchrun … -m harness.train`."
 def usage() -> str:
     """The overview that `shelfmark --help` prints."""
     lines = [f"  {name:<11}{sentence}" for name, (_, _, _, sentence) in COMMANDS.items()]
-    lines.insert(4, f"  {'train':<11}{TRAIN}")
+    lines.insert(5, f"  {'train':<11}{TRAIN}")
     return "\n".join(
         [
             "usage: shelfmark COMMAND [options]",

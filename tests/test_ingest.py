@@ -24,7 +24,7 @@ import pytest
 import xxhash
 from PIL import Image
 
-from harness.data import ingest
+from harness.data import ingest, store
 from harness.data.catalogue import Catalogue, CorruptSample
 from harness.data.ingest import IngestConfig, run
 from harness.data.manifest import Manifest
@@ -479,7 +479,7 @@ def test_images_are_decoded_in_parallel(drawn, tmp_path, monkeypatch):
     assert Catalogue(ingest_rows(drawn, tmp_path / "cat", workers=3)).num_samples == 36
 
 
-def test_corrupt_bytes_are_found_when_read(drawn, tmp_path):
+def test_corrupt_bytes_are_found_when_read(drawn, tmp_path, monkeypatch):
     out = ingest_rows(drawn, tmp_path / "cat", shard_size=20_000)
     catalogue = Catalogue(out)
     victim = catalogue.index[3]
@@ -501,7 +501,8 @@ def test_corrupt_bytes_are_found_when_read(drawn, tmp_path):
             catalogue.read_bytes(sample)
     catalogue.close()
     shard.unlink()
-    with pytest.raises(CorruptSample, match="No such file"):
+    monkeypatch.setattr(store, "FIRST_PAUSE", 0.001)
+    with pytest.raises(UserError, match=r"shard-000000\.tar cannot be read: No such file or directory \(5 tries\)"):
         catalogue.read_bytes(3)
     with pytest.raises(UserError, match=r"shard-000000\.tar is missing"):
         Catalogue(out)
@@ -510,9 +511,9 @@ def test_corrupt_bytes_are_found_when_read(drawn, tmp_path):
 def test_threads_share_a_catalogue_with_more_shards_than_handles(drawn, tmp_path):
     catalogue = Catalogue(ingest_rows(drawn, tmp_path / "cat", shard_size=1))
     assert catalogue.meta["num_shards"] == 36
-    catalogue._max_handles = 5
+    catalogue._store._most = 5
     expected = [catalogue.read_bytes(sample) for sample in range(36)]
-    assert len(catalogue._handles) == 5
+    assert len(catalogue._store._handles) == 5
     with ThreadPoolExecutor(8) as pool:
         order = np.random.default_rng(0).integers(0, 36, 400)
         assert list(pool.map(catalogue.read_bytes, order)) == [expected[sample] for sample in order]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
-import resource
-import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import xxhash
 
+from harness.data.store import open_store
 from harness.errors import UserError
 
 CATALOGUE_FORMAT = 1
@@ -78,14 +76,11 @@ class Catalogue:
         self.index: np.ndarray = np.load(self._present("index.npy"), mmap_mode="r")
         if len(self.index) != self.num_samples:
             self._refuse(f"index.npy has {len(self.index)} entries, catalogue.json says {self.num_samples}")
-        self._shards = self._present("shards")
-        for shard in sorted(set(map(shard_name, range(self.meta["num_shards"]))) - set(os.listdir(self._shards))):
-            self._refuse(f"{shard} is missing")
         self._samples = ds.dataset(sorted(self._present("samples").glob("part-*.parquet")), format="parquet")
-        self._handles: dict[int, int] = {}
-        self._lock = threading.Lock()
-        # A catalogue may have more shards than a process may open files; those beyond are opened for each read.
-        self._max_handles = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+        self._store = open_store(self.path)
+        wanted = set(map(shard_name, range(self.meta["num_shards"])))
+        for shard in sorted(wanted - self._store.names()):
+            self._refuse(f"{shard} is missing")
 
     def _read_meta(self) -> dict[str, Any]:
         file = self.path / "catalogue.json"
@@ -147,38 +142,23 @@ class Catalogue:
         """The image file of a sample as it was ingested, its length and checksum verified.
 
         Raises:
-            CorruptSample: the shard cannot be read there or holds other bytes.
+            CorruptSample: the shard ends early there or holds other bytes.
+            UserError: the shard cannot be read, in several tries.
             IndexError: no such sample.
         """
         if not 0 <= sample_id < self.num_samples:
             raise IndexError(f"sample {sample_id} of a catalogue of {self.num_samples}")
         shard, offset, length, checksum, _, _ = self.index[sample_id].item()
-        try:
-            data = self._read(shard, length, offset)
-        except OSError as error:
-            raise CorruptSample(sample_id, f"{shard_name(shard)}: {error.strerror}") from error
+        name = shard_name(shard)
+        data = self._store.read(name, offset, length)
+        if xxhash.xxh3_64_intdigest(data) != checksum:  # a cache may have been damaged since
+            data = self._store.read(name, offset, length, fresh=True)
         if len(data) != length:
-            raise CorruptSample(sample_id, f"{shard_name(shard)} ends after {len(data)} of its {length} bytes")
+            raise CorruptSample(sample_id, f"{name} ends after {len(data)} of its {length} bytes")
         if xxhash.xxh3_64_intdigest(data) != checksum:
-            raise CorruptSample(sample_id, f"{shard_name(shard)}: checksum of the {length} bytes at {offset} differs")
+            raise CorruptSample(sample_id, f"{name}: checksum of the {length} bytes at {offset} differs")
         return data
-
-    def _read(self, shard: int, length: int, offset: int) -> bytes:
-        with self._lock:
-            handle = self._handles.get(shard)
-            if handle is None and len(self._handles) < self._max_handles:
-                handle = self._handles[shard] = os.open(self._shards / shard_name(shard), os.O_RDONLY)
-        if handle is not None:
-            return os.pread(handle, length, offset)
-        handle = os.open(self._shards / shard_name(shard), os.O_RDONLY)
-        try:
-            return os.pread(handle, length, offset)
-        finally:
-            os.close(handle)
 
     def close(self) -> None:
         """Closes the shards; a later read opens them again. No read may be under way."""
-        with self._lock:
-            for handle in self._handles.values():
-                os.close(handle)
-            self._handles.clear()
+        self._store.close()
