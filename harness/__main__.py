@@ -15,6 +15,8 @@ from harness.errors import UserError
 COMMANDS = {
     "synth": ("harness.synth.command", "SynthConfig", "out", "Draw a demo catalogue: products, photos, a click log."),
     "ingest": ("harness.data.ingest", "IngestConfig", "", "Make a catalogue of a manifest and an image folder."),
+    "merge": ("harness.data.merge", "MergeConfig", "catalogue", "Join the parts of an ingest in parts."),
+    "index": ("harness.data.webdataset", "IndexConfig", "tars", "Make a catalogue of webdataset tars where they lie."),
     "shards": ("harness.data.shards", "ShardsConfig", "catalogue", "Say where a catalogue's images lie: s3, http, …"),
     "govern": ("harness.govern", "GovernConfig", "catalogue", "Turn a catalogue's samples into training classes."),
     "tokenizer": (
@@ -34,7 +36,7 @@ TRAIN = "Train a model by a recipe; also as `torchrun … -m harness.train`."
 def usage() -> str:
     """The overview that `shelfmark --help` prints."""
     lines = [f"  {name:<11}{sentence}" for name, (_, _, _, sentence) in COMMANDS.items()]
-    lines.insert(5, f"  {'train':<11}{TRAIN}")
+    lines.insert(7, f"  {'train':<11}{TRAIN}")
     return "\n".join(
         [
             "usage: shelfmark COMMAND [options]",

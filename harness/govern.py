@@ -178,8 +178,7 @@ def _check_split(catalogue: Catalogue, split: str) -> None:
 
 
 def _write_classes(engine: Any, catalogue: Catalogue, config: GovernConfig, stage: Path, spill: Path) -> dict[str, Any]:
-    parts = sorted(str(part) for part in (catalogue.path / "samples").glob("part-*.parquet"))
-    samples = engine.read_parquet(parts)
+    samples = engine.read_parquet([str(file) for file in catalogue.sample_files])
     samples = samples.filter(_.split.isin([config.split, ALL_SPLITS])).select("sample_id", "kind", "class_key")
     engine.to_parquet(count_members(samples), spill / "counts.parquet")
     counts = engine.read_parquet(spill / "counts.parquet")

@@ -63,6 +63,7 @@ class Catalogue:
         num_samples: global sample ids are 0 .. num_samples - 1.
         index: [num_samples] memory-mapped records of INDEX_DTYPE; width and height in pixels, upright.
         attributes: names of the attribute columns.
+        sample_files: Parquet files with the samples' rows, in the order of their ids.
 
     Raises:
         UserError: no catalogue there, an unfinished one, one of another format, or one that lost files.
@@ -73,13 +74,18 @@ class Catalogue:
         self.meta = self._read_meta()
         self.num_samples: int = self.meta["num_samples"]
         self.attributes: list[str] = self.meta["attributes"]
-        self.index: np.ndarray = np.load(self._present("index.npy"), mmap_mode="r")
-        if len(self.index) != self.num_samples:
-            self._refuse(f"index.npy has {len(self.index)} entries, catalogue.json says {self.num_samples}")
-        self._samples = ds.dataset(sorted(self._present("samples").glob("part-*.parquet")), format="parquet")
+        # Only what catalogue.json counts: more may lie there while the catalogue grows (harness/data/growth.py).
+        index = np.load(self._present("index.npy"), mmap_mode="r")
+        if len(index) < self.num_samples:
+            self._refuse(f"index.npy has {len(index)} entries, catalogue.json says {self.num_samples}")
+        self.index: np.ndarray = index[: self.num_samples]
+        parts = sorted(self._present("samples").glob("part-*.parquet"))
+        self.sample_files: list[Path] = parts[: self.meta.get("num_parts")]
+        self._samples = ds.dataset(self.sample_files, format="parquet")
         self._store = open_store(self.path)
-        wanted = set(map(shard_name, range(self.meta["num_shards"])))
-        for shard in sorted(wanted - self._store.names()):
+        # Tars that were indexed where they lie keep their names.
+        self._names: list[str] = self.meta.get("shard_names") or [shard_name(i) for i in range(self.meta["num_shards"])]
+        for shard in sorted(set(self._names) - self._store.names()):
             self._refuse(f"{shard} is missing")
 
     def _read_meta(self) -> dict[str, Any]:
@@ -149,7 +155,7 @@ class Catalogue:
         if not 0 <= sample_id < self.num_samples:
             raise IndexError(f"sample {sample_id} of a catalogue of {self.num_samples}")
         shard, offset, length, checksum, _, _ = self.index[sample_id].item()
-        name = shard_name(shard)
+        name = self._names[shard]
         data = self._store.read(name, offset, length)
         if xxhash.xxh3_64_intdigest(data) != checksum:  # a cache may have been damaged since
             data = self._store.read(name, offset, length, fresh=True)

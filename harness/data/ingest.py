@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 import os
+import re
 import stat
 import tarfile
 import time
@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -24,6 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from harness.data.catalogue import ALL_SPLITS, CATALOGUE_FORMAT, INDEX_DTYPE, SAMPLE_SCHEMA, shard_name
+from harness.data.growth import grow, growing, part_folder, part_name, quarantine_name, write_meta
 from harness.data.manifest import Manifest, Row
 from harness.data.staging import staged_folder
 from harness.data.writers import ROW_GROUP, NpyWriter, ParquetWriter
@@ -51,6 +53,10 @@ class IngestConfig:
         manifest: TSV (no quoting), CSV or Parquet file with a header, by its suffix.
         images: folder that the manifest's image paths are relative to; a path out of it is quarantined.
         out: catalogue folder to create; it appears only when it is complete.
+        append: add the rows to the catalogue `out` instead. Its samples keep their ids and the new ones follow. Every
+            row is added as given: one that is in the catalogue already is then there twice.
+        part: 'i/n' ingests the i-th (from 1) of n contiguous parts of the manifest's rows into
+            OUT.parts/part-i-of-n; `shelfmark merge OUT` joins them when all n are there.
         image_column: column of the image path.
         item_column: column of the item id (the product or the photo that the image shows).
         kind_column: column that says 'query' or 'document' (or 'doc').
@@ -71,6 +77,8 @@ class IngestConfig:
     manifest: Path
     images: Path
     out: Path
+    append: bool = False
+    part: str | None = None
     image_column: str = "image"
     item_column: str = "id"
     kind_column: str = "kind"
@@ -125,6 +133,15 @@ def load_image(root: Path, image: str, max_bytes: int, max_pixels: int) -> Loade
         raise Rejected(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not data:
         raise Rejected("empty file")
+    return check_image(data, max_pixels)
+
+
+def check_image(data: bytes, max_pixels: int) -> LoadedImage:
+    """Decodes the bytes of an image file completely.
+
+    Raises:
+        Rejected: they are damaged, too large, or no image of a known format.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as picture:
             width, height = picture.size
@@ -204,10 +221,10 @@ class Columns:
 
 
 class ShardWriter:
-    """Image files into tar shards of about `shard_size` bytes; equal files give equal shards."""
+    """Image files into tar shards of about `shard_size` bytes, numbered from `first`; equal files give equal shards."""
 
-    def __init__(self, folder: Path, shard_size: int) -> None:
-        self.num_shards = 0
+    def __init__(self, folder: Path, shard_size: int, first: int = 0) -> None:
+        self.num_shards = first
         self._folder, self._shard_size = folder, shard_size
         self._tar: tarfile.TarFile | None = None
 
@@ -241,69 +258,133 @@ def run(config: IngestConfig) -> dict[str, Any]:
     """Ingests and prints a summary.
 
     Returns:
-        num_samples, query, document, quarantined, splits, num_shards, reasons (category: rows), seconds, catalogue.
+        catalogue (the folder written), num_samples, query, document, quarantined, splits and num_shards of the whole
+        catalogue, added (samples of this call), reasons (category: rows of this call), seconds.
 
     Raises:
-        UserError: the manifest or a column is not there, `out` exists, the disk is full, or no row can be used.
+        UserError: the manifest or a column is not there, `out` exists (or does not, or differs, with `append`), the
+            disk is full, or no row can be used.
     """
     start = time.perf_counter()
     for name in ("max_pixels", "max_bytes", "shard_size", "rows_per_part", "workers"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}", "It must be at least 1")
+    if config.append and config.part is not None:
+        raise UserError("--append and --part exclude each other", "Merge the parts into a catalogue of its own")
     manifest = Manifest(config.manifest)
     columns = Columns(manifest, config)
     if not config.images.is_dir():
         raise UserError(f"no image folder {config.images} (--images)")
-    with staged_folder(config.out) as stage, _own_pixel_limit():
-        counts, reasons, num_shards = _write_samples(stage, manifest, columns, config)
-        common = "; ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common(3))
-        samples = counts["query"] + counts["document"]
-        if samples == 0:
-            raise UserError(
-                f"{config.manifest}: none of its {sum(reasons.values()):,} rows can be used ({common or 'no rows'})",
-                "Check --images and the column flags",
-            )
-        splits = {key.removeprefix("split "): counts[key] for key in sorted(counts) if key.startswith("split ")}
-        totals = {"query": counts["query"], "document": counts["document"], "quarantined": sum(reasons.values())}
-        meta = {
-            "format": CATALOGUE_FORMAT,
-            "name": config.out.name,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "num_samples": samples,
-            "num_shards": num_shards,
-            "attributes": columns.attributes,
-            "counts": {**totals, "splits": splits},
-            "source": {
-                "manifest": str(config.manifest),
-                "images": str(config.images),
-                "columns": columns.mapping,
-                "kind": config.kind,
-            },
-        }
-        (stage / "catalogue.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    if config.append:
+        out = config.out
+        with growing(out, columns.attributes) as (old, folder):
+            added, reasons = _ingest(folder, manifest, columns, config, old)
+            meta = grow(out, old, added)
+    else:
+        out = config.out if config.part is None else part_folder(config.out, *_part(config.part))
+        meta, reasons = _ingest(out, manifest, columns, config)
+        added = meta
     seconds = round(time.perf_counter() - start, 3)
+    counts = added["counts"]
     print(
-        f"{config.out}: {samples:,} samples ({counts['query']:,} queries, {counts['document']:,} documents) in "
-        f"{num_shards:,} shard{'s' * (num_shards != 1)}, {seconds:.1f} s"
+        f"{out}: {'+' * config.append}{added['num_samples']:,} samples ({counts['query']:,} queries, "
+        f"{counts['document']:,} documents) in {added['num_shards']:,} shard{'s' * (added['num_shards'] != 1)}, "
+        f"{seconds:.1f} s"
     )
     if reasons:
-        print(f"{totals['quarantined']:,} rows in quarantine.parquet: {common}")
+        print(f"{counts['quarantined']:,} rows in {quarantine_name(meta)}: {_commonest(reasons)}")
+    if config.append:
+        print(
+            f"now {meta['num_samples']:,} samples; classes/ and tokenizer/ of before do not fit them. "
+            f"Next: shelfmark govern {out}; shelfmark tokenizer {out}"
+        )
     return {
-        "catalogue": str(config.out),
-        "num_samples": samples,
-        **totals,
-        "splits": splits,
-        "num_shards": num_shards,
+        "catalogue": str(out),
+        "num_samples": meta["num_samples"],
+        **meta["counts"],
+        "num_shards": meta["num_shards"],
+        "added": added["num_samples"],
         "reasons": dict(reasons.most_common()),
         "seconds": seconds,
     }
 
 
+def _part(text: str) -> tuple[int, int]:
+    """i and n of 'i/n', i from 1 to n."""
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+    if not match or int(match[1]) > int(match[2]):
+        raise UserError(f"--part is {text!r}", "It must be i/n with i from 1 to n, such as 3/8")
+    return int(match[1]), int(match[2])
+
+
+def _part_rows(manifest: Manifest, part: str | None) -> tuple[int, int | None]:
+    """First row and end of a part; the last part has no end, since the manifest's number of rows is an estimate."""
+    number, parts = (1, 1) if part is None else _part(part)
+    end = manifest.num_rows * number // parts if number < parts else None
+    return manifest.num_rows * (number - 1) // parts, end
+
+
+def _commonest(reasons: Counter[str]) -> str:
+    return "; ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common(3))
+
+
+def _ingest(
+    out: Path, manifest: Manifest, columns: Columns, config: IngestConfig, old: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], Counter[str]]:
+    """Makes the folder `out` of the rows that `config` asks for, its numbers going on after those of `old`.
+
+    Returns:
+        What stands in its catalogue.json, and quarantined rows by category.
+    """
+    rows = _part_rows(manifest, config.part)
+    with staged_folder(out) as stage, own_pixel_limit():
+        first = (old["num_samples"], old["num_shards"]) if old else (0, 0)
+        counts, reasons = _write_samples(stage, manifest, columns, config, rows, *first)
+        samples = counts["query"] + counts["document"]
+        if samples == 0 and config.part is None:
+            raise UserError(
+                f"{config.manifest}: none of its {sum(reasons.values()):,} rows can be used "
+                f"({_commonest(reasons) or 'no rows'})",
+                "Check --images and the column flags",
+            )
+        splits = {key.removeprefix("split "): counts[key] for key in sorted(counts) if key.startswith("split ")}
+        meta = {
+            "format": CATALOGUE_FORMAT,
+            "name": config.out.name,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "num_samples": samples,
+            "num_shards": len(os.listdir(stage / "shards")),
+            "num_parts": len(os.listdir(stage / "samples")),
+            "attributes": columns.attributes,
+            "counts": {
+                "query": counts["query"],
+                "document": counts["document"],
+                "quarantined": sum(reasons.values()),
+                "splits": splits,
+            },
+            "source": {
+                "manifest": str(config.manifest),
+                "images": str(config.images),
+                "columns": columns.mapping,
+                "kind": config.kind,
+                **({} if config.part is None else {"rows": rows}),
+            },
+        }
+        write_meta(stage, meta)
+    return meta, reasons
+
+
 def _write_samples(
-    stage: Path, manifest: Manifest, columns: Columns, config: IngestConfig
-) -> tuple[Counter[str], Counter[str], int]:
-    """Writes everything but catalogue.json; returns counts by kind and split, quarantined rows by category, shards."""
+    stage: Path,
+    manifest: Manifest,
+    columns: Columns,
+    config: IngestConfig,
+    rows: tuple[int, int | None],
+    first_sample: int,
+    first_shard: int,
+) -> tuple[Counter[str], Counter[str]]:
+    """Writes everything but catalogue.json; returns counts by kind and split, and quarantined rows by category."""
     schema = SAMPLE_SCHEMA
     for name in columns.attributes:
         schema = schema.append(pa.field(name, pa.string()))
@@ -313,21 +394,21 @@ def _write_samples(
     reasons: Counter[str] = Counter()
     records: list[tuple[int, ...]] = []
     with ExitStack() as stack:
-        shards = stack.enter_context(ShardWriter(stage / "shards", config.shard_size))
+        shards = stack.enter_context(ShardWriter(stage / "shards", config.shard_size, first_shard))
         index = stack.enter_context(NpyWriter(stage / "index.npy", INDEX_DTYPE))
         samples = stack.enter_context(
-            ParquetWriter(lambda part: stage / "samples" / f"part-{part:05d}.parquet", schema, config.rows_per_part)
+            ParquetWriter(lambda part: stage / "samples" / part_name(part), schema, config.rows_per_part)
         )
         quarantine = stack.enter_context(
             ParquetWriter(lambda _: stage / "quarantine.parquet", QUARANTINE_SCHEMA, rows_per_part=None)
         )
-        for number, row, found in _examine(manifest, columns, config):
+        for number, row, found in _examine(manifest, columns, config, rows):
             if isinstance(found, Rejected):
                 quarantine.append((number, columns.image(row), str(found)))
                 reasons[str(found).partition(": ")[0]] += 1
                 continue
             sample, image = found
-            sample_id = samples.num_rows
+            sample_id = first_sample + samples.num_rows
             shard, offset = shards.add(f"{sample_id:012d}.{image.extension}", image.data)
             records.append((shard, offset, len(image.data), image.checksum, image.width, image.height))
             samples.append((sample_id, *sample))
@@ -336,11 +417,11 @@ def _write_samples(
                 index.append(np.array(records, INDEX_DTYPE))
                 records.clear()
         index.append(np.array(records, INDEX_DTYPE))
-    return counts, reasons, shards.num_shards
+    return counts, reasons
 
 
 def _examine(
-    manifest: Manifest, columns: Columns, config: IngestConfig
+    manifest: Manifest, columns: Columns, config: IngestConfig, rows: tuple[int, int | None]
 ) -> Iterator[tuple[int, Row, tuple[tuple[str | None, ...], LoadedImage] | Rejected]]:
     """The rows in order, examined by threads: reading waits and Pillow's decoders run without the interpreter lock."""
     root = Path(os.path.abspath(config.images))
@@ -353,10 +434,10 @@ def _examine(
             return rejected
 
     window: deque[tuple[Row, Future[Any]]] = deque()
-    progress = tqdm(total=manifest.num_rows, desc="ingest", unit=" rows", mininterval=0.5)
+    progress = tqdm(total=(rows[1] or manifest.num_rows) - rows[0], desc="ingest", unit=" rows", mininterval=0.5)
     with ThreadPoolExecutor(workers) as pool, progress:
-        done = 0
-        for row in manifest.rows(columns.names):
+        done = rows[0]
+        for row in islice(manifest.rows(columns.names), *rows):
             window.append((row, pool.submit(examine, row)))
             # The window bounds what is held in memory while one slow image keeps its place in the order.
             if len(window) == 4 * workers:
@@ -367,11 +448,11 @@ def _examine(
             yield done, window[0][0], window.popleft()[1].result()
             done += 1
             progress.update()
-        progress.total = done
+        progress.total = done - rows[0]
 
 
 @contextmanager
-def _own_pixel_limit() -> Iterator[None]:
+def own_pixel_limit() -> Iterator[None]:
     """Lifts Pillow's own limit, which would warn or raise where --max-pixels decides."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
