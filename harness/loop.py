@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ from harness.methods import METHODS, build
 from harness.optimizer import TowerOptimizer, learning_rate
 from harness.panel import draw_panel, picture
 from models.heads.row_optimizer import RowAdamW
+
+# So many samples must have been read before their damage can stop a run: a few at its start say nothing of the rest.
+LEAST_READ = 1000
+SHOWN_IDS = 20
+LEDGER_STEPS = 1000  # whose samples a resume recomputes and compares
 
 
 @dataclass
@@ -79,7 +85,12 @@ class Trainer:
         self.step = 0
         self.ledger = 0  # of all steps up to the last checkpoint, over all ranks
         self._own_ledger = 0  # of this rank's share since then
+        # Of the last steps, one each: this rank's share, and on the first rank the whole of those before the resume.
+        self._last_ledgers: deque[int] = deque(maxlen=LEDGER_STEPS)
         self.bad_samples = 0  # of this rank
+        self._bad_ids: set[int] = set()  # of this rank
+        # Images, seconds and readiness of the steps since the last line of log.
+        self._reading: list[tuple[int, float, float]] = []
         self._resume()
 
     def train_step(self, data: StepData) -> StepResult:
@@ -126,6 +137,7 @@ class Trainer:
         clock.mark("optimizer")
         self.step += 1
         self._own_ledger += data.ledger
+        self._last_ledgers.append(data.ledger)
         assert sums is not None, "a step has at least one micro-batch"
         return StepResult(total, names, sums, norm)
 
@@ -148,6 +160,7 @@ class Trainer:
             for data in self.loader.steps(self.step, end):
                 result = self.train_step(data)
                 self._note_bad(data, log)
+                self._reading.append((data.images, data.read_seconds, data.ready))
                 last = self.step == end
                 log.advance({"loss": f"{losses[-1]:.3f}" if losses else "-"})
                 if self.step % train.log_every == 0 or last:
@@ -155,6 +168,7 @@ class Trainer:
                     figures = self._figures(result, rate)
                     losses.append(figures["train/loss"])
                     log.scalars(self.step, figures)
+                    self._require_whole(int(figures["data/bad_samples"]), images * (self.step - first))
                     window, logged = time.perf_counter(), self.step
                 pause = time.perf_counter()
                 if (train.checkpoint_every and self.step % train.checkpoint_every == 0) or last:
@@ -180,13 +194,19 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of the present step; collective."""
-        own = self._own_ledger % 2**64
-        halves = torch.tensor([own >> 32, own & 0xFFFFFFFF], dtype=torch.int64, device=self.mesh.device)
-        dist.all_reduce(halves, group=self.mesh.dp)  # in halves: a sum of 64-bit words would not fit int64
-        self.ledger = (self.ledger + (int(halves[0]) << 32) + int(halves[1])) % 2**64
+        own = [number % 2**64 for number in (self._own_ledger, sum(self._last_ledgers))]
+        halves = [[number >> 32, number & 0xFFFFFFFF] for number in own]  # a sum of 64-bit words would not fit int64
+        summed = torch.tensor(halves, dtype=torch.int64, device=self.mesh.device)
+        dist.all_reduce(summed, group=self.mesh.dp)
+        new, last = ((high << 32) + low for high, low in summed.tolist())
+        self.ledger = (self.ledger + new) % 2**64
         self._own_ledger = 0
         state = {
             "ledger": f"{self.ledger:016x}",
+            "ledger_before": {
+                "step": self.step - len(self._last_ledgers),
+                "ledger": f"{(self.ledger - last) % 2**64:016x}",
+            },
             "order_id": self.loader.order.order_id,
             "positions": {
                 "query": self.step * self.config.data.queries_per_step,
@@ -219,11 +239,13 @@ class Trainer:
 
     def _figures(self, result: StepResult, rate: float) -> dict[str, float]:
         """What is logged of a step; collective."""
-        bad = result.sums.new_tensor([[self.bad_samples, 0]])
-        sums = torch.cat([result.sums, bad]).double()
+        images, seconds, ready = (sum(column) for column in zip(*self._reading, strict=True))
+        steps, self._reading = len(self._reading), []
+        local = result.sums.new_tensor([[images, seconds], [ready, steps], [self.bad_samples, 0]], dtype=torch.float64)
+        sums = torch.cat([result.sums.double(), local])
         dist.all_reduce(sums, group=self.mesh.dp)
-        sums, bad = sums[:-1], sums[-1, 0]
-        means = (sums[:, 0] / sums[:, 1].clamp_min(1e-12)).tolist()
+        bad = sums[-1, 0]
+        *means, decode_rate, fill = (sums[:-1, 0] / sums[:-1, 1].clamp_min(1e-12)).tolist()
         wait = sums.new_tensor(self.clock.take_share("data"))
         dist.all_reduce(wait, op=dist.ReduceOp.MAX)  # the others wait for the rank that waits longest
         return {
@@ -234,6 +256,8 @@ class Trainer:
             "speed/images_per_second": rate,
             "speed/data_wait_share": wait.item(),
             "data/bad_samples": bad.item(),
+            "speed/read_ahead_fill": fill,
+            "speed/decode_images_per_second": decode_rate,  # of one rank's reader: all images by all seconds
             **{f"step_seconds/{part}": seconds for part, seconds in self.clock.seconds.items()},
         }
 
@@ -252,7 +276,24 @@ class Trainer:
     def _note_bad(self, data: StepData, log: RunLog) -> None:
         if data.bad_ids:
             self.bad_samples += len(data.bad_ids)
+            self._bad_ids.update(data.bad_ids)
             log.say(f"step {self.step}: samples {data.bad_ids} are damaged; they have weight 0")
+
+    def _require_whole(self, bad: int, read: int) -> None:
+        """Ends the run where too many of the samples `read` since it was started, over all ranks, were damaged; all ranks alike."""
+        most = self.config.data.max_bad_fraction
+        if read < LEAST_READ or bad <= most * read:
+            return
+        of_ranks: list[Any] = [None] * self.mesh.dp.size()
+        dist.all_gather_object(of_ranks, self._bad_ids, group=self.mesh.dp)
+        ids = sorted(set().union(*of_ranks))
+        more = f" and {len(ids) - SHOWN_IDS} more" if len(ids) > SHOWN_IDS else ""
+        raise UserError(
+            f"step {self.step}: {bad} of the {read} samples read since this start were damaged, more than data.max_bad_fraction = "
+            f"{most:g} allows: samples {', '.join(map(str, ids[:SHOWN_IDS]))}{more}",
+            f"Restore the shards of {self.config.data.catalogue} or raise data.max_bad_fraction, then start again: "
+            "the run resumes from its last checkpoint",
+        )
 
     def _panel_rows(self, report: Report) -> list[Any]:
         catalogue = self.loader.catalogue
@@ -302,10 +343,25 @@ class Trainer:
                 f"{config.run_dir} was trained on order {state['order_id']}, {config.data.catalogue} has {self.loader.order.order_id}",
                 "The catalogue was governed anew since: restore its classes/, or choose another --run-dir",
             )
-        checkpoint.load(path, self.parts, self.mesh)
         self.step, self.ledger = state["step"], int(state["ledger"], 16)
+        self._check_ledger(path, state.get("ledger_before"))
+        checkpoint.load(path, self.parts, self.mesh)
         self.notes.append(f"resumed {path.name} (saved by {state['world_size']} ranks, now {self.mesh.world_size})")
         self.notes += [f"changed since: {key} {old} -> {new}" for key, (old, new) in changes.items()]
+
+    def _check_ledger(self, path: Path, before: dict[str, Any] | None) -> None:
+        """Compares the samples of the last steps with those that the order gives now; every rank all of them."""
+        if before is None:
+            self.notes.append(f"{path.name} was saved by an earlier version: its last samples are not compared")
+            return
+        ledgers = self.loader.ledgers(before["step"], self.step)
+        if (int(before["ledger"], 16) + sum(ledgers)) % 2**64 != self.ledger:
+            raise UserError(
+                f"{path}: the samples of its steps {before['step']} to {self.step - 1} are not those that "
+                f"{self.config.data.catalogue} gives now: the order is not the one that was trained on",
+                "Restore classes/ and the version of shelfmark that trained, or choose another --run-dir",
+            )
+        self._last_ledgers.extend(ledgers if self.mesh.dp.rank() == 0 else [0] * len(ledgers))
 
 
 def prepare_run_folder(config: RunConfig, versions: dict[str, str]) -> None:

@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from datetime import datetime
 
+import numpy as np
 import pytest
+import torch
 
-from harness.bench import decode
+from harness.bench import decode, loader
 from harness.bench.report import command_line, format_table, make_report
 from harness.errors import UserError
 
@@ -47,6 +50,34 @@ def test_decode_reports_both_pipelines(capsys):
     assert headline["dali_vs_pillow_min"] <= headline["dali_vs_pillow"] <= headline["dali_vs_pillow_max"]
     printed = capsys.readouterr().out
     assert report["command"] in printed and all(name in printed for name in headline)
+
+
+def test_loader_reports_all_three_ways(capsys):
+    report = loader.run(loader.LoaderConfig(**{**TINY, "images": 35}))  # more than one batch, the last one smaller
+    check_report(report)
+    rates = ["shelfmark_images_per_s", "pillow_images_per_s", "bare_dali_images_per_s"]
+    ratios = {"speedup_vs_pillow": rates[1], "fraction_of_bare_dali": rates[2]}
+    assert [row["pair"] for row in report["rows"]] == [1, 2]
+    for row in report["rows"]:
+        assert list(row) == ["pair", *rates, *ratios] and min(row.values()) > 0
+        assert all(row[key] == row[rates[0]] / row[other] for key, other in ratios.items())
+    headline = report["headline"]
+    assert all(headline[f"{key}_min"] <= headline[key] <= headline[f"{key}_max"] for key in ratios)
+    assert set(headline) > set(rates) and "speedup_vs_pillow" in capsys.readouterr().out
+
+
+def test_pillow_in_a_data_loader_does_the_same_work(tmp_path):
+    """Away from the border, where Pillow's filter is shorter than DALI's, both see the same picture."""
+    spec = loader.PreprocessSpec(image_size=16)
+    files = loader._draw(tmp_path, loader.LoaderConfig(**TINY))
+    catalogue = loader.Catalogue(loader._ingest(tmp_path, files))
+    sizes = np.stack([catalogue.index["width"], catalogue.index["height"]])
+    found = torch.stack(loader._Photos(spec, files, sizes).__getitems__([*range(10, 15)]))  # of epoch 2
+    ids = np.arange(5)
+    reader = loader.ImageReader(catalogue, spec, "reference", 5, 1, torch.device("cpu"))
+    with closing(reader), closing(catalogue):
+        wanted, ok = reader.read(ids, reader.parameters(ids, epochs=2, train=True))
+    assert ok.all() and (found - wanted)[:, :, 3:-3, 3:-3].abs().max() < 0.05
 
 
 def test_the_command_line_writes_the_report(tmp_path):

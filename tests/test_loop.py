@@ -75,10 +75,12 @@ def test_the_log_has_every_figure_of_every_step(finished: tuple[Path, dict[str, 
     parts = {f"step_seconds/{part}" for part in ("data", "forward", "backward", "optimizer")}
     shown = {"train/loss", "train/positive_cosine", "train/accuracy", "train/gate", "train/gradient_norm"}
     shown |= {"train/learning_rate", "speed/images_per_second", "speed/data_wait_share", "data/bad_samples", *parts}
+    shown |= {"speed/read_ahead_fill", "speed/decode_images_per_second"}
     assert all(set(line) == {"step", *shown} for line in training)
     assert all(0 < line["train/gate"] < 1 and -1 <= line["train/positive_cosine"] <= 1 for line in training)
     assert all(line["train/gradient_norm"] > 0 and line["speed/images_per_second"] > 0 for line in training)
-    assert all(line[part] > 0 for line in training for part in parts)
+    assert all(line[part] > 0 for line in training for part in (*parts, "speed/decode_images_per_second"))
+    assert all(0 <= line["speed/read_ahead_fill"] <= 1 for line in training)
     evaluations = [line for line in log_lines(finished[0]) if "retrieval/map" in line]
     assert [line["step"] for line in evaluations] == [3, 6]
     for name in ("recall_at_1", "recall_at_5", "recall_at_10", "map", "ndcg_at_10", "mrr"):
@@ -192,18 +194,23 @@ def test_a_weight_that_is_not_a_number_changes_nothing_and_the_checkpoint_stays_
         assert math.isfinite(t.train_step(t.loader.load(1)).loss.item())
 
 
+def damage(folder: Path, ids: list[int]) -> None:
+    """Overwrites bytes of these samples in the shards of a catalogue."""
+    for i in ids:
+        shard, offset, length, *_ = Catalogue(folder).index[i].item()
+        with (folder / "shards" / shard_name(shard)).open("r+b") as file:
+            file.seek(offset + length // 2)
+            file.write(b"\0damaged\0")
+
+
 @pytest.fixture
 def damaged(catalogue: Path, tmp_path: Path) -> tuple[Path, list[int]]:
     """A copy of the catalogue in which one training query and one document have other bytes than were ingested."""
     folder = tmp_path / "damaged"
     shutil.copytree(catalogue, folder)
-    original = Catalogue(folder)
-    ids = [original.table([], kind=kind, split="train")["sample_id"][2].as_py() for kind in ("query", "document")]
-    for i in ids:
-        shard, offset, length, *_ = original.index[i].item()
-        with (folder / "shards" / shard_name(shard)).open("r+b") as file:
-            file.seek(offset + length // 2)
-            file.write(b"\0damaged\0")
+    table = Catalogue(folder).table
+    ids = [table([], kind=kind, split="train")["sample_id"][2].as_py() for kind in ("query", "document")]
+    damage(folder, ids)
     return folder, ids
 
 
@@ -267,9 +274,10 @@ def open_loader(
     paired: bool = False,
     backend: str = "dali",
     micro_batches: int = 1,
+    **overrides: Any,
 ) -> closing[StepLoader]:
     """The loader of one rank; no rank is needed for it."""
-    settings = {"data.backend": backend, "data.micro_batches": micro_batches}
+    settings = {"data.backend": backend, "data.micro_batches": micro_batches, **overrides}
     config = tiny_config(catalogue, Path("unused"), **settings)
     length, device = config.model.text.max_length, torch.device("cpu")
     return closing(StepLoader(config.data, config.seed, length, rank, world, device, paired))

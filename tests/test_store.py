@@ -8,16 +8,23 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from harness.data import shards, store
 from harness.data.catalogue import Catalogue, CorruptSample
+from harness.data.loader import ImageReader
+from harness.data.preprocess import PreprocessSpec
 from harness.data.store import LocalStore, ReadCache, RemoteStore
 from harness.errors import UserError
 from tests.catalogues import make_catalogue
+
+CPU = torch.device("cpu")
 
 
 class Server(ThreadingHTTPServer):
@@ -180,3 +187,23 @@ def test_a_full_disk_costs_the_cache_alone(placed: tuple[Path, Server], small_di
     for sample in range(20):
         _, offset, length, *_ = opened.index[sample].item()
         assert remote.read("shard-000000.tar", offset, length) == opened.read_bytes(sample)
+
+
+def test_a_reader_asks_for_many_samples_at_once(placed: tuple[Path, Server]) -> None:
+    """Pixels from a server are those from the disk; damage and trouble reach the caller."""
+    catalogue, server = placed
+    shards.run(shards.ShardsConfig(catalogue=catalogue, at=server.url))
+    before = threading.active_count()
+    ids = np.array([3, 30, 3, 17])
+    with closing(ImageReader(Catalogue(catalogue), PreprocessSpec(image_size=16), "reference", 4, 1, CPU)) as reader:
+        images, ok = reader.read(ids, reader.parameters(ids))
+        server.fail = 1000
+        with pytest.raises(UserError, match="cannot be read"):
+            reader.read(ids, reader.parameters(ids))
+        server.fail = 0
+    (catalogue / store.PLACE_FILE).unlink()
+    shutil.copytree(server.folder, catalogue / "shards")
+    with closing(ImageReader(Catalogue(catalogue), PreprocessSpec(image_size=16), "reference", 4, 1, CPU)) as reader:
+        expected, _ = reader.read(ids, reader.parameters(ids))
+    assert ok.all() and torch.equal(images, expected)
+    assert threading.active_count() <= before + 1, "fsspec keeps one thread of its own"

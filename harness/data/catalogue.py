@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import xxhash
 
-from harness.data.store import open_store
+from harness.data.store import RemoteStore, open_store
 from harness.errors import UserError
 
 CATALOGUE_FORMAT = 1
@@ -63,6 +63,7 @@ class Catalogue:
         num_samples: global sample ids are 0 .. num_samples - 1.
         index: [num_samples] memory-mapped records of INDEX_DTYPE; width and height in pixels, upright.
         attributes: names of the attribute columns.
+        remote: whether its shards lie on a server, where a read waits for an answer.
         sample_files: Parquet files with the samples' rows, in the order of their ids.
 
     Raises:
@@ -83,6 +84,7 @@ class Catalogue:
         self.sample_files: list[Path] = parts[: self.meta.get("num_parts")]
         self._samples = ds.dataset(self.sample_files, format="parquet")
         self._store = open_store(self.path)
+        self.remote = isinstance(self._store, RemoteStore)
         # Tars that were indexed where they lie keep their names.
         self._names: list[str] = self.meta.get("shard_names") or [shard_name(i) for i in range(self.meta["num_shards"])]
         for shard in sorted(set(self._names) - self._store.names()):

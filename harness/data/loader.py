@@ -5,11 +5,12 @@ Nothing here has a state: what step k holds is a function of (order, k), and how
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from harness.data.catalogue import Catalogue, CorruptSample
-from harness.data.order import ClassOrder, ledger
+from harness.data.order import ClassOrder, Draw, ledger
 from harness.data.preprocess import Parameters, PreprocessSpec, draw_parameters
 from harness.data.reference import ReferencePipeline
 from harness.data.tokenizer import TokenStore
@@ -26,7 +27,9 @@ from harness.errors import UserError
 from models.batch import Batch
 
 Ints = npt.NDArray[np.int64]
+REMOTE_READS = 16  # requests of a rank under way at once
 _LEDGER_KEY = 0x5348_4C46
+_POSITIONS_AT_ONCE = 1 << 18  # bounds the memory of `StepLoader.ledgers`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,10 @@ class DataConfig:
         micro_batches: pieces into which a rank cuts its part of the step, to save memory.
         backend: dali (decodes on the GPU where there is one), or reference (Pillow and numpy, where DALI has no wheel).
         threads: decoding threads of each rank.
-        read_ahead: steps that wait ready.
+        read_ahead: steps that are read ahead at most.
+        read_ahead_bytes: bytes of decoded images that a rank reads ahead at most, on the device that decodes; one step in any case.
+        max_bad_fraction: the run stops at a line of log where more than this share of the samples that it has read since it was started
+            was damaged; not before 1,000 were read. Damaged samples have weight 0.
         preprocess: from an image to the model's input.
     """
 
@@ -51,6 +57,8 @@ class DataConfig:
     backend: str = "dali"
     threads: int = 2
     read_ahead: int = 3
+    read_ahead_bytes: int = 1 << 30
+    max_bad_fraction: float = 0.01
     preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
 
     def errors(self) -> list[str]:
@@ -58,19 +66,29 @@ class DataConfig:
         errors = []
         if self.backend not in ("dali", "reference"):
             errors.append(f"data.backend is '{self.backend}'; it can be 'dali' or 'reference'")
-        for name in ("queries_per_step", "documents_per_step", "micro_batches", "threads", "read_ahead"):
+        positive = "queries_per_step documents_per_step micro_batches threads read_ahead read_ahead_bytes"
+        for name in positive.split():
             if getattr(self, name) < 1:
                 errors.append(f"data.{name} must be at least 1")
+        if not 0 <= self.max_bad_fraction <= 1:
+            errors.append(f"data.max_bad_fraction is {self.max_bad_fraction}; it must lie in 0..1")
         return errors
 
 
 @dataclass(frozen=True)
 class StepData:
-    """One rank's part of a step: its micro-batches, the ledger of its (position, id) pairs, and the ids that could not be decoded."""
+    """One rank's part of a step: its micro-batches, the ledger of its (position, id) pairs, and the ids that could not be decoded.
+
+    images: how many were read; read_seconds: what reading and decoding them took; ready: share of the read-ahead that was ready when
+    this step was asked for.
+    """
 
     batches: list[Batch]
     ledger: int
     bad_ids: list[int]
+    images: int
+    read_seconds: float
+    ready: float = 0.0
 
 
 class Pipeline(Protocol):
@@ -125,10 +143,12 @@ class ImageReader:
     ) -> None:
         self.catalogue, self.spec = catalogue, spec
         self._pipeline = open_pipeline(spec, backend, batch_size, threads, device)
+        self._requests = ThreadPoolExecutor(REMOTE_READS, "read") if catalogue.remote else None
 
     def read(self, ids: Ints, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
         """Images [n, 3, S, S] and ok bool [n] of samples `ids`."""
-        return self._pipeline.decode([self._bytes(int(i)) for i in ids], parameters)
+        read = map if self._requests is None else self._requests.map
+        return self._pipeline.decode(list(read(self._bytes, ids.tolist())), parameters)
 
     def parameters(
         self, ids: Ints, seed: int = 0, epochs: Ints | int = 0, positions: Ints | int = 0, train: bool = False
@@ -140,8 +160,10 @@ class ImageReader:
         )
 
     def close(self) -> None:
-        """Ends the decoder's threads."""
+        """Ends the decoder's threads, and those that read."""
         self._pipeline.close()
+        if self._requests is not None:
+            self._requests.shutdown(cancel_futures=True)
 
     def _bytes(self, sample_id: int) -> bytes:
         try:
@@ -166,6 +188,9 @@ class StepLoader:
         world_size: their number.
         device: where images are wanted.
         paired: documents of the queries' own classes (contrastive training) instead of their own slots.
+
+    Attributes:
+        depth: steps that `steps` reads ahead, the one being decoded among them.
     """
 
     def __init__(
@@ -186,8 +211,10 @@ class StepLoader:
         pieces = world_size * config.micro_batches
         most = -(-config.queries_per_step // pieces) + -(-(self.documents_per_step) // pieces)
         self.images = ImageReader(self.catalogue, config.preprocess, config.backend, most, config.threads, device)
+        self.depth = max(1, min(config.read_ahead, config.read_ahead_bytes // max(1, self.step_bytes)))
         self._stop = threading.Event()
-        self._queue: queue.Queue[StepData | BaseException] = queue.Queue(config.read_ahead)
+        self._room = threading.Semaphore(self.depth)  # taken before decoding, so that no step waits decoded beyond it
+        self._queue: queue.Queue[StepData | BaseException] = queue.Queue()
         self._thread: threading.Thread | None = None
 
     @property
@@ -195,28 +222,35 @@ class StepLoader:
         """Documents of one step over all ranks; as many as queries where they are paired."""
         return self.config.queries_per_step if self.paired else self.config.documents_per_step
 
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of this rank's decoded images of one step, the same in all steps."""
+        pieces = self.config.micro_batches * self.world_size
+        sizes = self.config.queries_per_step, self.documents_per_step
+        places = range(self.rank, pieces, self.world_size)
+        images = sum(len(share(size, pieces, piece)) for size in sizes for piece in places)
+        return images * 3 * self.config.preprocess.image_size**2 * torch.float32.itemsize
+
     def load(self, step: int) -> StepData:
         """This rank's part of `step`; the same whenever and however often it is asked for.
 
         Not while `steps` reads ahead: there is one decoder, and it serves one thread.
         """
         batches, total, bad = [], 0, []
+        read, seconds = 0, 0.0
         for micro in range(self.config.micro_batches):
             piece, pieces = micro * self.world_size + self.rank, self.config.micro_batches * self.world_size
             queries = _positions(step, self.config.queries_per_step, pieces, piece)
             documents = _positions(step, self.documents_per_step, pieces, piece)
-            q = self.order.draw("query", queries)
-            if self.paired:
-                d_ids, d_classes = self.order.paired(q.class_ids, queries, "document"), q.class_ids
-                d_epochs = q.epochs
-            else:
-                d = self.order.draw("document", documents)
-                d_ids, d_classes, d_epochs = d.sample_ids, d.class_ids, d.epochs
-            ids = np.concatenate([q.sample_ids, d_ids])
+            q, d = self._draw(queries, documents)
+            ids = np.concatenate([q.sample_ids, d.sample_ids])
             parameters = self.images.parameters(
-                ids, self.seed, np.concatenate([q.epochs, d_epochs]), np.concatenate([queries, documents]), train=True
+                ids, self.seed, np.concatenate([q.epochs, d.epochs]), np.concatenate([queries, documents]), train=True
             )
+            started = time.perf_counter()
             images, ok = self.images.read(ids, parameters)
+            seconds += time.perf_counter() - started
+            read += len(ids)
             n = len(queries)
             batches.append(
                 Batch(
@@ -225,42 +259,61 @@ class StepLoader:
                     query_weights=ok[:n].float(),
                     query_ids=torch.from_numpy(q.sample_ids),
                     document_images=images[n:],
-                    document_tokens=torch.from_numpy(self.tokens.batch(d_ids, self.text_length)),
-                    document_labels=torch.from_numpy(d_classes),
+                    document_tokens=torch.from_numpy(self.tokens.batch(d.sample_ids, self.text_length)),
+                    document_labels=torch.from_numpy(d.class_ids),
                     document_weights=ok[n:].float(),
-                    document_ids=torch.from_numpy(d_ids),
+                    document_ids=torch.from_numpy(d.sample_ids),
                 )
             )
-            total += ledger(queries, q.sample_ids, "query", _LEDGER_KEY) + ledger(
-                documents, d_ids, "document", _LEDGER_KEY
-            )
+            total += _ledger(queries, q.sample_ids, documents, d.sample_ids)
             bad += ids[~ok.numpy()].tolist()
-        return StepData(batches, total % 2**64, bad)
+        return StepData(batches, total % 2**64, bad, read, seconds)
+
+    def ledgers(self, first: int, end: int) -> list[int]:
+        """The ledger of each of the steps first .. end - 1 over all ranks, from the order alone: no sample is read."""
+        sizes = self.config.queries_per_step, self.documents_per_step
+        at_once = max(1, _POSITIONS_AT_ONCE // max(sizes))
+        found = []
+        for start in range(first, end, at_once):
+            stop = min(end, start + at_once)
+            queries, documents = (np.arange(start * size, stop * size, dtype=np.int64) for size in sizes)
+            q, d = self._draw(queries, documents)
+            columns = zip((queries, q.sample_ids, documents, d.sample_ids), np.repeat(sizes, 2), strict=True)
+            found += [_ledger(*row) for row in zip(*(a.reshape(-1, size) for a, size in columns), strict=True)]
+        return found
+
+    def _draw(self, queries: Ints, documents: Ints) -> tuple[Draw, Draw]:
+        """Queries and documents at these positions, which are the same where documents are paired."""
+        q = self.order.draw("query", queries)
+        if self.paired:
+            return q, Draw(self.order.paired(q.class_ids, documents, "document"), q.class_ids, q.epochs)
+        return q, self.order.draw("document", documents)
 
     def steps(self, first: int, end: int) -> Iterator[StepData]:
         """Steps first .. end - 1 in order, read ahead."""
         self._thread = threading.Thread(target=self._read_ahead, args=(first, end), name="read-ahead", daemon=True)
         self._thread.start()
-        for _ in range(first, end):
+        for step in range(first, end):
+            ready = self._queue.qsize() / min(self.depth, end - step)  # at the end there is less to read ahead
             item = self._queue.get()
             if isinstance(item, BaseException):
                 raise item
-            yield item
+            self._room.release()
+            yield replace(item, ready=ready)
 
     def close(self) -> None:
         """Ends the thread and releases decoder and files."""
         self._stop.set()
+        self._room.release()  # the thread may wait for it
         if self._thread is not None:
-            while self._thread.is_alive():  # it may wait for room in the queue
-                with contextlib.suppress(queue.Empty):
-                    self._queue.get_nowait()
-                self._thread.join(0.05)
+            self._thread.join()
         self.images.close()
         self.catalogue.close()
 
     def _read_ahead(self, first: int, end: int) -> None:
         try:
             for step in range(first, end):
+                self._room.acquire()
                 if self._stop.is_set():
                     return
                 self._queue.put(self.load(step))
@@ -272,3 +325,9 @@ def _positions(step: int, per_step: int, pieces: int, piece: int) -> Ints:
     """Positions of one piece of a step, int64."""
     part = share(per_step, pieces, piece)
     return step * per_step + np.arange(part.start, part.stop, dtype=np.int64)
+
+
+def _ledger(queries: Ints, query_ids: Ints, documents: Ints, document_ids: Ints) -> int:
+    """Ledger of both kinds together, modulo 2**64."""
+    both = ledger(queries, query_ids, "query", _LEDGER_KEY) + ledger(documents, document_ids, "document", _LEDGER_KEY)
+    return both % 2**64
