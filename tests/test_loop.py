@@ -302,7 +302,7 @@ def whole_step(
 def test_a_step_holds_the_same_however_it_is_cut(catalogue: Path, step: int, options: dict[str, Any]) -> None:
     wanted, ledger = whole_step(catalogue, step, 1, 1, **options)
     assert [len(tensor) for tensor in wanted] == [8] * 4 + [8 if "paired" in options else 4] * 5
-    for world in (1, 2, 3):
+    for world in (1, 2, 3, 4):
         for micro_batches in (1, 2):
             found, sum_of_ledgers = whole_step(catalogue, step, world, micro_batches, **options)
             for field, a, b in zip(fields(Batch), wanted, found, strict=True):
@@ -310,6 +310,16 @@ def test_a_step_holds_the_same_however_it_is_cut(catalogue: Path, step: int, opt
             assert sum_of_ledgers == ledger
     other, other_ledger = whole_step(catalogue, step + 1, 1, 1, **options)
     assert not torch.equal(other[0], wanted[0]) and other_ledger != ledger
+
+
+@pytest.mark.parametrize("ahead", [{"read_ahead": 1}, {"read_ahead": 7}, {"read_ahead_bytes": 1}])
+def test_steps_do_not_depend_on_the_read_ahead(catalogue: Path, ahead: dict[str, int]) -> None:
+    with open_loader(catalogue) as loader:
+        wanted = [loader.load(step).batches[0] for step in range(2, 7)]
+    with open_loader(catalogue, **{f"data.{name}": value for name, value in ahead.items()}) as loader:
+        for a, data in zip(wanted, loader.steps(2, 7), strict=True):
+            for field in fields(Batch):
+                assert torch.equal(getattr(a, field.name), getattr(data.batches[0], field.name)), field.name
 
 
 def test_paired_documents_show_their_querys_class(catalogue: Path) -> None:
