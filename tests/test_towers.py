@@ -223,3 +223,21 @@ def test_text_dropout_leaves_out_its_share() -> None:
     image, patches, words = torch.randn(n, 16), torch.randn(n, 4, 16), torch.randn(n, 3, 16)
     vector = fusion(image, patches, words, torch.zeros(n, 1, 1, 3, dtype=torch.bool)).vector
     assert (vector == image).all(1).double().mean().item() == pytest.approx(0.3, abs=0.05)
+
+
+def left_out(seed: int) -> list[bool]:
+    """In a pool of one tensor-parallel pair: documents of which this rank leaves out the text in a step."""
+    with layout(2) as mesh:
+        mesh.seed_streams(seed, 3)
+        fusion = ConceptFusion(16, 16, slots=2, heads=2, text_dropout=0.5).train()
+        mesh.seed_streams(seed, 4)
+        image, patches, words = torch.ones(64, 16), torch.ones(64, 4, 16), torch.ones(64, 3, 16)
+        vector = fusion(image, patches, words, torch.zeros(64, 1, 1, 3, dtype=torch.bool)).vector
+        return (vector == image).all(1).tolist()
+
+
+def test_tensor_parallel_ranks_leave_out_the_same_texts() -> None:
+    """They hold shares of one model: with different texts their sums would mix two documents."""
+    first, second = ranks(2).run(left_out, 1)
+    assert first == second and 0 < sum(first) < 64
+    assert ranks(2).run(left_out, 2)[0] != first
