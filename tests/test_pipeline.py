@@ -3,17 +3,19 @@
 import io
 import json
 import os
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from harness.data.pipeline import ImagePipeline
 from harness.data.preprocess import PreprocessSpec, draw_parameters
 from harness.data.reference import ReferencePipeline
 from harness.errors import UserError
+from tests.runs import tiny_config, trainer
 
 GROCERY = Path(__file__).parents[2] / "shared" / "data" / "grocery" / "images"
 # Leaves colours in 0..1, so that differences read in pixel units.
@@ -219,6 +221,34 @@ def test_twins_agree_on_real_photos(train):
     photos = [path.read_bytes() for path in sorted(GROCERY.rglob("*.jpg"))[::20]]
     off = difference(spec, photos, parameters(spec, [Image.open(io.BytesIO(photo)).size for photo in photos], train))
     assert off.mean() <= 0.5 and np.quantile(off, 0.999) <= 4, (off.mean(), np.quantile(off, 0.999))
+
+
+def test_a_trained_tower_embeds_what_either_twin_decodes_alike(catalogue, tmp_path):
+    """Cosine >= 0.999 for real photos (drawn ones where there are none) in every form that cameras and shops bring."""
+    photos = sorted(GROCERY.rglob("*.jpg"))[::100] if GROCERY.is_dir() else []
+    pictures = [Image.open(path).convert("RGB") for path in photos] or [drawing(300, 200, seed) for seed in range(8)]
+    forms = [encode(picture) for picture in pictures]
+    for turn, picture in enumerate(pictures):
+        alpha = Image.merge("RGBA", [*picture.split(), picture.split()[0]])
+        forms += [encode(picture, orientation=1 + turn % 8), encode(picture.convert("CMYK"))]
+        forms += [encode(picture.convert("L")), encode(picture.convert("P"), "PNG"), encode(alpha, "PNG")]
+    config = tiny_config(catalogue, tmp_path / "run", **{"train.steps": 60, "optimizer.lr": 3e-3})
+    with trainer(config) as t:
+        for data in t.loader.steps(0, 60):
+            t.train_step(data)
+        t.method.towers.eval()
+        sizes = [ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size for data in forms]
+        params = parameters(config.data.preprocess, sizes, train=False)
+        vectors = []
+        for twin in (ImagePipeline, ReferencePipeline):
+            with closing(twin(config.data.preprocess, len(forms))) as pipeline, torch.no_grad():
+                images, ok = pipeline.decode(forms, params)
+                assert ok.all()
+                vectors.append(torch.nn.functional.normalize(t.method.towers.query(images).double(), dim=-1))
+    dali, pillow = vectors
+    assert (dali * pillow).sum(1).min() >= 0.999
+    spread = dali[: len(pictures)] @ dali[: len(pictures)].T
+    assert spread.min() < 0.9, "the tower must tell photos apart"
 
 
 def test_mirroring_colour_and_normalising_do_what_they_say():

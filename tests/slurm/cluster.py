@@ -49,11 +49,11 @@ class Cluster:
         """sbatch with `words`; the job's id."""
         return int(self.command("sbatch", "--parsable", *words, cwd=cwd, **variables))
 
-    def job(self, number: int) -> dict[str, str]:
+    def job(self, number: int | str) -> dict[str, str]:
         """What SLURM knows of a job: JobState, ExitCode, ..."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.command("scontrol", "--oneliner", "show", "job", number)))
 
-    def wait(self, number: int, seconds: float = 300.0) -> dict[str, str]:
+    def wait(self, number: int | str, seconds: float = 300.0) -> dict[str, str]:
         """`job`, once it has ended and its nodes are free again."""
         end = time.monotonic() + seconds
         while (job := self.job(number))["JobState"] not in ENDED:

@@ -11,12 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from harness.data.catalogue import Catalogue
+from tests.catalogues import make_catalogue
 from tests.runs import RECIPE
 from tests.slurm.cluster import Cluster, cluster, missing
 
@@ -133,6 +136,27 @@ def test_eval_and_export_jobs(trained: tuple[int, str], slurm: Cluster, project:
     assert (tmp_path / "job.json").read_bytes() == (tmp_path / "plain.json").read_bytes()
     text = log(slurm, project, "export", export, "COMPLETED")
     assert any((tmp_path / "artefact").iterdir()) and "exit code 0" in text
+
+
+def test_an_array_of_ingest_jobs_and_a_merge_give_what_one_ingest_gives(
+    slurm: Cluster, project: Path, tmp_path: Path
+) -> None:
+    manifest = make_catalogue(tmp_path, ingest=False)
+    options = ("--manifest", manifest, "--images", tmp_path, "--attribute-columns", "colour,shape", "--workers", 1)
+    array = slurm.submit(
+        *("--array=1-3", "--cpus-per-task=1", "jobs/ingest.sh", *options, "--out", tmp_path / "parts"),
+        cwd=project,
+        **SETTINGS,
+    )
+    for task in (1, 2, 3):
+        assert slurm.wait(f"{array}_{task}")["JobState"] == "COMPLETED", slurm.logs()
+    plain(project, "harness", "merge", tmp_path / "parts")
+    plain(project, "harness", "ingest", *options, "--out", tmp_path / "whole")
+    with closing(Catalogue(tmp_path / "parts")) as parts, closing(Catalogue(tmp_path / "whole")) as whole:
+        columns = ["kind", "split", "item", "class_key", "title"]
+        assert parts.table(columns).equals(whole.table(columns))
+        for sample in range(whole.num_samples):
+            assert parts.read_bytes(sample) == whole.read_bytes(sample)
 
 
 def test_a_rank_that_is_killed_ends_the_job(slurm: Cluster, project: Path, recipe: Path) -> None:
