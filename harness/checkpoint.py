@@ -4,7 +4,7 @@
         towers/         parameters and AdamW state, megatron-core dist_checkpointing (torch_dist, fully reshardable)
         head/           class rows and their optimizer state, torch.distributed.checkpoint with row ranges
         classes.parquet class id -> class key, so that rows keep their meaning when the catalogue grows
-        state.json      step, data position, ledger, order id, identity of the run, layout
+        state.json      step, data phases and position, ledger, identity of the run, layout
         manifest.json   size and xxh3-64 of every other file; written last
     latest              name of the newest step folder
 
@@ -32,10 +32,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from harness.checksums import verify, write_manifest, write_whole
+from harness.class_map import ClassMap, move_rows
 from harness.errors import UserError
 from harness.mesh import Mesh
 from harness.optimizer import TowerOptimizer
-from models.heads.class_parallel import ClassParallelHead
+from models.heads.class_parallel import ClassParallelHead, class_range
 from models.heads.row_optimizer import RowAdamW
 
 from megatron.core import dist_checkpointing  # isort: skip  (after the CPU proxy)
@@ -116,8 +117,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{checkpoint} is no checkpoint ({error})", "Name a step-N folder of a run") from error
 
 
-def load(checkpoint: Path, parts: Trainable, mesh: Mesh) -> None:
-    """Loads what `parts` asks for, at whatever layout the ranks have now; collective."""
+def load(checkpoint: Path, parts: Trainable, mesh: Mesh, classes: ClassMap | None = None) -> None:
+    """Loads what `parts` asks for, at whatever layout the ranks have now; collective.
+
+    With `classes` rows and their optimizer state follow the class keys; those of new classes stay as they are.
+    """
     model = _model_state(parts.towers, mesh)
     wanted: dict[str, Any] = {"model": model}
     if parts.tower_optimizer is not None:
@@ -129,10 +133,7 @@ def load(checkpoint: Path, parts: Trainable, mesh: Mesh) -> None:
         if parts.tower_optimizer is not None:
             parts.tower_optimizer.load_state_dict(loaded["optimizer"])
         if parts.head is not None:
-            head = _head_state(parts.head, parts.row_optimizer, mesh)
-            dcp.load(head, checkpoint_id=checkpoint / "head")
-            if parts.row_optimizer is not None:
-                parts.row_optimizer.log_decay = float(head["log_decay"])
+            _load_head(checkpoint / "head", parts.head, parts.row_optimizer, mesh, classes)
     mesh.barrier()
 
 
@@ -159,27 +160,48 @@ def _metadata(mesh: Mesh) -> dict[str, Any]:
     return {**_content_metadata(), "dp_cp_group": mesh.groups.dp_cp}
 
 
+def _row_tensors(head: ClassParallelHead, optimizer: RowAdamW | None) -> dict[str, torch.Tensor]:
+    """Every tensor with an entry for each local row, by its name in a checkpoint."""
+    return {"rows": head.rows, **({} if optimizer is None else optimizer.row_state())}
+
+
+def _logical(local: torch.Tensor, num_classes: int, mesh: Mesh) -> DTensor:
+    """Shards in torch.chunk's ranges over the row group, also empty ones, as one logical [num_classes, ...] tensor."""
+    shape = torch.Size((num_classes, *local.shape[1:]))
+    return DTensor.from_local(
+        local,
+        DeviceMesh.from_group(mesh.row_group, mesh.device.type),
+        [Shard(0)],
+        run_check=False,
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
+    )
+
+
 def _head_state(head: ClassParallelHead, optimizer: RowAdamW | None, mesh: Mesh) -> dict[str, Any]:
-    """Rows and their optimizer state as DTensors over the row group: a logical [num_classes, ...] tensor each, shards may be empty."""
-    device_mesh = DeviceMesh.from_group(mesh.row_group, mesh.device.type)
-
-    def logical(local: torch.Tensor) -> DTensor:
-        shape = torch.Size((head.config.num_classes, *local.shape[1:]))
-        return DTensor.from_local(
-            local,
-            device_mesh,
-            [Shard(0)],
-            run_check=False,
-            shape=shape,
-            stride=torch.empty(shape, device="meta").stride(),
-        )
-
-    state: dict[str, Any] = {"rows": logical(head.rows)}
+    tensors = _row_tensors(head, optimizer)
+    state: dict[str, Any] = {name: _logical(local, head.config.num_classes, mesh) for name, local in tensors.items()}
     if optimizer is not None:
-        for name in ("exp_avg", "exp_avg_sq", "row_step", "paid"):
-            state[name] = logical(getattr(optimizer, name))
         state["log_decay"] = torch.tensor(optimizer.log_decay, dtype=torch.float64)
     return state
+
+
+def _load_head(
+    folder: Path, head: ClassParallelHead, optimizer: RowAdamW | None, mesh: Mesh, classes: ClassMap | None
+) -> None:
+    state = _head_state(head, optimizer, mesh)
+    if classes is not None:
+        # One tensor at a time in the ranges of before, so that no more than one shard lies in memory twice.
+        first, last = class_range(classes.num_before, mesh.row_group.rank(), mesh.row_group.size())
+        for name, into in _row_tensors(head, optimizer).items():
+            before = into.new_empty(last - first, *into.shape[1:])
+            dcp.load({name: _logical(before, classes.num_before, mesh)}, checkpoint_id=folder)
+            move_rows(before, into, classes, mesh.row_group)
+            del state[name], before
+    if state:
+        dcp.load(state, checkpoint_id=folder)
+    if optimizer is not None:
+        optimizer.log_decay = float(state["log_decay"])
 
 
 @contextmanager

@@ -25,7 +25,10 @@ EXAMPLE = (
     "--data.catalogue catalogues/grocery --run-dir runs/grocery"
 )
 # What may not change when a run resumes: with another value it would be another run.
-IDENTITY = ("method", "seed", "model", "head", "data.queries_per_step", "data.documents_per_step", "data.preprocess")
+IDENTITY = (
+    *("method", "seed", "model", "head", "data.queries_per_step", "data.documents_per_step", "data.preprocess"),
+    *("optimizer.rows.state", "optimizer.rows.bf16_rows"),  # what is kept of each row
+)
 # Last parts of keys: numbers that must be above 0 wherever they stand, and those that may be negative.
 POSITIVE = (
     "image_size patch_size hidden_size num_attention_heads num_layers max_length embedding_dim concept_slots fusion_heads "
@@ -47,6 +50,9 @@ class TrainConfig:
         checkpoint_every: steps between two checkpoints; 0 saves at the end only.
         keep_checkpoints: newest checkpoints to keep.
         resume: auto continues the newest checkpoint in the run folder if there is one; never starts anew and refuses a used folder.
+        new_phase: a resume on a catalogue that was governed anew goes on with its classes and order, as a new data phase; false refuses it.
+        init_from: start from the towers and rows of this run folder's newest checkpoint, or of this step folder, with a fresh optimizer at
+            step 0; rows follow their class keys. Without effect once the run has a checkpoint of its own.
         stop_at: stop, with a checkpoint, once this many steps are done; 0 runs all. For trying out a resume.
     """
 
@@ -58,6 +64,8 @@ class TrainConfig:
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
     resume: str = "auto"
+    new_phase: bool = False
+    init_from: Path | None = None
     stop_at: int = 0
 
     def errors(self) -> list[str]:
@@ -67,6 +75,8 @@ class TrainConfig:
             errors.append(f"train.precision is '{self.precision}'; it can be 'fp32' or 'bf16'")
         if self.resume not in ("auto", "never"):
             errors.append(f"train.resume is '{self.resume}'; it can be 'auto' or 'never'")
+        if self.init_from is not None and not self.init_from.is_dir():
+            errors.append(f"train.init_from {self.init_from} is no folder")
         if self.steps < 1 or self.log_every < 1 or self.keep_checkpoints < 1:
             errors.append("train.steps, train.log_every and train.keep_checkpoints must be at least 1")
         return errors
@@ -88,8 +98,9 @@ class RunConfig:
     evaluation: EvaluationConfig
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, ready for YAML or JSON."""
-        return json.loads(json.dumps(asdict(self), default=str))
+        """Nested plain values, ready for YAML or JSON; keys without value are left out, as in a recipe."""
+        set_values = asdict(self, dict_factory=lambda pairs: {key: value for key, value in pairs if value is not None})
+        return json.loads(json.dumps(set_values, default=str))
 
 
 def parser(method: str) -> Parser:
@@ -183,14 +194,11 @@ def check(config: RunConfig, world: int) -> None:
             raise UserError(f"{key} is {value}", "It must not be negative")
     errors = config.model.errors(config.mesh.tensor_parallel) + config.head.errors("head")
     errors += config.data.errors() + config.train.errors() + config.evaluation.errors()
+    errors += config.optimizer.rows.errors("optimizer.rows")
     if config.data.preprocess.image_size != config.model.vision.image_size:
         errors.append(
             f"data.preprocess.image_size {config.data.preprocess.image_size} differs from "
             f"model.vision.image_size {config.model.vision.image_size}"
-        )
-    if config.model.objective == "contrastive" and config.data.micro_batches > 1:
-        errors.append(
-            "data.micro_batches must be 1 with model.objective contrastive: its negatives are those of one forward"
         )
     if errors:
         raise UserError(errors[0], f"(and {len(errors) - 1} more)" if len(errors) > 1 else "")
@@ -204,8 +212,9 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tupl
 
 
 def identity_changes(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
-    """Those keys of a difference that make it another run."""
-    return [key for key in changes if any(key == part or key.startswith(f"{part}.") for part in IDENTITY)]
+    """Those keys of a difference that make it another run; a key that was unknown then had its default's meaning."""
+    known = [key for key, (old, _) in changes.items() if old is not None]
+    return [key for key in known if any(key == part or key.startswith(f"{part}.") for part in IDENTITY)]
 
 
 def _build(values: jsonargparse.Namespace) -> RunConfig:

@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor
 
-from harness import checkpoint
+from harness import checkpoint, phases
 from harness.board import Projector
+from harness.class_map import ClassMap, class_map, keep_classes
 from harness.config import RunConfig, difference, identity_changes
 from harness.data.loader import StepData, StepLoader
 from harness.data.tokenizer import Tokenizer
@@ -25,6 +26,7 @@ from harness.evaluate import Evaluation, Report
 from harness.mesh import Mesh
 from harness.meters import RunLog, StepClock, write_json
 from harness.methods import METHODS, build
+from harness.new_rows import start_new_rows
 from harness.optimizer import TowerOptimizer, learning_rate
 from harness.panel import draw_panel, picture
 from models.heads.row_optimizer import RowAdamW
@@ -61,6 +63,7 @@ class Trainer:
             paired=self.paired,
         )
         self.tokenizer = Tokenizer.load(config.data.catalogue)  # after the loader, which says if there is no catalogue
+        self._tokenizer_id = phases.tokenizer_id(config.data.catalogue)
         order = self.loader.order
         self.method, self.model_config = build(
             config.method,
@@ -74,7 +77,7 @@ class Trainer:
         )
         self.towers = TowerOptimizer(self.method.towers, config.optimizer, mesh)
         head = self.method.head
-        self.rows = None if head is None else RowAdamW(head.rows, config.optimizer.rows)
+        self.rows = None if head is None else RowAdamW.for_head(head, config.optimizer.rows)
         self.parts = checkpoint.Trainable(self.method.towers, head, self.towers, self.rows)
         self.classes = config.data.catalogue / "classes" / "classes.parquet"
         self.evaluation = Evaluation(
@@ -91,7 +94,11 @@ class Trainer:
         self._bad_ids: set[int] = set()  # of this rank
         # Images, seconds and readiness of the steps since the last line of log.
         self._reading: list[tuple[int, float, float]] = []
+        self.phases: list[phases.Phase] = []
         self._resume()
+        self.classes = phases.on_first_rank(
+            lambda: keep_classes(config.data.catalogue, order.order_id, config.run_dir), self.mesh
+        )
 
     def train_step(self, data: StepData) -> StepResult:
         """One optimizer step over all its micro-batches."""
@@ -108,9 +115,8 @@ class Trainer:
             self.rows.catch_up(head.begin_step(labels, weights, self.step, margin_part))
 
         total, sums, names = torch.zeros((), device=self.mesh.device), None, []
-        for i, batch in enumerate(batches):
+        for i, (loss, metrics) in enumerate(self.method.losses(batches)):
             with self.towers.accumulate(last=i == len(batches) - 1):
-                loss, metrics = self.method.loss(batch)
                 clock.mark("forward")
                 loss.backward()
                 clock.mark("backward")
@@ -208,10 +214,12 @@ class Trainer:
                 "ledger": f"{(self.ledger - last) % 2**64:016x}",
             },
             "order_id": self.loader.order.order_id,
+            "phases": phases.as_state(self.phases),
             "positions": {
-                "query": self.step * self.config.data.queries_per_step,
-                "document": self.step * self.loader.documents_per_step,
+                "query": (self.step - self.loader.first_step) * self.config.data.queries_per_step,
+                "document": (self.step - self.loader.first_step) * self.loader.documents_per_step,
             },
+            "tokenizer": self._tokenizer_id,
             "config": self.config.to_dict(),
             "world_size": self.mesh.world_size,
             "tensor_parallel": self.mesh.tp.size(),
@@ -315,16 +323,12 @@ class Trainer:
         return rows
 
     def _resume(self) -> None:
-        """Continues the newest complete checkpoint, if there is one; says what it passed over and what changed."""
-        config = self.config
-        self.notes: list[str] = []
-        found: list[Any] = [None, []]
-        if self.mesh.rank == 0:
-            found = list(checkpoint.newest(config.run_dir / "checkpoints"))
-        dist.broadcast_object_list(found)
-        path, passed_over = found
-        self.notes += [f"passed over checkpoint {line}" for line in passed_over]
+        """Continues the newest complete checkpoint; without one starts from train.init_from, or anew. Says what it did."""
+        config, order = self.config, self.loader.order
+        path, passed_over = phases.on_first_rank(lambda: checkpoint.newest(config.run_dir / "checkpoints"), self.mesh)
+        self.notes = [f"passed over checkpoint {line}" for line in passed_over]
         if path is None:
+            self.phases = [phases.first(order) if config.train.init_from is None else self._warm_start()]
             return
         if config.train.resume == "never":
             raise UserError(
@@ -338,16 +342,44 @@ class Trainer:
                 f"{config.run_dir} was trained with {key} = {changes[key][0]}, not {changes[key][1]}",
                 "That makes another run: choose another --run-dir, or set the key back",
             )
-        if state["order_id"] != self.loader.order.order_id:
-            raise UserError(
-                f"{config.run_dir} was trained on order {state['order_id']}, {config.data.catalogue} has {self.loader.order.order_id}",
-                "The catalogue was governed anew since: restore its classes/, or choose another --run-dir",
-            )
+        self.phases = phases.saved(path, state)
+        moved, allowed = self.phases[-1].order_id != order.order_id, config.train.new_phase
+        classes = None if moved and not allowed else class_map(path / "classes.parquet", self.classes, self.mesh)
+        begins = moved or classes is not None
+        if begins and not allowed:
+            raise phases.another_order(config, self.phases[-1], order)
+        phases.require_tokenizer(path, state, config.data.catalogue)
         self.step, self.ledger = state["step"], int(state["ledger"], 16)
-        self._check_ledger(path, state.get("ledger_before"))
-        checkpoint.load(path, self.parts, self.mesh)
+        if begins:
+            self.phases.append(phases.begin(self.step, order, classes))
+        self.loader.first_step = self.phases[-1].first_step
+        if not begins:
+            self._check_ledger(path, state.get("ledger_before"))
+        self._load(path, self.parts, classes)
         self.notes.append(f"resumed {path.name} (saved by {state['world_size']} ranks, now {self.mesh.world_size})")
+        if len(self.phases) > 1:
+            self.notes.append(f"data phase {len(self.phases)} {'begins' if begins else 'goes on'}: {self.phases[-1]}")
         self.notes += [f"changed since: {key} {old} -> {new}" for key, (old, new) in changes.items()]
+        if config.train.init_from is not None:
+            self.notes.append("train.init_from has no effect: the run has a checkpoint of its own")
+
+    def _warm_start(self) -> phases.Phase:
+        """Takes towers and rows of train.init_from; optimizer and step are new."""
+        path, state = phases.open_start(self.config, self.mesh)
+        classes = class_map(path / "classes.parquet", self.classes, self.mesh)
+        self._load(path, replace(self.parts, tower_optimizer=None, row_optimizer=None), classes)
+        self.towers.optimizer.reload_model_params()
+        if self.rows is not None and self.method.head is not None and "master" in self.rows.row_state():
+            self.rows.row_state()["master"].copy_(self.method.head.rows)
+        phase = phases.begin(0, self.loader.order, classes)
+        self.notes.append(f"started from {path} (its step {state['step']}): {phase}")
+        return phase
+
+    def _load(self, path: Path, parts: checkpoint.Trainable, classes: ClassMap | None) -> None:
+        """Loads a checkpoint; the rows of classes that it does not know start from their samples."""
+        checkpoint.load(path, parts, self.mesh, classes)
+        if classes is not None and classes.new and self.rows is not None:
+            start_new_rows(self.method, self.rows, classes, self.loader, self.config.evaluation.batch_size, self.mesh)
 
     def _check_ledger(self, path: Path, before: dict[str, Any] | None) -> None:
         """Compares the samples of the last steps with those that the order gives now; every rank all of them."""

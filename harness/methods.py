@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -32,8 +32,11 @@ class Method(Protocol):
         """The class-parallel head, if the objective has one."""
         ...
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss of one micro-batch, the same on every rank; metrics as local [sum, weight])."""
+    def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """(loss, the same on every rank; metrics as local [sum, weight]) of each micro-batch of a step; they add up to the step's.
+
+        Backward is called on each before the next is asked for.
+        """
         ...
 
     def embed_query(self, batch: Batch) -> Tensor:

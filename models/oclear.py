@@ -8,6 +8,7 @@ builder decides.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +18,9 @@ from torch.distributed import ProcessGroup
 
 from models.batch import Batch
 from models.fusion import ConceptFusion, ResidualTransform
+from models.heads.cached import cached_losses
 from models.heads.class_parallel import ClassParallelHead
-from models.heads.contrastive import info_nce
+from models.heads.contrastive import ContrastiveConfig, contrastive_loss
 from models.shape import TransformerBuilder, shape_errors, words_hidden
 from models.text import TextConfig, TextTower
 from models.vision import VisionConfig, VisionTower
@@ -134,7 +136,7 @@ class OclearQuery(nn.Module):
 
 
 class Oclear:
-    """The method as the loop sees it: loss(batch), embed_query(batch), embed_document(batch).
+    """The method as the loop sees it: losses(batches), embed_query(batch), embed_document(batch).
 
     Args:
         config: the method's configuration.
@@ -148,17 +150,35 @@ class Oclear:
     ) -> None:
         self.config, self.towers, self.head, self.data_group = config, towers, head, data_group
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of one micro-batch (the same on every rank), and metrics as local [sum, weight]: positive_cosine, accuracy, gate."""
-        queries, documents, gate = self.towers(batch.query_images, batch.document_images, batch.document_tokens)
+    def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Loss (the same on every rank) of each micro-batch and metrics as local [sum, weight]: positive_cosine, accuracy, gate.
+
+        They add up to the step's. Call backward on each loss before the next is asked for.
+        """
         if self.head is None:
-            loss, metrics = info_nce(
-                queries, documents, batch.query_labels, self.config.temperature, self.data_group, batch.query_weights
-            )
+            labels = torch.cat([b.query_labels for b in batches])
+            weights = torch.cat([b.query_weights * b.document_weights for b in batches])
+            settings = ContrastiveConfig(temperature=self.config.temperature)
+
+            def loss_of(queries: Tensor, documents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+                return contrastive_loss(queries, documents, labels, settings, self.data_group, weights=weights)
+
+            parts: Iterator[tuple[Tensor, dict[str, Tensor], Tensor]] = cached_losses(self._encode, batches, loss_of)
         else:
-            loss, metrics = self.head(torch.cat([queries, documents]), batch.labels, batch.weights)
-        gates = torch.stack([gate.detach().to(loss.dtype).sum(), loss.new_tensor(len(gate))])
-        return loss, {**metrics, "gate": gates}
+            parts = map(self._classify, batches)
+        for loss, metrics, gate in parts:
+            gates = torch.stack([gate.detach().to(loss.dtype).sum(), loss.new_tensor(len(gate))])
+            yield loss, {**metrics, "gate": gates}
+
+    def _encode(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        queries, documents, gate = self.towers(batch.query_images, batch.document_images, batch.document_tokens)
+        return (queries, documents), gate
+
+    def _classify(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        embeddings, gate = self._encode(batch)
+        assert self.head is not None, "the caller looked"
+        loss, metrics = self.head(torch.cat(embeddings), batch.labels, batch.weights)
+        return loss, metrics, gate
 
     def embed_query(self, batch: Batch) -> Tensor:
         """Unit embeddings of the batch's queries, float32 [q, d]."""

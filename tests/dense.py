@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +12,15 @@ from torch import Tensor
 from models.heads.class_parallel import ClassHeadConfig
 
 
-def dense_loss(
+def dense_loss_and_metrics(
     embeddings: Tensor,
     rows: Tensor,
     labels: Tensor,
     weights: Tensor,
     config: ClassHeadConfig,
     active: Tensor | None = None,
-) -> Tensor:
-    """Weighted mean margin-softmax loss over all rows (or the `active` ones, which hold every label); labels of -1 count nothing."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, mean target cosine, accuracy), weighted, over all rows (or the `active` ones, which hold every label); labels of -1 count nothing."""
     weights = weights * (labels >= 0)
     cosine = F.normalize(embeddings, dim=-1) @ F.normalize(rows, dim=-1).T
     m1, m2, m3 = config.margin
@@ -36,6 +37,13 @@ def dense_loss(
     negative &= cosine.detach() <= config.filter_above
     negative.scatter_(1, labels.clamp_min(0)[:, None], False)
     logits = (config.scale * cosine).masked_fill(~negative, float("-inf"))
+    right = config.scale * target > logits.amax(1)
     logits = torch.cat([config.scale * value[:, None], logits], dim=1)
     losses = torch.where(weights > 0, torch.logsumexp(logits, 1) - logits[:, 0], 0.0)
-    return losses @ weights / weights.sum()
+    weights = weights / weights.sum()
+    return losses @ weights, target.detach() @ weights, right.to(weights.dtype) @ weights
+
+
+def dense_loss(*args: Any) -> Tensor:
+    """The loss of `dense_loss_and_metrics`."""
+    return dense_loss_and_metrics(*args)[0]

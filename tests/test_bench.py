@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from harness.bench import decode, loader
+from harness.bench import decode, head, head_memory, loader
+from harness.bench.ranks import Memory
 from harness.bench.report import command_line, format_table, make_report
 from harness.errors import UserError
+from models.heads.row_optimizer import RowAdamW, RowOptimizerConfig
 
 TINY = {"images": 5, "image_size": 16, "source_size": 40, "threads": 1, "pairs": 2}
 FIELDS = {
@@ -137,3 +139,80 @@ def test_a_command_line_survives_a_shell():
     assert command_line("m", decode.DecodeConfig(images=3)).startswith("python -m m --images 3 --image-size 224")
     with pytest.raises(UserError):
         decode.DecodeConfig(images=0)
+
+
+def report_of(module, flags, file):
+    """The report of a benchmark that starts ranks: in a process of its own, for the pool's ranks have another parent."""
+    command = [sys.executable, "-m", module, *flags.split(), "--json", str(file)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    report = json.loads(file.read_text())
+    check_report(report)
+    return report
+
+
+def test_head_reports_what_the_issue_asks_for(tmp_path):
+    """Real ranks, every measurement once; and what a step must do whatever the machine."""
+    flags = "--num-classes 4000 --embedding-dim 16 --ranks 2 --batch 16 --pairs 1"
+    report = report_of(head.MODULE, flags, tmp_path / "head.json")
+    bars = ["time_vs_partial_fc", "time_vs_partial_fc_small", "time_4m_over_1m"]
+    bars += ["memory_vs_partial_fc", "memory_vs_partial_fc_8bit", "loss_memory_growth"]
+    assert set(bars) < set(report["headline"]) and min(report["headline"].values()) > 0
+    times = [row for row in report["rows"] if row["measure"] == "time"]
+    for ours, other in zip(times[::2], times[1::2], strict=True):
+        assert (ours["side"], ours["beside"]) == ("ours", other["side"]) and ours["sent_mb"] > 0
+        assert 0 < ours["step_ms"] <= 1.001 * sum(ours[f"{phase}_ms"] for phase in head.PHASES)  # of the slowest ranks
+        assert other["active_rows"] == pytest.approx(other["rate"] * other["classes"], rel=0.2)
+    assert {row["side"] for row in times} == set(head.SIDES) - {"ours_8bit", "ours_bf16_8bit", "insightface"}
+
+
+def test_peak_memory_is_seen_and_starts_anew():
+    memory = Memory(torch.device("cpu"))
+    before = memory.start()
+    torch.ones(50_000_000)
+    assert 190e6 < memory.peak() - before < 230e6
+    assert memory.peak() - memory.start() > 150e6 and memory.peak() - before < 50e6
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"num_classes": 11}, "does not divide"),
+        ({"batch": 20}, "no multiple"),
+        ({"sample_rate": 1.0}, "--sample-rate is 1.0"),
+        ({"partial_fc": "nowhere.py"}, "is no Python file"),
+        ({"partial_fc": __file__}, "defines no PartialFC_V2"),
+    ],
+)
+def test_a_head_benchmark_that_cannot_be_is_one_line(flags, named):
+    with pytest.raises(UserError, match=named):
+        head.HeadConfig(**flags)
+
+
+def test_too_many_classes_are_told_before_memory_runs_out():
+    with pytest.raises(UserError, match="GiB"):
+        head.run(head.HeadConfig(num_classes=10**11))
+
+
+def test_a_rank_that_fails_is_told_with_its_reason():
+    command = [sys.executable, "-c", "from harness.bench.ranks import on_ranks; on_ranks(2, int)"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1
+    assert "RuntimeError: a rank failed" in done.stderr and "TypeError: int() argument" in done.stderr
+
+
+def test_head_memory_measures_a_point(tmp_path):
+    flags = "--num-classes 80000 --embedding-dim 64 --ranks 2 --batch 4"
+    report = report_of(head_memory.MODULE, flags, tmp_path / "head_memory.json")
+    headline = report["headline"]
+    assert headline["computed_mib_per_million_classes"] < headline["measured_mib_per_million_classes"]
+    assert len(report["rows"]) == 22 and [row["kind"] for row in report["rows"]].count("measured") == 2
+
+
+@pytest.mark.parametrize("side", ["ours_fp32", "ours_bf16_8bit"])
+def test_computed_memory_is_that_of_the_tensors(side):
+    ours = {"ours_fp32": {}, "ours_bf16_8bit": {"state": "8bit", "bf16_rows": "stochastic"}}[side]
+    rows = torch.zeros(1000, 48, dtype=torch.bfloat16 if ours else torch.float32)
+    state = RowAdamW(rows, RowOptimizerConfig(**ours)).row_state()
+    found = rows.nbytes + sum(tensor.nbytes for tensor in state.values())
+    config = head_memory.HeadMemoryConfig(embedding_dim=48, sample_rate=0.25)
+    assert head_memory.computed_mib(side, config, 4000, 4) * 2**20 == pytest.approx(found + 250 * 48 * 4)

@@ -53,9 +53,8 @@ def losses(
 def states(catalogue: Path, run: Path, settings: dict[str, Any], tensor_parallel: int) -> dict[str, Any]:
     """Everything that a loaded checkpoint holds, joined over the ranks: weights, rows, their optimizer state, positions."""
     with trainer(tiny_config(catalogue, run, **settings), tensor_parallel, ready=False) as t:
-        rows = {name: getattr(t.rows, name) for name in ("exp_avg", "exp_avg_sq", "row_step", "paid")}
         head = t.method.head
-        joined = {name: checkpoint_rows(head, value) for name, value in rows.items()}
+        joined = {name: checkpoint_rows(head, value) for name, value in t.rows.row_state().items()}
         adam = [float(e["step"]) for part in t.towers._parts for e in part.optimizer.state.values()]
         moments = {
             f"{name}-{i}": entry[name]
@@ -214,7 +213,7 @@ def first_moments(catalogue: Path, run: Path, settings: dict[str, Any]) -> tuple
         norm = t.train_step(t.loader.load(0)).norm
         moments = [e["exp_avg"] for part in t.towers._parts for e in part.optimizer.state.values()]
         total = sum(
-            (m.double().square().sum() for m in [*moments, t.rows.exp_avg]), torch.zeros((), dtype=torch.float64)
+            (m.double().square().sum() for m in [*moments, t.rows.row_state()["exp_avg"]]), torch.zeros((), dtype=torch.float64)
         )
         return float(t.mesh.sum(total).sqrt()), norm
 

@@ -91,7 +91,7 @@ def train_by_a_clock_of_its_own(config: RunConfig) -> None:
     """Trains where nothing takes time but waiting for data, 3 s on rank 0 and 6 s on rank 1, and the forward pass, 1 s."""
     now = 0.0
     with trainer(config) as t:
-        steps, loss = t.loader.steps, t.method.loss
+        steps, losses = t.loader.steps, t.method.losses
 
         def slow_steps(first: int, end: int) -> Iterator[StepData]:
             nonlocal now
@@ -99,15 +99,16 @@ def train_by_a_clock_of_its_own(config: RunConfig) -> None:
                 now += 3.0 * (t.mesh.rank + 1)
                 yield data
 
-        def slow_loss(batch: Batch) -> Any:
+        def slow_losses(batches: list[Batch]) -> Iterator[Any]:
             nonlocal now
-            now += 1.0
-            return loss(batch)
+            for loss in losses(batches):
+                now += 1.0
+                yield loss
 
         with (
             mock.patch.object(meters, "time", SimpleNamespace(perf_counter=lambda: now)),
             mock.patch.object(t.loader, "steps", slow_steps),
-            mock.patch.object(t.method, "loss", slow_loss),
+            mock.patch.object(t.method, "losses", slow_losses),
         ):
             t.clock = meters.StepClock(t.mesh)
             t.fit()
@@ -149,7 +150,7 @@ def weights(t: Any) -> list[torch.Tensor]:
     return [
         *(p.detach().clone() for p in t.method.towers.parameters()),
         t.method.head.rows.clone(),
-        t.rows.exp_avg.clone(),
+        t.rows.row_state()["exp_avg"].clone(),
     ]
 
 
@@ -263,7 +264,8 @@ def test_a_damaged_sample_counts_nothing_in_the_loss(
     with trainer(tiny_config(catalogue, tmp_path / "run")) as t:
         whole, bad = t.loader.load(step).batches[0], data.batches[0]
         left_out = replace(whole, query_weights=bad.query_weights, document_weights=bad.document_weights)
-        losses = [t.method.loss(batch)[0].item() for batch in (bad, left_out, whole) if not t.method.head.end_step()]
+        batches = (bad, left_out, whole)
+        losses = [next(t.method.losses([b]))[0].item() for b in batches if not t.method.head.end_step()]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] != pytest.approx(losses[2], rel=1e-3)
 
 
@@ -385,5 +387,15 @@ def test_the_contrastive_objective_trains_on_pairs(catalogue: Path, tmp_path: Pa
         figures = t.fit()
     assert figures["steps"] == 4 and math.isfinite(figures["loss"])
     assert checkpoint.read_state(tmp_path / "run/checkpoints/step-00000004")["positions"]["document"] == 32
-    with pytest.raises(UserError, match=r"data.micro_batches must be 1 with model.objective contrastive"):
-        tiny_config(catalogue, tmp_path, **{"model.objective": "contrastive", "data.micro_batches": 2})
+
+
+def test_micro_batches_do_not_change_the_contrastive_loss(catalogue: Path, tmp_path: Path) -> None:
+    """Every pair meets the whole step's negatives, however few are in memory at a time."""
+    found = []
+    for micro_batches in (1, 2, 4):
+        settings = {"model.objective": "contrastive", "data.micro_batches": micro_batches}
+        with trainer(tiny_config(catalogue, tmp_path / str(micro_batches), **settings)) as t:
+            steps = [t.train_step(data) for data in t.loader.steps(0, 3)]
+        found.append([(step.loss.item(), step.norm, *(step.sums[:, 0] / step.sums[:, 1]).tolist()) for step in steps])
+    for other in found[1:]:
+        torch.testing.assert_close(torch.tensor(other), torch.tensor(found[0]), rtol=1e-5, atol=1e-7)

@@ -208,8 +208,8 @@ def test_texts_are_thinned_evenly(catalogue, monkeypatch):
     monkeypatch.setattr(module.sentencepiece, "SentencePieceTrainer", Trainer)
     all_texts = list(module._texts(Catalogue(catalogue), "train"))
     for limit in (len(all_texts), 10, 1):
-        _, count = module._train(Catalogue(catalogue), TokenizerConfig(catalogue=catalogue, max_texts=limit))
-        assert count == len(seen[-1]) <= limit
+        _, origin = module._train(Catalogue(catalogue), TokenizerConfig(catalogue=catalogue, max_texts=limit))
+        assert origin["texts"] == len(seen[-1]) <= limit
     assert seen[0] == all_texts and seen[1] == all_texts[:: -(-len(all_texts) // 10)]
 
 
@@ -226,3 +226,21 @@ def test_what_is_missing_or_damaged_is_named(tmp_path):
     np.save(folder / "tokenizer/title.offsets.npy", np.zeros(5, np.int64))
     with pytest.raises(UserError, match=r"the title tokens in .* do not fit the catalogue"):
         TokenStore.open(folder)
+
+
+def test_a_kept_tokenizer_encodes_a_grown_catalogue_as_before(tmp_path):
+    old, grown = (make_catalogue(tmp_path / name, classes=n) for name, n in (("old", 6), ("grown", 9)))
+    run(TokenizerConfig(catalogue=old, vocab_size=48))
+    figures = run(TokenizerConfig(catalogue=grown, keep_from=old))
+    kept, first = (json.loads((c / "tokenizer" / "tokenizer.json").read_text()) for c in (grown, old))
+    assert kept == first and figures["vocab_size"] == 48
+    assert Tokenizer.load(grown).encode("red disc no 8") == Tokenizer.load(old).encode("red disc no 8")
+    assert (
+        TokenStore.open(grown).batch(np.arange(6), 16).tolist() == TokenStore.open(old).batch(np.arange(6), 16).tolist()
+    )
+    (old / "tokenizer" / "spm.model").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="differs from its checksum"):
+        run(TokenizerConfig(catalogue=grown, keep_from=old))
+    with pytest.raises(UserError, match="has no tokenizer"):
+        run(TokenizerConfig(catalogue=grown, keep_from=tmp_path))
+    assert Tokenizer.load(grown).vocab_size == 48, "a mistake took away what was there"

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from models.batch import Batch
+from models.branch import BranchEnd
 from models.fusion import ConceptFusion
 from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
 from models.merge import merge_shards, merged_state_dict
 from models.oclear import Oclear, OclearConfig, OclearTowers
 from models.plain.transformer import PlainBlock, PlainBuilder
-from models.shape import TransformerShape
+from models.positions import rotary_angles, sine_cosine
+from models.shape import TransformerShape, shape_errors
 from models.text import TextConfig
-from models.vision import VisionConfig
+from models.vision import VisionConfig, VisionTower
 from tests.dense import dense_loss
 from tests.pool import layout, ranks
 
@@ -40,6 +43,31 @@ CONFIGS = {
         embedding_dim=16,
     ),
 }
+OPTIONS = {}
+OPTIONS["rotary, registers, gate, layer scale, head norms; post-norm text"] = OclearConfig(
+    vision=VisionConfig(
+        **{"image_size": 32, "patch_size": 8, "num_layers": 2, "hidden_size": 32, "pooling": "class"},
+        **{"positions": "rotary", "register_tokens": 2, "activation": "swiglu", "ffn_hidden_size": 48},
+        **{"layer_scale": 0.3, "qk_norm": True, "qkv_bias": False},
+    ),
+    text=TextConfig(
+        **{"num_layers": 2, "hidden_size": 32, "vocab_size": 100, "max_length": 12, "post_norm": True},
+        **{"token_types": 2, "position_offset": 2, "layernorm_eps": 1e-12},
+    ),
+    embedding_dim=16,
+)
+OPTIONS["fixed positions, class token, attention pooling; causal text"] = OclearConfig(
+    vision=VisionConfig(
+        **{"image_size": 32, "patch_size": 8, "num_layers": 1, "hidden_size": 32, "pooling": "attention"},
+        **{"positions": "sincos", "class_token": True, "embedding_norm": True, "patch_bias": False},
+        activation="quick_gelu",
+    ),
+    text=TextConfig(
+        **{"num_layers": 2, "hidden_size": 32, "vocab_size": 100, "max_length": 12, "embedding_norm": False},
+        **{"causal": True, "mask_padding": False, "activation": "gelu_tanh"},
+    ),
+    embedding_dim=16,
+)
 CLASSES = 7
 HEAD = ClassHeadConfig(num_classes=CLASSES, embedding_dim=16, scale=12.0, margin=(1.0, 0.0, 0.2))
 
@@ -77,7 +105,7 @@ def close(found: Tensor, wanted: Tensor, name: str, tolerance: float = 1e-10) ->
 def check_against_plain(name: str, tensor_parallel: int) -> None:
     from models.transformer import MegatronBuilder
 
-    config = CONFIGS[name]
+    config = (CONFIGS | OPTIONS)[name]
     with layout(tensor_parallel) as mesh:
         torch.manual_seed(0)
         towers = OclearTowers(config, MegatronBuilder(mesh.groups)).double()
@@ -89,7 +117,7 @@ def check_against_plain(name: str, tensor_parallel: int) -> None:
         whole = global_batch()
         own = part(whole, mesh.dp.rank(), mesh.dp.size())
         q, d, gate = towers(own.query_images, own.document_images, own.document_tokens)
-        loss, _ = Oclear(config, towers, head, mesh.dp).loss(own)
+        ((loss, _),) = Oclear(config, towers, head, mesh.dp).losses([own])
         loss.backward()
 
         pq, pd, pgate = plain(whole.query_images, whole.document_images, whole.document_tokens)
@@ -115,6 +143,12 @@ def check_against_plain(name: str, tensor_parallel: int) -> None:
 @pytest.mark.parametrize(("world", "tensor_parallel"), [(1, 1), (2, 2), (2, 1), (3, 1), (4, 2), (4, 4), (4, 1)])
 def test_forward_and_gradients_equal_the_plain_twin(name: str, world: int, tensor_parallel: int) -> None:
     ranks(world).run(check_against_plain, name, tensor_parallel)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_options_equal_the_plain_twin(name: str, world: int) -> None:
+    ranks(world).run(check_against_plain, name, world)
 
 
 def test_vision_attention_is_not_causal() -> None:
@@ -241,3 +275,79 @@ def test_tensor_parallel_ranks_leave_out_the_same_texts() -> None:
     first, second = ranks(2).run(left_out, 1)
     assert first == second and 0 < sum(first) < 64
     assert ranks(2).run(left_out, 2)[0] != first
+
+
+def test_any_tower_reads_other_resolutions_and_becomes_a_program() -> None:
+    """Serving exports the query encoder with torch.export."""
+    torch.manual_seed(0)
+    for name, config in (CONFIGS | OPTIONS).items():
+        tower = VisionTower(config.vision, PlainBuilder()).eval()
+        if not config.vision.stem_channels:
+            patches, pooled = tower(torch.randn(2, 3, 40, 24))
+            assert patches.shape == (2, 5 * 3, 32) and pooled.shape == (2, 32), name
+        for side in (32,) if config.vision.stem_channels else (32, 48):
+            images = torch.randn(3, 3, side, side)
+            batch = torch.export.Dim("images", min=1)
+            program = torch.export.export(tower, (torch.randn(2, 3, side, side),), dynamic_shapes=({0: batch},))
+            torch.testing.assert_close(program.module()(images)[1], tower(images)[1], msg=name)
+
+
+def test_positions_turn_with_the_image() -> None:
+    """Rows and columns are told apart, and by the same measure: a transposed grid has transposed positions."""
+    square, flat = sine_cosine(3, 3, 8, torch.zeros(1)), sine_cosine(2, 3, 8, torch.zeros(1))
+    assert torch.equal(square[:6], flat)
+    turned = square.unflatten(0, (3, 3)).transpose(0, 1).flatten(0, 1)
+    assert torch.equal(torch.cat([turned[:, 4:], turned[:, :4]], 1), square) and len(square.unique(dim=0)) == 9
+    angles = rotary_angles(2, 3, 2, 8, 100.0, torch.device("cpu"))[:, 0, 0]
+    assert not angles[:2].any() and torch.equal(angles[2:5], -angles[5:].flip(0))
+
+
+def dropped(rate: float) -> tuple[list[bool], bool, bool]:
+    """In a pool: samples whose branches the last of three layers dropped; whether the first layer dropped any; whether evaluation did."""
+    from models.transformer import MegatronBuilder
+
+    shape = TransformerShape(num_layers=3, hidden_size=32, drop_path=rate)
+    with layout(2) as mesh:
+        torch.manual_seed(0)
+        block = MegatronBuilder(mesh.groups).block(shape, final_norm=False)
+        mesh.seed_streams(5, 1)
+        hidden = torch.randn(1, 64, 32).expand(4, -1, -1).contiguous()
+
+        def same(layer: int) -> Tensor:
+            join = block.layers[layer].mlp_bda(block.training, False)
+            joined = join((torch.ones_like(hidden), None), hidden, 0.0)
+            return (joined == hidden).all(0).all(-1)
+
+        last, first = same(2), same(0)
+        block.eval()
+        return last.tolist(), bool(first.any()), bool((block.layers[2].mlp_bda.join(hidden, hidden) == hidden).any())
+
+
+def test_drop_path_drops_whole_samples_more_in_later_layers_alike_on_all_ranks() -> None:
+    (last, first, evaluated), other = ranks(2).run(dropped, 0.5)
+    assert last == other[0] and 16 < sum(last) < 48 and not first and not evaluated
+    end = BranchEnd(TransformerShape(num_layers=2, drop_path=0.75), 1).train()
+    torch.manual_seed(0)
+    kept = end.join(torch.ones(1, 4000, 128), torch.zeros(1, 4000, 128))
+    assert set(kept.unique().tolist()) == {0.0, 4.0} and float(kept.mean()) == pytest.approx(1.0, abs=0.1)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    def errors(**fields: Any) -> list[str]:
+        config = replace(VisionConfig(), **fields)
+        return config.errors("model.vision") + shape_errors(config, 2, "model.vision")
+
+    assert errors() == []
+    assert "pooling is 'max'; it can be mean, class, attention, mean_max" in errors(pooling="max")[0]
+    assert "activation is 'relu'; it can be gelu, gelu_tanh, quick_gelu, swiglu" in errors(activation="relu")[0]
+    assert (
+        "num_attention_heads 3 does not divide over mesh.tensor_parallel 2"
+        in errors(num_attention_heads=3, hidden_size=96)[0]
+    )
+    assert "class_position needs a class token" in errors(class_position=True)[0]
+    assert "position_resize is 'cubic'" in errors(position_resize="cubic")[0]
+    assert "drop_path is 1.0; it must lie in [0, 1)" in errors(drop_path=1.0)[0]
+    assert "position_grid and model.vision.class_position need" in errors(positions="rotary", position_grid=7)[0]
+    assert TextConfig().errors("model.text") == []
+    assert "model.text.pooling is 'first'" in TextConfig(pooling="first").errors("model.text")[0]
+    assert "projection_dim needs a model.text.pooling" in TextConfig(projection_dim=8).errors("model.text")[0]

@@ -191,6 +191,7 @@ class StepLoader:
 
     Attributes:
         depth: steps that `steps` reads ahead, the one being decoded among them.
+        first_step: the step that stands at position 0 of the order; 0 until it is set.
     """
 
     def __init__(
@@ -208,6 +209,7 @@ class StepLoader:
         self.catalogue = Catalogue(config.catalogue)
         self.order = ClassOrder.open(config.catalogue, seed)
         self.tokens = TokenStore.open(config.catalogue)
+        self.first_step = 0
         pieces = world_size * config.micro_batches
         most = -(-config.queries_per_step // pieces) + -(-(self.documents_per_step) // pieces)
         self.images = ImageReader(self.catalogue, config.preprocess, config.backend, most, config.threads, device)
@@ -240,8 +242,8 @@ class StepLoader:
         read, seconds = 0, 0.0
         for micro in range(self.config.micro_batches):
             piece, pieces = micro * self.world_size + self.rank, self.config.micro_batches * self.world_size
-            queries = _positions(step, self.config.queries_per_step, pieces, piece)
-            documents = _positions(step, self.documents_per_step, pieces, piece)
+            queries = _positions(step - self.first_step, self.config.queries_per_step, pieces, piece)
+            documents = _positions(step - self.first_step, self.documents_per_step, pieces, piece)
             q, d = self._draw(queries, documents)
             ids = np.concatenate([q.sample_ids, d.sample_ids])
             parameters = self.images.parameters(
@@ -274,8 +276,8 @@ class StepLoader:
         sizes = self.config.queries_per_step, self.documents_per_step
         at_once = max(1, _POSITIONS_AT_ONCE // max(sizes))
         found = []
-        for start in range(first, end, at_once):
-            stop = min(end, start + at_once)
+        for start in range(first - self.first_step, end - self.first_step, at_once):
+            stop = min(end - self.first_step, start + at_once)
             queries, documents = (np.arange(start * size, stop * size, dtype=np.int64) for size in sizes)
             q, d = self._draw(queries, documents)
             columns = zip((queries, q.sample_ids, documents, d.sample_ids), np.repeat(sizes, 2), strict=True)
@@ -322,7 +324,7 @@ class StepLoader:
 
 
 def _positions(step: int, per_step: int, pieces: int, piece: int) -> Ints:
-    """Positions of one piece of a step, int64."""
+    """Positions of one piece of a step, counted from position 0, int64."""
     part = share(per_step, pieces, piece)
     return step * per_step + np.arange(part.start, part.stop, dtype=np.int64)
 

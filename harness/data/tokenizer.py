@@ -47,6 +47,7 @@ class TokenizerConfig:
         split: the split whose text is learned from; samples of split 'all' belong to it.
         character_coverage: share of the text's characters that get a piece; the rarest others become [UNK].
         max_texts: texts to learn from at most, taken at even distances; SentencePiece holds them in memory.
+        keep_from: a run or catalogue folder whose tokenizer is taken as it is: a run goes on with a grown catalogue only with its own pieces.
     """
 
     catalogue: Path
@@ -55,6 +56,7 @@ class TokenizerConfig:
     split: str = "train"
     character_coverage: float = 0.99995
     max_texts: int = 4_000_000
+    keep_from: Path | None = None
 
 
 class Tokenizer:
@@ -195,7 +197,7 @@ def run(config: TokenizerConfig) -> dict[str, Any]:
     start = time.perf_counter()
     catalogue = Catalogue(config.catalogue)
     with staged_folder(catalogue.path / "tokenizer", replace=True) as stage:
-        model, texts = _train(catalogue, config)
+        model, origin = _train(catalogue, config) if config.keep_from is None else _kept(config.keep_from)
         (stage / "spm.model").write_bytes(model)
         tokenizer = Tokenizer(model)
         tokens, unknown = _encode_catalogue(catalogue, tokenizer, stage)
@@ -204,13 +206,12 @@ def run(config: TokenizerConfig) -> dict[str, Any]:
             "vocab_size": tokenizer.vocab_size,
             **{f"{name}_id": token for name, token in SPECIAL_IDS.items()},
             "fields": list(FIELDS),
-            "model_type": config.model_type,
-            "split": config.split,
-            "texts": texts,
+            **origin,
             "xxh3": xxhash.xxh3_64_hexdigest(model),
         }
         (stage / "tokenizer.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     share = unknown / max(sum(tokens.values()), 1)
+    texts = origin["texts"]
     print(
         f"{config.catalogue}/tokenizer: {tokenizer.vocab_size:,} pieces learned from {texts:,} texts; "
         f"{sum(tokens.values()):,} tokens stored, {share:.2%} of them unknown"
@@ -219,14 +220,21 @@ def run(config: TokenizerConfig) -> dict[str, Any]:
     return {"vocab_size": tokenizer.vocab_size, "texts": texts, "tokens": tokens, "unknown": share, "seconds": seconds}
 
 
+def _kept(owner: Path) -> tuple[bytes, dict[str, Any]]:
+    """The model of a run's or catalogue's tokenizer, and what it was learned from."""
+    Tokenizer.load(owner)  # compares its checksum
+    folder, meta = _read_meta(owner)
+    return (folder / "spm.model").read_bytes(), {name: meta[name] for name in ("model_type", "split", "texts")}
+
+
 def _texts(catalogue: Catalogue, split: str) -> Iterator[str]:
     for batch in catalogue.batches(list(FIELDS), split=split):
         for field in FIELDS:
             yield from filter(str.strip, batch.column(field).to_pylist())
 
 
-def _train(catalogue: Catalogue, config: TokenizerConfig) -> tuple[bytes, int]:
-    """The trained model and the number of texts that it learned from."""
+def _train(catalogue: Catalogue, config: TokenizerConfig) -> tuple[bytes, dict[str, Any]]:
+    """The trained model, and what it was learned from."""
     if config.vocab_size <= len(SPECIAL_IDS):
         raise UserError(f"--vocab-size is {config.vocab_size}", f"{len(SPECIAL_IDS)} are special pieces already")
     if config.max_texts < 1:
@@ -261,7 +269,8 @@ def _train(catalogue: Catalogue, config: TokenizerConfig) -> tuple[bytes, int]:
         )
     except RuntimeError as error:
         raise _explain(str(error), config.vocab_size) from error
-    return model.getvalue(), -(-found // stride)
+    origin = {"model_type": config.model_type, "split": config.split, "texts": -(-found // stride)}
+    return model.getvalue(), origin
 
 
 def _explain(message: str, vocab_size: int) -> UserError:

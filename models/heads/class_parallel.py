@@ -18,12 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from kernels.cosine_lse import NO_TARGET, cosine_lse, cosine_lse_backward
+from kernels import cosine_lse as twin
+from kernels.cosine_lse import NO_TARGET, TILE
 from models.comm import gather_shards, own_slice, shard_sizes
 from models.heads.margin import Margin, margin_cosine, scaled_margin
 from models.heads.sampling import ID_BLOCK, sampled_classes
 
 IGNORED = -1
+ROW_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,8 @@ class ClassHeadConfig:
         sample_rate: share of the classes that serve as negatives in a step; positives always do.
         gradient: exact, or straight_through (the margin counts as a constant, as in Partial FC).
         filter_above: negatives whose cosine exceeds it are left out, against label noise; 1.0 leaves out none.
-        tile: rows whose logits are held at a time.
+        row_dtype: type of the rows: fp32 or bf16.
+        tile: rows whose logits are held at a time on a CPU.
         init_std: standard deviation of a new row's entries.
         seed: seed of new rows and of sampling.
     """
@@ -50,7 +53,8 @@ class ClassHeadConfig:
     sample_rate: float = 1.0
     gradient: str = "exact"
     filter_above: float = 1.0
-    tile: int = 8192
+    row_dtype: str = "fp32"
+    tile: int = TILE
     init_std: float = 0.05
     seed: int = 0
 
@@ -61,9 +65,23 @@ class ClassHeadConfig:
             errors.append(f"{where}.sample_rate is {self.sample_rate}; it must lie in (0, 1]")
         if self.gradient not in ("exact", "straight_through"):
             errors.append(f"{where}.gradient is '{self.gradient}'; it can be 'exact' or 'straight_through'")
+        if self.row_dtype not in ROW_DTYPES:
+            errors.append(f"{where}.row_dtype is '{self.row_dtype}'; it can be 'fp32' or 'bf16'")
         if self.scale <= 0 or self.tile < 1:
             errors.append(f"{where}.scale and {where}.tile must be positive")
         return errors
+
+
+def rows_per_rank(num_classes: int, ranks: int) -> int:
+    """Rows of every rank but the last that has any: those of torch.chunk, so that a checkpoint can describe them as a DTensor."""
+    return -(-num_classes // ranks)
+
+
+def class_range(num_classes: int, rank: int, ranks: int) -> tuple[int, int]:
+    """Class ids [start, stop) of a rank."""
+    per_rank = rows_per_rank(num_classes, ranks)
+    start = min(rank * per_rank, num_classes)
+    return start, min(start + per_rank, num_classes)
 
 
 @dataclass
@@ -73,7 +91,7 @@ class _Step:
     active: Tensor  # int64 [a], local row indices, ascending
     weight: Tensor  # [], sum of sample weights over the global batch
     margin: Margin
-    grad: Tensor  # [a, d], gradient of the active rows, summed over micro-batches
+    grad: Tensor | None = None  # [a, d], gradient of the active rows, summed over micro-batches
 
 
 class ClassParallelHead(nn.Module):
@@ -84,7 +102,7 @@ class ClassParallelHead(nn.Module):
         row_group: ranks that share the rows.
         data_group: ranks that bring different samples.
         device: where the rows live.
-        dtype: type of the rows.
+        dtype: type of the rows, where it is not to be the configuration's (float64 for tests).
     """
 
     def __init__(
@@ -93,27 +111,27 @@ class ClassParallelHead(nn.Module):
         row_group: ProcessGroup,
         data_group: ProcessGroup,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config, self.row_group, self.data_group = config, row_group, data_group
-        # The same ranges as torch.chunk, so that a checkpoint can describe them as a DTensor.
-        per_rank = -(-config.num_classes // row_group.size())
-        self.start = min(row_group.rank() * per_rank, config.num_classes)
-        self.stop = min(self.start + per_rank, config.num_classes)
-        self.rows = self._initial_rows().to(device=device, dtype=dtype)
+        self.start, self.stop = class_range(config.num_classes, row_group.rank(), row_group.size())
+        self.rows = self._initial_rows(torch.device(device), dtype or ROW_DTYPES[config.row_dtype])
         self._step: _Step | None = None
 
-    def _initial_rows(self) -> Tensor:
-        """Rows keyed by class id, so that they do not depend on the number of ranks."""
-        blocks = []
+    def _initial_rows(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Rows keyed by blocks of class ids, so that they do not depend on the number of ranks."""
+        rows = torch.empty(self.stop - self.start, self.config.embedding_dim, device=device, dtype=dtype)
+        if not len(rows):
+            return rows
         for block in range(self.start // ID_BLOCK, -(-self.stop // ID_BLOCK)):
             generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + block)
-            blocks.append(torch.randn(ID_BLOCK, self.config.embedding_dim, generator=generator))
-        if self.start == self.stop:
-            return torch.empty(0, self.config.embedding_dim)
-        first = self.start // ID_BLOCK * ID_BLOCK
-        return self.config.init_std * torch.cat(blocks)[self.start - first : self.stop - first]
+            drawn = self.config.init_std * torch.randn(ID_BLOCK, self.config.embedding_dim, generator=generator)
+            first, last = max(self.start, block * ID_BLOCK), min(self.stop, (block + 1) * ID_BLOCK)
+            rows[first - self.start : last - self.start] = drawn[first - block * ID_BLOCK : last - block * ID_BLOCK].to(
+                device
+            )
+        return rows
 
     def begin_step(
         self, labels: Tensor, weights: Tensor | None = None, step: int = 0, margin_part: float = 1.0
@@ -143,11 +161,13 @@ class ClassParallelHead(nn.Module):
             drawn = sampled_classes(
                 self.start, self.stop, self.config.sample_rate, self.config.seed, step, labels.device
             )
-            active = torch.unique(torch.cat([mine, drawn])) - self.start
+            chosen = torch.zeros(self.stop - self.start, dtype=torch.bool, device=labels.device)
+            chosen[drawn - self.start] = True
+            chosen[mine - self.start] = True
+            active = chosen.nonzero()[:, 0]
         else:
             active = torch.arange(self.stop - self.start, device=labels.device)
-        grad = torch.zeros(len(active), self.config.embedding_dim, device=self.rows.device, dtype=self._accumulate)
-        self._step = _Step(active, total, scaled_margin(self.config.margin, margin_part), grad)
+        self._step = _Step(active, total, scaled_margin(self.config.margin, margin_part))
         return active
 
     def forward(
@@ -178,8 +198,11 @@ class ClassParallelHead(nn.Module):
     @property
     def row_grad(self) -> tuple[Tensor, Tensor]:
         """(active local rows int64 [a], their gradient [a, d]) of the open step."""
-        assert self._step is not None, "no step is open"
-        return self._step.active, self._step.grad
+        step = self._step
+        assert step is not None, "no step is open"
+        if step.grad is None:
+            step.grad = self.rows.new_zeros(len(step.active), self.config.embedding_dim, dtype=self._accumulate)
+        return step.active, step.grad
 
     def end_step(self) -> None:
         """Forgets the open step and its gradients."""
@@ -222,16 +245,18 @@ class _MarginSoftmax(torch.autograd.Function):
         label = gather_shards(labels, head.data_group, sizes)
         weight = gather_shards(weights, head.data_group, sizes) / step.weight.clamp_min(torch.finfo(weights.dtype).tiny)
 
-        rows = head.rows[step.active].to(unit.dtype)
+        index = None if len(step.active) == len(head.rows) else step.active
         target = _row_of(label, head, step.active)
-        part = cosine_lse(everyone, rows, target, config.scale, config.filter_above, config.tile)
+        part = _kernel(head.rows).cosine_lse(
+            everyone, head.rows, index, target, config.scale, config.filter_above, config.tile
+        )
         lse, cosine, largest = _combine(part, head.row_group)
 
         value, slope = margin_cosine(cosine, step.margin, config.gradient == "straight_through")
         # -log softmax of the target = log(1 + exp(lse - logit)): exact at both ends, no clamp
         sample_loss = torch.logaddexp(torch.zeros_like(lse), lse - config.scale * value)
-        ctx.save_for_backward(everyone, rows, target, lse, weight, slope, config.scale * value)
-        ctx.head, ctx.step, ctx.sizes = head, step, sizes
+        ctx.save_for_backward(everyone, target, lse, weight, slope, config.scale * value)
+        ctx.head, ctx.step, ctx.sizes, ctx.index = head, step, sizes, index
         loss = torch.where(weight > 0, sample_loss, 0.0) @ weight
         mine = own_slice(sizes, head.data_group.rank())
         own_cosine, own_right = cosine[mine].clone(), (cosine > largest)[mine].to(weight.dtype)
@@ -240,13 +265,14 @@ class _MarginSoftmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        everyone, rows, target, lse, weight, slope, logit = ctx.saved_tensors
+        everyone, target, lse, weight, slope, logit = ctx.saved_tensors
         head: ClassParallelHead = ctx.head
         config = head.config
         wrong = grads[0] * weight * torch.sigmoid(lse - logit)  # d loss / d lse; the target's logit gets the opposite
-        grad, grad_rows = cosine_lse_backward(
+        grad, grad_rows = _kernel(head.rows).cosine_lse_backward(
             everyone,
-            rows,
+            head.rows,
+            ctx.index,
             target,
             config.scale,
             lse,
@@ -255,9 +281,18 @@ class _MarginSoftmax(torch.autograd.Function):
             config.filter_above,
             config.tile,
         )
-        ctx.step.grad += grad_rows
+        ctx.step.grad = grad_rows if ctx.step.grad is None else ctx.step.grad.add_(grad_rows)
         dist.all_reduce(grad, group=head.row_group)
         return grad[own_slice(ctx.sizes, head.data_group.rank())], None, None, None, None
+
+
+def _kernel(rows: Tensor) -> Any:
+    """The module with cosine_lse and its backward for these rows: Triton's on a GPU, which has no float64, else the torch twin."""
+    if rows.is_cuda and rows.dtype != torch.float64:
+        from kernels import cosine_lse_triton  # torch for CUDA brings triton; elsewhere it may be missing
+
+        return cosine_lse_triton
+    return twin
 
 
 def _row_of(label: Tensor, head: ClassParallelHead, active: Tensor) -> Tensor:

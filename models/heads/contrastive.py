@@ -1,6 +1,14 @@
-"""In-batch contrastive loss with negatives from every rank: the comparison to class-parallel classification."""
+"""Contrastive losses over the global batch: symmetric InfoNCE and AM-softmax with negatives from every rank and from a memory bank.
+
+There is one way to gather, and it is exact: the loss is sum(w l) / sum(w) over all ranks' pairs, and a rank's gradients are those of this
+global loss. Its embeddings get all of theirs, a shared parameter (the log scale) its rank's part: towers sum over dp and never average.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -9,52 +17,142 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from models.comm import gather_shards, gather_with_grad, own_slice, shard_sizes
+from models.heads.memory_bank import MemoryBank
+
+Related = Callable[[Tensor, Tensor], Tensor]
 
 
-def info_nce(
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveConfig:
+    """A contrastive loss: -log softmax of (cos - margin of the positive) / temperature.
+
+    Args:
+        temperature: divisor of the cosines; where the scale is learned, where it begins.
+        margin: taken off the positive's cosine: 0 is InfoNCE (van den Oord et al. 2018), above 0 AM-softmax (Wang et al. 2018).
+        symmetric: the mean of both directions, query to documents and document to queries; false is the first alone.
+    """
+
+    temperature: float = 0.07
+    margin: float = 0.0
+    symmetric: bool = True
+
+    def errors(self, where: str) -> list[str]:
+        """What is out of range, as sentences that name the key under `where`."""
+        return [] if self.temperature > 0 else [f"{where}.temperature is {self.temperature}; it must be positive"]
+
+
+def same_product(query_labels: Tensor, document_labels: Tensor) -> Tensor:
+    """bool [a, b]: whether labels [a] and [b] are equal; a label below 0 (unknown) equals none."""
+    return (query_labels[:, None] == document_labels) & (document_labels >= 0)
+
+
+def contrastive_loss(
     queries: Tensor,
     documents: Tensor,
     labels: Tensor,
-    temperature: float,
+    config: ContrastiveConfig,
     group: ProcessGroup,
+    *,
     weights: Tensor | None = None,
+    log_scale: Tensor | None = None,
+    negatives: tuple[Tensor, Tensor] | None = None,
+    document_bank: MemoryBank | None = None,
+    query_bank: MemoryBank | None = None,
+    related: Related = same_product,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Symmetric InfoNCE over the global batch; row i of queries and documents is a pair.
+    """Loss over the pairs of all ranks; row i of queries and documents is a pair. Collective: what is given on one rank is given on all.
+
+    A query's negatives are the documents of all other pairs, the hard negatives of all pairs and the document bank, a document's (symmetric)
+    the queries of all other pairs and the query bank; none of them is one that `related` names.
 
     Args:
-        queries, documents: [n, d], any length; n may differ between ranks.
-        labels: int64 [n], product or class of the pair; other pairs with the same label are no negatives.
-        temperature: divisor of the cosines.
+        queries, documents: [n, d], any length, any n per rank (also 0); tensor-parallel ranks pass the same.
+        labels: int64 [n, ...], what `related` compares; by itself [n], product or class of the pair.
+        config: the loss.
         group: ranks that bring different pairs.
-        weights: [n], default 1.
+        weights: [n], default 1. A pair of weight 0 (a damaged image) counts nothing: it is no negative either.
+        log_scale: [], the learned log(1 / temperature); default the config's constant.
+        negatives: hard negatives of the pairs, ([n, k, d], their labels int64 [n, k, ...]).
+        document_bank, query_bank: embeddings of earlier steps, the same on every rank; push this step's afterwards.
+        related: (query labels [a, ...], document labels [b, ...]) -> bool [a, b], which documents are no negatives of which queries.
 
     Returns:
-        (loss, the same on every rank, with gradient d(global loss) / d(own embeddings); metrics positive_cosine and accuracy as local
-        [weighted sum, weight], which add up over ranks).
+        (loss, the same on every rank; metrics positive_cosine and accuracy, query to documents, as local [weighted sum, weight], which add up
+        over ranks).
     """
-    if weights is None:
-        weights = torch.ones(len(labels), device=labels.device)
+    kind = torch.promote_types(queries.dtype, torch.float32)
+    weights = torch.ones(len(labels), device=labels.device, dtype=kind) if weights is None else weights.to(kind)
     sizes = shard_sizes(len(labels), group, labels.device)
-    q = F.normalize(
-        gather_with_grad(queries.to(torch.promote_types(queries.dtype, torch.float32)), group, sizes), dim=-1
-    )
-    d = F.normalize(gather_with_grad(documents.to(q.dtype), group, sizes), dim=-1)
-    label, weight = gather_shards(labels, group, sizes), gather_shards(weights.to(q.dtype), group, sizes)
-    weight = weight / weight.sum()
-    # Each rank computes the terms of its own pairs; the gather's backward adds up what the ranks found.
     mine = own_slice(sizes, group.rank())
-    index = torch.arange(len(label), device=label.device)
-    same = (label[mine, None] == label) & (index[mine, None] != index)
-    terms = []
-    for anchors, others in ((q, d), (d, q)):
-        logits = (anchors[mine] @ others.T / temperature).masked_fill(same, float("-inf"))
-        terms.append(F.cross_entropy(logits, index[mine], reduction="none"))
-    local = ((terms[0] + terms[1]) / 2) @ weight[mine]
-    # The value shown is global, the gradient is the local terms' (others' reach us through the gather).
-    total = local.detach().clone()
-    dist.all_reduce(total, group=group)
-    with torch.no_grad():
-        right = (q[mine] @ d.T).masked_fill(same, float("-inf")).argmax(1) == index[mine]
-        own = weights.to(q.dtype)
-        sums = {"positive_cosine": (q[mine] * d[mine]).sum(-1) @ own, "accuracy": right.to(q.dtype) @ own}
-    return local + (total - local.detach()), {name: torch.stack([value, own.sum()]) for name, value in sums.items()}
+
+    def everyone(x: Tensor, labels: Tensor, per_pair: int = 1) -> _Candidates:
+        """Embeddings x [n * per_pair, d] of all ranks, with their labels and the weights of their pairs."""
+        counts = [size * per_pair for size in sizes]
+        unit = gather_with_grad(F.normalize(x.to(kind), dim=-1), group, counts)
+        weight = gather_shards(weights.repeat_interleave(per_pair), group, counts)
+        return _Candidates(unit, gather_shards(labels, group, counts), weight > 0)
+
+    query, document = everyone(queries, labels), everyone(documents, labels)
+    against_queries, against_documents = [query], [document]
+    if negatives is not None:
+        hard, hard_labels = negatives
+        against_documents.append(everyone(hard.flatten(0, 1), hard_labels.flatten(0, 1), hard.shape[1]))
+    for bank, candidates in ((document_bank, against_documents), (query_bank, against_queries)):
+        if bank is not None:
+            unit, known = bank.filled()
+            candidates.append(
+                _Candidates(unit.to(kind), known, torch.ones(len(unit), dtype=torch.bool, device=unit.device))
+            )
+
+    # Each rank computes the terms of its own pairs; the gather's backward adds up what all ranks found for an embedding.
+    scale = 1 / config.temperature if log_scale is None else log_scale.to(kind).exp()
+    positive = (query.unit[mine] * document.unit[mine]).sum(-1)
+    logit = scale * (positive - config.margin)
+    other = _join(against_documents)
+    hidden = _hidden(related(query.labels[mine], other.labels), other.counts, mine)
+    cosine = query.unit[mine] @ other.unit.T
+    terms = _negative_log_softmax(logit, scale * cosine, hidden)
+    if config.symmetric:
+        other = _join(against_queries)
+        hidden_queries = _hidden(related(other.labels, document.labels[mine]).T, other.counts, mine)
+        logits = scale * (document.unit[mine] @ other.unit.T)
+        terms = (terms + _negative_log_softmax(logit, logits, hidden_queries)) / 2
+
+    sums = torch.stack([terms.detach() @ weights, weights.sum()])
+    dist.all_reduce(sums, group=group)
+    weight = sums[1].clamp_min(torch.finfo(kind).tiny)
+    local = terms @ weights / weight
+    # The value is the global loss, to the bit the same on every rank; the gradient is that of the own terms.
+    loss = sums[0] / weight + (local - local.detach())
+    right = ~((cosine >= positive[:, None]) & ~hidden).any(1)
+    metrics = {"positive_cosine": positive.detach() @ weights, "accuracy": right.to(kind) @ weights}
+    return loss, {name: torch.stack([value, weights.sum()]) for name, value in metrics.items()}
+
+
+class _Candidates(NamedTuple):
+    """What a positive competes with: unit embeddings [c, d], labels [c, ...], and bool [c] whether they count at all."""
+
+    unit: Tensor
+    labels: Tensor
+    counts: Tensor
+
+
+def _join(parts: list[_Candidates]) -> _Candidates:
+    """All parts in one, the batch's own pairs first. Always a copy: a bank may be pushed to before the backward."""
+    return _Candidates(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def _hidden(related: Tensor, counts: Tensor, mine: slice) -> Tensor:
+    """bool [m, c]: the candidates that are no negatives of the own pairs `mine`, whose positives are among them."""
+    hidden = related | ~counts
+    hidden[:, mine].fill_diagonal_(True)
+    return hidden
+
+
+def _negative_log_softmax(positive: Tensor, negatives: Tensor, hidden: Tensor) -> Tensor:
+    """-log softmax of the positive logits [m] over them and the negatives [m, c] that are not hidden: [m].
+
+    log(1 + exp(lse of negatives - positive)): exact at both ends, and 0 where there is no negative.
+    """
+    lse = negatives.masked_fill(hidden, float("-inf")).logsumexp(1)
+    return torch.logaddexp(torch.zeros_like(lse), lse - positive)

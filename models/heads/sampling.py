@@ -1,24 +1,41 @@
-"""Which classes serve as negatives: a pure function of (seed, step, class id), so the active set is the same at every world size."""
+"""Which classes serve as negatives: a pure function of (seed, step, block of class ids), so the active set is the same at every world size."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from kernels.keyed import mix
+
 ID_BLOCK = 4096
 """Consecutive class ids that share one key, of initial rows and of sampling."""
-
-
-def _mix(x: Tensor) -> Tensor:
-    """A well-mixed 62-bit hash of int64, in wrapping integer arithmetic: equal on every device. Source: ours, after splitmix64."""
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return (x ^ ((x >> 31) & ((1 << 33) - 1))) & ((1 << 62) - 1)
+_HALF = 6  # bits; two halves make an id within its block
+_ROUNDS = 6
 
 
 def sampled_classes(start: int, stop: int, rate: float, seed: int, step: int, device: torch.device) -> Tensor:
-    """Class ids in [start, stop) drawn independently with probability `rate`: int64, ascending."""
-    ids = torch.arange(start, stop, device=device)
-    key = _mix(torch.tensor([seed], device=device)) + step
-    block_key = _mix(_mix(key) ^ (ids // ID_BLOCK))
-    return ids[_mix(block_key + (ids % ID_BLOCK) * 0x2545F4914F6CDD1D) < int(rate * (1 << 62))]
+    """Class ids in [start, stop), each drawn with probability `rate`; int64, in no particular order. Source: ours.
+
+    Every block draws rate x 4,096 ids without replacement (rounded up or down by its key), as the first values of a keyed permutation: the cost
+    follows the ids drawn, not the classes that there are.
+    """
+    if start >= stop:
+        return torch.empty(0, dtype=torch.int64, device=device)
+    blocks = torch.arange(start // ID_BLOCK, -(-stop // ID_BLOCK), device=device)
+    key = mix(mix(torch.tensor([seed], device=device)) + step)
+    key = mix(key ^ blocks)[:, None]
+    whole = int(rate * ID_BLOCK)
+    chance = int((rate * ID_BLOCK - whole) * (1 << 31))
+    place = torch.arange(min(whole + 1, ID_BLOCK), device=device)[None]
+    drawn = (place < whole) | ((mix(key) & ((1 << 31) - 1)) < chance)
+    ids = (blocks[:, None] * ID_BLOCK + _permuted(place, key))[drawn]
+    return ids[(ids >= start) & (ids < stop)]
+
+
+def _permuted(place: Tensor, key: Tensor) -> Tensor:
+    """A permutation of [0, ID_BLOCK) for each key, at the given places: a Feistel network on the two halves of the number."""
+    low = (1 << _HALF) - 1
+    left, right = (place >> _HALF).expand(len(key), -1), (place & low).expand(len(key), -1)
+    for number in range(_ROUNDS):
+        left, right = right, left ^ (mix(key + right * 0x2545F4914F6CDD1D + number) & low)
+    return left << _HALF | right

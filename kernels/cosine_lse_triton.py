@@ -1,0 +1,350 @@
+"""Fused Triton kernels of `kernels.cosine_lse`: the same results without a [samples, rows] matrix or a copy of the gathered rows in memory.
+
+Four kernels: lengths of the rows; the forward, over (block of samples, split of the rows); the gradient of the embeddings, over the same kind of
+grid; the gradient of the rows, a program per block of them. Both gradients recompute the cosines: 10 n a d operations, where 6 n a d is the least
+with all logits in memory. Torch combines the splits' partial results in a fixed order, nothing is added atomically: equal inputs give equal bits.
+
+A float32 table multiplies in float32, a bfloat16 one in bfloat16 (embeddings and coefficients are rounded to it); sums are float32 in both.
+Triton decides when it is first imported whether it compiles or, with TRITON_INTERPRET=1, interprets. Import this module only where a kernel will run:
+it needs triton. Recomputing tiles in the backward is FlashAttention's idea (arXiv 2205.14135) and, over classes, Cut Cross-Entropy's (arXiv
+2411.09009), which gives the full log-sum-exp where a margin needs that of the negatives.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.cosine_lse import NO_TARGET, CosineLse
+
+PRECISION = tl.constexpr("ieee")
+"""How float32 operands are multiplied. tf32 would round them to 11 significant bits, far beyond the error bound of the tests."""
+PROGRAMS = 512
+"""Programs that samples x splits aim at: about 4 rounds of 132 processors. A constant, so that results do not depend on the device's size."""
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_TINY = tl.constexpr(1e-12)  # least length of a row, as in F.normalize
+_NO_TARGET = tl.constexpr(NO_TARGET)
+
+
+class Blocks(NamedTuple):
+    """Shape of one program's work.
+
+    In the forward `owned` and `looped` are samples and rows; in a gradient `owned` vectors get one, from `looped` others at a time. Powers of two.
+    """
+
+    owned: int
+    looped: int
+    inner: int  # entries of a vector per step of an inner product
+    width: int  # entries of a gradient that one program holds: above it the cosines are computed once per part
+    num_warps: int
+    num_stages: int
+
+
+# Chosen so that operands and sums fit a processor's memory and registers; not tuned on a GPU yet. In float32 all products have one shape: where the
+# order of their sums depends on it, as in the interpreter, gradients would else see other cosines than the log-sum-exp did.
+_FORWARD = {torch.bfloat16: Blocks(128, 128, 64, 0, 8, 3), torch.float32: Blocks(32, 32, 32, 0, 4, 2)}
+_BACKWARD = {torch.bfloat16: Blocks(64, 64, 64, 512, 8, 2), torch.float32: Blocks(32, 32, 32, 512, 8, 1)}
+
+
+def _blocks(table: dict[torch.dtype, Blocks], dtype: torch.dtype, d: int) -> Blocks:
+    """The entry of the type, not wider than vectors of d entries need; tl.dot wants at least 16."""
+    blocks = table[dtype]
+    least = max(16, triton.next_power_of_2(d))
+    return blocks._replace(inner=min(blocks.inner, least), width=min(blocks.width, least))
+
+
+@triton.jit
+def _dot(a, b, total):
+    """total + a b. The interpreter would multiply the bit patterns of bfloat16: there operands are widened, which is exact.
+
+    (It also truncates where a GPU rounds to bfloat16, so its errors are the larger ones.)
+    """
+    if _INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _row_pointers(table, index, stride, position, inside):
+    """Pointers to the table's rows at these positions in `index` (None: the rows themselves). int64: a table may have more than 2^31 entries."""
+    row = position.to(tl.int64)
+    if index is not None:
+        row = tl.load(index + position, mask=inside, other=0)
+    return table + row * stride
+
+
+@triton.jit
+def _inner_products(
+    left, left_inside, right, right_inside, D: tl.constexpr, M: tl.constexpr, L: tl.constexpr, K: tl.constexpr
+):
+    """[M, L] inner products of the vectors of D entries that the pointers left [M] and right [L] point to; 0 outside."""
+    total = tl.zeros((M, L), tl.float32)
+    for start in range(0, D, K):
+        entry = start + tl.arange(0, K)
+        exists = entry < D
+        a = tl.load(left[:, None] + entry[None, :], mask=left_inside[:, None] & exists[None, :], other=0.0)
+        b = tl.load(right[None, :] + entry[:, None], mask=right_inside[None, :] & exists[:, None], other=0.0)
+        total = _dot(a, b, total)
+    return total
+
+
+@triton.jit
+def _negatives(cosine, own, inside, filter_above, FILTER: tl.constexpr):
+    """Cosines with targets, filtered negatives and what lies past the last row at -inf."""
+    hidden = own | (inside == 0)
+    if FILTER:
+        hidden = hidden | (cosine > filter_above)
+    return tl.where(hidden, float("-inf"), cosine)
+
+
+@triton.jit
+def _coefficients(cosine, own, inside, log_sum, slope, target_slope, scale, filter_above, FILTER: tl.constexpr):
+    """Gradient with respect to the cosines; the arguments per sample or row come with an axis of size 1 for the other."""
+    negative = _negatives(cosine, own, inside, filter_above, FILTER)
+    return tl.where(own, target_slope, slope * tl.exp(scale * negative - log_sum))
+
+
+@triton.jit(do_not_specialize=["a"])
+def _inverse_length_kernel(
+    table, index, inverse_length, a, stride, D: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr
+):
+    """1 / length of every active row [a]."""
+    position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = position < a
+    row = _row_pointers(table, index, stride, position, inside)
+    square = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, D, K):
+        entry = start + tl.arange(0, K)
+        x = tl.load(row[:, None] + entry[None, :], mask=inside[:, None] & (entry < D)[None, :], other=0.0).to(
+            tl.float32
+        )
+        square += tl.sum(x * x, axis=1)
+    tl.store(inverse_length + position, 1.0 / tl.maximum(tl.sqrt_rn(square), _TINY), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n", "a", "rows_per_split"])
+def _forward_kernel(
+    embeddings, table, index, inverse_length, target, largest_out, sum_out,
+    n, a, stride, rows_per_split, scale, filter_above,
+    D: tl.constexpr, SAMPLES: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, FILTER: tl.constexpr,
+):  # fmt: skip
+    """Of one split, per sample: the largest negative cosine and the sum of exp(scale * (cosine - largest)), both [splits, n]."""
+    sample = tl.program_id(0) * SAMPLES + tl.arange(0, SAMPLES)
+    here = sample < n
+    left = embeddings + sample.to(tl.int64) * D
+    own = tl.load(target + sample, mask=here, other=_NO_TARGET)
+    largest = tl.full((SAMPLES,), float("-inf"), tl.float32)
+    total = tl.zeros((SAMPLES,), tl.float32)
+    first = tl.program_id(1) * rows_per_split
+    for start in range(first, tl.minimum(first + rows_per_split, a), ROWS):
+        position = start + tl.arange(0, ROWS)
+        inside = position < a
+        right = _row_pointers(table, index, stride, position, inside)
+        cosine = _inner_products(left, here, right, inside, D, SAMPLES, ROWS, K)
+        cosine *= tl.load(inverse_length + position, mask=inside, other=0.0)[None, :]
+        negative = _negatives(cosine, own[:, None] == position[None, :], inside[None, :], filter_above, FILTER)
+        higher = tl.maximum(largest, tl.max(negative, axis=1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # no negative so far: exp(-inf - 0) = 0, not nan
+        total = total * tl.exp(scale * (largest - base)) + tl.sum(tl.exp(scale * (negative - base[:, None])), axis=1)
+        largest = higher
+    out = tl.program_id(1).to(tl.int64) * n + sample
+    tl.store(largest_out + out, largest, mask=here)
+    tl.store(sum_out + out, total, mask=here)
+
+
+@triton.jit(do_not_specialize=["n", "a", "rows_per_split"])
+def _embeddings_gradient_kernel(
+    embeddings, table, index, inverse_length, target, lse, grad_lse, grad_target, out,
+    n, a, stride, rows_per_split, scale, filter_above,
+    D: tl.constexpr, SAMPLES: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, W: tl.constexpr, FILTER: tl.constexpr,
+):  # fmt: skip
+    """Entries [W] of the gradients of a block of samples, from one split of the rows: out [splits, n, D]."""
+    sample = tl.program_id(0) * SAMPLES + tl.arange(0, SAMPLES)
+    here = sample < n
+    left = embeddings + sample.to(tl.int64) * D
+    own = tl.load(target + sample, mask=here, other=_NO_TARGET)
+    log_sum = tl.load(lse + sample, mask=here, other=0.0)
+    slope = scale * tl.load(grad_lse + sample, mask=here, other=0.0)
+    target_slope = tl.load(grad_target + sample, mask=here, other=0.0)
+    entry = tl.program_id(2) * W + tl.arange(0, W)
+    exists = entry < D
+    gradient = tl.zeros((SAMPLES, W), tl.float32)
+    first = tl.program_id(1) * rows_per_split
+    for start in range(first, tl.minimum(first + rows_per_split, a), ROWS):
+        position = start + tl.arange(0, ROWS)
+        inside = position < a
+        right = _row_pointers(table, index, stride, position, inside)
+        inverse = tl.load(inverse_length + position, mask=inside, other=0.0)[None, :]
+        cosine = _inner_products(left, here, right, inside, D, SAMPLES, ROWS, K) * inverse
+        coefficient = _coefficients(
+            cosine, own[:, None] == position[None, :], inside[None, :],
+            log_sum[:, None], slope[:, None], target_slope[:, None], scale, filter_above, FILTER,
+        )  # fmt: skip
+        rows = tl.load(right[:, None] + entry[None, :], mask=inside[:, None] & exists[None, :], other=0.0)
+        gradient = _dot((coefficient * inverse).to(table.dtype.element_ty), rows, gradient)
+    to = out + (tl.program_id(1).to(tl.int64) * n + sample)[:, None] * D + entry[None, :]
+    tl.store(to, gradient, mask=here[:, None] & exists[None, :])
+
+
+@triton.jit(do_not_specialize=["n", "a"])
+def _rows_gradient_kernel(
+    embeddings, table, index, inverse_length, target, lse, grad_lse, grad_target, out,
+    n, a, stride, scale, filter_above,
+    D: tl.constexpr, ROWS: tl.constexpr, SAMPLES: tl.constexpr, K: tl.constexpr, W: tl.constexpr, FILTER: tl.constexpr,
+):  # fmt: skip
+    """Entries [W] of the gradients of a block of rows, from all samples: out [a, D]."""
+    position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = position < a
+    left = _row_pointers(table, index, stride, position, inside)
+    inverse = tl.load(inverse_length + position, mask=inside, other=0.0)
+    entry = tl.program_id(1) * W + tl.arange(0, W)
+    exists = entry < D
+    gradient = tl.zeros((ROWS, W), tl.float32)  # with respect to the unit rows
+    along = tl.zeros((ROWS,), tl.float32)  # its part along the row: needs no other entries than the cosines
+    for start in range(0, n, SAMPLES):
+        sample = start + tl.arange(0, SAMPLES)
+        here = sample < n
+        right = embeddings + sample.to(tl.int64) * D
+        own = tl.load(target + sample, mask=here, other=_NO_TARGET)
+        log_sum = tl.load(lse + sample, mask=here, other=0.0)
+        slope = scale * tl.load(grad_lse + sample, mask=here, other=0.0)
+        target_slope = tl.load(grad_target + sample, mask=here, other=0.0)
+        cosine = _inner_products(left, inside, right, here, D, ROWS, SAMPLES, K) * inverse[:, None]
+        coefficient = _coefficients(
+            cosine, own[None, :] == position[:, None], inside[:, None],
+            log_sum[None, :], slope[None, :], target_slope[None, :], scale, filter_above, FILTER,
+        )  # fmt: skip
+        coefficient = coefficient.to(table.dtype.element_ty)
+        along += tl.sum(coefficient.to(tl.float32) * cosine, axis=1)
+        vectors = tl.load(right[:, None] + entry[None, :], mask=here[:, None] & exists[None, :], other=0.0)
+        gradient = _dot(coefficient, vectors, gradient)
+    mask = inside[:, None] & exists[None, :]
+    unit = tl.load(left[:, None] + entry[None, :], mask=mask, other=0.0).to(tl.float32) * inverse[:, None]
+    gradient = (gradient - along[:, None] * unit) * inverse[:, None]
+    tl.store(out + position.to(tl.int64)[:, None] * D + entry[None, :], gradient, mask=mask)
+
+
+def _inverse_length(table: Tensor, index: Tensor | None, a: int) -> Tensor:
+    """[a], float32."""
+    d = table.shape[1]
+    inverse_length = torch.empty(a, device=table.device)
+    rows, inner = 32, min(128, triton.next_power_of_2(d))
+    _inverse_length_kernel[(triton.cdiv(a, rows),)](table, index, inverse_length, a, table.stride(0), d, rows, inner)
+    return inverse_length
+
+
+def _splits(n: int, a: int, samples: int, rows: int) -> tuple[int, int]:
+    """(splits, rows of each but the last) so that blocks of samples x splits come near PROGRAMS."""
+    blocks = triton.cdiv(a, rows)
+    wanted = min(blocks, max(1, PROGRAMS // triton.cdiv(n, samples)))
+    each = triton.cdiv(blocks, wanted)
+    return triton.cdiv(blocks, each), each * rows
+
+
+def _active(embeddings: Tensor, table: Tensor, index: Tensor | None) -> int:
+    """Number of active rows; checks what the kernels take for granted."""
+    if embeddings.dtype != torch.float32 or table.dtype not in _FORWARD:
+        raise TypeError(
+            f"the kernel takes float32 embeddings and a float32 or bfloat16 table, got {embeddings.dtype}, {table.dtype}"
+        )
+    if table.stride(1) != 1 or (index is not None and not index.is_contiguous()):
+        raise ValueError("the rows of the table, and the index, must be contiguous")
+    return len(table) if index is None else len(index)
+
+
+def cosine_lse(
+    embeddings: Tensor,
+    table: Tensor,
+    index: Tensor | None,
+    target: Tensor,
+    scale: float,
+    filter_above: float = 1.0,
+    tile: int = 0,
+) -> CosineLse:
+    """`kernels.cosine_lse.cosine_lse` in one kernel. Beyond its results it needs 4 bytes a row and 8 per sample and split.
+
+    Args:
+        embeddings: float32 [n, d], unit length.
+        table: float32 or bfloat16 [N, d], the shard's rows.
+        index: int64 [a], the active rows of the table; None for all. a may be 0.
+        target: int64 [n], position of each sample's class in `index`, NO_TARGET where this shard does not hold it.
+        scale: factor on the cosines, positive.
+        filter_above: negatives with a larger cosine are left out (1.0: none).
+        tile: the twin's; the kernel has its own block sizes.
+
+    Raises:
+        TypeError, ValueError: another type, or a table whose rows are not contiguous.
+    """
+    a, (n, d) = _active(embeddings, table, index), embeddings.shape
+    if n == 0 or a == 0:
+        nothing = embeddings.new_full((n,), float("-inf"))
+        return CosineLse(nothing, nothing.clone(), embeddings.new_zeros(n))
+    blocks = _blocks(_FORWARD, table.dtype, d)
+    splits, rows_per_split = _splits(n, a, blocks.owned, blocks.looped)
+    largest, sums = embeddings.new_empty(2, splits, n)
+    _forward_kernel[(triton.cdiv(n, blocks.owned), splits)](
+        embeddings.to(table.dtype).contiguous(), table, index, _inverse_length(table, index, a), target.contiguous(), largest, sums,
+        n, a, table.stride(0), rows_per_split, scale, filter_above,
+        d, blocks.owned, blocks.looped, blocks.inner, filter_above < 1.0,
+        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+    )  # fmt: skip
+    peak = largest.amax(0)
+    base = torch.where(peak == float("-inf"), 0.0, peak)
+    lse = scale * base + (sums * torch.exp(scale * (largest - base))).sum(0).log()
+    position = target.clamp_min(0)
+    own = table[position if index is None else index[position]].float()
+    cosine = (embeddings * F.normalize(own, dim=-1)).sum(-1)
+    return CosineLse(lse, peak, torch.where(target != NO_TARGET, cosine, 0.0))
+
+
+def cosine_lse_backward(
+    embeddings: Tensor,
+    table: Tensor,
+    index: Tensor | None,
+    target: Tensor,
+    scale: float,
+    lse: Tensor,
+    grad_lse: Tensor,
+    grad_target: Tensor,
+    filter_above: float = 1.0,
+    tile: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """`kernels.cosine_lse.cosine_lse_backward` in two kernels. Beyond its results it needs 4 bytes a row and 4 d per sample and split.
+
+    Args:
+        embeddings, table, index, target, scale, filter_above, tile: as in `cosine_lse`.
+        lse: [n], the log-sum-exp over *all* shards.
+        grad_lse: [n], gradient with respect to that log-sum-exp.
+        grad_target: [n], gradient with respect to the target cosine (used where this shard holds the target).
+
+    Returns:
+        (this shard's part of the gradient of the unit embeddings, float32 [n, d], gradient of the active rows, float32 [a, d]).
+    """
+    a, (n, d) = _active(embeddings, table, index), embeddings.shape
+    if n == 0 or a == 0:
+        return torch.zeros_like(embeddings), embeddings.new_zeros(a, d)
+    blocks = _blocks(_BACKWARD, table.dtype, d)
+    shared = (
+        embeddings.to(table.dtype).contiguous(), table, index, _inverse_length(table, index, a), target.contiguous(),
+        torch.where(lse.isfinite(), lse, 0.0),  # no negatives anywhere: their terms are exp(-inf) = 0, not nan
+        grad_lse.contiguous(), grad_target.contiguous(),
+    )  # fmt: skip
+    shape = (d, blocks.owned, blocks.looped, blocks.inner, blocks.width, filter_above < 1.0)
+    launch = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+    widths = triton.cdiv(d, blocks.width)
+
+    splits, rows_per_split = _splits(n, a, blocks.owned, blocks.looped)
+    parts = embeddings.new_empty(splits, n, d)
+    _embeddings_gradient_kernel[(triton.cdiv(n, blocks.owned), splits, widths)](
+        *shared, parts, n, a, table.stride(0), rows_per_split, scale, filter_above, *shape, **launch
+    )
+    grad_rows = embeddings.new_empty(a, d)
+    _rows_gradient_kernel[(triton.cdiv(a, blocks.owned), widths)](
+        *shared, grad_rows, n, a, table.stride(0), scale, filter_above, *shape, **launch
+    )
+    return parts.sum(0), grad_rows

@@ -1,0 +1,223 @@
+"""The row-sparse AdamW: dense torch AdamW at rate 1, a dense reference of the stated schedule below; 8-bit moments; bf16 rows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from kernels.keyed import random_bits
+from kernels.rounding import decode, encode, round_bf16
+from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
+from models.heads.row_optimizer import CHUNK, RowAdamW, RowOptimizerConfig
+from tests.pool import layout, ranks
+
+D = 6
+
+
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def noise(n: int, d: int, seed: int = 0) -> torch.Tensor:
+    return random_bits(torch.arange(n) * 7919 + seed * 104729, d)
+
+
+@pytest.mark.parametrize("n", [4, CHUNK // D + 3])
+def test_rows_equal_torch_adamw_when_all_are_active(n: int) -> None:
+    rows = drawn(n, D)
+    reference = rows.clone().requires_grad_()
+    torch_adamw = torch.optim.AdamW([reference], lr=0.1, betas=(0.9, 0.999), weight_decay=0.3)
+    ours = RowAdamW(rows, RowOptimizerConfig(weight_decay=0.3))
+    for step in range(5):
+        grad = drawn(n, D, seed=step)
+        reference.grad = grad.clone()
+        torch_adamw.step()
+        ours.step(torch.arange(n), grad, 0.1)
+        torch.testing.assert_close(rows, reference.detach(), rtol=1e-12, atol=1e-12)
+
+
+class Dense:
+    """The stated schedule, every row in every step: decay always; moments and bias correction only where the row is active."""
+
+    def __init__(self, rows: torch.Tensor, config: RowOptimizerConfig) -> None:
+        self.rows, self.config = rows.clone(), config
+        self.first, self.second, self.count = torch.zeros_like(rows), torch.zeros_like(rows), torch.zeros(len(rows), 1)
+
+    def step(self, active: torch.Tensor, grad: torch.Tensor, lr: float) -> None:
+        c = self.config
+        self.rows *= 1 - lr * c.weight_decay
+        mask = torch.zeros(len(self.rows), 1, dtype=torch.bool)
+        mask[active] = True
+        full = torch.zeros_like(self.rows)
+        full[active] = grad
+        self.count += mask
+        self.first = torch.where(mask, c.betas[0] * self.first + (1 - c.betas[0]) * full, self.first)
+        self.second = torch.where(mask, c.betas[1] * self.second + (1 - c.betas[1]) * full**2, self.second)
+        count = self.count.double().clamp_min(1)
+        update = self.first / (1 - c.betas[0] ** count) / ((self.second / (1 - c.betas[1] ** count)).sqrt() + c.eps)
+        self.rows = torch.where(mask, self.rows - lr * update, self.rows)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-6)])
+def test_200_sparse_steps_equal_a_dense_reference_of_the_schedule(dtype: torch.dtype, tolerance: float) -> None:
+    n, config = 50, RowOptimizerConfig(weight_decay=0.1, betas=(0.9, 0.99))
+    rows = drawn(n, D, dtype=dtype)
+    dense, ours = Dense(rows.double(), config), RowAdamW(rows, config)
+    g = torch.Generator().manual_seed(1)
+    for step in range(200):
+        active = (torch.rand(n, generator=g) < 0.2).nonzero()[:, 0]
+        lr = 0.05 * (1 + math.cos(step / 30))
+        ours.catch_up(active)
+        # the gradient depends on the row as it is read: a row that owes its decay would show
+        shared = drawn(len(active), D, seed=step)
+        grads = [(x[active] + shared).to(x.dtype) for x in (rows, dense.rows)]
+        ours.step(active, grads[0], lr)
+        dense.step(active, grads[1], lr)
+    ours.catch_up(torch.arange(n))
+    error = (rows - dense.rows).abs().max() / dense.rows.abs().max()
+    assert error < tolerance, f"{error:.2e}"
+
+
+def active_rows_alone_change(state: str, row_dtype: str, bf16_rows: str) -> None:
+    with layout() as mesh:
+        config = ClassHeadConfig(num_classes=9_000, embedding_dim=D, sample_rate=0.05, row_dtype=row_dtype)
+        head = ClassParallelHead(config, mesh.row_group, mesh.dp)
+        options = RowOptimizerConfig(state=state, bf16_rows=bf16_rows, weight_decay=0.1)
+        optimizer = RowAdamW.for_head(head, options)
+        for step in range(3):
+            before = [head.rows.clone(), *(x.clone() for x in optimizer.row_state().values())]
+            embeddings = drawn(4, D, seed=step + 10 * mesh.rank, dtype=torch.float32).requires_grad_()
+            active = head.begin_step(torch.randint(0, 9_000, (4,)), step=step)
+            head(embeddings, torch.full((4,), 17))[0].backward() if step else head(embeddings, torch.full((4,), -1))
+            optimizer.catch_up(active)
+            index, grad = head.row_grad
+            assert torch.equal(index, active)
+            optimizer.step(index, grad + 0.01, 0.1)
+            head.end_step()
+            wanted = torch.zeros(len(head.rows), dtype=torch.bool)
+            wanted[active] = True
+            for old, new in zip(before[:1], [head.rows], strict=True):
+                assert torch.equal((old != new).any(1), wanted)
+            for old, (name, new) in zip(before[1:], optimizer.row_state().items(), strict=True):
+                changed = (old != new).any(1)
+                assert not changed[~wanted].any(), f"{name} of an inactive row changed"
+                if name in ("row_step", "paid", "exp_avg", "exp_avg_sq", "master"):  # 8 bits may happen to stay
+                    assert changed[wanted].all(), f"{name} of an active row did not change"
+
+
+@pytest.mark.parametrize(
+    ("state", "row_dtype", "bf16_rows"),
+    [
+        ("fp32", "fp32", "master"),
+        ("8bit", "fp32", "master"),
+        ("fp32", "bf16", "master"),
+        ("8bit", "bf16", "stochastic"),
+    ],
+)
+def test_exactly_the_active_rows_change_in_weights_and_state(state: str, row_dtype: str, bf16_rows: str) -> None:
+    ranks(2).run(active_rows_alone_change, state, row_dtype, bf16_rows)
+
+
+def trained_rows(options: RowOptimizerConfig, row_dtype: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    from models.comm import gather_shards
+
+    with layout() as mesh:
+        config = ClassHeadConfig(num_classes=5_000, embedding_dim=D, sample_rate=0.1, row_dtype=row_dtype)
+        head = ClassParallelHead(config, mesh.row_group, mesh.dp)
+        optimizer = RowAdamW.for_head(head, options)
+        for step in range(4):
+            active = head.begin_step(torch.tensor([3, 4_999]), step=step)
+            optimizer.catch_up(active)
+            # exact in any order of summation, so that only the rounding could depend on the number of ranks
+            grad = ((active + head.start)[:, None] % 7 - 3.0) * torch.arange(1, D + 1) / 64
+            optimizer.step(active, grad, 0.01)
+            head.end_step()
+        state = {name: gather_shards(value, mesh.row_group) for name, value in optimizer.row_state().items()}
+        return head.full_weight(), state
+
+
+@pytest.mark.parametrize("bf16_rows", ["master", "stochastic"])
+def test_rounding_does_not_depend_on_the_number_of_ranks(bf16_rows: str) -> None:
+    options = RowOptimizerConfig(state="8bit", bf16_rows=bf16_rows, weight_decay=0.1)
+    rows, state = ranks(1).run(trained_rows, options, "bf16")[0]
+    for world in (2, 3):
+        for found, found_state in ranks(world).run(trained_rows, options, "bf16"):
+            assert torch.equal(found, rows)
+            for name, value in state.items():
+                assert torch.equal(found_state[name], value), name
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_eight_bits_keep_every_value_within_a_step_without_bias(signed: bool) -> None:
+    x = (drawn(2_000, 64, dtype=torch.float32) * torch.exp(drawn(2_000, 1, seed=1, dtype=torch.float32) * 8)) ** 3
+    x = x if signed else x.abs()
+    x[0], x[1, 1:] = 0, 0
+    codes, scales = encode(x, noise(*x.shape), signed)
+    found = decode(codes, scales, signed)
+    assert codes.dtype == torch.uint8 and torch.equal(found[x == 0], x[x == 0])
+    inside = x.abs() > scales * 2**-14
+    step = 1 / 8 if signed else 1 / 16
+    error = (found - x)[inside] / x[inside]
+    assert error.abs().max() < step * 1.001
+    assert abs(error.mean()) < 5 * error.std() / len(error) ** 0.5 + 1e-4, "the rounding has a bias"
+    smallest = 2 ** (-16 if signed else -15.9)
+    assert ((found - x).abs()[~inside] <= (scales * smallest * 2).expand_as(x)[~inside] * 2).all()
+
+
+def test_a_second_moment_never_rounds_to_nothing_where_there_was_a_gradient() -> None:
+    x = torch.tensor([[1.0, 1e-30, 1e-7, 0.0], [0.0, 0.0, 0.0, 1e-20]])
+    codes, scales = encode(x, noise(2, 4), signed=False)
+    assert torch.equal(codes > 0, x > 0)
+    assert (decode(codes, scales, signed=False)[x > 0] > 0).all()
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_what_does_not_change_takes_no_new_error_when_the_scale_does(signed: bool) -> None:
+    x = drawn(100, 32, dtype=torch.float32)
+    x = x if signed else x.abs()
+    value = decode(*encode(x, noise(100, 32), signed), signed)
+    value[value.abs() < 2**-10] = 0  # what falls below the range of the new scale is another matter
+    largest = value.clone()
+    largest[:, 0] = 15.0
+    again = decode(*encode(largest, noise(100, 32, seed=1), signed), signed)
+    assert torch.equal(again[:, 1:], value[:, 1:])
+
+
+def test_bf16_rounding_is_unbiased_and_to_a_neighbour() -> None:
+    x = drawn(500, 64, dtype=torch.float32)
+    rounded = torch.stack([round_bf16(x, noise(500, 64, seed=s)).float() for s in range(64)])
+    down = (x.view(torch.int32) & -0x10000).view(torch.float32)
+    up = ((x.view(torch.int32) & -0x10000) + 0x10000).view(torch.float32)
+    assert ((rounded == down) | (rounded == up)).all()
+    width = (up - down).abs()
+    assert (
+        (rounded.mean(0) - x) / width
+    ).abs().mean() < 0.06  # 0.05 by chance with 64 draws; rounding down would give 0.5
+    assert abs(((rounded - x) / width).mean()) < 0.001
+
+
+def test_eight_bit_moments_follow_the_exact_ones() -> None:
+    """1,000 steps of gradients whose size differs 100-fold between columns and falls 10-fold: the moments end where the exact ones do."""
+    n, d, steps = 64, 64, 1_000
+    sizes = torch.logspace(-2, 0, d)
+    exact, rounded = (torch.zeros(n, d) for _ in range(2))
+    optimizers = [
+        RowAdamW(rows, RowOptimizerConfig(state=state, betas=(0.9, 0.99)))
+        for rows, state in ((exact, "fp32"), (rounded, "8bit"))
+    ]
+    for step in range(steps):
+        grad = drawn(n, d, seed=step, dtype=torch.float32) * sizes * 10 ** (-step / steps)
+        for optimizer in optimizers:
+            optimizer.step(torch.arange(n), grad, 1e-3)
+    wanted = optimizers[0].row_state()["exp_avg_sq"]
+    state = optimizers[1].row_state()
+    ratio = decode(state["exp_avg_sq_codes"], state["exp_avg_sq_scales"], signed=False) / wanted
+    assert abs(float(ratio.mean()) - 1) < 0.02 and float(ratio.std()) < 0.2, (ratio.mean(), ratio.std())
+    assert float((rounded - exact).norm() / exact.norm()) < 0.15  # each update is 7 % off, without bias
+
+
+def test_wrong_formats_are_named() -> None:
+    assert "optimizer.rows.state is '4bit'" in RowOptimizerConfig(state="4bit").errors("optimizer.rows")[0]
+    assert "head.row_dtype is 'fp8'" in ClassHeadConfig(row_dtype="fp8").errors("head")[0]
