@@ -25,8 +25,10 @@ COMMANDS = {
         "catalogue",
         "Train a tokenizer and encode a catalogue's text.",
     ),
+    "import": ("harness.weights", "ImportConfig", "out", "Bring a model's weights from the hub, timm or open_clip."),
     "eval": ("harness.evaluate_run", "EvalConfig", "run", "Evaluate a run's checkpoint; also under torchrun."),
     "export": ("harness.export", "ExportConfig", "run", "Make a run's search artefact: encoder, index, id map."),
+    "export-weights": ("harness.export_weights", "ExportWeightsConfig", "source", "Write a tower for transformers."),
     "search": ("harness.search", "SearchConfig", "artefact photos", "Find the documents that a photo shows."),
 }
 SEVERAL = {"photos": "query photos"}  # fields given by place that take one or more files
@@ -35,8 +37,8 @@ TRAIN = "Train a model by a recipe; also as `torchrun … -m harness.train`."
 
 def usage() -> str:
     """The overview that `shelfmark --help` prints."""
-    lines = [f"  {name:<11}{sentence}" for name, (_, _, _, sentence) in COMMANDS.items()]
-    lines.insert(7, f"  {'train':<11}{TRAIN}")
+    lines = [f"  {name:<15}{sentence}" for name, (_, _, _, sentence) in COMMANDS.items()]
+    lines.insert(8, f"  {'train':<15}{TRAIN}")
     return "\n".join(
         [
             "usage: shelfmark COMMAND [options]",

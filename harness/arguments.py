@@ -104,7 +104,7 @@ def read_recipe(path: Path, known: Iterable[str]) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise UserError(f"recipe {path} must be a YAML mapping of keys to values")
     names = set(known)
-    for key, value in _leaves(recipe):
+    for key, value in leaves(recipe):
         section = any(name.startswith(f"{key}.") for name in names)
         if key not in names and not section:
             raise unknown_key(key, names, f"recipe {path}")
@@ -115,11 +115,12 @@ def read_recipe(path: Path, known: Iterable[str]) -> dict[str, Any]:
     return recipe
 
 
-def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in a nested mapping."""
     for key, value in mapping.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{name}.")
+            yield from leaves(value, f"{name}.")
         else:
             yield name, value
 

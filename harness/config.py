@@ -11,7 +11,7 @@ from typing import Any
 
 import jsonargparse
 
-from harness.arguments import Parser, read_recipe
+from harness.arguments import Parser, leaves, read_recipe
 from harness.data.loader import DataConfig
 from harness.errors import UserError
 from harness.evaluate import EvaluationConfig
@@ -19,6 +19,7 @@ from harness.mesh import MeshConfig, check_layout
 from harness.methods import METHODS
 from harness.optimizer import OptimizerConfig
 from models.heads.class_parallel import ClassHeadConfig
+from models.presets import PRESETS, expand
 
 EXAMPLE = (
     "torchrun --nproc-per-node 2 -m harness.train --config jobs/recipes/oclear_grocery.yaml "
@@ -52,7 +53,7 @@ class TrainConfig:
         resume: auto continues the newest checkpoint in the run folder if there is one; never starts anew and refuses a used folder.
         new_phase: a resume on a catalogue that was governed anew goes on with its classes and order, as a new data phase; false refuses it.
         init_from: start from the towers and rows of this run folder's newest checkpoint, or of this step folder, with a fresh optimizer at
-            step 0; rows follow their class keys. Without effect once the run has a checkpoint of its own.
+            step 0; rows follow their class keys. Or from a folder of `shelfmark import`. Without effect once the run has a checkpoint of its own.
         stop_at: stop, with a checkpoint, once this many steps are done; 0 runs all. For trying out a resume.
     """
 
@@ -150,22 +151,41 @@ def parse(argv: list[str]) -> tuple[RunConfig, Path | None]:
     Raises:
         UserError: unknown keys (with the nearest one), values out of range, paths that do not exist, a layout that does not divide.
     """
-    options = {"--config": "", "--method": ""}
-    for option in options:
-        for i, arg in enumerate(argv):
-            if arg == option and i + 1 < len(argv):
-                options[option] = argv[i + 1]
-            elif arg.startswith(f"{option}="):
-                options[option] = arg.split("=", 1)[1]
     recipe: dict[str, Any] = {}
-    if options["--config"]:
-        recipe = read_recipe(Path(options["--config"]), _every_key())
-    if options["--method"]:
-        recipe["method"] = options["--method"]
+    if path := _given(argv, "--config"):
+        recipe = read_recipe(Path(path), _every_key())
+    if method := _given(argv, "--method"):
+        recipe["method"] = method
+    recipe = _with_presets(recipe, argv)
     values = _parser_of(recipe).parse(argv, recipe)
     config = _build(values)
     check(config, int(os.environ.get("WORLD_SIZE", "1")))
     return config, values.json
+
+
+def _given(argv: list[str], option: str) -> str:
+    """The value of an option that must be known before there is a parser; empty if it is not there."""
+    found = ""
+    for i, arg in enumerate(argv):
+        if arg == option and i + 1 < len(argv):
+            found = argv[i + 1]
+        elif arg.startswith(f"{option}="):
+            found = arg.split("=", 1)[1]
+    return found
+
+
+def _with_presets(recipe: Mapping[str, Any], argv: list[str]) -> dict[str, Any]:
+    """The recipe in dotted keys, with the fields of the towers' presets where it gives none of its own."""
+    flat = dict(leaves(recipe))
+    for tower in PRESETS:
+        key = f"model.{tower}.preset"
+        name = _given(argv, f"--{key}") or str(flat.get(key, ""))
+        try:
+            filled = expand(tower, {"preset": name})
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        flat = {**{f"model.{tower}.{field}": value for field, value in filled.items()}, **flat, key: name}
+    return flat
 
 
 def load(run: Path) -> RunConfig:
@@ -186,7 +206,7 @@ def load(run: Path) -> RunConfig:
 def check(config: RunConfig, world: int) -> None:
     """Raises one UserError for the first thing that does not fit together."""
     # Before the parts' own checks, which divide by these.
-    for key, value in _flat(config.to_dict()).items():
+    for key, value in leaves(config.to_dict()):
         name = key.rsplit(".", 1)[-1]
         if name in POSITIVE and value <= 0 and not key.startswith("head."):  # there 0 takes the model's
             raise UserError(f"{key} is {value}", "It must be above 0")
@@ -207,7 +227,7 @@ def check(config: RunConfig, world: int) -> None:
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ: key -> (old, new)."""
-    a, b = _flat(old), _flat(new)
+    a, b = dict(leaves(old)), dict(leaves(new))
     return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
 
 
@@ -220,13 +240,3 @@ def identity_changes(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
 def _build(values: jsonargparse.Namespace) -> RunConfig:
     sections = {name: getattr(values, name) for name in _sections(values.method)}
     return RunConfig(run_dir=values.run_dir, method=values.method, seed=values.seed, **sections)
-
-
-def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

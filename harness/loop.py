@@ -29,6 +29,7 @@ from harness.methods import METHODS, build
 from harness.new_rows import start_new_rows
 from harness.optimizer import TowerOptimizer, learning_rate
 from harness.panel import draw_panel, picture
+from harness.weights import init_towers
 from models.heads.row_optimizer import RowAdamW
 
 # So many samples must have been read before their damage can stop a run: a few at its start say nothing of the rest.
@@ -364,7 +365,13 @@ class Trainer:
             self.notes.append("train.init_from has no effect: the run has a checkpoint of its own")
 
     def _warm_start(self) -> phases.Phase:
-        """Takes towers and rows of train.init_from; optimizer and step are new."""
+        """Takes towers and rows of train.init_from, or imported towers; optimizer and step are new."""
+        imported = self.config.train.init_from
+        if imported is not None and (imported / "weights.json").is_file():
+            init_towers(self.method.towers, imported, self.mesh.tp)
+            self.towers.optimizer.reload_model_params()
+            self.notes.append(f"started from the weights in {imported}")
+            return phases.first(self.loader.order)
         path, state = phases.open_start(self.config, self.mesh)
         classes = class_map(path / "classes.parquet", self.classes, self.mesh)
         self._load(path, replace(self.parts, tower_optimizer=None, row_optimizer=None), classes)

@@ -58,7 +58,11 @@ class OclearConfig:
 
     def errors(self, tensor_parallel: int) -> list[str]:
         """What does not fit together, as sentences that name the key."""
-        errors = self.vision.errors("model.vision")
+        errors = self.vision.errors("model.vision") + self.text.errors("model.text")
+        if self.vision.projection_dim:
+            errors.append(
+                f"model.vision.projection_dim is {self.vision.projection_dim}; OCLEAR's fusion takes the tower's own width: 0"
+            )
         errors += shape_errors(self.vision, tensor_parallel, "model.vision")
         errors += shape_errors(self.text, tensor_parallel, "model.text")
         if self.objective not in ("classification", "contrastive"):

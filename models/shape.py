@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
+
+from models.activation import ACTIVATIONS, GATED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +16,7 @@ class TransformerShape:
     """Size of a transformer; the part that both towers' configurations share.
 
     Args:
+        preset: a name of models.presets, whose values fill in what the recipe leaves out; by itself it changes nothing.
         num_layers: number of transformer layers.
         hidden_size: width of the residual stream.
         num_attention_heads: attention heads; divisible by the tensor-parallel size, and a divisor of hidden_size.
@@ -20,10 +24,18 @@ class TransformerShape:
         dropout: dropout on the residual branches and on the embeddings.
         attention_dropout: dropout on the attention weights.
         layernorm_eps: epsilon of the layer norms.
+        activation: gelu, gelu_tanh (SigLIP), quick_gelu (OpenAI's CLIP) or swiglu (DINOv2 giant; ffn_hidden_size is then the gated width).
+        qkv_bias: whether queries, keys and values have a bias.
+        key_bias: whether the keys' bias is trained; otherwise it is and stays 0 (DINOv3).
+        qk_norm: a layer norm on the queries and one on the keys of every head (the weights shared by the heads).
+        post_norm: norms behind the residual additions and no final norm, as in BERT; otherwise before the branches, and a final one.
+        layer_scale: initial value of a learned factor for each channel of a branch; 0: no such factor.
+        drop_path: share of samples whose branch is dropped in training, at the last layer; it rises linearly from 0 at the first.
         branch_init: factor on the initial weights that end each residual branch; well below 1 the transformer starts close to the identity
             and learns faster on what a convolutional stem brings. Source: LayerScale (Touvron et al. 2021), folded into the weights (ours).
     """
 
+    preset: str = ""
     num_layers: int = 4
     hidden_size: int = 128
     num_attention_heads: int = 4
@@ -31,12 +43,29 @@ class TransformerShape:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     layernorm_eps: float = 1e-5
+    activation: str = "gelu"
+    qkv_bias: bool = True
+    key_bias: bool = True
+    qk_norm: bool = False
+    post_norm: bool = False
+    layer_scale: float = 0.0
+    drop_path: float = 0.0
     branch_init: float = 1.0
 
     @property
     def mlp_size(self) -> int:
         """Width inside the MLP."""
         return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def fc1_size(self) -> int:
+        """Outputs of the MLP's first linear layer."""
+        return self.mlp_size * (2 if self.activation in GATED else 1)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
 
 
 def shape_errors(shape: TransformerShape, tensor_parallel: int, where: str) -> list[str]:
@@ -49,6 +78,10 @@ def shape_errors(shape: TransformerShape, tensor_parallel: int, where: str) -> l
     for name, value in (("num_attention_heads", shape.num_attention_heads), ("ffn_hidden_size", shape.mlp_size)):
         if value % tensor_parallel:
             errors.append(f"{where}.{name} {value} does not divide over mesh.tensor_parallel {tensor_parallel}")
+    if shape.activation not in ACTIVATIONS:
+        errors.append(f"{where}.activation is '{shape.activation}'; it can be {', '.join(ACTIVATIONS)}")
+    if not 0 <= shape.drop_path < 1:
+        errors.append(f"{where}.drop_path is {shape.drop_path}; it must lie in [0, 1)")
     return errors
 
 
@@ -56,15 +89,28 @@ class TransformerBuilder(Protocol):
     """Builds the two parts of a tower that are tensor-parallel; everything else is written once, in plain torch."""
 
     def block(self, shape: TransformerShape, final_norm: bool = True) -> nn.Module:
-        """A pre-norm transformer, with a final norm unless told otherwise.
+        """A transformer; a pre-norm one ends in a final norm unless told otherwise.
 
-        (hidden [s, b, h], hidden_mask bool [b, 1, 1, s] | None, True = hidden) -> [s, b, h].
+        (hidden [s, b, h], hidden_mask bool [b, 1, 1 or s, s] | None, True = hidden, rotary_pos_emb=angles [s, 1, 1, head_dim] | None) -> [s, b, h].
         """
         ...
 
     def embedding(self, num_embeddings: int, hidden_size: int) -> nn.Module:
         """A lookup table: ids int64 [...] -> [..., hidden_size]."""
         ...
+
+
+def keep_keys_unbiased(bias: nn.Parameter, heads: int) -> None:
+    """Sets the keys' part of a bias [heads * 3 * head_dim] of queries, keys and values to 0 and keeps gradients from it."""
+    with torch.no_grad():
+        bias.unflatten(0, (heads, 3, -1))[:, 1].zero_()
+
+    def without_keys(grad: Tensor) -> Tensor:
+        kept = torch.ones_like(grad).unflatten(0, (heads, 3, -1))
+        kept[:, 1] = 0
+        return grad * kept.flatten()
+
+    bias.register_hook(without_keys)
 
 
 def padded_vocab(vocab_size: int) -> int:

@@ -29,9 +29,9 @@ class ResidualConv(nn.Module):
         return x + self.body(x)
 
 
-def patch_stem(patch_size: int, hidden_size: int) -> nn.Module:
+def patch_stem(patch_size: int, hidden_size: int, bias: bool = True) -> nn.Module:
     """One linear layer per patch: [b, 3, S, S] -> [b, hidden_size, S / patch_size, S / patch_size]."""
-    return nn.Conv2d(3, hidden_size, patch_size, stride=patch_size)
+    return nn.Conv2d(3, hidden_size, patch_size, stride=patch_size, bias=bias)
 
 
 def conv_stem(channels: tuple[int, ...], blocks: tuple[int, ...], hidden_size: int) -> nn.Module:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from models import megatron_cpu
-from models.shape import TransformerShape
+from models.activation import ACTIVATIONS
+from models.branch import BranchEnd
+from models.shape import TransformerShape, keep_keys_unbiased
 
 megatron_cpu.install()
 
 from megatron.core import ModelParallelConfig, tensor_parallel  # noqa: E402
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.transformer import MegatronModule, TransformerConfig  # noqa: E402
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules  # noqa: E402
@@ -47,6 +50,7 @@ def megatron_config(shape: TransformerShape, tensor_parallel_size: int) -> Trans
             hidden_dropout=shape.dropout,
             attention_dropout=shape.attention_dropout,
             layernorm_epsilon=shape.layernorm_eps,
+            activation_func=ACTIVATIONS[shape.activation],
             init_method_std=init_std,
             output_layer_init_method=lambda weight: torch.nn.init.normal_(weight, std=branch_std),
             tensor_model_parallel_size=tensor_parallel_size,
@@ -65,6 +69,34 @@ class LayerNorm(torch.nn.LayerNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)
+
+
+class HeadNorm(torch.nn.LayerNorm):
+    """Layer norm of queries or keys [s, b, heads, d] over d. Its weights serve the heads of all ranks, so their gradients are summed over `group`."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, group: ProcessGroup, eps: float = 1e-5) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., d]."""
+        weight, bias = (
+            tensor_parallel.copy_to_tensor_model_parallel_region(p, self.group) for p in (self.weight, self.bias)
+        )
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class MegatronBranchEnd(BranchEnd):
+    """BranchEnd under the name and call that megatron-core has for its bias-dropout-add."""
+
+    def forward(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
+        """The function of (branch, its bias), residual [s, b, h] that joins them; what a BranchEnd is built with decides on dropout."""
+
+        def join(branch_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, _dropout: float) -> Tensor:
+            branch, bias = branch_and_bias
+            return self.join(branch if bias is None else branch + bias, residual)
+
+        return join
 
 
 class SdpaCore(MegatronModule):
@@ -104,6 +136,10 @@ class SdpaCore(MegatronModule):
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 
+def _without_bias(*args: Any, **kwargs: Any) -> torch.nn.Module:
+    return tensor_parallel.ColumnParallelLinear(*args, **{**kwargs, "bias": False})
+
+
 class MegatronBuilder:
     """Builds the tensor-parallel parts of a tower on megatron-core (models.shape.TransformerBuilder).
 
@@ -118,35 +154,50 @@ class MegatronBuilder:
 
     def block(self, shape: TransformerShape, final_norm: bool = True) -> torch.nn.Module:
         """See TransformerBuilder.block; bidirectional: it attends to all that the given mask leaves visible."""
-        layer = ModuleSpec(
+        config = megatron_config(shape, self.groups.tp.size())
+        layers = [self._layer(shape, layer) for layer in range(shape.num_layers)]
+        submodules = TransformerBlockSubmodules(layer_specs=layers, layer_norm=LayerNorm)
+        final_norm = final_norm and not shape.post_norm
+        block = TransformerBlock(config, submodules, post_layer_norm=final_norm, pg_collection=self.groups)
+        if shape.qkv_bias and not shape.key_bias:
+            for made in block.layers:
+                attention = made.self_attention
+                keep_keys_unbiased(attention.linear_qkv.bias, attention.num_attention_heads_per_partition)
+        return block
+
+    def _layer(self, shape: TransformerShape, layer: int) -> ModuleSpec:
+        norm = IdentityOp if shape.post_norm else LayerNorm
+        head_norm = ModuleSpec(module=HeadNorm, params={"group": self.groups.tp}) if shape.qk_norm else IdentityOp
+        end = ModuleSpec(module=MegatronBranchEnd, params={"shape": shape, "layer": layer})
+        return ModuleSpec(
             module=TransformerLayer,
             submodules=TransformerLayerSubmodules(
-                input_layernorm=LayerNorm,
+                input_layernorm=norm,
                 self_attention=ModuleSpec(
                     module=SelfAttention,
                     params={"attn_mask_type": AttnMaskType.no_mask},
                     submodules=SelfAttentionSubmodules(
-                        linear_qkv=tensor_parallel.ColumnParallelLinear,
+                        linear_qkv=tensor_parallel.ColumnParallelLinear if shape.qkv_bias else _without_bias,
                         core_attention=SdpaCore,
                         linear_proj=tensor_parallel.RowParallelLinear,
-                        q_layernorm=IdentityOp,
-                        k_layernorm=IdentityOp,
+                        q_layernorm=head_norm,
+                        k_layernorm=head_norm,
                     ),
                 ),
-                self_attn_bda=get_bias_dropout_add,
-                pre_mlp_layernorm=LayerNorm,
+                self_attn_bda=end,
+                pre_mlp_layernorm=norm,
                 mlp=ModuleSpec(
                     module=MLP,
+                    params={
+                        "ffn_hidden_size": shape.fc1_size
+                    },  # of the first linear layer; the second takes the config's
                     submodules=MLPSubmodules(
                         linear_fc1=tensor_parallel.ColumnParallelLinear, linear_fc2=tensor_parallel.RowParallelLinear
                     ),
                 ),
-                mlp_bda=get_bias_dropout_add,
+                mlp_bda=end,
             ),
         )
-        config = megatron_config(shape, self.groups.tp.size())
-        submodules = TransformerBlockSubmodules(layer_specs=[layer] * shape.num_layers, layer_norm=LayerNorm)
-        return TransformerBlock(config, submodules, post_layer_norm=final_norm, pg_collection=self.groups)
 
     def embedding(self, num_embeddings: int, hidden_size: int) -> torch.nn.Module:
         """Vocab-parallel word embedding; `num_embeddings` must be a multiple of the tensor-parallel size (models.shape.padded_vocab)."""

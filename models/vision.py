@@ -7,8 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from models.pool import AttentionPool
+from models.positions import RESIZES, resized, rotary_angles, sine_cosine
 from models.shape import TransformerBuilder, TransformerShape
 from models.stem import conv_stem, patch_stem
+
+POOLINGS = ("mean", "class", "attention", "mean_max")
+POSITIONS = ("learned", "sincos", "rotary")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,22 +23,62 @@ class VisionConfig(TransformerShape):
     Args:
         image_size: side of the square input in pixels.
         patch_size: side of the square that becomes one token; with a convolutional stem, 2 ** number of stages.
+        patch_bias: whether the linear patch embedding has a bias (CLIP's has none).
         stem_channels: channels of the convolutional stem, a stage each; empty: one linear patch embedding.
         stem_blocks: residual blocks in each stage of the stem.
-        pooling: how the tokens become one vector: mean, class (a token of its own), or mean_max (mean plus maximum of each channel, the
-            norm behind it: a small object on a large ground stands out).
+        positions: learned, sincos (fixed) or rotary (in the attention, as DINOv3).
+        position_grid: side of the learned positions' grid, which any image's grid is interpolated from; 0: that of image_size.
+        position_resize: how: bicubic, bicubic_antialias or bilinear_antialias.
+        rotary_base: longest period of rotary positions.
+        class_token: a class token even if it is not what pooling takes.
+        class_position: whether the class token has a learned position of its own.
+        register_tokens: tokens that belong to no patch and are dropped at the end (DINOv2 with registers).
+        embedding_norm: a norm before the first layer (CLIP).
+        pooling: how the tokens become one vector: mean (over the patches), class (a token of its own), attention (a learned query, SigLIP), or
+            mean_max (mean plus maximum of each channel, the norm behind it: a small object on a large ground stands out).
+        projection_dim: width of a last linear layer without bias on the pooled vector (CLIP); 0: none.
     """
 
     image_size: int = 224
     patch_size: int = 16
+    patch_bias: bool = True
     stem_channels: tuple[int, ...] = ()
     stem_blocks: tuple[int, ...] = ()
+    positions: str = "learned"
+    position_grid: int = 0
+    position_resize: str = "bicubic"
+    rotary_base: float = 100.0
+    class_token: bool = False
+    class_position: bool = False
+    register_tokens: int = 0
+    embedding_norm: bool = False
     pooling: str = "mean"
+    projection_dim: int = 0
 
     @property
     def num_patches(self) -> int:
         """Patch tokens of one image."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_positions(self) -> int:
+        """Learned positions of patches."""
+        return self.position_grid**2 or self.num_patches
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether there is a class token."""
+        return self.class_token or self.pooling == "class"
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before the patches: class and registers."""
+        return self.has_class_token + self.register_tokens
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of the pooled vector."""
+        return self.projection_dim or self.hidden_size
 
     def errors(self, where: str) -> list[str]:
         """What does not fit together, as sentences that name the key under `where`."""
@@ -51,8 +96,19 @@ class VisionConfig(TransformerShape):
             errors.append(
                 f"{where}.stem_blocks needs one number for each of the {len(self.stem_channels)} stem_channels"
             )
-        if self.pooling not in ("mean", "class", "mean_max"):
-            errors.append(f"{where}.pooling is '{self.pooling}'; it can be 'mean', 'class' or 'mean_max'")
+        for key, choices in (("pooling", POOLINGS), ("positions", POSITIONS), ("position_resize", tuple(RESIZES))):
+            if (value := getattr(self, key)) not in choices:
+                errors.append(f"{where}.{key} is '{value}'; it can be {', '.join(choices)}")
+        if self.positions != "learned" and (self.position_grid or self.class_position):
+            errors.append(f"{where}.position_grid and {where}.class_position need {where}.positions learned")
+        if self.class_position and not self.has_class_token:
+            errors.append(f"{where}.class_position needs a class token: {where}.class_token or {where}.pooling class")
+        if self.positions == "sincos" and self.hidden_size % 4:
+            errors.append(
+                f"{where}.positions sincos needs {where}.hidden_size {self.hidden_size} to be a multiple of 4"
+            )
+        if self.positions == "rotary" and self.head_dim % 4:
+            errors.append(f"{where}.positions rotary needs heads whose width is a multiple of 4, not {self.head_dim}")
         return errors
 
 
@@ -61,26 +117,70 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: VisionConfig, build: TransformerBuilder) -> None:
         super().__init__()
+        self.config = config
         self.stem = (
             conv_stem(config.stem_channels, config.stem_blocks, config.hidden_size)
             if config.stem_channels
-            else patch_stem(config.patch_size, config.hidden_size)
+            else patch_stem(config.patch_size, config.hidden_size, config.patch_bias)
         )
-        self.class_token = nn.Parameter(torch.zeros(1, config.hidden_size)) if config.pooling == "class" else None
-        self.position = nn.Parameter(torch.randn(config.num_patches, config.hidden_size) * 0.02)
+        hidden = config.hidden_size
+        self.class_token = nn.Parameter(torch.zeros(1, hidden)) if config.has_class_token else None
+        self.position = (
+            nn.Parameter(torch.randn(config.num_positions, hidden) * 0.02) if config.positions == "learned" else None
+        )
+        self.class_position = nn.Parameter(torch.zeros(1, hidden)) if config.class_position else None
+        self.register_token = (
+            nn.Parameter(torch.randn(config.register_tokens, hidden) * 0.02) if config.register_tokens else None
+        )
+        self.embedding_norm = nn.LayerNorm(hidden, eps=config.layernorm_eps) if config.embedding_norm else None
         self.dropout = nn.Dropout(config.dropout)
         pooled_norm = config.pooling == "mean_max"  # a norm on every token would hide which of them stand out
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_eps) if pooled_norm else None
         self.block = build.block(config, final_norm=not pooled_norm)
+        self.pool = AttentionPool(config) if config.pooling == "attention" else None
+        self.projection = nn.Linear(hidden, config.projection_dim, bias=False) if config.projection_dim else None
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images [b, 3, S, S] -> (patches [b, P, h], pooled [b, h]); row-major patches."""
-        x = self.stem(images).flatten(2).permute(2, 0, 1) + self.position[:, None]
+        """images [b, 3, y, x] of any whole number of patches -> (patches [b, P, h], row-major; pooled [b, pooled_size])."""
+        grid = self.stem(images)
+        x = self._with_prefix(self._positioned(grid))
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        x = self.block(self.dropout(x).contiguous(), None, **self._rotary(grid))
+        patches = x[self.config.num_prefix :] if self.config.num_prefix else x
+        batched = patches.transpose(0, 1)
+        pooled = self._pooled(x, patches)
+        return batched, pooled if self.projection is None else self.projection(pooled)
+
+    def _positioned(self, grid: Tensor) -> Tensor:
+        """grid [b, h, rows, columns] -> patches with their positions [P, b, h]."""
+        rows, columns = grid.shape[2:]
+        x = grid.flatten(2).permute(2, 0, 1)
+        if self.position is not None:
+            return x + resized(self.position, rows, columns, self.config.position_resize)[:, None]
+        if self.config.positions == "sincos":
+            return x + sine_cosine(rows, columns, self.config.hidden_size, grid)[:, None]
+        return x
+
+    def _with_prefix(self, x: Tensor) -> Tensor:
+        prefix = []
         if self.class_token is not None:
-            x = torch.cat([self.class_token[:, None].expand(-1, x.shape[1], -1), x])
-        x = self.block(self.dropout(x).contiguous(), None)
-        if self.class_token is not None:
-            return x[1:].transpose(0, 1), x[0]
+            prefix.append(self.class_token if self.class_position is None else self.class_token + self.class_position)
+        if self.register_token is not None:
+            prefix.append(self.register_token)
+        return torch.cat([*(t[:, None].expand(-1, x.shape[1], -1) for t in prefix), x]) if prefix else x
+
+    def _rotary(self, grid: Tensor) -> dict[str, Tensor]:
+        if self.config.positions != "rotary":
+            return {}
+        rows, columns = grid.shape[2:]
+        c = self.config
+        return {"rotary_pos_emb": rotary_angles(rows, columns, c.num_prefix, c.head_dim, c.rotary_base, grid.device)}
+
+    def _pooled(self, x: Tensor, patches: Tensor) -> Tensor:
+        """All tokens [s, b, h] and those of patches -> [b, h]."""
+        if self.pool is not None:
+            return self.pool(x)
         if self.norm is not None:
-            return x.transpose(0, 1), self.norm(x.mean(0) + x.amax(0))
-        return x.transpose(0, 1), x.mean(0)
+            return self.norm(patches.mean(0) + patches.amax(0))
+        return x[0] if self.config.pooling == "class" else patches.mean(0)

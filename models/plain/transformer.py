@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.shape import TransformerShape
+from models.activation import ACTIVATIONS
+from models.branch import BranchEnd
+from models.shape import TransformerShape, keep_keys_unbiased
 
 
 class PlainAttention(nn.Module):
@@ -15,51 +18,73 @@ class PlainAttention(nn.Module):
         super().__init__()
         self.heads = shape.num_attention_heads
         self.dropout = shape.attention_dropout
-        self.linear_qkv = nn.Linear(shape.hidden_size, 3 * shape.hidden_size)
+        self.linear_qkv = nn.Linear(shape.hidden_size, 3 * shape.hidden_size, bias=shape.qkv_bias)
+        if shape.qkv_bias and not shape.key_bias:
+            keep_keys_unbiased(self.linear_qkv.bias, self.heads)
         self.linear_proj = nn.Linear(shape.hidden_size, shape.hidden_size)
+        if shape.qk_norm:
+            self.q_layernorm = nn.LayerNorm(shape.head_dim, eps=shape.layernorm_eps)
+            self.k_layernorm = nn.LayerNorm(shape.head_dim, eps=shape.layernorm_eps)
+        self.qk_norm = shape.qk_norm
 
-    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """hidden [s, b, h]; mask bool [b, 1, 1, s], True = hidden. Returns [s, b, h]."""
+    def forward(self, hidden: Tensor, mask: Tensor | None, rotary: Tensor | None) -> Tensor:
+        """hidden [s, b, h]; mask bool [b, 1, 1 or s, s], True = hidden; rotary angles [s, 1, 1, head_dim]. Returns [s, b, h]."""
         s, b, _ = hidden.shape
-        qkv = self.linear_qkv(hidden).view(s, b, self.heads, 3, -1).permute(3, 1, 2, 0, 4)
+        q, k, v = self.linear_qkv(hidden).view(s, b, self.heads, 3, -1).unbind(3)
+        if self.qk_norm:
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
+        if rotary is not None:
+            q, k = rotated(q, rotary), rotated(k, rotary)
         out = F.scaled_dot_product_attention(
-            qkv[0],
-            qkv[1],
-            qkv[2],
+            q.permute(1, 2, 0, 3),
+            k.permute(1, 2, 0, 3),
+            v.permute(1, 2, 0, 3),
             attn_mask=None if mask is None else ~mask,
             dropout_p=self.dropout if self.training else 0.0,
         )
         return self.linear_proj(out.permute(2, 0, 1, 3).reshape(s, b, -1))
 
 
+def rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """x [s, b, heads, d] rotated by `angles` [s, 1, 1, d], the halves of d being the two coordinates. Source: Su et al. 2021 (RoPE)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * angles.cos().to(x.dtype) + torch.cat([-second, first], dim=-1) * angles.sin().to(x.dtype)
+
+
 class PlainMLP(nn.Module):
-    """Two linear layers with erf-GELU between."""
+    """Two linear layers with the activation between."""
 
     def __init__(self, shape: TransformerShape) -> None:
         super().__init__()
-        self.linear_fc1 = nn.Linear(shape.hidden_size, shape.mlp_size)
+        self.activation = ACTIVATIONS[shape.activation]
+        self.linear_fc1 = nn.Linear(shape.hidden_size, shape.fc1_size)
         self.linear_fc2 = nn.Linear(shape.mlp_size, shape.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., h] -> [..., h]."""
-        return self.linear_fc2(F.gelu(self.linear_fc1(hidden)))
+        return self.linear_fc2(self.activation(self.linear_fc1(hidden)))
 
 
 class PlainLayer(nn.Module):
-    """One pre-norm transformer layer."""
+    """One transformer layer; a post-norm one has its norms in the ends of its branches."""
 
-    def __init__(self, shape: TransformerShape) -> None:
+    def __init__(self, shape: TransformerShape, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.LayerNorm(shape.hidden_size, eps=shape.layernorm_eps)
+        self.input_layernorm = _pre_norm(shape)
         self.self_attention = PlainAttention(shape)
-        self.pre_mlp_layernorm = nn.LayerNorm(shape.hidden_size, eps=shape.layernorm_eps)
+        self.self_attn_bda = BranchEnd(shape, layer)
+        self.pre_mlp_layernorm = _pre_norm(shape)
         self.mlp = PlainMLP(shape)
-        self.dropout = nn.Dropout(shape.dropout)
+        self.mlp_bda = BranchEnd(shape, layer)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """hidden [s, b, h]; mask bool [b, 1, 1, s] or None. Returns [s, b, h]."""
-        hidden = hidden + self.dropout(self.self_attention(self.input_layernorm(hidden), mask))
-        return hidden + self.dropout(self.mlp(self.pre_mlp_layernorm(hidden)))
+    def forward(self, hidden: Tensor, mask: Tensor | None, rotary: Tensor | None) -> Tensor:
+        """hidden [s, b, h]; mask and rotary as in PlainAttention. Returns [s, b, h]."""
+        hidden = self.self_attn_bda.join(self.self_attention(self.input_layernorm(hidden), mask, rotary), hidden)
+        return self.mlp_bda.join(self.mlp(self.pre_mlp_layernorm(hidden)), hidden)
+
+
+def _pre_norm(shape: TransformerShape) -> nn.Module:
+    return nn.Identity() if shape.post_norm else nn.LayerNorm(shape.hidden_size, eps=shape.layernorm_eps)
 
 
 class PlainBlock(nn.Module):
@@ -67,13 +92,13 @@ class PlainBlock(nn.Module):
 
     def __init__(self, shape: TransformerShape, final_norm: bool = True) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(PlainLayer(shape) for _ in range(shape.num_layers))
-        self.final_layernorm = nn.LayerNorm(shape.hidden_size, eps=shape.layernorm_eps) if final_norm else nn.Identity()
+        self.layers = nn.ModuleList(PlainLayer(shape, layer) for layer in range(shape.num_layers))
+        self.final_layernorm = _pre_norm(shape) if final_norm else nn.Identity()
 
-    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """hidden [s, b, h]; mask bool [b, 1, 1, s] or None. Returns [s, b, h]."""
+    def forward(self, hidden: Tensor, mask: Tensor | None, rotary_pos_emb: Tensor | None = None) -> Tensor:
+        """hidden [s, b, h]; mask and rotary as in PlainAttention. Returns [s, b, h]."""
         for layer in self.layers:
-            hidden = layer(hidden, mask)
+            hidden = layer(hidden, mask, rotary_pos_emb)
         return self.final_layernorm(hidden)
 
 

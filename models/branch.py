@@ -1,0 +1,34 @@
+"""Where a residual branch joins the stream: layer scale, dropout, drop path, addition, and the norm of a post-norm layer."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.shape import TransformerShape
+
+
+class BranchEnd(nn.Module):
+    """The end of one branch of layer `layer` (from 0). Parameters: `scale` with layer scale, `norm` with post-norm, none otherwise.
+
+    Source: LayerScale, Touvron et al. 2021; drop path, Huang et al. 2016, its rate rising linearly over the layers; post-norm, Vaswani et al. 2017.
+    """
+
+    def __init__(self, shape: TransformerShape, layer: int) -> None:
+        super().__init__()
+        self.dropout = shape.dropout
+        self.drop_path = shape.drop_path * layer / max(1, shape.num_layers - 1)
+        self.scale = nn.Parameter(torch.full((shape.hidden_size,), shape.layer_scale)) if shape.layer_scale else None
+        self.norm = nn.LayerNorm(shape.hidden_size, eps=shape.layernorm_eps) if shape.post_norm else None
+
+    def join(self, branch: Tensor, residual: Tensor) -> Tensor:
+        """branch, residual [s, b, h] -> [s, b, h]. Drop path drops the whole branch of a sample."""
+        if self.scale is not None:
+            branch = branch * self.scale
+        branch = F.dropout(branch, self.dropout, self.training)
+        if self.drop_path and self.training:
+            kept = torch.rand(1, branch.shape[1], 1, device=branch.device) >= self.drop_path
+            branch = branch * (kept.to(branch.dtype) / (1 - self.drop_path))
+        joined = residual + branch
+        return joined if self.norm is None else self.norm(joined)

@@ -1,0 +1,158 @@
+"""What ties our tensors to another project's: a rule for each group of tensors, with a function in each direction. Both only move numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Tensors = list[Tensor]
+
+
+class WeightsError(ValueError):
+    """Weights that do not fit: which tensors, and why."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The tensors `ours` hold the numbers of the tensors `theirs`; `load` and `save` are each other's inverse."""
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    load: Callable[[Tensors], Tensors]
+    save: Callable[[Tensors], Tensors]
+
+
+def same(ours: str, theirs: str) -> Rule:
+    """One tensor as it is."""
+    return Rule((ours,), (theirs,), list, list)
+
+
+def transposed(ours: str, theirs: str) -> Rule:
+    """One matrix, transposed."""
+    return Rule((ours,), (theirs,), lambda t: [t[0].T], lambda t: [t[0].T])
+
+
+def leading(ours: str, theirs: str, dims: int) -> Rule:
+    """Rows [n, h]; theirs have `dims` dimensions: more with ones in front, fewer with n = 1 left out."""
+
+    def save(t: Tensors) -> Tensors:
+        return [t[0].reshape(*(1,) * (dims - 2), *t[0].shape) if dims >= 2 else t[0].flatten()]
+
+    return Rule((ours,), (theirs,), lambda t: [t[0].reshape(-1, t[0].shape[-1])], save)
+
+
+def first_and_rest(first: str, rest: str, theirs: str, dims: int) -> Rule:
+    """Two of ours, [1, h] and [n, h], that are one table [n + 1, h] of theirs, with ones in front up to `dims` dimensions."""
+
+    def load(t: Tensors) -> Tensors:
+        rows = t[0].reshape(-1, t[0].shape[-1])
+        return [rows[:1], rows[1:]]
+
+    return Rule((first, rest), (theirs,), load, lambda t: [torch.cat(t).reshape(*(1,) * (dims - 2), -1, t[0].shape[1])])
+
+
+def padded_rows(ours: str, theirs: str, rows: int, padded: int) -> Rule:
+    """A table whose `rows` rows we fill up with zeros to `padded`."""
+    return Rule((ours,), (theirs,), lambda t: [F.pad(t[0], (0, 0, 0, padded - len(t[0])))], lambda t: [t[0][:rows]])
+
+
+def interleaved_heads(ours: str, theirs: tuple[str, ...], heads: int) -> Rule:
+    """Queries, keys and values: three tensors of theirs, or one that holds them one after the other; ours go head by head."""
+
+    def load(t: Tensors) -> Tensors:
+        parts = t if len(t) == 3 else t[0].chunk(3)
+        return [torch.stack([part.unflatten(0, (heads, -1)) for part in parts], 1).flatten(0, 2)]
+
+    def save(t: Tensors) -> Tensors:
+        parts = [part.flatten(0, 1) for part in t[0].unflatten(0, (heads, 3, -1)).unbind(1)]
+        return parts if len(theirs) == 3 else [torch.cat(parts)]
+
+    return Rule((ours,), theirs, load, save)
+
+
+def keyless_bias(ours: str, query: str, value: str, heads: int) -> Rule:
+    """The bias of queries, keys and values where theirs has none for keys: ours is zero there, and must still be when it goes back."""
+    whole = interleaved_heads(ours, (query, "", value), heads)
+
+    def save(t: Tensors) -> Tensors:
+        q, k, v = whole.save(t)
+        if k.any():
+            raise WeightsError(f"{ours} has a bias for keys, which {query} and {value} have no place for")
+        return [q, v]
+
+    return Rule((ours,), (query, value), lambda t: whole.load([t[0], torch.zeros_like(t[0]), t[1]]), save)
+
+
+def concatenated(ours: str, theirs: tuple[str, ...], sizes: tuple[int, ...]) -> Rule:
+    """One of ours that several of theirs make, one after the other; `sizes` are their shares of its rows."""
+
+    def save(t: Tensors) -> Tensors:
+        unit = len(t[0]) // sum(sizes)
+        return list(t[0].split([unit * size for size in sizes]))
+
+    return Rule((ours,), theirs, lambda t: [torch.cat(t)], save)
+
+
+def gated(ours: str, theirs: tuple[str, ...]) -> Rule:
+    """Gate and up projection: two tensors of theirs, or one that holds the gate first; ours alternate them row by row."""
+
+    def load(t: Tensors) -> Tensors:
+        return [torch.stack(t if len(t) == 2 else list(t[0].chunk(2)), 1).flatten(0, 1)]
+
+    def save(t: Tensors) -> Tensors:
+        parts = list(t[0].unflatten(0, (-1, 2)).unbind(1))
+        return parts if len(theirs) == 2 else [torch.cat(parts)]
+
+    return Rule((ours,), theirs, load, save)
+
+
+def flat_patches(ours: str, theirs: str, patch_size: int) -> Rule:
+    """A patch embedding that theirs applies to pixels in the order (row, column, channel) as a matrix."""
+
+    def load(t: Tensors) -> Tensors:
+        return [t[0].unflatten(1, (patch_size, patch_size, 3)).permute(0, 3, 1, 2)]
+
+    return Rule((ours,), (theirs,), load, lambda t: [t[0].permute(0, 2, 3, 1).flatten(1)])
+
+
+def load_all(rules: Iterable[Rule], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors from theirs, float32.
+
+    Raises:
+        WeightsError: some of theirs are missing; all are named.
+    """
+    rules = list(rules)
+    if missing := [name for rule in rules for name in rule.theirs if name not in theirs]:
+        raise WeightsError(f"{len(missing)} tensor(s) are missing: {listed(missing)}")
+    ours: dict[str, Tensor] = {}
+    for rule in rules:
+        found = rule.load([theirs[name].float() for name in rule.theirs])
+        ours.update(zip(rule.ours, (t.contiguous() for t in found), strict=True))
+    return ours
+
+
+def save_all(rules: Iterable[Rule], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Their tensors from ours."""
+    theirs: dict[str, Tensor] = {}
+    for rule in rules:
+        made = rule.save([ours[name] for name in rule.ours])
+        theirs.update(zip(rule.theirs, (t.contiguous() for t in made), strict=True))
+    return theirs
+
+
+def unused(names: Iterable[str], rules: Iterable[Rule], known: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Tensors that no rule takes: (those that a pattern of `known` says are no part of the tower, the others)."""
+    taken = {name for rule in rules for name in rule.theirs}
+    rest = sorted(name for name in names if name not in taken)
+    matching = [name for name in rest if any(re.fullmatch(pattern, name) for pattern in known)]
+    return matching, [name for name in rest if name not in matching]
+
+
+def listed(names: list[str], at_most: int = 12) -> str:
+    """Names for a message."""
+    return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")

@@ -1,0 +1,109 @@
+"""Training from the weights of another project: `import`, then --train.init-from; presets in a recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+
+from harness.arguments import leaves
+from harness.config import parse
+from harness.errors import UserError
+from harness.export_weights import ExportWeightsConfig
+from harness.export_weights import run as export_weights
+from harness.weights import ImportConfig
+from harness.weights import run as import_weights
+from models.merge import merged_state_dict
+from tests.pool import ranks
+from tests.runs import arguments, tiny_config, trainer
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small ViT as the hub would have it."""
+    folder = tmp_path_factory.mktemp("hub") / "vit"
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    transformers.ViTModel(transformers.ViTConfig(**size, image_size=32, patch_size=8)).save_pretrained(folder)
+    return folder
+
+
+def start(hub: Path, folder: Path) -> dict[str, Any]:
+    """Imports the ViT; what a recipe needs for it."""
+    import_weights(ImportConfig(out=folder, vision=hub))
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    return {**dict(leaves(recipe)), "train.init_from": folder}
+
+
+def trained_from(catalogue: Path, run: Path, settings: dict[str, Any], tensor_parallel: int) -> dict[str, Any]:
+    with trainer(tiny_config(catalogue, run, **settings), tensor_parallel) as t:
+        before = {name: x.clone() for name, x in merged_state_dict(t.method.towers, t.mesh.tp).items()}
+        losses = [t.train_step(data).loss.item() for data in t.loader.steps(0, 2)]
+        t.save()
+        return {"before": before, "losses": losses, "notes": t.notes}
+
+
+def test_training_starts_from_imported_weights_at_any_layout(hub: Path, catalogue: Path, tmp_path: Path) -> None:
+    settings = start(hub, tmp_path / "start")
+    found = [
+        ranks(world).run(trained_from, catalogue, tmp_path / f"run-{world}", settings, tp)[0]
+        for world, tp in ((1, 1), (2, 2))
+    ]
+    state = transformers.ViTModel.from_pretrained(hub).state_dict()
+    for one in found:
+        tower = {name: value for name, value in one["before"].items() if name.startswith("vision.")}
+        assert sum(x.numel() for x in tower.values()) == sum(
+            x.numel() for name, x in state.items() if not name.startswith("pooler")
+        )
+        assert torch.equal(tower["vision.block.layers.1.mlp.linear_fc1.weight"], state_of(state, "intermediate", 1))
+        assert any("started from the weights in" in note for note in one["notes"])
+    assert found[0]["losses"] == pytest.approx(found[1]["losses"], rel=1e-4)
+    # and out again, after two steps: another tower, of the same kind
+    out = tmp_path / "hub-again"
+    export_weights(ExportWeightsConfig(source=tmp_path / "run-1", out=out, tower="vision", layout="vit"))
+    again = transformers.ViTModel.from_pretrained(out).state_dict()
+    moved = (state_of(again, "intermediate", 1) - state_of(state, "intermediate", 1)).abs().max()
+    assert 0 < moved < 0.1
+
+
+def state_of(state: dict[str, torch.Tensor], part: str, layer: int) -> torch.Tensor:
+    (name,) = [key for key in state if f".{layer}." in key and key.endswith("weight") and (part in key or "fc1" in key)]
+    return state[name]
+
+
+def test_towers_that_do_not_fit_are_named(hub: Path, catalogue: Path, tmp_path: Path) -> None:
+    settings = {**start(hub, tmp_path / "start"), "model.vision.num_layers": 1}
+    with (
+        pytest.raises(UserError, match=r"num_layers.*recipe\.yaml"),
+        trainer(tiny_config(catalogue, tmp_path / "run", **settings)),
+    ):
+        pass
+
+
+def test_presets_fill_in_what_a_recipe_leaves_out(catalogue: Path, tmp_path: Path) -> None:
+    line = [arg for arg in arguments(catalogue, tmp_path) if "model." not in arg or "max_length" in arg]
+    size = ["--data.preprocess.image_size", "224", "--model.vision.num_layers", "3"]
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps({"model": {"vision": {"preset": "dinov2_vitb14", "hidden_size": 384}}}))
+    config, _ = parse([*line, *size, "--config", str(file), "--model.text.preset=bert_small"])
+    vision, text = config.model.vision, config.model.text
+    assert (vision.patch_size, vision.num_attention_heads, vision.position_grid) == (14, 12, 37)
+    assert (vision.hidden_size, vision.num_layers) == (384, 3), "the recipe's and the command line's own keys win"
+    assert (text.hidden_size, text.post_norm, text.max_length) == (512, True, 16)
+    assert parse(["--config", str(write(tmp_path, config))])[0].model == config.model
+    with pytest.raises(UserError, match=r"model.vision.preset is 'vit_b17'; it can be vit_s16, "):
+        parse([*line, "--model.vision.preset", "vit_b17"])
+
+
+def write(folder: Path, config: Any) -> Path:
+    """The configuration as a run folder keeps it."""
+    values = config.to_dict()
+    values.pop("run_dir")
+    file = folder / "saved.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
