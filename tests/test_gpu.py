@@ -1,0 +1,103 @@
+"""What only a GPU can show: the compiled kernels and the head on CUDA against the CPU. Skipped elsewhere; `jobs/gpu_check.sh` runs it.
+
+Needs no more than torch, triton and pytest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from kernels import cosine_lse as twin
+from kernels.keyed import random_bits
+from kernels.rounding import decode, encode
+from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
+from models.heads.row_optimizer import RowAdamW, RowOptimizerConfig
+from models.heads.sampling import sampled_classes
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "a", "d"), [(1, 37, 48), (300, 5_000, 256), (1024, 20_000, 512), (257, 3_001, 768)])
+@pytest.mark.parametrize("filter_above", [1.0, 0.1])
+def test_kernel_against_twin(dtype: torch.dtype, n: int, a: int, d: int, filter_above: float) -> None:
+    """Fresh random inputs: the kernel's error against float64 is at most twice that of the twin in the same precision (bf16: of its inputs)."""
+    from kernels import cosine_lse_triton as kernel
+
+    g = torch.Generator().manual_seed(int(torch.randint(1 << 30, ())))
+    table = torch.randn(2 * a, d, generator=g).to(GPU, dtype)
+    index = torch.randperm(2 * a, generator=g)[:a].sort().values.to(GPU)
+    unit = F.normalize(torch.randn(n, d, generator=g), dim=-1).to(GPU)
+    target = torch.randint(-1, a, (n,), generator=g).to(GPU)
+    slopes = torch.rand(2, n, generator=g).to(GPU)
+    results = {}
+    for name, module, kind in (
+        ("kernel", kernel, torch.float32),
+        ("twin", twin, torch.float32),
+        ("exact", twin, torch.float64),
+    ):
+        x, rows = unit.to(kind), table if kind == torch.float32 else table.double()
+        part = module.cosine_lse(x, rows, index, target, 64.0, filter_above)
+        grads = module.cosine_lse_backward(
+            x, rows, index, target, 64.0, part.lse, slopes[0].to(kind), -slopes[1].to(kind), filter_above
+        )
+        results[name] = [*part, *grads]
+    rounding = 2**-8 if dtype == torch.bfloat16 else 2**-22
+    for ours, plain, exact in zip(results["kernel"], results["twin"], results["exact"], strict=True):
+        finite = exact.isfinite()
+        assert torch.equal(ours.isfinite(), finite)
+        error, allowed = ((x.double() - exact)[finite].norm() for x in (ours, plain))
+        assert error <= 2 * allowed + 4 * rounding * exact[finite].norm(), (float(error), float(allowed))
+
+
+def test_keys_and_codes_are_the_same_on_both_devices() -> None:
+    for step in range(3):
+        a, b = (sampled_classes(5, 50_000, 0.03, 1, step, device).cpu() for device in (CPU, GPU))
+        assert torch.equal(a, b)
+    keys = torch.arange(1_000) * 7919
+    bits = random_bits(keys, 64)
+    assert torch.equal(bits, random_bits(keys.to(GPU), 64).cpu())
+    x = torch.randn(1_000, 64)
+    for signed in (True, False):
+        value = x if signed else x.abs()
+        codes, scales = encode(value, bits, signed)
+        for ours, theirs in zip(encode(value.to(GPU), bits.to(GPU), signed), (codes, scales), strict=True):
+            assert torch.equal(ours.cpu(), theirs)
+        assert torch.equal(decode(codes.to(GPU), scales.to(GPU), signed).cpu(), decode(codes, scales, signed))
+
+
+@pytest.fixture
+def nccl(tmp_path: object) -> Iterator[dist.ProcessGroup]:
+    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("row_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("state", ["fp32", "8bit"])
+def test_training_steps_of_the_head_equal_the_cpus(nccl: dist.ProcessGroup, row_dtype: str, state: str) -> None:
+    found = []
+    for device in (CPU, GPU):
+        config = ClassHeadConfig(num_classes=20_000, embedding_dim=128, sample_rate=0.1, row_dtype=row_dtype)
+        head = ClassParallelHead(config, nccl, nccl, device)
+        optimizer = RowAdamW.for_head(head, RowOptimizerConfig(state=state, bf16_rows="stochastic", weight_decay=0.01))
+        g, losses = torch.Generator().manual_seed(0), []
+        for step in range(5):
+            x = torch.randn(64, 128, generator=g).to(device).requires_grad_()
+            labels = torch.randint(20_000, (64,), generator=g).to(device)
+            optimizer.catch_up(head.begin_step(labels, step=step))
+            loss, _ = head(x, labels)
+            loss.backward()
+            optimizer.step(*head.row_grad, 1e-3)
+            head.end_step()
+            losses.append(loss.item())
+        found.append((losses, head.rows.float().cpu()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-2 if row_dtype == "bf16" else 1e-5)
+    assert float((found[0][1] - found[1][1]).norm() / found[0][1].norm()) < 2e-2
