@@ -47,7 +47,7 @@ class Parser(jsonargparse.ArgumentParser):
         Raises:
             UserError: anything that is wrong with either.
         """
-        argv = self._bracketed([_underscored(arg) for arg in argv])
+        argv = self._spelt_out([_underscored(arg) for arg in argv])
         known = {key for key in self.get_defaults().keys() if key != "config"}
         for key in _given_keys(argv):
             if (
@@ -62,17 +62,19 @@ class Parser(jsonargparse.ArgumentParser):
         except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
             raise UserError(_plain(str(error)), f"See `{self.prog} --help`") from error
 
-    def _bracketed(self, argv: list[str]) -> list[str]:
-        """`--slices colour,shape` means `--slices [colour,shape]`."""
-        lists = {f"--{a.dest}" for a in self._actions if get_origin(getattr(a, "_typehint", None)) is tuple}
+    def _spelt_out(self, argv: list[str]) -> list[str]:
+        """`--slices colour,shape` means `--slices [colour,shape]`, `--append` alone `--append true`."""
+        kinds = {f"--{action.dest}": getattr(action, "_typehint", None) for action in self._actions}
         result, previous = [], ""
-        for arg in argv:
+        for arg, following in zip(argv, [*argv[1:], "--"], strict=False):
             flag, equals, value = arg.partition("=")
-            if equals and flag in lists and value[:1] != "[":
+            if equals and get_origin(kinds.get(flag)) is tuple and value[:1] != "[":
                 arg = f"{flag}=[{value}]"
-            elif previous in lists and arg[:1] != "[":
+            elif get_origin(kinds.get(previous)) is tuple and arg[:1] != "[":
                 arg = f"[{arg}]"
             result.append(arg)
+            if kinds.get(arg) is bool and following.startswith("--"):
+                result.append("true")
             previous = flag if not equals else ""
         return result
 

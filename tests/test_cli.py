@@ -19,7 +19,7 @@ import yaml
 from harness import __main__ as cli
 from harness import checkpoint, checksums
 from harness.arguments import OTHERS_WAIT, run_command
-from harness.config import check
+from harness.config import check, parse
 from harness.errors import UserError
 from harness.train import train
 from tests.catalogues import make_catalogue
@@ -416,3 +416,10 @@ def test_one_rank_speaks_for_all_and_another_only_after_a_while(
     monkeypatch.setenv("RANK", "5")
     assert run_command(fail) == 2 and capsys.readouterr().err == "error: rank 5: no catalogue. Make one\n"
     assert waited == [OTHERS_WAIT]
+
+
+def test_a_switch_needs_no_value(catalogue: Path, tmp_path: Path) -> None:
+    for words in (["--train.new-phase"], ["--train.new-phase", "true"], ["--train.new-phase=true"]):
+        assert parse([*arguments(catalogue, tmp_path), *words])[0].train.new_phase
+        assert parse([*words, *arguments(catalogue, tmp_path)])[0].train.new_phase
+    assert not parse([*arguments(catalogue, tmp_path), "--train.new-phase", "false"])[0].train.new_phase

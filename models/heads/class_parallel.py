@@ -214,7 +214,7 @@ class ClassParallelHead(nn.Module):
         return weight.clone() if weight is self.rows else weight
 
     def load_full_weight(self, weight: Tensor) -> None:
-        """Takes this rank's rows out of `weight` [num_classes, embedding_dim]."""
+        """Takes this rank's rows out of `weight` [num_classes, embedding_dim]; before their optimizer is made, which may keep a copy."""
         if tuple(weight.shape) != (self.config.num_classes, self.config.embedding_dim):
             raise ValueError(
                 f"expected [{self.config.num_classes}, {self.config.embedding_dim}], got {list(weight.shape)}"
