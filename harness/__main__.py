@@ -32,13 +32,15 @@ COMMANDS = {
     "search": ("harness.search", "SearchConfig", "artefact photos", "Find the documents that a photo shows."),
 }
 SEVERAL = {"photos": "query photos"}  # fields given by place that take one or more files
+ESTIMATE = "Say what a recipe needs: parameters, memory, FLOPs, bytes; without running it."
 TRAIN = "Train a model by a recipe; also as `torchrun … -m harness.train`."
 
 
 def usage() -> str:
     """The overview that `shelfmark --help` prints."""
     lines = [f"  {name:<15}{sentence}" for name, (_, _, _, sentence) in COMMANDS.items()]
-    lines.insert(8, f"  {'train':<15}{TRAIN}")
+    lines.insert(8, f"  {'estimate':<15}{ESTIMATE}")
+    lines.insert(9, f"  {'train':<15}{TRAIN}")
     return "\n".join(
         [
             "usage: shelfmark COMMAND [options]",
@@ -60,8 +62,13 @@ def command(name: str, argv: list[str]) -> None:
         from harness.train import train
 
         return train(argv)
+    if name == "estimate":
+        from harness.estimate import estimate
+
+        estimate(argv)
+        return None
     if name not in COMMANDS:
-        raise UserError(f"unknown command '{name}'", f"Commands are {', '.join([*COMMANDS, 'train'])}")
+        raise UserError(f"unknown command '{name}'", f"Commands are {', '.join([*COMMANDS, 'estimate', 'train'])}")
     module_name, config_name, positional, sentence = COMMANDS[name]
     module: Any = importlib.import_module(module_name)
     parser = Parser(f"shelfmark {name}", sentence, module.EXAMPLE)

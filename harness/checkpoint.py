@@ -1,7 +1,7 @@
 """Checkpoints: one folder a step, one manifest; saved at any world size and tensor-parallel size, loaded at any other.
 
     step-00001000/
-        towers/         parameters and AdamW state, megatron-core dist_checkpointing (torch_dist, fully reshardable)
+        towers/         parameters, their average and AdamW state, megatron-core dist_checkpointing (torch_dist, fully reshardable)
         head/           class rows and their optimizer state, torch.distributed.checkpoint with row ranges
         classes.parquet class id -> class key, so that rows keep their meaning when the catalogue grows
         state.json      step, data phases and position, ledger, identity of the run, layout
@@ -18,9 +18,9 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from harness.checksums import verify, write_manifest, write_whole
 from harness.class_map import ClassMap, move_rows
+from harness.ema import Ema
 from harness.errors import UserError
 from harness.mesh import Mesh
 from harness.optimizer import TowerOptimizer
@@ -41,6 +42,8 @@ from models.heads.row_optimizer import RowAdamW
 
 from megatron.core import dist_checkpointing  # isort: skip  (after the CPU proxy)
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint  # isort: skip
+
+AVERAGE = "average."  # key of a parameter's average: this and the parameter's own
 
 
 @dataclass
@@ -51,6 +54,7 @@ class Trainable:
     head: ClassParallelHead | None
     tower_optimizer: TowerOptimizer | None
     row_optimizer: RowAdamW | None
+    ema: Ema | None = None
 
 
 def save(
@@ -69,7 +73,7 @@ def save(
             (temporary / "towers").mkdir(parents=True)
         mesh.barrier()
         model = _model_state(parts.towers, mesh)
-        towers: dict[str, Any] = {"model": model}
+        towers: dict[str, Any] = {"model": model, **_average_state(parts, mesh)}
         if parts.tower_optimizer is not None:
             towers["optimizer"] = parts.tower_optimizer.sharded_state_dict(model, _metadata(mesh), loading=False)
         with warnings.catch_warnings():
@@ -117,21 +121,36 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{checkpoint} is no checkpoint ({error})", "Name a step-N folder of a run") from error
 
 
+def has_average(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds an average of the towers' weights (train.ema_decay)."""
+    return bool(_averaged(checkpoint))
+
+
 def load(checkpoint: Path, parts: Trainable, mesh: Mesh, classes: ClassMap | None = None) -> None:
     """Loads what `parts` asks for, at whatever layout the ranks have now; collective.
 
-    With `classes` rows and their optimizer state follow the class keys; those of new classes stay as they are.
+    Without a tower_optimizer the towers take the average of the weights, if there is one. An `ema` that the checkpoint lacks starts anew from the
+    weights that it has. With `classes` rows and their optimizer state follow the class keys; those of new classes stay as they are.
     """
-    model = _model_state(parts.towers, mesh)
+    model, averaged = _model_state(parts.towers, mesh), _averaged(checkpoint)
     wanted: dict[str, Any] = {"model": model}
+    if averaged:
+        wanted |= _average_state(parts, mesh)
     if parts.tower_optimizer is not None:
         wanted["optimizer"] = parts.tower_optimizer.sharded_state_dict(model, _metadata(mesh), loading=True)
+    else:
+        model |= {name: replace(model[name], key=AVERAGE + name) for name in averaged}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded = dist_checkpointing.load(wanted, str(checkpoint / "towers"))
         parts.towers.load_state_dict(loaded["model"])
         if parts.tower_optimizer is not None:
             parts.tower_optimizer.load_state_dict(loaded["optimizer"])
+        if parts.ema is not None and not averaged:
+            parts.ema.restart()
+        elif parts.ema is not None:  # with what may be the very tensors that it has
+            for key, average in loaded["average"].items():
+                parts.ema.state[key.removeprefix(AVERAGE)].copy_(average)
         if parts.head is not None:
             _load_head(checkpoint / "head", parts.head, parts.row_optimizer, mesh, classes)
     mesh.barrier()
@@ -139,14 +158,29 @@ def load(checkpoint: Path, parts: Trainable, mesh: Mesh, classes: ClassMap | Non
 
 def _model_state(towers: nn.Module, mesh: Mesh) -> dict[str, Any]:
     """The towers' parameters as megatron-core ShardedTensors; keys are the state names of the plain twin."""
+    return _sharded(towers.state_dict(keep_vars=True), "", towers, mesh)
+
+
+def _average_state(parts: Trainable, mesh: Mesh) -> dict[str, Any]:
+    """The entry of a checkpoint of towers for parts.ema; none where that is None."""
+    return {} if parts.ema is None else {"average": _sharded(parts.ema.state, AVERAGE, parts.towers, mesh)}
+
+
+def _averaged(checkpoint: Path) -> list[str]:
+    """Names of the parameters of which a checkpoint holds the average."""
+    keys = dist_checkpointing.load_tensors_metadata(str(checkpoint / "towers"))
+    return [key.removeprefix(AVERAGE) for key in keys if key.startswith(AVERAGE)]
+
+
+def _sharded(tensors: Mapping[str, torch.Tensor], prefix: str, towers: nn.Module, mesh: Mesh) -> dict[str, Any]:
+    """`tensors`, cut like the parameters of `towers` that have their names, as ShardedTensors with the keys prefix + name."""
     axes = {
         name: parameter.partition_dim  # type: ignore[attr-defined]
         for name, parameter in towers.named_parameters()
         if getattr(parameter, "tensor_model_parallel", False)
     }
-    return make_sharded_tensors_for_checkpoint(
-        towers.state_dict(keep_vars=True), "", axes, tp_group=mesh.tp, dp_cp_group=mesh.groups.dp_cp
-    )
+    groups = {"tp_group": mesh.tp, "dp_cp_group": mesh.groups.dp_cp}
+    return make_sharded_tensors_for_checkpoint(tensors, prefix, axes, **groups)
 
 
 def _content_metadata() -> dict[str, Any]:

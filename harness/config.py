@@ -18,6 +18,7 @@ from harness.evaluate import EvaluationConfig
 from harness.mesh import MeshConfig, check_layout
 from harness.methods import METHODS
 from harness.optimizer import OptimizerConfig
+from harness.profile import parse_window
 from models.heads.class_parallel import ClassHeadConfig
 from models.presets import PRESETS, expand
 
@@ -28,7 +29,7 @@ EXAMPLE = (
 # What may not change when a run resumes: with another value it would be another run.
 IDENTITY = (
     *("method", "seed", "model", "head", "data.queries_per_step", "data.documents_per_step", "data.preprocess"),
-    *("optimizer.rows.state", "optimizer.rows.bf16_rows"),  # what is kept of each row
+    *("optimizer.rows.state", "optimizer.rows.bf16_rows", "optimizer.frozen"),  # what there is state of
 )
 # Last parts of keys: numbers that must be above 0 wherever they stand, and those that may be negative.
 POSITIVE = (
@@ -54,6 +55,9 @@ class TrainConfig:
         new_phase: a resume on a catalogue that was governed anew goes on with its classes and order, as a new data phase; false refuses it.
         init_from: start from the towers and rows of this run folder's newest checkpoint, or of this step folder, with a fresh optimizer at
             step 0; rows follow their class keys. Or from a folder of `shelfmark import`. Without effect once the run has a checkpoint of its own.
+        ema_decay: in [0, 1): an average of the towers' weights, average = ema_decay x average + (1 - ema_decay) x weights after each step, is what
+            evaluation, export and runs that start from this one take; 0 keeps none.
+        profile_steps: FIRST:LAST, 0-based: torch's profiler records these steps into the run's TensorBoard folder; empty records none.
         stop_at: stop, with a checkpoint, once this many steps are done; 0 runs all. For trying out a resume.
     """
 
@@ -67,6 +71,8 @@ class TrainConfig:
     resume: str = "auto"
     new_phase: bool = False
     init_from: Path | None = None
+    ema_decay: float = 0.0
+    profile_steps: str = ""
     stop_at: int = 0
 
     def errors(self) -> list[str]:
@@ -78,6 +84,8 @@ class TrainConfig:
             errors.append(f"train.resume is '{self.resume}'; it can be 'auto' or 'never'")
         if self.init_from is not None and not self.init_from.is_dir():
             errors.append(f"train.init_from {self.init_from} is no folder")
+        if not 0 <= self.ema_decay < 1:
+            errors.append(f"train.ema_decay is {self.ema_decay}; it must lie in [0, 1)")
         if self.steps < 1 or self.log_every < 1 or self.keep_checkpoints < 1:
             errors.append("train.steps, train.log_every and train.keep_checkpoints must be at least 1")
         return errors
@@ -145,8 +153,8 @@ def _sections(method: str) -> dict[str, type]:
     }
 
 
-def parse(argv: list[str]) -> tuple[RunConfig, Path | None]:
-    """The checked configuration of a command line, and its --json file.
+def parse(argv: list[str], world: int | None = None) -> tuple[RunConfig, Path | None]:
+    """The checked configuration of a command line for `world` ranks (by default those of the launcher), and its --json file.
 
     Raises:
         UserError: unknown keys (with the nearest one), values out of range, paths that do not exist, a layout that does not divide.
@@ -159,7 +167,7 @@ def parse(argv: list[str]) -> tuple[RunConfig, Path | None]:
     recipe = _with_presets(recipe, argv)
     values = _parser_of(recipe).parse(argv, recipe)
     config = _build(values)
-    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check(config, world or int(os.environ.get("WORLD_SIZE", "1")))
     return config, values.json
 
 
@@ -214,7 +222,8 @@ def check(config: RunConfig, world: int) -> None:
             raise UserError(f"{key} is {value}", "It must not be negative")
     errors = config.model.errors(config.mesh.tensor_parallel) + config.head.errors("head")
     errors += config.data.errors() + config.train.errors() + config.evaluation.errors()
-    errors += config.optimizer.rows.errors("optimizer.rows")
+    errors += config.optimizer.errors("optimizer")
+    parse_window(config.train.profile_steps)
     if config.data.preprocess.image_size != config.model.vision.image_size:
         errors.append(
             f"data.preprocess.image_size {config.data.preprocess.image_size} differs from "

@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,17 @@ from harness.class_map import ClassMap, class_map, keep_classes
 from harness.config import RunConfig, difference, identity_changes
 from harness.data.loader import StepData, StepLoader
 from harness.data.tokenizer import Tokenizer
+from harness.ema import Ema
 from harness.errors import UserError
 from harness.evaluate import Evaluation, Report
+from harness.flops import flops_per_step, utilisation
 from harness.mesh import Mesh
 from harness.meters import RunLog, StepClock, write_json
 from harness.methods import METHODS, build
 from harness.new_rows import start_new_rows
-from harness.optimizer import TowerOptimizer, learning_rate
+from harness.optimizer import TowerOptimizer, learning_rate, sum_of_squares
 from harness.panel import draw_panel, picture
+from harness.profile import StepProfiler
 from harness.weights import init_towers
 from models.heads.row_optimizer import RowAdamW
 
@@ -79,13 +83,16 @@ class Trainer:
         self.towers = TowerOptimizer(self.method.towers, config.optimizer, mesh)
         head = self.method.head
         self.rows = None if head is None else RowAdamW.for_head(head, config.optimizer.rows)
-        self.parts = checkpoint.Trainable(self.method.towers, head, self.towers, self.rows)
+        decay = config.train.ema_decay
+        self.ema = Ema(self.method.towers, decay) if decay else None
+        self.parts = checkpoint.Trainable(self.method.towers, head, self.towers, self.rows, self.ema)
         self.classes = config.data.catalogue / "classes" / "classes.parquet"
         self.evaluation = Evaluation(
             config.evaluation, config.data, config.model, self.loader.catalogue, self.tokenizer, self.classes, mesh
         )
         self.projector = Projector(config.run_dir / "tensorboard", self.loader.catalogue, config.data.threads)
         self.clock = StepClock(mesh)
+        self._flops = flops_per_step(config, order.num_classes)
         self.step = 0
         self.ledger = 0  # of all steps up to the last checkpoint, over all ranks
         self._own_ledger = 0  # of this rank's share since then
@@ -129,7 +136,7 @@ class Trainer:
         squared = self.towers.squared_norm()
         if head is not None:
             active, row_grad = head.row_grad
-            squared += row_grad.double().square().sum()
+            squared += sum_of_squares(row_grad)
         norm = math.sqrt(self.mesh.sum(squared).item())
         self._require_finite(total, norm, data)
         if config.optimizer.clip_norm and norm > config.optimizer.clip_norm:
@@ -138,6 +145,8 @@ class Trainer:
             if head is not None:
                 row_grad *= factor
         self.towers.step(lr)
+        if self.ema is not None:
+            self.ema.update()
         if head is not None and self.rows is not None:
             self.rows.step(active, row_grad, lr)
             head.end_step()
@@ -152,7 +161,7 @@ class Trainer:
         """Trains to the last step (or to train.stop_at); returns the final figures."""
         config, train = self.config, self.config.train
         log = RunLog(config.run_dir, self.mesh, self.step, train.steps)
-        for line in self.notes:
+        for line in [self.mesh.accelerators.line, *self.notes]:
             log.say(line)
         if self.mesh.rank == 0:
             classes = self.loader.order.num_classes
@@ -162,10 +171,13 @@ class Trainer:
         started, first = time.perf_counter(), self.step
         report, paused, window, logged = None, 0.0, time.perf_counter(), self.step
         losses: list[float] = []
+        profiler = StepProfiler(train.profile_steps, config.run_dir, self.mesh.rank)
         try:
             self.clock.start(exact=False)
             for data in self.loader.steps(self.step, end):
+                profiler.before(self.step)
                 result = self.train_step(data)
+                profiler.after(self.step - 1)
                 self._note_bad(data, log)
                 self._reading.append((data.images, data.read_seconds, data.ready))
                 last = self.step == end
@@ -188,6 +200,7 @@ class Trainer:
             if self.mesh.rank == 0 and self.step == train.steps:
                 log.board.finish()
         finally:
+            profiler.close()
             self.loader.close()
             log.close()
         seconds = time.perf_counter() - started
@@ -236,8 +249,9 @@ class Trainer:
         )
 
     def evaluate(self, log: RunLog) -> Report:
-        """Evaluates the present weights; logs metrics, retrieval panel and projector; collective."""
-        report = self.evaluation.run(self.method)
+        """Evaluates the present weights, or their average if there is one; logs metrics, retrieval panel and projector; collective."""
+        with nullcontext() if self.ema is None else self.ema.applied():
+            report = self.evaluation.run(self.method)
         log.scalars(self.step, {f"retrieval/{name}": value for name, value in report.figures.items()})
         if self.mesh.rank == 0:
             log.board.image("retrieval/panel", draw_panel(self._panel_rows(report)), self.step)
@@ -255,6 +269,8 @@ class Trainer:
         dist.all_reduce(sums, group=self.mesh.dp)
         bad = sums[-1, 0]
         *means, decode_rate, fill = (sums[:-1, 0] / sums[:-1, 1].clamp_min(1e-12)).tolist()
+        images_per_step = self.config.data.queries_per_step + self.loader.documents_per_step
+        precision = self.config.train.precision
         wait = sums.new_tensor(self.clock.take_share("data"))
         dist.all_reduce(wait, op=dist.ReduceOp.MAX)  # the others wait for the rank that waits longest
         return {
@@ -263,6 +279,7 @@ class Trainer:
             "train/gradient_norm": result.norm,
             "train/learning_rate": learning_rate(self.config.optimizer, self.step - 1, self.config.train.steps),
             "speed/images_per_second": rate,
+            **utilisation(self._flops, images_per_step / rate, self.mesh.world_size, self.mesh.device, precision),
             "speed/data_wait_share": wait.item(),
             "data/bad_samples": bad.item(),
             "speed/read_ahead_fill": fill,
@@ -327,9 +344,11 @@ class Trainer:
         """Continues the newest complete checkpoint; without one starts from train.init_from, or anew. Says what it did."""
         config, order = self.config, self.loader.order
         path, passed_over = phases.on_first_rank(lambda: checkpoint.newest(config.run_dir / "checkpoints"), self.mesh)
-        self.notes = [f"passed over checkpoint {line}" for line in passed_over]
+        self.notes = [*self._notes_on_training(), *(f"passed over checkpoint {line}" for line in passed_over)]
         if path is None:
             self.phases = [phases.first(order) if config.train.init_from is None else self._warm_start()]
+            if self.ema is not None:
+                self.ema.restart()
             return
         if config.train.resume == "never":
             raise UserError(
@@ -357,6 +376,8 @@ class Trainer:
         if not begins:
             self._check_ledger(path, state.get("ledger_before"))
         self._load(path, self.parts, classes)
+        if self.ema is not None and not checkpoint.has_average(path):
+            self.notes.append(f"{path.name} holds no average of the weights: it starts from its weights")
         self.notes.append(f"resumed {path.name} (saved by {state['world_size']} ranks, now {self.mesh.world_size})")
         if len(self.phases) > 1:
             self.notes.append(f"data phase {len(self.phases)} {'begins' if begins else 'goes on'}: {self.phases[-1]}")
@@ -374,13 +395,26 @@ class Trainer:
             return phases.first(self.loader.order)
         path, state = phases.open_start(self.config, self.mesh)
         classes = class_map(path / "classes.parquet", self.classes, self.mesh)
-        self._load(path, replace(self.parts, tower_optimizer=None, row_optimizer=None), classes)
+        self._load(path, replace(self.parts, tower_optimizer=None, row_optimizer=None, ema=None), classes)
         self.towers.optimizer.reload_model_params()
         if self.rows is not None and self.method.head is not None and "master" in self.rows.row_state():
             self.rows.row_state()["master"].copy_(self.method.head.rows)
         phase = phases.begin(0, self.loader.order, classes)
-        self.notes.append(f"started from {path} (its step {state['step']}): {phase}")
+        average = ", the average of its weights" if checkpoint.has_average(path) else ""
+        self.notes.append(f"started from {path} (its step {state['step']}{average}): {phase}")
         return phase
+
+    def _notes_on_training(self) -> list[str]:
+        """What is trained otherwise than all alike, for the log."""
+        parameters, groups = list(self.method.towers.parameters()), self.towers.optimizer.param_groups
+        frozen = sum(not parameter.requires_grad for parameter in parameters)
+        rates = sorted({group["lr_mult"] for group in groups})
+        notes = [f"frozen: {frozen} of the towers' {len(parameters)} tensors"] if frozen else []
+        if rates != [1.0]:
+            notes.append(f"learning rates of the towers' parts: {rates[0]:.3g} to {rates[-1]:.3g} x optimizer.lr")
+        if self.ema is not None:
+            notes.append(f"evaluation takes the average of the weights (train.ema_decay {self.ema.decay})")
+        return notes
 
     def _load(self, path: Path, parts: checkpoint.Trainable, classes: ClassMap | None) -> None:
         """Loads a checkpoint; the rows of classes that it does not know start from their samples."""

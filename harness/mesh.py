@@ -12,6 +12,9 @@ from torch.distributed import ProcessGroup
 
 from harness.errors import UserError
 from models import megatron_cpu
+from models.accelerators import CHOICES, choose
+from models.recompute import RECOMPUTE
+from models.sequence import COMMON_STREAM
 
 megatron_cpu.install()
 
@@ -25,10 +28,16 @@ class MeshConfig:
 
     Args:
         tensor_parallel: ranks that share one copy of the towers (inside a node); the rest of the world is data-parallel.
+        sequence_parallel: between the towers' linear layers each of them holds a range of the tokens instead of all: less memory, the same result.
+        recompute: what backward computes again instead of keeping it: none, selective (attention cores) or full (transformer layers).
+        accelerators: auto takes fused kernels of TransformerEngine and apex on a GPU, where they are whole; torch takes none.
         timeout_minutes: a collective that takes longer ends the run.
     """
 
     tensor_parallel: int = 1
+    sequence_parallel: bool = False
+    recompute: str = "none"
+    accelerators: str = "auto"
     timeout_minutes: float = 10.0
 
 
@@ -59,6 +68,8 @@ class Mesh:
             tensor_model_parallel_size=config.tensor_parallel,
             distributed_timeout_minutes=int(config.timeout_minutes) or 1,
         )
+        self.config = config
+        self.accelerators = choose(config.accelerators, self.device)
         self.groups = ProcessGroupCollection.use_mpu_process_groups()
         self.tp: ProcessGroup = self.groups.tp
         self.dp: ProcessGroup = self.groups.dp
@@ -69,13 +80,14 @@ class Mesh:
         """Random streams of one step, a pure function of (seed, step, place), so that no generator state is ever saved.
 
         torch's generator differs over dp and agrees over tp; megatron-core's tracked stream, for dropout inside tensor-parallel regions,
-        differs over both.
+        differs over both. Inside a sequence-parallel block torch's is switched to that one; what has to agree there draws from COMMON_STREAM.
         """
         key = (seed * 1_000_003 + step) * 65_537 + self.dp.rank()
         torch.manual_seed(key)
         tracker = tensor_parallel.get_cuda_rng_tracker()
         tracker.reset()
         tracker.add("model-parallel-rng", key * 1_031 + self.tp.rank() + 1)
+        tracker.add(COMMON_STREAM, key * 1_031)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """`value` summed over the world, in place."""
@@ -104,3 +116,6 @@ def check_layout(config: MeshConfig, world: int) -> None:
             f"mesh.tensor_parallel is {config.tensor_parallel}, but {world} rank(s) were started",
             "Start a multiple of it (torchrun --nproc-per-node) or change mesh.tensor_parallel.",
         )
+    for key, choices in (("recompute", RECOMPUTE), ("accelerators", CHOICES)):
+        if (value := getattr(config, key)) not in choices:
+            raise UserError(f"mesh.{key} is '{value}'", f"It can be {', '.join(choices)}")

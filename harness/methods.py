@@ -89,7 +89,13 @@ def build(
     model = replace(model, text=replace(model.text, vocab_size=model.text.vocab_size or vocab_size))
     mesh.seed_streams(seed, -1)
     torch.manual_seed(seed)  # the same on every rank, unlike the streams
-    towers = spec.towers(model, MegatronBuilder(mesh.groups))
+    builder = MegatronBuilder(
+        mesh.groups,
+        sequence_parallel=mesh.config.sequence_parallel,
+        recompute=mesh.config.recompute,
+        layer_norm=mesh.accelerators.layer_norm,
+    )
+    towers = spec.towers(model, builder)
     towers.to(mesh.device, torch.bfloat16 if precision == "bf16" else torch.float32)
     rows = None
     if num_classes and not spec.paired(model):

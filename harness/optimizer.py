@@ -10,15 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.groups import freeze, lr_factors, split_factor
 from harness.mesh import Mesh
+from models.accelerators import use_adam
 from models.heads.row_optimizer import RowOptimizerConfig
 from models.megatron_cpu import cuda_type_names
+from models.sequence import sum_partial_gradients
 from models.shape import TransformerShape
 from models.transformer import megatron_config
 
 from megatron.core import optimizer as megatron_optimizer  # isort: skip  (after the CPU proxy)
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # isort: skip
 from megatron.core.optimizer import distrib_optimizer  # isort: skip
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate  # isort: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,10 @@ class OptimizerConfig:
         betas: decay of the first and second moment.
         eps: added to the root of the second moment.
         clip_norm: largest global norm of the gradient; 0 never clips.
+        frozen: parts of the towers that are not trained: names of parameters as in a checkpoint, or their beginnings (vision.stem, text,
+            vision.block.layers.0); * and [0-5] as in a shell.
+        layer_decay: factor on the learning rate from each layer of a tower to the one below it; 1 trains all layers alike.
+        lr_factors: factors on the learning rate by name, as query_transform=10, the names as in `frozen`; the last that fits counts.
         rows: AdamW of the class rows.
     """
 
@@ -43,7 +51,24 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
     clip_norm: float = 1.0
+    frozen: tuple[str, ...] = ()
+    layer_decay: float = 1.0
+    lr_factors: tuple[str, ...] = ()
     rows: RowOptimizerConfig = field(default_factory=RowOptimizerConfig)
+
+    def errors(self, where: str) -> list[str]:
+        """What is out of range, as sentences that name the key under `where`."""
+        errors = self.rows.errors(f"{where}.rows")
+        if not 0 < self.layer_decay <= 1:
+            errors.append(f"{where}.layer_decay is {self.layer_decay}; it must lie in (0, 1]")
+        for entry in self.lr_factors:
+            try:
+                good = split_factor(entry)[1] > 0
+            except ValueError:
+                good = False
+            if not good:
+                errors.append(f"{where}.lr_factors has '{entry}'; it must be name=factor with a factor above 0")
+        return errors
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -55,17 +80,29 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.lr * (config.min_lr_factor + (1 - config.min_lr_factor) * cosine)
 
 
+def sum_of_squares(x: Tensor) -> Tensor:
+    """Of a large float32 [n, d], in float64 []; in pieces, because a copy in float64 would be the peak of memory."""
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for piece in x.split(1 << 13):
+        total += piece.double().square().sum()
+    return total
+
+
 class TowerOptimizer:
     """Gradient buffers, data-parallel reduction (a sum) and sharded AdamW of the towers.
 
     Args:
-        towers: the model; its parameters move into megatron-core's buffers.
+        towers: the model; those of its parameters that are trained move into megatron-core's buffers.
         config: hyper-parameters.
         mesh: groups and device.
+
+    Raises:
+        UserError: a name in config.frozen or config.lr_factors that no parameter has.
     """
 
     def __init__(self, towers: nn.Module, config: OptimizerConfig, mesh: Mesh) -> None:
         self.mesh = mesh
+        freeze(towers, config.frozen)
         dtype = next(towers.parameters()).dtype
         any_shape = megatron_config(TransformerShape(num_attention_heads=mesh.tp.size()), mesh.tp.size())
         with cuda_type_names():
@@ -78,22 +115,26 @@ class TowerOptimizer:
                 ),
                 towers,
             )
-            self.optimizer = megatron_optimizer.get_megatron_optimizer(
-                megatron_optimizer.OptimizerConfig(
-                    optimizer="adam",
-                    lr=config.lr,
-                    min_lr=0.0,
-                    weight_decay=config.weight_decay,
-                    adam_beta1=config.betas[0],
-                    adam_beta2=config.betas[1],
-                    adam_eps=config.eps,
-                    clip_grad=0.0,
-                    bf16=dtype == torch.bfloat16,
-                    params_dtype=dtype,
-                    use_distributed_optimizer=True,
-                ),
-                [self.ddp],
+            settings = megatron_optimizer.OptimizerConfig(
+                optimizer="adam",
+                lr=config.lr,
+                min_lr=0.0,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.betas[0],
+                adam_beta2=config.betas[1],
+                adam_eps=config.eps,
+                clip_grad=0.0,
+                bf16=dtype == torch.bfloat16,
+                params_dtype=dtype,
+                use_distributed_optimizer=True,
             )
+            factors = lr_factors(towers, config.layer_decay, config.lr_factors)
+            use_adam(mesh.accelerators)
+            self.optimizer = megatron_optimizer.get_megatron_optimizer(
+                settings, [self.ddp], _overrides(settings, factors)
+            )
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] *= group["wd_mult"]  # which only megatron-core's own scheduler would heed
         self._materialise()
 
     @property
@@ -110,8 +151,9 @@ class TowerOptimizer:
         return nullcontext() if last else self.ddp.no_sync()
 
     def reduce(self) -> None:
-        """Sums the gradients over dp and readies this rank's shard."""
+        """Sums the gradients over dp, those of sequence-parallel parameters over tp too, and readies this rank's shard."""
         self.ddp.finish_grad_sync()
+        sum_partial_gradients(self.ddp, self.mesh.tp)
         with cuda_type_names():
             self.optimizer.prepare_grads()
 
@@ -126,7 +168,8 @@ class TowerOptimizer:
     def scale(self, factor: Tensor) -> None:
         """Multiplies this rank's shard of the gradients by `factor` []."""
         grads = [p.grad for p in self.optimizer.get_parameters() if p.grad is not None]
-        torch._foreach_mul_(grads, factor.to(torch.float32))
+        if grads:
+            torch._foreach_mul_(grads, factor.to(torch.float32))
 
     def step(self, lr: float) -> None:
         """One AdamW update at `lr`; every rank then holds all updated parameters."""
@@ -141,7 +184,11 @@ class TowerOptimizer:
             return self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
 
     def load_state_dict(self, state: Any) -> None:
-        """Takes a state that dist_checkpointing loaded."""
+        """Takes moments, float32 weights and the count of steps that dist_checkpointing loaded; hyper-parameters stay the present ones."""
+        saved = state["optimizer"]["param_groups"][0]
+        count = {"step": saved["step"]} if "step" in saved else {}
+        own = ({key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups)
+        state["optimizer"]["param_groups"] = [{**group, **count} for group in own]
         with cuda_type_names():
             self.optimizer.load_state_dict(state)
         # After a load all parameters share one `step` tensor, and torch's AdamW then counts it up once per parameter.
@@ -163,6 +210,19 @@ class TowerOptimizer:
                             "exp_avg": torch.zeros_like(p),
                             "exp_avg_sq": torch.zeros_like(p),
                         }
+            if (
+                not part.optimizer.state
+            ):  # where little is trained, a rank may have no share of it; its step is asked for all the same
+                part.optimizer.state["no share"] = {"step": torch.tensor(0.0)}
+
+
+def _overrides(settings: Any, factors: dict[nn.Parameter, float]) -> dict[Any, Any]:
+    """megatron-core's parameter groups: its own (biases and norms without weight decay), cut once more by the factor on the learning rate."""
+    overrides = dict(megatron_optimizer.get_standard_config_overrides(settings))
+    for factor in sorted(set(factors.values()) - {1.0}):
+        has_factor = ParamWithNamePredicate(name=f"lr x {factor}", fn=lambda p, _, factor=factor: factors[p] == factor)
+        overrides[ParamKey(with_name_predicate=has_factor)] = {"lr_mult": factor}
+    return overrides
 
 
 def _mend_loading() -> None:

@@ -48,7 +48,10 @@ def find_checkpoint(run: Path, wanted: Path | None) -> Path:
 
 
 def load_method(settings: RunConfig, path: Path, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Method, Any]:
-    """The method without its head, in evaluation mode, with the weights of checkpoint `path`, and its configuration; collective."""
+    """The method without its head, in evaluation mode, with the weights of checkpoint `path`, and its configuration; collective.
+
+    Where the checkpoint holds an average of its weights (train.ema_decay), that is taken.
+    """
     method, model = build(
         settings.method,
         settings.model,
@@ -60,5 +63,7 @@ def load_method(settings: RunConfig, path: Path, tokenizer: Tokenizer, mesh: Mes
         precision=settings.train.precision,
     )
     checkpoint.load(path, checkpoint.Trainable(method.towers, None, None, None), mesh)
+    if mesh.rank == 0 and checkpoint.has_average(path):
+        print(f"{path.name}: the average of the weights (train.ema_decay {settings.train.ema_decay})")
     method.towers.eval()
     return method, model

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
 
+def _no_ids() -> Tensor:
+    return torch.empty(0, 0, dtype=torch.int64)
+
+
+def _no_masks() -> Tensor:
+    return torch.empty(0, 0, dtype=torch.bool)
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Query photos and documents, both of any number. Rows are samples; ids are global sample ids.
+    """Queries and documents, both of any number. Rows are samples; ids are global sample ids.
 
     query_images [q, 3, S, S], query_labels int64 [q] (class ids, -1 = none), query_weights [q], query_ids int64 [q];
     document_images [d, 3, S, S], document_tokens int64 [d, L], document_labels [d], document_weights [d], document_ids [d].
+
+    What only some methods read is empty, [0, 0], where it is not given:
+    query_tokens int64 [q, L]: text of the queries; MAKE's are text alone and its query_images [0, 3, S, S];
+    categories int64 [d]: category of the documents, -1 = unknown;
+    keywords int64 [d, K]: keywords of the documents' titles, each once, -1 behind the last;
+    masked_tokens int64 [d, L]: the titles with their masked words replaced, and masked_words bool [d, L]: which those are;
+    masked_patches bool [d, P]: patches to be hidden, row-major;
+    other_tokens int64 [d, L]: for each document its own title or that of another document.
     """
 
     query_images: Tensor
@@ -25,6 +41,13 @@ class Batch:
     document_labels: Tensor
     document_weights: Tensor
     document_ids: Tensor
+    query_tokens: Tensor = field(default_factory=_no_ids)
+    categories: Tensor = field(default_factory=_no_ids)
+    keywords: Tensor = field(default_factory=_no_ids)
+    masked_tokens: Tensor = field(default_factory=_no_ids)
+    masked_words: Tensor = field(default_factory=_no_masks)
+    masked_patches: Tensor = field(default_factory=_no_masks)
+    other_tokens: Tensor = field(default_factory=_no_ids)
 
     @property
     def labels(self) -> Tensor:

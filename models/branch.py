@@ -28,7 +28,11 @@ class BranchEnd(nn.Module):
             branch = branch * self.scale
         branch = F.dropout(branch, self.dropout, self.training)
         if self.drop_path and self.training:
-            kept = torch.rand(1, branch.shape[1], 1, device=branch.device) >= self.drop_path
+            kept = self.draw(branch.shape[1], branch.device)[None, :, None] >= self.drop_path
             branch = branch * (kept.to(branch.dtype) / (1 - self.drop_path))
         joined = residual + branch
         return joined if self.norm is None else self.norm(joined)
+
+    def draw(self, samples: int, device: torch.device) -> Tensor:
+        """Uniform numbers [samples] in [0, 1): which samples' branches are dropped."""
+        return torch.rand(samples, device=device)

@@ -18,9 +18,14 @@ from typing import Any
 
 import torch
 
+from models import accelerators
+
 # module -> why it needs the proxy. tests/test_megatron_cpu.py fails when one of them no longer mentions CUDA.
 PATCHED = {
     "megatron.core.tensor_parallel.random": "RNG tracker reads and writes the CUDA generator",
+    "megatron.core.tensor_parallel.layers": "buffers of sequence parallelism allocated on torch.cuda.current_device()",
+    "megatron.core.tensor_parallel.mappings": "gathered and scattered tensors allocated on torch.cuda.current_device()",
+    "megatron.core.utils": "global memory buffer allocated on torch.cuda.current_device()",
     "megatron.core.distributed.param_and_grad_buffer": "buffers allocated on torch.cuda.current_device()",
     "megatron.core.optimizer.optimizer": "found_inf lives on 'cuda'",
     "megatron.core.optimizer.distrib_optimizer": "state shards allocated on torch.cuda.current_device()",
@@ -29,6 +34,14 @@ PATCHED = {
     "megatron.core.dist_checkpointing.exchange_utils": "exchange buffers on 'cuda'",
     "megatron.core.dist_checkpointing.strategies.fully_parallel": "exchange buffers on 'cuda'",
 }
+
+# The rest of megatron-core that we import: all of it is loaded at once, where TransformerEngine and apex are hidden.
+USED = (
+    "megatron.core.transformer.attention",
+    "megatron.core.transformer.mlp",
+    "megatron.core.transformer.transformer_block",
+    "megatron.core.dist_checkpointing",
+)
 
 _TYPE_NAMES = {
     torch.float32: "torch.cuda.FloatTensor",
@@ -90,10 +103,11 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 def install() -> None:
     """Patches the modules of `PATCHED` (idempotent). Call before megatron-core is used; a no-op where CUDA is available."""
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # "Transformer Engine and Apex are not installed": logged once by models/backends.py
-        modules = {name: importlib.import_module(name) for name in PATCHED}
+        warnings.simplefilter("ignore")  # "Transformer Engine and Apex are not installed"
+        with accelerators.hidden():
+            for name in USED:
+                importlib.import_module(name)
+            modules = {name: importlib.import_module(name) for name in PATCHED}
     _mend_checkpoint_writer(modules["megatron.core.dist_checkpointing.strategies.filesystem_async"])
     if torch.cuda.is_available():
         return

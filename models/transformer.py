@@ -14,8 +14,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from models import megatron_cpu
+from models.accelerators import LayerNormFunction
 from models.activation import ACTIVATIONS
 from models.branch import BranchEnd
+from models.recompute import recomputed
+from models.sequence import COMMON_STREAM, mark_partial, padded
 from models.shape import TransformerShape, keep_keys_unbiased
 
 megatron_cpu.install()
@@ -31,9 +34,17 @@ from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules  # noqa: E402
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules  # noqa: E402
 
+_FULL_RECOMPUTE: dict[str, Any] = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
 
-def megatron_config(shape: TransformerShape, tensor_parallel_size: int) -> TransformerConfig:
-    """megatron-core's configuration of `shape`.
+
+def megatron_config(
+    shape: TransformerShape, tensor_parallel_size: int, sequence_parallel: bool = False, recompute: str = "none"
+) -> TransformerConfig:
+    """megatron-core's configuration of `shape`; recomputation of the attention core (selective) is SdpaCore's, not megatron-core's.
 
     calculate_per_token_loss makes its data-parallel reduction a plain sum (our losses are already divided by the global weight).
     bias_activation_fusion stays off: it silently swaps erf-GELU for the tanh form.
@@ -54,6 +65,8 @@ def megatron_config(shape: TransformerShape, tensor_parallel_size: int) -> Trans
             init_method_std=init_std,
             output_layer_init_method=lambda weight: torch.nn.init.normal_(weight, std=branch_std),
             tensor_model_parallel_size=tensor_parallel_size,
+            sequence_parallel=sequence_parallel,
+            **_FULL_RECOMPUTE if recompute == "full" else {},
             use_cpu_initialization=True,  # the master weight is drawn whole and cut, so it does not depend on the layout
             calculate_per_token_loss=True,
             bias_activation_fusion=False,
@@ -65,10 +78,24 @@ def megatron_config(shape: TransformerShape, tensor_parallel_size: int) -> Trans
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """torch's layer norm under megatron-core's constructor."""
+    """torch's layer norm under megatron-core's constructor; `fused` computes it in its place."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        fused: LayerNormFunction | None = None,
+        **_: Any,
+    ) -> None:
         super().__init__(hidden_size, eps=eps)
+        self.fused = fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., h] -> [..., h]."""
+        if self.fused is None:
+            return super().forward(x)
+        return self.fused(x, self.weight, self.bias, self.normalized_shape, self.eps)
 
 
 class HeadNorm(torch.nn.LayerNorm):
@@ -88,6 +115,15 @@ class HeadNorm(torch.nn.LayerNorm):
 
 class MegatronBranchEnd(BranchEnd):
     """BranchEnd under the name and call that megatron-core has for its bias-dropout-add."""
+
+    def __init__(self, shape: TransformerShape, layer: int, sequence_parallel: bool) -> None:
+        super().__init__(shape, layer)
+        self.sequence_parallel = sequence_parallel
+
+    def draw(self, samples: int, device: torch.device) -> Tensor:
+        """See BranchEnd.draw; the same on all tensor-parallel ranks, also where each has its own tokens and stream."""
+        with tensor_parallel.get_cuda_rng_tracker().fork(COMMON_STREAM) if self.sequence_parallel else nullcontext():
+            return super().draw(samples, device)
 
     def forward(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
         """The function of (branch, its bias), residual [s, b, h] that joins them; what a BranchEnd is built with decides on dropout."""
@@ -113,18 +149,27 @@ class SdpaCore(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        recompute: bool = False,
         **_: Any,
     ) -> None:
         super().__init__(config)
+        self.recompute = recompute
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
         """query, key, value [s, b, heads, d]; attention_mask bool, broadcastable to [b, heads, s, s], True = hidden. Returns [s, b, heads*d]."""
+        if self.recompute and self.training:
+            return recomputed(self._attend, query, key, value, attention_mask)
+        return self._attend(query, key, value, attention_mask)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
-        # Heads differ between tensor-parallel ranks, so their dropout must too: it draws from the tracker's own stream.
-        with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else nullcontext():
+        # Heads differ between tensor-parallel ranks, so their dropout must too: it draws from the tracker's own stream, which a sequence-parallel
+        # block has already switched to.
+        own = dropout and not self.config.sequence_parallel
+        with tensor_parallel.get_cuda_rng_tracker().fork() if own else nullcontext():
             out = F.scaled_dot_product_attention(
                 q,
                 k,
@@ -134,6 +179,35 @@ class SdpaCore(MegatronModule):
                 scale=self.softmax_scale,
             )
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+class Block(TransformerBlock):
+    """megatron-core's stack of layers, sequence-parallel at any number of tokens, and with our recomputation."""
+
+    def forward(self, hidden: Tensor, mask: Tensor | None, rotary_pos_emb: Tensor | None = None) -> Tensor:
+        """See TransformerBuilder.block. All ranks of the group bring and get all tokens, whatever is done between."""
+        if not self.config.sequence_parallel:
+            return super().forward(hidden, mask, rotary_pos_emb=rotary_pos_emb)
+        group, tokens = self.pg_collection.tp, len(hidden)
+        hidden, mask, rotary_pos_emb = padded(hidden, mask, rotary_pos_emb, group.size())
+        own = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=group)
+        own = super().forward(own, mask, rotary_pos_emb=rotary_pos_emb)
+        whole = tensor_parallel.gather_from_sequence_parallel_region(
+            own, tensor_parallel_output_grad=False, group=group
+        )
+        return whole[:tokens]
+
+    def _checkpointed_forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, rotary_pos_emb: Tensor | None, **_: Any
+    ) -> Tensor:
+        """What TransformerBlock.forward calls in training where recompute_granularity is full."""
+        for layer in self.layers:
+
+            def run(hidden: Tensor, layer: torch.nn.Module = layer) -> Tensor:
+                return layer(hidden, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)[0]
+
+            hidden_states = recomputed(run, hidden_states)
+        return hidden_states
 
 
 def _without_bias(*args: Any, **kwargs: Any) -> torch.nn.Module:
@@ -146,19 +220,37 @@ class MegatronBuilder:
     Args:
         groups: process groups; `groups.tp` shards the weights.
         init_std: standard deviation of the word embeddings' initial weights.
+        sequence_parallel: between the linear layers every rank of `groups.tp` holds a range of the tokens; after the last backward of a step
+            models.sequence.sum_partial_gradients is due. Without effect on one rank.
+        recompute: what backward computes again instead of keeping it: none, selective (attention cores) or full (layers).
+        layer_norm: computes the layer norms of the blocks (models.accelerators); None: torch.
     """
 
-    def __init__(self, groups: ProcessGroupCollection, init_std: float = 0.02) -> None:
+    def __init__(
+        self,
+        groups: ProcessGroupCollection,
+        init_std: float = 0.02,
+        sequence_parallel: bool = False,
+        recompute: str = "none",
+        layer_norm: LayerNormFunction | None = None,
+    ) -> None:
         self.groups = groups
         self.init_std = init_std
+        self.sequence_parallel = sequence_parallel and groups.tp.size() > 1
+        self.recompute = recompute
+        self.layer_norm = ModuleSpec(module=LayerNorm, params={"fused": layer_norm})
 
     def block(self, shape: TransformerShape, final_norm: bool = True) -> torch.nn.Module:
         """See TransformerBuilder.block; bidirectional: it attends to all that the given mask leaves visible."""
-        config = megatron_config(shape, self.groups.tp.size())
+        config = megatron_config(shape, self.groups.tp.size(), self.sequence_parallel, self.recompute)
         layers = [self._layer(shape, layer) for layer in range(shape.num_layers)]
-        submodules = TransformerBlockSubmodules(layer_specs=layers, layer_norm=LayerNorm)
+        submodules = TransformerBlockSubmodules(layer_specs=layers, layer_norm=self.layer_norm)
         final_norm = final_norm and not shape.post_norm
-        block = TransformerBlock(config, submodules, post_layer_norm=final_norm, pg_collection=self.groups)
+        block = Block(config, submodules, post_layer_norm=final_norm, pg_collection=self.groups)
+        if self.sequence_parallel:
+            for module in block.modules():
+                if not isinstance(module, HeadNorm):  # sees all tokens, and sums over the heads by itself
+                    mark_partial(module)
         if shape.qkv_bias and not shape.key_bias:
             for made in block.layers:
                 attention = made.self_attention
@@ -166,9 +258,13 @@ class MegatronBuilder:
         return block
 
     def _layer(self, shape: TransformerShape, layer: int) -> ModuleSpec:
-        norm = IdentityOp if shape.post_norm else LayerNorm
+        norm = IdentityOp if shape.post_norm else self.layer_norm
         head_norm = ModuleSpec(module=HeadNorm, params={"group": self.groups.tp}) if shape.qk_norm else IdentityOp
-        end = ModuleSpec(module=MegatronBranchEnd, params={"shape": shape, "layer": layer})
+        end = ModuleSpec(
+            module=MegatronBranchEnd,
+            params={"shape": shape, "layer": layer, "sequence_parallel": self.sequence_parallel},
+        )
+        core = ModuleSpec(module=SdpaCore, params={"recompute": self.recompute == "selective"})
         return ModuleSpec(
             module=TransformerLayer,
             submodules=TransformerLayerSubmodules(
@@ -178,7 +274,7 @@ class MegatronBuilder:
                     params={"attn_mask_type": AttnMaskType.no_mask},
                     submodules=SelfAttentionSubmodules(
                         linear_qkv=tensor_parallel.ColumnParallelLinear if shape.qkv_bias else _without_bias,
-                        core_attention=SdpaCore,
+                        core_attention=core,
                         linear_proj=tensor_parallel.RowParallelLinear,
                         q_layernorm=head_norm,
                         k_layernorm=head_norm,

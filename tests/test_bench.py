@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.bench import decode, head, head_memory, loader
+from harness.bench import decode, head, head_memory, loader, towers
 from harness.bench.ranks import Memory
 from harness.bench.report import command_line, format_table, make_report
 from harness.errors import UserError
@@ -216,3 +216,35 @@ def test_computed_memory_is_that_of_the_tensors(side):
     found = rows.nbytes + sum(tensor.nbytes for tensor in state.values())
     config = head_memory.HeadMemoryConfig(embedding_dim=48, sample_rate=0.25)
     assert head_memory.computed_mib(side, config, 4000, 4) * 2**20 == pytest.approx(found + 250 * 48 * 4)
+
+
+def test_towers_of_all_sides_are_timed_once_they_agree(monkeypatch):
+    pytest.importorskip("transformers")
+    for presets, name in ((towers.VISION, "vit_s16"), (towers.TEXT, "bert_small")):
+        monkeypatch.setitem(
+            presets, name, presets[name] | {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 2}
+        )
+    report = towers.run(towers.TowersConfig(batch=2, tokens=8, pairs=2))
+    check_report(report)
+    headline = report["headline"]
+    assert {"vit_s_vs_transformers", "bert_small_vs_transformers", "vit_s_images_per_s"} < set(headline)
+    assert min(headline.values()) > 0 and [row["side"] for row in report["rows"]] == 2 * list(towers.SIDES)
+
+
+def test_towers_that_compute_something_else_are_not_timed(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setitem(towers.TEXT, "bert_small", towers.TEXT["bert_small"] | {"num_layers": 1, "vocab_size": 99})
+    real = towers.export_tower
+
+    def another(config, state, layout):
+        described, tensors = real(config, state, layout)
+        return described | {"hidden_act": "relu"}, tensors
+
+    monkeypatch.setattr(towers, "export_tower", another)
+    with pytest.raises(RuntimeError, match="bert_small: transformers differs from plain"):
+        towers.run(towers.TowersConfig(model=("bert_small",), batch=1, tokens=4, pairs=1))
+
+
+def test_a_tower_that_transformers_does_not_read_is_one_line():
+    with pytest.raises(UserError, match="--model has 'vit_s'"):
+        towers.TowersConfig(model=("vit_s",))

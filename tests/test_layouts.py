@@ -213,7 +213,8 @@ def first_moments(catalogue: Path, run: Path, settings: dict[str, Any]) -> tuple
         norm = t.train_step(t.loader.load(0)).norm
         moments = [e["exp_avg"] for part in t.towers._parts for e in part.optimizer.state.values()]
         total = sum(
-            (m.double().square().sum() for m in [*moments, t.rows.row_state()["exp_avg"]]), torch.zeros((), dtype=torch.float64)
+            (m.double().square().sum() for m in [*moments, t.rows.row_state()["exp_avg"]]),
+            torch.zeros((), dtype=torch.float64),
         )
         return float(t.mesh.sum(total).sqrt()), norm
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import math
@@ -25,6 +26,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from harness.data.catalogue import Catalogue
+from harness.errors import UserError
 from harness.evaluate import Report
 from harness.panel import draw_panel, picture
 from models.plain.transformer import PlainBuilder
@@ -252,3 +254,17 @@ def test_a_browser_shows_health_first(board: Board, tmp_path: Path) -> None:
     titles = re.findall(r'class="group-title" title="([^"]+)"', page.stdout)
     assert titles[:2] == ["health", "retrieval"], page.stdout[-500:] + page.stderr[-500:]
     assert re.findall(r'title="(health/[^"]+)"', page.stdout)[:2] == ["health/1_loss", "health/2_recall_at_1"]
+
+
+def test_a_profile_of_the_steps_asked_for(catalogue: Path, tmp_path: Path) -> None:
+    settings = {"train.steps": 4, "train.profile_steps": "1:3"}
+    with trainer(tiny_config(catalogue, tmp_path / "run", **settings)) as t:
+        t.fit()
+    (trace,) = (tmp_path / "run/tensorboard/profile").iterdir()
+    assert trace.name == "steps-1-3.rank-0.pt.trace.json.gz"
+    names = {
+        event["name"] for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"] if "name" in event
+    }
+    assert any("scaled_dot_product" in name for name in names) and any("MarginSoftmax" in name for name in names)
+    with pytest.raises(UserError, match=r"train.profile_steps is '3:1'. Give FIRST:LAST"):
+        tiny_config(catalogue, tmp_path / "run", **{"train.profile_steps": "3:1"})

@@ -1,0 +1,270 @@
+"""How fast the towers go forward and backward, beside `transformers` and beside their plain twins, the same weights in all of them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.bench.report import bench_main, command_line, make_report, print_report
+from harness.errors import UserError
+from harness.flops import peak_flops
+from harness.flops import text as text_flops
+from harness.flops import vision as vision_flops
+from harness.mesh import Mesh, MeshConfig
+from models.merge import load_merged
+from models.plain.transformer import PlainBuilder
+from models.presets import PRESETS, TEXT, VISION
+from models.shape import TransformerBuilder
+from models.text import TextConfig, TextTower
+from models.transformer import MegatronBuilder
+from models.vision import VisionConfig, VisionTower
+from models.weights.convert import export_tower, save_tensors
+
+MODULE = "harness.bench.towers"
+EXAMPLE = f"python -m {MODULE} --model vit_s16,bert_small --json towers.json"
+# Beginning of a preset's name -> the layout of models.weights that transformers reads it in.
+LAYOUTS = {
+    "vision": {"vit_": "vit", "dinov2_": "dinov2", "siglip_": "siglip_vision_model"},
+    "text": {"bert_": "bert", "roberta_": "roberta", "xlm_roberta_": "xlm-roberta"},
+}
+HEADLINE = {"vit_s16": "vit_s"}  # names of the headline where they are not the preset's
+SIDES = ("ours", "transformers", "plain")
+AGREE = 1e-4  # largest difference of outputs in fp32, relative to their largest
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowersConfig:
+    """Times forward and backward of one tower at a time; the sides take turns within a round. Ours is megatron-core's at tensor parallel 1.
+
+    All have the same random weights, no dropout, and torch's scaled_dot_product_attention; before anything is timed their outputs must
+    agree in fp32. The loss is a weighted sum of all token vectors. Texts have no padding.
+
+    Args:
+        model: presets to measure (models/presets.py): of images vit_…, dinov2_… without registers and siglip_…; of texts bert_…, roberta_… and
+            xlm_roberta_….
+        batch: images or texts; 0: 8 images, 16 texts.
+        tokens: length of a text.
+        dtype: fp32 or bf16.
+        pairs: rounds that count, after one that does not.
+    """
+
+    model: tuple[str, ...] = ("vit_s16", "bert_small")
+    batch: int = 0
+    tokens: int = 64
+    dtype: str = "fp32"
+    pairs: int = 7
+
+    def __post_init__(self) -> None:
+        for name in self.model:
+            _layout(name)
+        if self.dtype not in ("fp32", "bf16"):
+            raise UserError(f"--dtype is '{self.dtype}'", "It can be fp32 or bf16")
+        if self.batch < 0 or self.pairs < 1 or self.tokens < 1 or not self.model:
+            raise UserError("--model, --tokens and --pairs must be at least 1, --batch not negative")
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The modules of one tower: inputs -> token vectors [b, s, h]. `items` are images or tokens of a batch, `flops` those of forward and backward."""
+
+    modules: dict[str, nn.Module]
+    inputs: Tensor
+    items: int
+    unit: str
+    flops: float
+
+
+def run(config: TowersConfig) -> dict[str, Any]:
+    """Measures, prints and returns the report (see `harness/bench/report.py`).
+
+    Headline: `X_vs_transformers` and `X_vs_plain`, medians over the rounds of the other's time by ours (above 1: ours is faster), least and largest;
+    `X_images_per_s` or `X_tokens_per_s`, ours; `matrix_tflops`, the rate of one large matrix product in the same dtype; `X_of_matrix_rate`, our model
+    FLOPs by that; on a GPU of harness/flops.py's table `X_model_flops_utilisation`, by the data sheet's peak.
+    """
+    mesh = Mesh(MeshConfig())
+    try:
+        dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
+        ceiling = matrix_rate(mesh.device, dtype)
+        headline, rows = {"matrix_tflops": ceiling / 1e12}, []
+        for name in config.model:
+            sides = make_sides(name, config, mesh)
+            require_agreement(name, sides)
+            seconds = measure(sides, dtype, config.pairs, mesh)
+            key = HEADLINE.get(name, name)
+            for other in SIDES[1:]:
+                ratios = [theirs / own for theirs, own in zip(seconds[other], seconds["ours"], strict=True)]
+                named = f"{key}_vs_{other}"
+                headline |= {named: statistics.median(ratios), f"{named}_min": min(ratios), f"{named}_max": max(ratios)}
+            own = statistics.median(seconds["ours"])
+            headline |= {
+                f"{key}_{sides.unit}_per_s": sides.items / own,
+                f"{key}_of_matrix_rate": sides.flops / own / ceiling,
+            }
+            if peak := peak_flops(mesh.device, config.dtype):
+                headline[f"{key}_model_flops_utilisation"] = sides.flops / own / peak
+            rows += [_row(name, side, sides, statistics.median(seconds[side]), ceiling) for side in SIDES]
+    finally:
+        mesh.close()
+    report = make_report("towers", command_line(MODULE, config), headline, rows)
+    print_report(report)
+    return report
+
+
+def make_sides(name: str, config: TowersConfig, mesh: Mesh) -> Sides:
+    """The three modules of the preset `name`, in fp32 with the same random weights, and their inputs."""
+    kind, layout = _layout(name)
+    preset = PRESETS[kind][name]
+    torch.manual_seed(0)
+    tower: VisionConfig | TextConfig
+    if kind == "vision":
+        tower = VisionConfig(**preset)
+        batch = config.batch or 8
+        inputs = torch.randn(batch, 3, tower.image_size, tower.image_size)
+        items, unit, flops = batch, "images", batch * vision_flops(tower).total
+    else:
+        tower = TextConfig(**preset)
+        batch = config.batch or 16
+        inputs = torch.randint(5, tower.vocab_size, (batch, config.tokens))
+        items, unit, flops = batch * config.tokens, "tokens", batch * text_flops(tower, config.tokens).total
+    plain = _tower(tower, PlainBuilder())
+    ours = _tower(tower, MegatronBuilder(mesh.groups))
+    load_merged(ours, plain.state_dict(), mesh.tp)
+    theirs = _transformers(tower, {f"{kind}.{k}": v for k, v in plain.state_dict().items()}, layout)
+    modules = {side: module.eval().to(mesh.device) for side, module in zip(SIDES, (ours, theirs, plain), strict=True)}
+    return Sides(
+        {side: _Tokens(module) for side, module in modules.items()}, inputs.to(mesh.device), items, unit, flops
+    )
+
+
+def require_agreement(name: str, sides: Sides) -> None:
+    """Raises RuntimeError where the sides' outputs differ: their times would compare different things."""
+    with torch.no_grad():
+        found = {side: module(sides.inputs) for side, module in sides.modules.items()}
+    largest = found["plain"].abs().max()
+    for side, output in found.items():
+        difference = float((output - found["plain"]).abs().max() / largest)
+        if not difference <= AGREE:
+            raise RuntimeError(f"{name}: {side} differs from plain by {difference:.2g} of the largest output")
+
+
+def measure(sides: Sides, dtype: torch.dtype, pairs: int, mesh: Mesh) -> dict[str, list[float]]:
+    """Seconds of each side in each round. Who comes first moves on, so that a machine that slows down favours none."""
+    inputs = sides.inputs.to(dtype) if sides.inputs.is_floating_point() else sides.inputs
+    for module in sides.modules.values():
+        module.to(dtype)
+    with torch.no_grad():
+        weights = torch.randn_like(sides.modules["plain"](inputs))
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    for number in range(pairs + 1):
+        for side in [*SIDES[number % 3 :], *SIDES[: number % 3]]:
+            module = sides.modules[side]
+            module.zero_grad()
+            mesh.synchronize()
+            start = time.perf_counter()
+            (module(inputs) * weights).sum().backward()
+            mesh.synchronize()
+            if number:
+                seconds[side].append(time.perf_counter() - start)
+    return seconds
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product, the best of several: what a kernel of this machine can reach."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        c = a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    del c
+    return 2 * n**3 / best
+
+
+class _Tokens(nn.Module):
+    """A tower of ours or of transformers as inputs -> token vectors [b, s, h], prefix tokens left out."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if isinstance(self.tower, VisionTower):
+            return self.tower(inputs)[0]
+        if isinstance(self.tower, TextTower):
+            return self.tower(inputs)
+        if inputs.is_floating_point():
+            tokens = self.tower(inputs).last_hidden_state
+            return tokens if "Siglip" in type(self.tower).__name__ else tokens[:, 1:]
+        config: Any = self.tower.config
+        return self.tower(inputs, attention_mask=(inputs != config.pad_token_id).long()).last_hidden_state
+
+
+def _tower(config: VisionConfig | TextConfig, build: TransformerBuilder) -> nn.Module:
+    return VisionTower(config, build) if isinstance(config, VisionConfig) else TextTower(config, build)
+
+
+def _transformers(config: VisionConfig | TextConfig, state: dict[str, Tensor], layout: str) -> nn.Module:
+    """The model of transformers with SDPA attention that holds `state`; without the pooling layer of its own, which our towers lack."""
+    import transformers  # here: only this benchmark needs it
+
+    described, tensors = export_tower(config, state, layout)
+    with tempfile.TemporaryDirectory() as folder:
+        save_tensors(tensors, Path(folder) / "model.safetensors")
+        (Path(folder) / "config.json").write_text(json.dumps(described))
+        options = {"add_pooling_layer": False} if layout in ("vit", "bert", "roberta", "xlm-roberta") else {}
+        kind = getattr(transformers, described["architectures"][0])
+        made, loading = kind.from_pretrained(folder, attn_implementation="sdpa", output_loading_info=True, **options)
+    if loading["missing_keys"]:
+        raise RuntimeError(f"transformers lacks {sorted(loading['missing_keys'])[:3]}")
+    return made
+
+
+def _layout(name: str) -> tuple[str, str]:
+    """vision or text, and the layout that transformers reads the preset `name` in.
+
+    Raises:
+        UserError: there is none.
+    """
+    for kind, presets in (("vision", VISION), ("text", TEXT)):
+        for beginning, layout in LAYOUTS[kind].items():
+            if name in presets and name.startswith(beginning) and "_reg" not in name:
+                return kind, layout
+    known = [n for presets in (VISION, TEXT) for n in presets if _is_known(n)]
+    raise UserError(f"--model has '{name}'", f"It can have {', '.join(known)}")
+
+
+def _is_known(name: str) -> bool:
+    return any(name.startswith(b) for layouts in LAYOUTS.values() for b in layouts) and "_reg" not in name
+
+
+def _row(name: str, side: str, sides: Sides, seconds: float, ceiling: float) -> dict[str, Any]:
+    rate = sides.flops / seconds
+    return {
+        "model": name,
+        "side": side,
+        "ms": 1000 * seconds,
+        f"{sides.unit}_per_s": sides.items / seconds,
+        "model_tflops": rate / 1e12,
+        "of_matrix_rate": rate / ceiling,
+    }
+
+
+def main() -> int:
+    """Entry point of `python -m harness.bench.towers`."""
+    return bench_main(MODULE, TowersConfig, run, "Forward and backward of the towers beside transformers.", EXAMPLE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""What masked modelling hides, and the titles that do not match: functions of (seed, epoch, sample id), like all of the data plane."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.data.keyed import keyed_hash, keyed_uniform
+from harness.data.tokenizer import SPECIAL_IDS
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+# They keep these draws apart from those of order.py and preprocess.py, and from each other, under the same seed.
+_WORDS, _PATCHES, _HEAVY, _OTHER = 16, 17, 18, 19
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """What is masked in a training document.
+
+    Args:
+        word_rate: share of a title's words that are masked (BERT's 0.15).
+        patch_rates: share of an image's patches that are masked, least and most.
+        one_heavy: mask one modality of each sample heavily (ITEm): a sample hides either `heavy_word_rate` of its words and no patch,
+            or `word_rate` of its words and `patch_rates` of its patches. False masks every sample the second way.
+        heavy_word_rate: share of the words of a title that is masked heavily.
+        mismatched: share of samples that other_titles gives another title.
+    """
+
+    word_rate: float = 0.15
+    patch_rates: tuple[float, float] = (0.4, 0.6)
+    one_heavy: bool = False
+    heavy_word_rate: float = 0.5
+    mismatched: float = 0.5
+
+    def errors(self, where: str) -> list[str]:
+        """What is out of range, as sentences that name the key under `where`."""
+        errors = []
+        for name in ("word_rate", "heavy_word_rate", "mismatched"):
+            if not 0 <= getattr(self, name) <= 1:
+                errors.append(f"{where}.{name} is {getattr(self, name)}; it must lie in [0, 1]")
+        low, high = self.patch_rates
+        if not 0 <= low <= high <= 1:
+            errors.append(f"{where}.patch_rates is {self.patch_rates}; it must be two rising shares in [0, 1]")
+        return errors
+
+
+class Masks(NamedTuple):
+    """Of n documents: titles with the masked words replaced int64 [n, L], masked words bool [n, L], masked patches bool [n, P]."""
+
+    tokens: Ints
+    words: Bools
+    patches: Bools
+
+
+def draw_masks(
+    config: MaskConfig, tokens: Ints, num_patches: int, vocab_size: int, seed: int, epochs: Ints | int, sample_ids: Ints
+) -> Masks:
+    """Masks of documents `sample_ids` [n] with titles `tokens` [n, L] in their `epochs` ([n] or one for all)."""
+    heavy = np.zeros(len(sample_ids), np.bool_)
+    if config.one_heavy:
+        heavy = keyed_uniform(seed, _HEAVY, epochs, sample_ids) < 0.5
+    word_rates = np.where(heavy, config.heavy_word_rate, config.word_rate)
+    replaced, words = mask_words(tokens, word_rates, vocab_size, seed, epochs, sample_ids)
+    low, high = (np.where(heavy, 0.0, rate) for rate in config.patch_rates)
+    return Masks(replaced, words, mask_patches(num_patches, low, high, seed, epochs, sample_ids))
+
+
+def mask_words(
+    tokens: Ints, rate: npt.ArrayLike, vocab_size: int, seed: int, epochs: Ints | int, sample_ids: Ints
+) -> tuple[Ints, Bools]:
+    """Masked titles and which words are masked, both [n, L]; `rate` [n] or one for all. Source: Devlin et al. 2019 (BERT).
+
+    Each ordinary piece is masked with probability `rate`, a special one (padding among them) never. Of the masked ones 80 % become [MASK],
+    10 % any ordinary piece, and 10 % stay.
+    """
+    uniform = _draws(seed, _WORDS, epochs, sample_ids, tokens.shape[1], 3)
+    special = len(SPECIAL_IDS)
+    masked = (uniform[0] < np.asarray(rate).reshape(-1, 1)) & (tokens >= special)
+    any_piece = special + (uniform[2] * (vocab_size - special)).astype(np.int64)
+    instead = np.where(uniform[1] < 0.8, SPECIAL_IDS["mask"], np.where(uniform[1] < 0.9, any_piece, tokens))
+    return np.where(masked, instead, tokens), masked
+
+
+def mask_patches(
+    num_patches: int, low: npt.ArrayLike, high: npt.ArrayLike, seed: int, epochs: Ints | int, sample_ids: Ints
+) -> Bools:
+    """Masked patches [n, P]: a share of each image drawn evenly between `low` and `high` ([n] or one for all), rounded to whole patches."""
+    if not len(sample_ids):
+        return np.zeros((0, num_patches), np.bool_)
+    share = keyed_uniform(seed, _PATCHES, epochs, sample_ids)
+    count = np.rint(num_patches * (low + share * (np.asarray(high) - low))).astype(np.int64)
+    order = _draws(seed, _PATCHES, epochs, sample_ids, num_patches, 1)[0].argsort(axis=1, kind="stable")
+    masked = np.zeros(order.shape, np.bool_)
+    np.put_along_axis(masked, order, np.arange(num_patches) < count[:, None], axis=1)
+    return masked
+
+
+def other_titles(mismatched: float, documents: Ints, seed: int, epochs: Ints | int, sample_ids: Ints) -> Ints:
+    """For each sample the document whose title stands beside its image: its own, or with probability `mismatched` another one's.
+
+    Args:
+        mismatched: that probability.
+        documents: the sample ids to choose from, rising, `sample_ids` among them; one alone has no other.
+        seed, epochs, sample_ids: the key, as everywhere.
+
+    Returns:
+        int64 [n] sample ids. Another document may have an equal title; who compares the titles sees that.
+    """
+    if len(documents) < 2:
+        return sample_ids
+    chance = keyed_uniform(seed, _OTHER, epochs, sample_ids, 0)
+    steps = keyed_hash(seed, _OTHER, epochs, sample_ids, 1) % np.uint64(len(documents) - 1)
+    place = np.searchsorted(documents, sample_ids) + 1 + steps.astype(np.int64)
+    return np.where(chance < mismatched, documents[place % len(documents)], sample_ids)
+
+
+def _draws(seed: int, tag: int, epochs: Ints | int, sample_ids: Ints, places: int, kinds: int) -> npt.NDArray[Any]:
+    """Uniform numbers [kinds, n, places]."""
+    epoch = np.asarray(epochs).reshape(-1, 1)
+    return keyed_uniform(
+        seed, tag, epoch, sample_ids[:, None], np.arange(places), np.arange(1, kinds + 1)[:, None, None]
+    )

@@ -1,0 +1,50 @@
+"""An exponential moving average of the towers' weights: what evaluation and export take where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """average = decay * average + (1 - decay) * weight after every step, float32, of this rank's part of every trained parameter.
+
+    Of bf16 towers the bf16 weights are averaged: the float32 ones behind them are spread over the data-parallel ranks.
+
+    Args:
+        towers: the model, its frozen parts frozen already; the average starts from its present weights.
+        decay: in (0, 1); the average remembers about 1 / (1 - decay) steps.
+    """
+
+    def __init__(self, towers: nn.Module, decay: float) -> None:
+        self.decay = decay
+        trained = [p for p in towers.parameters() if p.requires_grad]
+        self._weights = [p.detach() for p in trained]
+        self._average = [weight.to(torch.float32, copy=True) for weight in self._weights]
+        average = dict(zip(trained, self._average, strict=True))
+        names = towers.named_parameters(
+            remove_duplicate=False
+        )  # as in the towers' own state: shared ones by all their names
+        self.state: dict[str, Tensor] = {name: average[p] for name, p in names if p.requires_grad}
+
+    def restart(self) -> None:
+        """Starts the average anew, from the present weights."""
+        torch._foreach_copy_(self._average, self._weights)
+
+    def update(self) -> None:
+        """Takes in the weights of one more step."""
+        torch._foreach_mul_(self._average, self.decay)
+        torch._foreach_add_(self._average, self._weights, alpha=1 - self.decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the towers have the average for weights."""
+        kept = [weight.clone() for weight in self._weights]
+        torch._foreach_copy_(self._weights, self._average)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self._weights, kept)

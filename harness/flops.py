@@ -1,0 +1,174 @@
+"""Floating-point operations of a training step, from shapes alone; for `shelfmark estimate`, the meters and the benchmark of the towers.
+
+Counted: matrix products and convolutions, a multiplication and an addition being two operations, as torch.utils.flop_counter counts them.
+Model FLOPs: what the mathematics needs. What is computed again to save memory (attention, recomputation, tiles of the head) does not count, so a
+utilisation made of them compares between systems. Source: Narayanan et al. 2021 (arXiv 2104.04473), by part instead of in one formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from harness.config import RunConfig
+from models.oclear import OclearConfig
+from models.shape import TransformerShape
+from models.text import TextConfig
+from models.vision import VisionConfig
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of a part, forward and backward."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.forward + other.forward, self.backward + other.backward)
+
+    def __mul__(self, times: float) -> Work:
+        return Work(self.forward * times, self.backward * times)
+
+    @property
+    def total(self) -> float:
+        """Forward and backward together."""
+        return self.forward + self.backward
+
+
+def linear(rows: float, inputs: int, outputs: int, input_grad: bool = True) -> Work:
+    """[rows, inputs] by [inputs, outputs]; without `input_grad` the backward has no gradient of the inputs, as at an image."""
+    product = 2.0 * rows * inputs * outputs
+    return Work(product, product * (2 if input_grad else 1))
+
+
+def attention(queries: int, keys: int, width: int) -> Work:
+    """Scores and weighted sum of all heads together; a causal mask saves nothing here."""
+    return Work(4.0 * queries * keys * width, 8.0 * queries * keys * width)
+
+
+def block(shape: TransformerShape, tokens: int) -> Work:
+    """The transformer on one sequence."""
+    h = shape.hidden_size
+    one = linear(tokens, h, 3 * h) + attention(tokens, tokens, h) + linear(tokens, h, h)
+    one += linear(tokens, h, shape.fc1_size) + linear(tokens, shape.mlp_size, h)
+    return one * shape.num_layers
+
+
+def stem(config: VisionConfig) -> Work:
+    """From pixels to patches, of one image."""
+    if not config.stem_channels:
+        return linear(config.num_patches, 3 * config.patch_size**2, config.hidden_size, input_grad=False)
+    total, side, before = Work(), config.image_size, 3
+    for stage, (width, blocks) in enumerate(zip(config.stem_channels, config.stem_blocks, strict=True)):
+        side //= 2
+        total += linear(side**2, 9 * before, width, input_grad=stage > 0)
+        total += linear(side**2, 9 * width, width) * (2 * blocks)
+        before = width
+    return total + linear(side**2, before, config.hidden_size)
+
+
+def vision(config: VisionConfig) -> Work:
+    """The image tower on one image. Left out: the one query of attention pooling, which serves a whole batch."""
+    tokens, h = config.num_prefix + config.num_patches, config.hidden_size
+    total = stem(config) + block(config, tokens)
+    if config.pooling == "attention":
+        total += linear(tokens, h, 2 * h) + attention(1, tokens, h) + linear(1, h, h)
+        total += linear(1, h, config.fc1_size) + linear(1, config.mlp_size, h)
+    return total + linear(1, h, config.projection_dim)
+
+
+def text(config: TextConfig, tokens: int = 0) -> Work:
+    """The text tower on one text of `tokens` tokens, padding included; 0: of max_length."""
+    return block(config, tokens or config.max_length) + linear(1, config.hidden_size, config.projection_dim)
+
+
+def class_head(samples: float, rows: float, width: int) -> Work:
+    """Cosines of all samples with all active rows."""
+    return linear(samples, width, 1) * rows
+
+
+def active_rows(num_classes: int, sample_rate: float, samples: int) -> float:
+    """Expected number of classes that take part in a step: those drawn, and of the others the positives, taken as distinct."""
+    return sample_rate * num_classes + (1 - sample_rate) * min(samples, num_classes)
+
+
+def _oclear(model: OclearConfig, config: RunConfig, num_classes: int) -> dict[str, Work]:
+    queries, documents = config.data.queries_per_step, config.data.documents_per_step
+    if model.objective == "contrastive":
+        documents = queries
+    h, words, slots = model.vision.hidden_size, model.text.max_length, model.concept_slots
+    cross = Work()
+    for context, width in ((words, model.text.hidden_size), (model.vision.num_patches, h)):
+        cross += linear(slots, h, h) * 2 + linear(context, width, 2 * h) + attention(slots, context, h)
+    transform = linear(1, h, 2 * h) + linear(1, 2 * h, h) + linear(1, h, model.embedding_dim)
+    samples = queries + documents
+    if model.objective == "contrastive":
+        head = linear(queries, model.embedding_dim, documents)
+    else:
+        active = active_rows(num_classes, config.head.sample_rate, samples)
+        head = class_head(samples, active, model.embedding_dim)
+    return {
+        "vision": vision(model.vision) * samples,
+        "text": text(model.text) * documents,
+        "fusion": (cross + linear(1, 2 * h, 1)) * documents,
+        "transforms": transform * samples,
+        "head": head,
+    }
+
+
+# method -> the parts of its step over all ranks, from (its configuration, the run's, classes)
+PARTS: dict[str, Callable[[Any, RunConfig, int], dict[str, Work]]] = {"oclear": _oclear}
+
+
+def step_parts(config: RunConfig, num_classes: int) -> dict[str, Work]:
+    """Model FLOPs of one optimizer step over all ranks, by part of the method; empty for a method that has no formula here."""
+    return PARTS[config.method](config.model, config, num_classes) if config.method in PARTS else {}
+
+
+def flops_per_step(config: RunConfig, num_classes: int) -> float:
+    """Model FLOPs of one optimizer step, forward and backward, over all ranks; 0 for a method that has no formula here."""
+    return sum(part.total for part in step_parts(config, num_classes).values())
+
+
+# Part of the device's name -> dense peak in TFLOP/s of (bf16 tensor cores, fp32 without them), from NVIDIA's data sheets. The first that fits counts.
+_PEAKS: dict[str, tuple[float, float]] = {
+    "B200": (2250, 75),
+    "H200": (989, 67),
+    "GH200": (989, 67),
+    "H100 PCIe": (756, 51),
+    "H100 NVL": (835, 60),
+    "H100": (989, 67),
+    "A100": (312, 19.5),
+    "A30": (165, 10.3),
+    "L40S": (362, 91.6),
+    "L4": (121, 30.3),
+    "A10": (125, 31.2),
+    "RTX 4090": (165, 82.6),
+    "RTX 3090": (71, 35.6),
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Peak FLOP/s of `device` in `precision` (fp32 or bf16) by its data sheet; None for a CPU and for GPUs that are not in the table.
+
+    A CPU has no such figure: its clock depends on the instructions and on what else runs, so a utilisation would mislead.
+    """
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    # whole words: "A100-SXM4-80GB" is an A100, "L40S" is no L4
+    words = name.replace("-", " ").split()
+    for key, (bf16, fp32) in _PEAKS.items():
+        if all(word in words for word in key.split()):
+            return 1e12 * (bf16 if precision == "bf16" else fp32)
+    return None
+
+
+def utilisation(flops: float, seconds: float, ranks: int, device: torch.device, precision: str) -> dict[str, float]:
+    """{"speed/model_flops_utilisation": share of the ranks' peak} for `flops` over all ranks in `seconds`; empty where either is not known."""
+    peak = peak_flops(device, precision)
+    return {"speed/model_flops_utilisation": flops / (seconds * ranks * peak)} if peak and flops and seconds > 0 else {}

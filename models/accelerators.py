@@ -1,0 +1,91 @@
+"""Fused kernels of NVIDIA's TransformerEngine and apex, where they are whole: chosen here, and nowhere by what an import happens to find.
+
+megatron-core asks at its import whether packages of those names exist. A TransformerEngine without its libraries then ends the import, and a foreign
+package named apex (PyPI's is one) passes for NVIDIA's. So megatron-core is imported as if neither were there, and what is used is put in afterwards.
+Nothing of this has run on a machine that has them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHOICES = ("auto", "torch")
+ADAM = {"transformer_engine": "transformer_engine.pytorch.optimizers", "apex": "apex.optimizers"}  # in order of choice
+LAYER_NORM = ("apex.normalization.fused_layer_norm", "fused_layer_norm_affine")
+
+# (x [..., h], weight [h], bias [h], (h,), eps) -> [..., h]
+LayerNormFunction = Callable[[Tensor, Tensor, Tensor, Any, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Accelerators:
+    """What a run uses: whose Adam (torch, transformer_engine or apex), a fused layer norm (None: torch's), and a line that says so and why."""
+
+    adam: str
+    adam_class: Any
+    layer_norm: LayerNormFunction | None
+    line: str
+
+
+@contextmanager
+def hidden() -> Iterator[None]:
+    """Inside, importing TransformerEngine or apex fails as if they were not installed."""
+    names = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
+    before = {name: sys.modules.get(name) for name in names}
+    sys.modules.update(dict.fromkeys(names))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
+
+
+def choose(which: str, device: torch.device) -> Accelerators:
+    """For `which` auto the first whole package, torch's own without one or off a GPU; for torch torch's own."""
+    adam: str = "torch"
+    adam_class: Any = torch.optim.AdamW
+    layer_norm: LayerNormFunction | None = None
+    notes: list[str] = []
+    if which == "auto" and device.type == "cuda":
+        for package, module in ADAM.items():
+            found, problem = _found(module, "FusedAdam")
+            notes += [f"{module}.FusedAdam: {problem}"] if problem else []
+            if found is not None:
+                adam, adam_class = package, found
+                break
+        layer_norm, problem = _found(*LAYER_NORM)
+        notes += [f"{'.'.join(LAYER_NORM)}: {problem}"] if problem else []
+    norm = "torch" if layer_norm is None else "apex"
+    line = "; ".join([f"accelerators ({which}): Adam {adam}, layer norm {norm}", *notes])
+    return Accelerators(adam, adam_class, layer_norm, line)
+
+
+def use_adam(chosen: Accelerators) -> None:
+    """Sets the globals by which megatron-core's optimizers know what their Adam is. Call before one is built."""
+    names = ("megatron.core.optimizer", "megatron.core.optimizer.distrib_optimizer")
+    optimizers, distributed = (importlib.import_module(name) for name in names)
+    for module in (optimizers, distributed):
+        module.Adam = chosen.adam_class  # type: ignore[attr-defined]
+    optimizers.USING_PYTORCH_OPTIMIZER = chosen.adam == "torch"  # type: ignore[attr-defined]
+    distributed.HAVE_APEX_OR_TE = chosen.adam != "torch"  # type: ignore[attr-defined]
+    distributed.USING_TE_OPTIMIZER = chosen.adam == "transformer_engine"  # type: ignore[attr-defined]
+    distributed.USING_APEX_OPTIMIZER = chosen.adam == "apex"  # type: ignore[attr-defined]
+
+
+def _found(module: str, name: str) -> tuple[Any, str]:
+    """The thing itself, or None and why; a broken package may raise anything."""
+    try:
+        return getattr(importlib.import_module(module), name), ""
+    except Exception as error:
+        first = str(error).splitlines()[:1]
+        return None, " ".join([type(error).__name__, *first])

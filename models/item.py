@@ -1,0 +1,286 @@
+"""ITEm: product embeddings from title and image without labels, for same-product search and category prediction (Liao et al., arXiv 2311.02084).
+
+Known: one single-stream transformer, no regions of interest; five objectives: image-text matching (ITM), masked language modelling (MLM), masked
+image modelling (MIM), and GMLM and GMIM, in which the global representation alone predicts the masked words and builds the masked patches. Ours:
+every form that these take below, and which modality is hidden (one_heavy in harness/data/masking.py). Ours too, and no part of ITEm: `contrast`,
+the baseline on the same towers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from models.batch import Batch
+from models.heads.contrastive import ContrastiveConfig, contrastive_loss
+from models.heads.mean import global_mean
+from models.masking import WordHead, hide_patches, patch_pixels, word_terms
+from models.shape import TransformerBuilder, TransformerShape, padded_vocab, shape_errors
+from models.stem import conv_stem, patch_stem
+from models.vision import VisionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemWeights:
+    """Weight of each term of ITEm's loss; 0 leaves the term out.
+
+    Args:
+        itm: whether title and image belong together.
+        mlm: masked words, each from its own final state.
+        mim: masked patches, each from its own final state.
+        gmlm: masked words from the global vector and their position.
+        gmim: masked patches from the global vector and their position.
+        contrast: InfoNCE between the product seen as title alone and as image alone; no part of ITEm, the baseline on the same towers.
+    """
+
+    itm: float = 1.0
+    mlm: float = 1.0
+    mim: float = 1.0
+    gmlm: float = 1.0
+    gmim: float = 1.0
+    contrast: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchConfig:
+    """How an image becomes patches.
+
+    Args:
+        image_size: side of the square input in pixels.
+        patch_size: side of the square that becomes one token; with a convolutional stem, 2 ** number of stages.
+        stem_channels: channels of the convolutional stem, a stage each; empty: one linear patch embedding.
+        stem_blocks: residual blocks in each stage of the stem.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    stem_channels: tuple[int, ...] = ()
+    stem_blocks: tuple[int, ...] = ()
+
+    @property
+    def num_patches(self) -> int:
+        """Patch tokens of one image."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig(TransformerShape):
+    """The single-stream transformer and its titles.
+
+    Args:
+        vocab_size: number of word pieces; 0 takes the catalogue's tokenizer.
+        max_length: tokens of one title; longer ones are cut.
+        pad_id: the id of padding.
+    """
+
+    vocab_size: int = 0
+    max_length: int = 64
+    pad_id: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemConfig:
+    """ITEm's transformer and objectives.
+
+    Args:
+        vision: patches of the image.
+        text: the transformer over title and patches.
+        weights: weights of the terms.
+        contrast: the loss of the baseline.
+    """
+
+    vision: PatchConfig = field(default_factory=PatchConfig)
+    text: StreamConfig = field(default_factory=StreamConfig)
+    weights: ItemWeights = field(default_factory=ItemWeights)
+    contrast: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of the embeddings: that of the global vector."""
+        return self.text.hidden_size
+
+    def errors(self, tensor_parallel: int) -> list[str]:
+        """What does not fit together, as sentences that name the key."""
+        errors = VisionConfig(**vars(self.vision)).errors("model.vision")
+        errors += shape_errors(self.text, tensor_parallel, "model.text")
+        errors += [f"model.weights.{k} is {v}; it must not be negative" for k, v in vars(self.weights).items() if v < 0]
+        if not any(vars(self.weights).values()):
+            errors.append("model.weights are all 0: there is no loss")
+        return errors + self.contrast.errors("model.contrast")
+
+
+class ItemTowers(nn.Module):
+    """Title and image to final states, and the heads of all objectives. One sequence: a global token, the title's tokens, the patches."""
+
+    def __init__(self, config: ItemConfig, build: TransformerBuilder) -> None:
+        super().__init__()
+        self.config = config
+        text, vision, h = config.text, config.vision, config.text.hidden_size
+        self.words = build.embedding(padded_vocab(text.vocab_size), h)
+        self.stem = (
+            conv_stem(vision.stem_channels, vision.stem_blocks, h)
+            if vision.stem_channels
+            else patch_stem(vision.patch_size, h)
+        )
+        self.first = nn.Parameter(torch.randn(1, h) * 0.02)
+        self.word_position = nn.Parameter(torch.randn(text.max_length, h) * 0.02)
+        self.patch_position = nn.Parameter(torch.randn(vision.num_patches, h) * 0.02)
+        self.modality = nn.Parameter(torch.randn(2, h) * 0.02)
+        self.norm = nn.LayerNorm(h, eps=text.layernorm_eps)
+        self.dropout = nn.Dropout(text.dropout)
+        self.block = build.block(text)
+        pixels = 3 * vision.patch_size**2
+        self.itm = nn.Linear(h, 1)
+        self.mlm = WordHead(h, text.vocab_size)
+        self.mim = nn.Sequential(nn.Linear(h, h), nn.GELU(), nn.LayerNorm(h), nn.Linear(h, pixels))
+        self.gmlm = GlobalHead(h, text.max_length, text.vocab_size)
+        self.gmim = GlobalHead(h, vision.num_patches, pixels)
+
+    def forward(self, images: Tensor, tokens: Tensor, seen: str = "both") -> Tensor:
+        """images [b, 3, S, S], tokens [b, L] -> final states [b, 1 + L + P, h], the global vector first.
+
+        What `seen` leaves out is hidden from attention, and meaningless in the states; so is padding.
+        """
+        words = self.words(tokens) + self.word_position[: tokens.shape[1]] + self.modality[0]
+        patches = self.stem(images).flatten(2).transpose(1, 2) + self.patch_position + self.modality[1]
+        x = torch.cat([self.first.expand(len(words), 1, -1), words, patches], 1)
+        x = self.dropout(self.norm(x)).transpose(0, 1).contiguous()
+        no_words = (tokens == self.config.text.pad_id) | (seen == "image")
+        no_patches = torch.full(patches.shape[:2], seen == "title", device=tokens.device)
+        hidden = torch.cat([F.pad(no_words, (1, 0)), no_patches], 1)
+        return self.block(x, hidden[:, None, None, :]).transpose(0, 1)
+
+    def embed(self, images: Tensor, tokens: Tensor, seen: str = "both") -> Tensor:
+        """The global vector [b, h], not normalised."""
+        return self(images, tokens, seen)[:, 0]
+
+
+class GlobalHead(nn.Module):
+    """Predicts what stands at a position from the global vector and that position alone; its two layers are ours."""
+
+    def __init__(self, hidden_size: int, positions: int, outputs: int) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(positions, 2 * hidden_size) * 0.02)
+        self.widen = nn.Linear(hidden_size, 2 * hidden_size)
+        self.body = nn.Sequential(
+            nn.GELU(), nn.Linear(2 * hidden_size, hidden_size), nn.GELU(), nn.LayerNorm(hidden_size)
+        )
+        self.out = nn.Linear(hidden_size, outputs)
+
+    def forward(self, vectors: Tensor, positions: Tensor) -> Tensor:
+        """vectors [m, h], positions int64 [m] -> [m, outputs]."""
+        return self.out(self.body(self.widen(vectors) + self.position[positions]))
+
+
+class ItemQuery(nn.Module):
+    """What a search service runs: the photo of a product, without its title, to a unit embedding.
+
+    Args:
+        towers: plain towers with the trained weights; shared, not copied.
+    """
+
+    def __init__(self, towers: ItemTowers) -> None:
+        super().__init__()
+        self.towers = towers
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [n, 3, S, S] -> unit embeddings float32 [n, h]."""
+        tokens = torch.full((len(images), 1), self.towers.config.text.pad_id, device=images.device)
+        return F.normalize(self.towers.embed(images, tokens, "image").float(), dim=-1)
+
+
+class Item:
+    """The method as the loop sees it. It is trained on documents alone; queries are products too.
+
+    Args:
+        config: the method's configuration.
+        towers: ItemTowers, plain or tensor-parallel.
+        head: None; ITEm has no class-parallel head.
+        data_group: ranks that bring different samples.
+    """
+
+    head = None
+
+    def __init__(self, config: ItemConfig, towers: ItemTowers, head: None, data_group: ProcessGroup) -> None:
+        self.config, self.towers, self.data_group = config, towers, data_group
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of one micro-batch (the same on every rank), and metrics as local [sum, weight]: each term, and itm_accuracy."""
+        use, images = self.config.weights, batch.document_images
+        terms: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        if use.mlm or use.mim or use.gmlm or use.gmim:
+            visible = hide_patches(images, batch.masked_patches, self.config.vision.patch_size)
+            terms |= self.masked_terms(self.towers(visible, batch.masked_tokens), batch)
+        if use.itm:
+            terms["itm"], metrics["itm_accuracy"] = self._itm(batch)
+        if use.contrast:
+            title, image = (self.towers.embed(images, batch.document_tokens, seen) for seen in ("title", "image"))
+            terms["contrast"], more = contrastive_loss(
+                title,
+                image,
+                batch.document_labels,
+                self.config.contrast,
+                self.data_group,
+                weights=batch.document_weights,
+            )
+            metrics |= more
+        total = torch.stack([getattr(use, name) * value for name, value in terms.items()]).sum()
+        one = torch.ones_like(total)
+        return total, metrics | {name: torch.stack([value.detach(), one]) for name, value in terms.items()}
+
+    def masked_terms(self, states: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """MLM, MIM, GMLM and GMIM, those of them that have a weight, of the final states [n, 1 + L + P, h] of the masked batch.
+
+        Means over masked words: cross entropy; over masked patches: squared error of the normalised pixels (He et al. 2022).
+        """
+        use, heads, group = self.config.weights, self.towers, self.data_group
+        length = batch.masked_words.shape[1]
+        whole, words, patches = states[:, 0], states[:, 1 : 1 + length], states[:, 1 + length :]
+        terms = {}
+        if use.mlm or use.gmlm:
+            rows, places = batch.masked_words.nonzero(as_tuple=True)
+            truth, weights = batch.document_tokens[rows, places], batch.document_weights[rows]
+            if use.mlm:
+                terms["mlm"] = global_mean(word_terms(heads.mlm(words[rows, places]), truth), weights, group)
+            if use.gmlm:
+                terms["gmlm"] = global_mean(word_terms(heads.gmlm(whole[rows], places), truth), weights, group)
+        if use.mim or use.gmim:
+            rows, places = batch.masked_patches.nonzero(as_tuple=True)
+            pixels = patch_pixels(batch.document_images, self.config.vision.patch_size)[rows, places]
+            weights = batch.document_weights[rows]
+            if use.mim:
+                built = heads.mim(patches[rows, places]).to(pixels.dtype)
+                terms["mim"] = global_mean((built - pixels).square().mean(1), weights, group)
+            if use.gmim:
+                built = heads.gmim(whole[rows], places).to(pixels.dtype)
+                terms["gmim"] = global_mean((built - pixels).square().mean(1), weights, group)
+        return terms
+
+    def _itm(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Binary cross entropy of whether the image's title is its own, from the global vector, nothing masked. Equal titles match."""
+        matches = (batch.other_tokens == batch.document_tokens).all(1)
+        logits = self.towers.itm(self.towers.embed(batch.document_images, batch.other_tokens))[:, 0]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = F.binary_cross_entropy_with_logits(logits, matches.to(logits), reduction="none")
+        weights = batch.document_weights.to(logits)
+        right = ((logits.detach() > 0) == matches).to(logits)
+        loss = global_mean(losses, weights, self.data_group)
+        return loss, torch.stack([right @ weights, weights.sum()])
+
+    def embed_query(self, batch: Batch) -> Tensor:
+        """Unit embeddings of the batch's queries, float32 [q, h]: of image and title where query_tokens are given, else of the image alone."""
+        if len(batch.query_tokens):
+            return self._embed(batch.query_images, batch.query_tokens, "both")
+        return ItemQuery(self.towers)(batch.query_images)
+
+    def embed_document(self, batch: Batch, seen: str = "both") -> Tensor:
+        """Unit embeddings of the batch's documents, float32 [n, h]; `seen` both, title or image: a modality drop."""
+        return self._embed(batch.document_images, batch.document_tokens, seen)
+
+    def _embed(self, images: Tensor, tokens: Tensor, seen: str) -> Tensor:
+        return F.normalize(self.towers.embed(images, tokens, seen).float(), dim=-1)

@@ -1,0 +1,362 @@
+"""MAKE: a short text query finds products made of a title and an image (Zheng et al., arXiv 2301.12646, and its follow-up 2304.04377).
+
+Known: separate encoders for query, title and image; Modal Adaptation, a cross-modal module that gives title and image weights of the product's
+own; Keyword Enhancement, also against false negatives; the objectives' names: query-item classification (QIC) by AM-softmax, query-item matching
+(QIM), query-image matching, masked language modelling (MLM), masked patch modelling (MPM) as contrastive; negatives of all devices and of a
+memory bank. Ours: every form that these take below. Pre-training and fine-tuning differ by `model.weights` alone; with all weights but QIC's at
+0, no margin, no bank and no false-negative mask it is plain in-batch InfoNCE on the same towers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from models.batch import Batch
+from models.comm import gather_shards, gather_with_grad, own_slice, shard_sizes
+from models.cross_modal import MODALITIES, CrossModal, Match, ModalAdaptation
+from models.heads.contrastive import ContrastiveConfig, contrastive_loss, same_product
+from models.heads.mean import global_mean
+from models.heads.memory_bank import MemoryBank
+from models.masking import WordHead, hide_patches, patch_pixels, word_terms
+from models.shape import TransformerBuilder, TransformerShape, shape_errors
+from models.text import TextConfig, TextTower
+from models.vision import VisionConfig, VisionTower
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeWeights:
+    """Weight of each term of MAKE's loss; 0 leaves the term out.
+
+    Args:
+        qic: query-item classification.
+        qim: query-item matching.
+        query_image: query-image matching.
+        keywords: keywords of the product from the query alone.
+        mlm: masked words of the title.
+        mpm: masked patches of the image.
+    """
+
+    qic: float = 1.0
+    qim: float = 1.0
+    query_image: float = 1.0
+    keywords: float = 1.0
+    mlm: float = 1.0
+    mpm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeConfig:
+    """MAKE's towers and objectives.
+
+    Args:
+        vision: the image tower.
+        text: the title tower; its pooling gives the title's vector.
+        query: the query tower; vocab_size 0 takes the title's.
+        fusion: the transformer over title and patches together.
+        embedding_dim: width of the embeddings.
+        modalities: weights of title, image and fused vector: learned (of the product's own), equal, or title or image alone (ablations).
+        num_keywords: size of the keyword table; 0 takes the catalogue's.
+        product_keywords: keywords of one product at most.
+        related_keywords: a product that shares so many keywords with a query's product is none of its negatives; 0: keywords do not matter.
+        related_category: nor is one of the same category.
+        qic: the loss of query-item classification.
+        memory_bank: embeddings of earlier steps that are negatives too; 0: none.
+        memory_after: embeddings that go into the bank before it takes part. While weights move fast, all new embeddings can move away from the
+            bank's together, which lowers the loss and teaches nothing (Wang et al., arXiv 1912.06798, start their memory late too).
+        mpm: the loss of masked patch modelling.
+        mpm_patches: masked patches of an image that masked patch modelling compares with those of all other images.
+        weights: weights of the terms.
+    """
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=lambda: TextConfig(pooling="class"))
+    query: TextConfig = field(default_factory=lambda: TextConfig(pooling="class", max_length=16))
+    fusion: TransformerShape = field(default_factory=lambda: TransformerShape(num_layers=2))
+    embedding_dim: int = 256
+    modalities: str = "learned"
+    num_keywords: int = 0
+    product_keywords: int = 8
+    related_keywords: int = 2
+    related_category: bool = True
+    qic: ContrastiveConfig = field(default_factory=lambda: ContrastiveConfig(margin=0.1, symmetric=False))
+    memory_bank: int = 0
+    memory_after: int = 0
+    mpm: ContrastiveConfig = field(default_factory=lambda: ContrastiveConfig(symmetric=False))
+    mpm_patches: int = 4
+    weights: MakeWeights = field(default_factory=MakeWeights)
+
+    def errors(self, tensor_parallel: int) -> list[str]:
+        """What does not fit together, as sentences that name the key."""
+        errors = self.vision.errors("model.vision") + self.qic.errors("model.qic") + self.mpm.errors("model.mpm")
+        for name in ("vision", "text", "query", "fusion"):
+            errors += shape_errors(getattr(self, name), tensor_parallel, f"model.{name}")
+        for name in ("text", "query"):
+            errors += getattr(self, name).errors(f"model.{name}")
+            if getattr(self, name).pooling == "none":
+                errors.append(f"model.{name}.pooling is 'none', but MAKE needs a vector of every text")
+        if self.modalities not in MODALITIES:
+            errors.append(f"model.modalities is '{self.modalities}'; it can be {', '.join(MODALITIES)}")
+        if not 1 <= self.mpm_patches <= self.vision.num_patches:
+            errors.append(
+                f"model.mpm_patches is {self.mpm_patches}, but an image has {self.vision.num_patches} patches"
+            )
+        errors += [f"model.weights.{k} is {v}; it must not be negative" for k, v in vars(self.weights).items() if v < 0]
+        if not any(vars(self.weights).values()):
+            errors.append("model.weights are all 0: there is no loss")
+        return errors
+
+
+class Products(NamedTuple):
+    """n products: embedding [n, d] and image vector [n, d], not normalised; weights [n, 3] of title, image and fused vector; words [n, L, t]
+    of the title tower, patches [n, P, v] of the image tower."""
+
+    embedding: Tensor
+    image: Tensor
+    weights: Tensor
+    words: Tensor
+    patches: Tensor
+
+
+class MakeTowers(nn.Module):
+    """Queries and products to embeddings, and the heads of all objectives."""
+
+    def __init__(self, config: MakeConfig, build: TransformerBuilder) -> None:
+        super().__init__()
+        self.config = config
+        d, text, vision = config.embedding_dim, config.text, config.vision
+        query = replace(config.query, vocab_size=config.query.vocab_size or text.vocab_size)
+        self.query_text = TextTower(query, build)
+        self.query_project = nn.Linear(query.projection_dim or query.hidden_size, d)
+        self.text = TextTower(text, build)
+        self.text_project = nn.Linear(text.projection_dim or text.hidden_size, d)
+        self.vision = VisionTower(vision, build)
+        self.image_project = nn.Linear(vision.pooled_size, d)
+        self.fusion = CrossModal(config.fusion, text.hidden_size, vision.hidden_size, build)
+        self.fused_project = nn.Linear(config.fusion.hidden_size, d)
+        self.adaptation = ModalAdaptation(d)
+        self.match = Match(d)
+        self.match_image = Match(d)
+        self.keywords = nn.Linear(d, config.num_keywords) if config.num_keywords else None
+        self.masked_words = WordHead(config.fusion.hidden_size, text.vocab_size)
+        self.masked_patches = nn.Linear(config.fusion.hidden_size, d)
+        self.patch_content = nn.Linear(3 * vision.patch_size**2, d)
+
+    def query(self, tokens: Tensor) -> Tensor:
+        """tokens [q, L] -> [q, d], not normalised."""
+        return self.query_project(self.query_text.pool(tokens, self.query_text(tokens)))
+
+    def products(self, images: Tensor, tokens: Tensor, modalities: str) -> Products:
+        """images [n, 3, S, S], tokens [n, L]; `modalities` as in MakeConfig."""
+        patches, pooled = self.vision(images)
+        words = self.text(tokens)
+        title, image = self.text_project(self.text.pool(tokens, words)), self.image_project(pooled)
+        fused = self.fused_project(self.fusion(words, tokens == self.text.config.pad_id, patches)[0])
+        embedding, weights = self.adaptation(title, image, fused, modalities)
+        return Products(embedding, image, weights, words, patches)
+
+    def forward(self, query_tokens: Tensor, images: Tensor, tokens: Tensor) -> tuple[Tensor, Products]:
+        """Queries [q, d], not normalised, and products."""
+        return self.query(query_tokens), self.products(images, tokens, self.config.modalities)
+
+
+class MakeQuery(nn.Module):
+    """What a search service runs: text to unit embeddings.
+
+    Args:
+        towers: plain towers with the trained weights; shared, not copied.
+    """
+
+    def __init__(self, towers: MakeTowers) -> None:
+        super().__init__()
+        self.query_text, self.query_project = towers.query_text, towers.query_project
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [n, L] -> unit embeddings float32 [n, d]."""
+        vectors = self.query_project(self.query_text.pool(tokens, self.query_text(tokens)))
+        return F.normalize(vectors.float(), dim=-1)
+
+
+class Make:
+    """The method as the loop sees it. Row i of the batch's queries and documents is a pair: a query and the product that it led to.
+
+    Args:
+        config: the method's configuration.
+        towers: MakeTowers, plain or tensor-parallel.
+        head: None; MAKE has no class-parallel head.
+        data_group: ranks that bring different samples.
+
+    Attributes:
+        banks: the memory banks, of documents and, with a symmetric loss, of queries. Their state_dict is what a checkpoint keeps besides the
+            towers: the same on every rank, fit for any number of ranks.
+    """
+
+    head = None
+
+    def __init__(self, config: MakeConfig, towers: MakeTowers, head: None, data_group: ProcessGroup) -> None:
+        self.config, self.towers, self.data_group = config, towers, data_group
+        self.banks = nn.ModuleDict()
+        if config.memory_bank:
+            like = next(towers.parameters())
+            kind, labels = torch.promote_types(like.dtype, torch.float32), (2 + config.product_keywords,)
+            for name in ("documents", "queries") if config.qic.symmetric else ("documents",):
+                self.banks[name] = MemoryBank(config.memory_bank, config.embedding_dim, labels, like.device, kind)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of one micro-batch (the same on every rank), and metrics as local [sum, weight]: each term, the mean weights of title, image and
+        fused vector, and of QIC positive_cosine and accuracy. In training the batch then joins the memory bank."""
+        use, towers = self.config.weights, self.towers
+        weights = batch.query_weights * batch.document_weights  # a pair counts where both its samples were readable
+        labels = torch.cat([batch.document_labels[:, None], batch.categories[:, None], batch.keywords], 1)
+        queries, products = towers(batch.query_tokens, batch.document_images, batch.document_tokens)
+        terms: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        if use.qic:
+            terms["qic"], metrics = self._qic(queries, products.embedding, labels, weights)
+        if use.qim or use.query_image:
+            terms |= self._matching(queries, products, labels, weights)
+        if use.keywords:
+            terms["keywords"] = self._keywords(queries, batch.keywords, weights)
+        if use.mlm:
+            terms["mlm"] = self._mlm(products, batch)
+        if use.mpm:
+            terms["mpm"] = self._mpm(products, batch)
+        total = torch.stack([getattr(use, name) * value for name, value in terms.items()]).sum()
+        one = torch.ones_like(total)
+        metrics |= {name: torch.stack([value.detach(), one]) for name, value in terms.items()}
+        for i, name in enumerate(("title", "image", "fused")):
+            local = torch.stack([products.weights.detach()[:, i].to(weights) @ weights, weights.sum()])
+            metrics[f"weight_{name}"] = local.to(total)
+        return total, metrics
+
+    def related(self, queries: Tensor, documents: Tensor) -> Tensor:
+        """bool [a, b]: documents that are no negatives of which queries, by labels [a or b, 1 product + 1 category + K keywords]. Ours."""
+        found = same_product(queries[:, 0], documents[:, 0])
+        if self.config.related_category:
+            found = found | same_product(queries[:, 1], documents[:, 1])
+        if self.config.related_keywords:
+            shared = torch.zeros(found.shape, dtype=torch.int64, device=found.device)
+            for i in range(2, queries.shape[1]):
+                shared += (same_product(queries[:, i], documents[:, 2:].flatten())).view(*found.shape, -1).any(-1)
+            found = found | (shared >= self.config.related_keywords)
+        return found
+
+    def _qic(
+        self, queries: Tensor, documents: Tensor, labels: Tensor, weights: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        banks: dict[str, MemoryBank] = dict(self.banks.items())  # type: ignore[arg-type]
+        ready = {name: bank for name, bank in banks.items() if bank.pushed >= self.config.memory_after}
+        loss = contrastive_loss(
+            queries,
+            documents,
+            labels,
+            self.config.qic,
+            self.data_group,
+            weights=weights,
+            document_bank=ready.get("documents"),
+            query_bank=ready.get("queries"),
+            related=self.related,
+        )
+        if self.towers.training:
+            for name, bank in banks.items():
+                bank.push({"documents": documents, "queries": queries}[name], labels, self.data_group, weights)
+        return loss
+
+    def _matching(self, queries: Tensor, products: Products, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """QIM and query-image matching, as binary cross entropy of each pair and of the query with its hardest negative.
+
+        Ours: the hardest is the product of highest QIC cosine over the batches of all ranks that is not related, and its image the negative of
+        query-image matching. Only vectors are gathered.
+        """
+        group, use, d = self.data_group, self.config.weights, self.config.embedding_dim
+        sizes = shard_sizes(len(queries), group, queries.device)
+        vectors = gather_with_grad(torch.cat([products.embedding, products.image], 1), group, sizes)
+        hidden = self.related(labels, gather_shards(labels, group, sizes))
+        hidden |= gather_shards(weights, group, sizes) == 0
+        hidden[:, own_slice(sizes, group.rank())].fill_diagonal_(True)
+        kind = torch.promote_types(queries.dtype, torch.float32)
+        with torch.no_grad():
+            cosine = F.normalize(queries.to(kind), dim=-1) @ F.normalize(vectors[:, :d].to(kind), dim=-1).T
+        negatives = vectors[cosine.masked_fill(hidden, float("-inf")).argmax(1)]
+        both = torch.cat([weights, weights * ~hidden.all(1)])
+        terms = {}
+        for name, head, positive, negative in (
+            ("qim", self.towers.match, products.embedding, negatives[:, :d]),
+            ("query_image", self.towers.match_image, products.image, negatives[:, d:]),
+        ):
+            if getattr(use, name):
+                logits = head(queries.repeat(2, 1), torch.cat([positive, negative])).to(kind)
+                truth = torch.cat([torch.ones_like(weights), torch.zeros_like(weights)]).to(logits)
+                losses = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+                terms[name] = global_mean(losses, both, group)
+        return terms
+
+    def _keywords(self, queries: Tensor, keywords: Tensor, weights: Tensor) -> Tensor:
+        """Keyword Enhancement: softmax over the keyword table against all keywords of the product alike (Mahajan et al. 2018), from the query
+        vector alone. A product without keywords counts nothing."""
+        assert self.towers.keywords is not None, "the catalogue has no keywords"
+        logits = self.towers.keywords(queries)
+        logs = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+        known = keywords >= 0
+        count = known.sum(1)
+        terms = -(logs.gather(1, keywords.clamp_min(0)) * known).sum(1) / count.clamp_min(1)
+        return global_mean(terms, weights * (count > 0), self.data_group)
+
+    def _mlm(self, products: Products, batch: Batch) -> Tensor:
+        """Masked words of the title, from the rest of it and the whole image."""
+        words = self.towers.text(batch.masked_tokens)
+        _, states, _ = self.towers.fusion(words, self._padding(batch), products.patches)
+        rows, places = batch.masked_words.nonzero(as_tuple=True)
+        terms = word_terms(self.towers.masked_words(states[rows, places]), batch.document_tokens[rows, places])
+        return global_mean(terms, batch.document_weights[rows], self.data_group)
+
+    def _mpm(self, products: Products, batch: Batch) -> Tensor:
+        """Masked patches of the image, from the rest of it and the whole title: which of the patches of all images is it?
+
+        Ours: the candidates are `mpm_patches` masked patches of every image of all ranks, evenly spaced among its masked ones, each a linear map
+        of its normalised pixels: nothing in them tells their place. An image with fewer masked patches takes no part.
+        """
+        k, size, group = self.config.mpm_patches, self.config.vision.patch_size, self.data_group
+        patches, _ = self.towers.vision(hide_patches(batch.document_images, batch.masked_patches, size))
+        _, _, states = self.towers.fusion(products.words, self._padding(batch), patches)
+        count = batch.masked_patches.sum(1, keepdim=True)
+        order = batch.masked_patches.int().argsort(dim=1, descending=True, stable=True)  # the masked ones first
+        chosen = order.gather(1, (2 * torch.arange(k, device=count.device) + 1) * count // (2 * k))[:, :, None]
+        found = states.gather(1, chosen.expand(-1, -1, states.shape[2])).flatten(0, 1)
+        pixels = patch_pixels(batch.document_images, size)
+        wanted = pixels.gather(1, chosen.expand(-1, -1, pixels.shape[2])).flatten(0, 1).to(found.dtype)
+        weights = (batch.document_weights * (count[:, 0] >= k)).repeat_interleave(k)
+        unknown = torch.full((len(found),), -1, device=found.device)  # of no product: each patch is like no other
+        loss, _ = contrastive_loss(
+            self.towers.masked_patches(found),
+            self.towers.patch_content(wanted),
+            unknown,
+            self.config.mpm,
+            group,
+            weights=weights,
+        )
+        return loss
+
+    def _padding(self, batch: Batch) -> Tensor:
+        return batch.document_tokens == self.config.text.pad_id
+
+    def embed_query(self, batch: Batch) -> Tensor:
+        """Unit embeddings of the batch's text queries, float32 [q, d]."""
+        return F.normalize(self.towers.query(batch.query_tokens).float(), dim=-1)
+
+    def embed_document(self, batch: Batch, modalities: str | None = None) -> Tensor:
+        """Unit embeddings of the batch's documents, float32 [n, d]; `modalities` other than the configured ones is a modality drop."""
+        products = self._products(batch, modalities)
+        return F.normalize(products.embedding.float(), dim=-1)
+
+    def modal_weights(self, batch: Batch) -> Tensor:
+        """Weights of title, image and fused vector of the batch's documents [n, 3]."""
+        return self._products(batch, None).weights
+
+    def _products(self, batch: Batch, modalities: str | None) -> Products:
+        return self.towers.products(batch.document_images, batch.document_tokens, modalities or self.config.modalities)

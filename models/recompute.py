@@ -1,0 +1,44 @@
+"""Activation recomputation: less memory for one more forward pass of what is recomputed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from models import megatron_cpu
+
+megatron_cpu.install()
+
+from megatron.core import tensor_parallel  # noqa: E402
+
+RECOMPUTE = ("none", "selective", "full")
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """function(*inputs), which keeps its inputs alone and runs again in backward, with the random numbers of the first time.
+
+    megatron-core's own checkpointing runs a backward of its own inside: a tower used twice in one graph then reports each gradient twice, and the
+    overlapped reduction starts at the first. This one stays in the graph. Source: torch.utils.checkpoint; Chen et al. 2016.
+    """
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=_tracked_streams)
+
+
+def _tracked_streams() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Contexts of the first and second run; torch restores its own streams, this megatron-core's tracked ones."""
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    first = tracker.get_states()
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        now = tracker.get_states()
+        tracker.set_states(first)
+        try:
+            yield
+        finally:
+            tracker.set_states(now)
+
+    return nullcontext(), again()

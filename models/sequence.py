@@ -1,0 +1,57 @@
+"""Sequence parallelism: between its linear layers every tensor-parallel rank holds a range of the tokens instead of all of them.
+
+Source: Korthikanti et al. 2022. Padding to any number of tokens and what is summed where are ours.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+# megatron-core's tracked random stream that agrees between tensor-parallel ranks, where torch's own is switched to one that differs.
+COMMON_STREAM = "tensor-parallel-common-rng"
+
+
+def padded(
+    hidden: Tensor, mask: Tensor | None, rotary: Tensor | None, multiple: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """hidden [s, b, h], mask bool [b, 1, 1 or s, s] and rotary angles [s, 1, 1, d] for s rounded up to a multiple; nobody sees the padding.
+
+    Padding itself sees what the mask's rows of zeros leave: all tokens, so that its softmax stays finite.
+    """
+    missing = -len(hidden) % multiple
+    if not missing:
+        return hidden, mask, rotary
+    if mask is None:
+        mask = torch.zeros(1, 1, 1, len(hidden), dtype=torch.bool, device=hidden.device)
+    rows = missing if mask.shape[2] > 1 else 0
+    mask = F.pad(F.pad(mask, (0, 0, 0, rows), value=False), (0, missing), value=True)
+    if rotary is not None:
+        rotary = F.pad(rotary, (0, 0, 0, 0, 0, 0, 0, missing))
+    return F.pad(hidden, (0, 0, 0, 0, 0, missing)), mask, rotary
+
+
+def mark_partial(module: nn.Module) -> None:
+    """Marks a parameter that its rank applies to its own tokens alone, with megatron-core's name for that: `sequence_parallel`."""
+    for parameter in module.parameters(recurse=False):
+        if not getattr(parameter, "tensor_model_parallel", False):
+            parameter.sequence_parallel = True  # type: ignore[attr-defined]
+
+
+def sum_partial_gradients(module: nn.Module, group: ProcessGroup) -> None:
+    """Sums the gradients of marked parameters over the tensor-parallel `group`, in place; collective, once a step, after the last backward.
+
+    Takes megatron-core's `main_grad` where there is one: its buffer is what the optimizer reads.
+    """
+    marked = [p for p in module.parameters() if getattr(p, "sequence_parallel", False) and p.requires_grad]
+    found = [p.main_grad if hasattr(p, "main_grad") else p.grad for p in marked]
+    gradients = [g for g in found if g is not None]
+    if not gradients or group.size() == 1:
+        return
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat, group=group)
+    for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(total.view_as(gradient))

@@ -1,0 +1,88 @@
+"""Masks and mismatched titles: functions of (seed, epoch, sample id), with the rates that are asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from harness.data.masking import MaskConfig, draw_masks, mask_patches, mask_words, other_titles
+
+N, LENGTH, PATCHES, VOCAB = 4000, 12, 16, 50
+IDS = np.random.default_rng(0).permutation(10 * N)[:N].astype(np.int64)
+EPOCHS = IDS % 3
+TOKENS = np.random.default_rng(1).integers(5, VOCAB, (N, LENGTH))
+TOKENS[:, 0] = 2
+TOKENS[np.arange(LENGTH) >= 2 + IDS[:, None] % (LENGTH - 1)] = 0  # lengths 2 .. 12
+ORDINARY = TOKENS >= 5
+
+
+def test_masks_do_not_depend_on_the_batch() -> None:
+    for config in (MaskConfig(), MaskConfig(one_heavy=True)):
+        whole = draw_masks(config, TOKENS, PATCHES, VOCAB, 7, EPOCHS, IDS)
+        for rows in (slice(0, 1), slice(10, 17), slice(5, 5), slice(None, None, -1)):
+            cut = draw_masks(config, TOKENS[rows], PATCHES, VOCAB, 7, EPOCHS[rows], IDS[rows])
+            assert all(np.array_equal(a, b[rows]) for a, b in zip(cut, whole, strict=True))
+        for other in (
+            draw_masks(config, TOKENS, PATCHES, VOCAB, 8, EPOCHS, IDS),
+            draw_masks(config, TOKENS, PATCHES, VOCAB, 7, EPOCHS + 1, IDS),
+            draw_masks(config, TOKENS, PATCHES, VOCAB, 7, EPOCHS, IDS + 1),
+        ):
+            same = [(a == b).reshape(N, -1).all(1).mean() for a, b in zip(whole, other, strict=True)]
+            assert max(same) < 0.7, "a seed, an epoch or a sample id does not matter"
+    documents = np.sort(IDS)
+    titles = other_titles(0.5, documents, 7, EPOCHS, IDS)
+    assert np.array_equal(titles[10:17], other_titles(0.5, documents, 7, EPOCHS[10:17], IDS[10:17]))
+
+
+def test_words_are_masked_at_the_rate_and_never_padding() -> None:
+    replaced, masked = mask_words(TOKENS, 0.15, VOCAB, 7, EPOCHS, IDS)
+    assert not masked[~ORDINARY].any() and np.array_equal(replaced[~masked], TOKENS[~masked])
+    assert masked[ORDINARY].mean() == pytest.approx(0.15, abs=0.01)
+    per_place = masked.sum(0)[1:] / ORDINARY.sum(0)[1:]
+    assert per_place.min() > 0.1 and per_place.max() < 0.21, "a place is preferred"
+    new, old = replaced[masked], TOKENS[masked]
+    assert (new == 4).mean() == pytest.approx(0.8, abs=0.03)
+    assert ((new != 4) & (new != old)).mean() == pytest.approx(0.1 * 44 / 45, abs=0.02)
+    assert set(new.tolist()) == {4, *range(5, VOCAB)}
+    assert not mask_words(TOKENS, 0.0, VOCAB, 7, EPOCHS, IDS)[1].any()
+    assert np.array_equal(mask_words(TOKENS, 1.0, VOCAB, 7, EPOCHS, IDS)[1], ORDINARY)
+
+
+def test_patches_are_masked_between_the_rates_anywhere() -> None:
+    masked = mask_patches(PATCHES, 0.25, 0.75, 7, EPOCHS, IDS)
+    counts = np.bincount(masked.sum(1), minlength=PATCHES + 1) / N
+    assert counts[:4].sum() == 0 == counts[13:].sum() and counts[5:12] == pytest.approx(1 / 8, abs=0.02)
+    assert masked.mean(0) == pytest.approx(0.5, abs=0.03)
+    assert abs(np.corrcoef(masked[:, 0], masked[:, 1])[0, 1]) < 0.1
+    assert (mask_patches(PATCHES, 0.5, 0.5, 7, EPOCHS, IDS).sum(1) == 8).all()
+
+
+def test_one_modality_is_hidden_heavily() -> None:
+    config = MaskConfig(one_heavy=True, heavy_word_rate=0.6, patch_rates=(0.5, 0.5))
+    _, words, patches = draw_masks(config, TOKENS, PATCHES, VOCAB, 7, EPOCHS, IDS)
+    heavy = ~patches.any(1)
+    assert heavy.mean() == pytest.approx(0.5, abs=0.03) and (patches[~heavy].sum(1) == 8).all()
+    for rows, rate in ((heavy, 0.6), (~heavy, 0.15)):
+        assert words[rows][ORDINARY[rows]].mean() == pytest.approx(rate, abs=0.02)
+
+
+def test_other_titles_are_any_other_documents() -> None:
+    documents = np.array([3, 5, 8, 13], np.int64)
+    ids = np.tile(documents, N // 4)
+    titles = other_titles(0.5, documents, 7, np.arange(N), ids)
+    assert (titles != ids).mean() == pytest.approx(0.5, abs=0.03)
+    for own in documents:
+        found = titles[(ids == own) & (titles != ids)]
+        assert [(found == other).mean() for other in documents if other != own] == pytest.approx([1 / 3] * 3, abs=0.08)
+    assert (other_titles(1.0, documents, 7, np.arange(N), ids) != ids).all()
+    assert np.array_equal(other_titles(1.0, documents[:1], 7, 0, documents[:1]), documents[:1])
+
+
+def test_configuration_errors_name_the_key() -> None:
+    assert not MaskConfig().errors("data.masks")
+    for change in ({"word_rate": 1.5}, {"patch_rates": (0.6, 0.4)}, {"mismatched": -0.1}):
+        assert any(
+            f"data.masks.{next(iter(change))}" in line for line in replace(MaskConfig(), **change).errors("data.masks")
+        )
