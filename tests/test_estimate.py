@@ -20,7 +20,7 @@ from harness.bench.ranks import Memory, Traffic
 from harness.config import parse
 from harness.data.loader import StepData
 from harness.errors import UserError
-from harness.estimate import _world_size, estimate
+from harness.estimate import estimate
 from harness.flops import Work, active_rows, flops_per_step, step_parts, vision
 from models.batch import Batch
 from models.oclear import OclearTowers
@@ -106,8 +106,7 @@ def trainer(recipe: dict[str, Any], num_classes: int, mesh: Any) -> Any:
 
 
 def _config(recipe: dict[str, Any], world: int) -> Any:
-    with _world_size(world):
-        return parse(without_classes(recipe))[0]
+    return parse(without_classes(recipe), world)[0]
 
 
 def step_of(config: Any, num_classes: int, ranks: int) -> StepData:

@@ -55,9 +55,13 @@ def command_line(module: str, config: Any) -> str:
     flags = [
         word
         for field in dataclasses.fields(config)
-        for word in (f"--{field.name.replace('_', '-')}", str(getattr(config, field.name)))
+        for word in (f"--{field.name.replace('_', '-')}", _spelt(getattr(config, field.name)))
     ]
     return shlex.join(["python", "-m", module, *flags])
+
+
+def _spelt(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def print_report(report: Mapping[str, Any]) -> None:
