@@ -117,6 +117,8 @@ class ClassParallelHead(nn.Module):
         self.config, self.row_group, self.data_group = config, row_group, data_group
         self.start, self.stop = class_range(config.num_classes, row_group.rank(), row_group.size())
         self.rows = self._initial_rows(torch.device(device), dtype or ROW_DTYPES[config.row_dtype])
+        # Without sampling every step has the same active rows: one list for all of them.
+        self._every_row = torch.arange(len(self.rows) if config.sample_rate == 1.0 else 0, device=device)
         self._step: _Step | None = None
 
     def _initial_rows(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -166,7 +168,7 @@ class ClassParallelHead(nn.Module):
             chosen[mine - self.start] = True
             active = chosen.nonzero()[:, 0]
         else:
-            active = torch.arange(self.stop - self.start, device=labels.device)
+            active = self._every_row
         self._step = _Step(active, total, scaled_margin(self.config.margin, margin_part))
         return active
 

@@ -211,5 +211,5 @@ def test_cluster_env_names_what_exists() -> None:
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck")
 def test_shellcheck() -> None:
     scripts = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "jobs").glob("*.sh"))
-    assert len(scripts) == 5
+    assert len(scripts) == 6
     subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, check=True)
