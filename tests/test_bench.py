@@ -200,6 +200,7 @@ def test_a_rank_that_fails_is_told_with_its_reason():
     assert "RuntimeError: a rank failed" in done.stderr and "TypeError: int() argument" in done.stderr
 
 
+@pytest.mark.full
 def test_head_memory_measures_a_point(tmp_path):
     flags = "--num-classes 80000 --embedding-dim 64 --ranks 2 --batch 4"
     report = report_of(head_memory.MODULE, flags, tmp_path / "head_memory.json")

@@ -152,6 +152,7 @@ def check_rows(held: dict[str, Any], before: dict[str, Any], means: dict[str, to
     assert (held["paid"][new] == held["log_decay"]).all()
 
 
+@pytest.mark.full
 def test_state_of_every_format_moves_with_its_row(catalogues: Catalogues, tmp_path: Path) -> None:
     settings = {"optimizer.rows.state": "8bit", "head.row_dtype": "bf16", "train.new_phase": True}
     before = ranks(2).run(train, catalogues[0], tmp_path / "run", settings, 4)[0]

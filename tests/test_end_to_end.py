@@ -47,6 +47,7 @@ def prepare(manifest: Path, folder: Path, attributes: str, vocab_size: int) -> P
     return catalogue
 
 
+@pytest.mark.full
 def test_from_photos_to_recall_on_two_ranks(tmp_path: Path) -> None:
     manifest = make_catalogue(tmp_path, ingest=False)
     catalogue = prepare(manifest, tmp_path, "colour,shape", 48)

@@ -194,6 +194,7 @@ def test_a_step_is_adamw_with_every_parameters_own_learning_rate(catalogue: Path
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5, msg=f"{name} of two ranks")
 
 
+@pytest.mark.full
 def test_what_may_change_when_a_run_goes_on(catalogue: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = {**ALL_THREE, "train.steps": 9}
@@ -242,6 +243,7 @@ def test_a_checkpoint_from_before_there_was_any_of_it(catalogue: Path, tmp_path:
 
 
 @pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.full
 def test_a_warm_start_with_new_classes(
     world: int,
     catalogues: Catalogues,  # noqa: F811

@@ -133,7 +133,7 @@ def test_any_split_of_the_rows(shards: list[int]) -> None:
     st.floats(1, 30),
     st.sampled_from(["exact", "straight_through"]),
 )
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
 def test_any_shape_margin_and_rate(
     layout_: tuple[int, int],
     classes: int,

@@ -30,6 +30,8 @@ from tests.twins import (
     require_equal_gradients,
 )
 
+pytestmark = pytest.mark.full  # no recipe trains it yet
+
 PATCHED = ItemConfig(
     vision=PatchConfig(image_size=IMAGE, patch_size=PATCH),
     text=StreamConfig(num_layers=2, hidden_size=16, num_attention_heads=2, vocab_size=VOCAB, max_length=LENGTH),

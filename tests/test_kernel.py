@@ -261,6 +261,7 @@ def check_compiles(capability: int, shared_memory: int, products: str) -> None:
 @pytest.mark.parametrize(
     ("capability", "shared_memory", "products"), [(80, 163 << 10, "mma.sync"), (90, 227 << 10, "wgmma")]
 )
+@pytest.mark.full
 def test_kernels_compile_for_gpus_and_fit_them(
     process: Callable[..., None], capability: int, shared_memory: int, products: str
 ) -> None:

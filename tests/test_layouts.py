@@ -196,6 +196,7 @@ def test_the_newest_complete_checkpoint_is_taken(seeded: tuple[Path, Path], tmp_
         checkpoint.read_state(folder)
 
 
+@pytest.mark.full
 def test_a_row_group_larger_than_the_number_of_classes(seeded: tuple[Path, Path], tmp_path: Path) -> None:
     """6 classes on 4 ranks: 2, 2, 2, 0 rows; saved and loaded at 3 and 1."""
     catalogue, _ = seeded

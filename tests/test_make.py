@@ -22,6 +22,8 @@ from models.vision import VisionConfig
 from tests.pool import layout, ranks
 from tests.twins import IMAGE, PATCH, VOCAB, half_precision, losses, part, products, require_equal_gradients
 
+pytestmark = pytest.mark.full  # no recipe trains it yet
+
 SIZE: dict[str, Any] = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
 AM_SOFTMAX = MakeConfig(
     vision=VisionConfig(image_size=IMAGE, patch_size=PATCH, **SIZE),

@@ -234,6 +234,7 @@ def sample_of(catalogue: Path, tensor_parallel: int) -> Any:
         return None if report.sample is None else (report.sample.ids.tolist(), report.sample.vectors)
 
 
+@pytest.mark.full
 def test_the_projected_vectors_do_not_depend_on_the_ranks(catalogue: Path) -> None:
     ((ids, vectors),) = ranks(1).run(sample_of, catalogue, 1)
     assert ids == SHOWN
