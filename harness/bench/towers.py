@@ -151,7 +151,7 @@ def require_agreement(name: str, sides: Sides) -> None:
         found = {side: module(sides.inputs) for side, module in sides.modules.items()}
     largest = found["plain"].abs().max()
     for side, output in found.items():
-        difference = float((output - found["plain"]).abs().max() / largest)
+        difference = float((output - found["plain"]).detach().abs().max() / largest)
         if not difference <= AGREE:
             raise RuntimeError(f"{name}: {side} differs from plain by {difference:.2g} of the largest output")
 
