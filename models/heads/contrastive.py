@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from models.comm import gather_shards, gather_with_grad, own_slice, shard_sizes
+from models.heads.mean import global_mean
 from models.heads.memory_bank import MemoryBank
 
 Related = Callable[[Tensor, Tensor], Tensor]
@@ -118,12 +118,7 @@ def contrastive_loss(
         logits = scale * (document.unit[mine] @ other.unit.T)
         terms = (terms + _negative_log_softmax(logit, logits, hidden_queries)) / 2
 
-    sums = torch.stack([terms.detach() @ weights, weights.sum()])
-    dist.all_reduce(sums, group=group)
-    weight = sums[1].clamp_min(torch.finfo(kind).tiny)
-    local = terms @ weights / weight
-    # The value is the global loss, to the bit the same on every rank; the gradient is that of the own terms.
-    loss = sums[0] / weight + (local - local.detach())
+    loss = global_mean(terms, weights, group)
     right = ~((cosine >= positive[:, None]) & ~hidden).any(1)
     metrics = {"positive_cosine": positive.detach() @ weights, "accuracy": right.to(kind) @ weights}
     return loss, {name: torch.stack([value, weights.sum()]) for name, value in metrics.items()}
