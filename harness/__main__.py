@@ -25,11 +25,12 @@ COMMANDS = {
         "catalogue",
         "Train a tokenizer and encode a catalogue's text.",
     ),
+    "queries": ("harness.data.queries", "QueriesConfig", "catalogue", "Collect what text queries are made of."),
     "import": ("harness.weights", "ImportConfig", "out", "Bring a model's weights from the hub, timm or open_clip."),
     "eval": ("harness.evaluate_run", "EvalConfig", "run", "Evaluate a run's checkpoint; also under torchrun."),
     "export": ("harness.export", "ExportConfig", "run", "Make a run's search artefact: encoder, index, id map."),
     "export-weights": ("harness.export_weights", "ExportWeightsConfig", "source", "Write a tower for transformers."),
-    "search": ("harness.search", "SearchConfig", "artefact photos", "Find the documents that a photo shows."),
+    "search": ("harness.search", "SearchConfig", "artefact photos", "Find documents by photo, text or likeness."),
 }
 SEVERAL = {"photos": "query photos"}  # fields given by place that take one or more files
 ESTIMATE = "Say what a recipe needs: parameters, memory, FLOPs, bytes; without running it."
@@ -74,7 +75,7 @@ def command(name: str, argv: list[str]) -> None:
     parser = Parser(f"shelfmark {name}", sentence, module.EXAMPLE)
     for place in positional.split():
         if place in SEVERAL:
-            parser.add_argument(place, type=Path, nargs="+", help=SEVERAL[place])
+            parser.add_argument(place, type=Path, nargs="*", default=(), help=SEVERAL[place])
         else:
             parser.add_argument(place, type=Path, help=f"the {place} folder")
     parser.add_class_arguments(getattr(module, config_name), skip=set(positional.split()))

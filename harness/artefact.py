@@ -1,4 +1,4 @@
-"""An exported artefact, opened for search: photos in, the best documents out. Needs neither the run nor its catalogue."""
+"""An exported artefact, opened for search: photos or texts in, the best documents out. Needs neither the run nor its catalogue."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import torch
 from PIL import Image
@@ -22,10 +23,11 @@ from harness.data.ingest import IngestConfig, Rejected, load_image
 from harness.data.loader import open_pipeline
 from harness.data.preprocess import PreprocessSpec, draw_parameters
 from harness.data.reference import decode_rgb
+from harness.data.tokenizer import Tokenizer, TokenStore
 from harness.errors import UserError
 from harness.retrieval import Embedded, top_k
 
-ARTEFACT_FORMAT = 1
+ARTEFACT_FORMAT = 2
 _SPARE = 32  # documents fetched beyond those wanted, to be ordered exactly
 
 Box = tuple[int, int, int, int]
@@ -151,6 +153,27 @@ class Artefact:
             vectors.append(self._encode(images))
         pipeline.close()
         return torch.cat(vectors)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit embeddings float32 [n, d] of text queries."""
+        store = TokenStore.encode(Tokenizer.load(self.path), {"query": list(texts)})
+        return self._encode(torch.from_numpy(store.batch(np.arange(len(texts)), self.meta["query_tokens"], ["query"])))
+
+    def document(self, item: str) -> int:
+        """The row of the first document with that id.
+
+        Raises:
+            UserError: there is none.
+        """
+        row = int(pc.index(self.documents.column("item"), item).as_py())
+        if row < 0:
+            raise UserError(f"{self.path} has no document with the id '{item}'")
+        return row
+
+    def vector(self, row: int) -> Tensor:
+        """The embedding of a document, float32 [1, d]."""
+        return torch.from_numpy(self._index.reconstruct(row))[None]
 
     def search(self, queries: Tensor, k: int) -> list[list[Hit]]:
         """The `k` best documents (or all there are) of each query [n, d], best first.

@@ -1,7 +1,7 @@
 """Checkpoints: one folder a step, one manifest; saved at any world size and tensor-parallel size, loaded at any other.
 
     step-00001000/
-        towers/         parameters, their average and AdamW state, megatron-core dist_checkpointing (torch_dist, fully reshardable)
+        towers/         parameters, their average, memory banks and AdamW state, megatron-core dist_checkpointing (torch_dist, fully reshardable)
         head/           class rows and their optimizer state, torch.distributed.checkpoint with row ranges
         classes.parquet class id -> class key, so that rows keep their meaning when the catalogue grows
         state.json      step, data phases and position, ledger, identity of the run, layout
@@ -55,6 +55,7 @@ class Trainable:
     tower_optimizer: TowerOptimizer | None
     row_optimizer: RowAdamW | None
     ema: Ema | None = None
+    memory: nn.Module | None = None
 
 
 def save(
@@ -73,7 +74,7 @@ def save(
             (temporary / "towers").mkdir(parents=True)
         mesh.barrier()
         model = _model_state(parts.towers, mesh)
-        towers: dict[str, Any] = {"model": model, **_average_state(parts, mesh)}
+        towers: dict[str, Any] = {"model": model, **_average_state(parts, mesh), **_memory_state(parts, mesh)}
         if parts.tower_optimizer is not None:
             towers["optimizer"] = parts.tower_optimizer.sharded_state_dict(model, _metadata(mesh), loading=False)
         with warnings.catch_warnings():
@@ -133,7 +134,7 @@ def load(checkpoint: Path, parts: Trainable, mesh: Mesh, classes: ClassMap | Non
     weights that it has. With `classes` rows and their optimizer state follow the class keys; those of new classes stay as they are.
     """
     model, averaged = _model_state(parts.towers, mesh), _averaged(checkpoint)
-    wanted: dict[str, Any] = {"model": model}
+    wanted: dict[str, Any] = {"model": model, **_memory_state(parts, mesh)}
     if averaged:
         wanted |= _average_state(parts, mesh)
     if parts.tower_optimizer is not None:
@@ -146,6 +147,8 @@ def load(checkpoint: Path, parts: Trainable, mesh: Mesh, classes: ClassMap | Non
         parts.towers.load_state_dict(loaded["model"])
         if parts.tower_optimizer is not None:
             parts.tower_optimizer.load_state_dict(loaded["optimizer"])
+        if parts.memory is not None:
+            parts.memory.load_state_dict(loaded["memory"])
         if parts.ema is not None and not averaged:
             parts.ema.restart()
         elif parts.ema is not None:  # with what may be the very tensors that it has
@@ -164,6 +167,13 @@ def _model_state(towers: nn.Module, mesh: Mesh) -> dict[str, Any]:
 def _average_state(parts: Trainable, mesh: Mesh) -> dict[str, Any]:
     """The entry of a checkpoint of towers for parts.ema; none where that is None."""
     return {} if parts.ema is None else {"average": _sharded(parts.ema.state, AVERAGE, parts.towers, mesh)}
+
+
+def _memory_state(parts: Trainable, mesh: Mesh) -> dict[str, Any]:
+    """The entry for parts.memory, which is the same on every rank; none where that is None."""
+    if parts.memory is None:
+        return {}
+    return {"memory": _sharded(parts.memory.state_dict(), "memory.", parts.memory, mesh)}
 
 
 def _averaged(checkpoint: Path) -> list[str]:

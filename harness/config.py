@@ -29,6 +29,7 @@ EXAMPLE = (
 # What may not change when a run resumes: with another value it would be another run.
 IDENTITY = (
     *("method", "seed", "model", "head", "data.queries_per_step", "data.documents_per_step", "data.preprocess"),
+    *("data.query_attributes", "data.masking"),
     *("optimizer.rows.state", "optimizer.rows.bf16_rows", "optimizer.frozen"),  # what there is state of
 )
 # Last parts of keys: numbers that must be above 0 wherever they stand, and those that may be negative.
@@ -188,6 +189,8 @@ def _with_presets(recipe: Mapping[str, Any], argv: list[str]) -> dict[str, Any]:
     for tower in PRESETS:
         key = f"model.{tower}.preset"
         name = _given(argv, f"--{key}") or str(flat.get(key, ""))
+        if not name:
+            continue
         try:
             filled = expand(tower, {"preset": name})
         except ValueError as error:
@@ -221,7 +224,7 @@ def check(config: RunConfig, world: int) -> None:
         if name not in SIGNED and isinstance(value, int | float) and value < 0:
             raise UserError(f"{key} is {value}", "It must not be negative")
     errors = config.model.errors(config.mesh.tensor_parallel) + config.head.errors("head")
-    errors += config.data.errors() + config.train.errors() + config.evaluation.errors()
+    errors += config.data.errors() + config.train.errors() + config.evaluation.errors(config.method)
     errors += config.optimizer.errors("optimizer")
     parse_window(config.train.profile_steps)
     if config.data.preprocess.image_size != config.model.vision.image_size:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from harness.data.catalogue import Catalogue
@@ -59,9 +62,23 @@ class Embedder:
     def __init__(self, data: DataConfig, model: Any, tokenizer: Tokenizer, batch_size: int, mesh: Mesh) -> None:
         self.data, self.model, self.tokenizer, self.batch_size, self.mesh = data, model, tokenizer, batch_size, mesh
 
-    @torch.no_grad()
-    def embed(self, method: Method, side: Side) -> Embedded:
+    def embed(self, method: Method, side: Side, seen: str = "both") -> Embedded:
         """This rank's share of a side, consecutive rows; `method` is used as it is (call eval() on its towers first).
+
+        Args:
+            method: with trained towers.
+            side: queries or documents.
+            seen: what the method sees of documents, one of its views.
+        """
+        embed = method.embed_query if side.kind == "query" else partial(method.embed_document, seen=seen)
+        vectors, own = self.apply(method, side, embed, self.model.embedding_dim)
+        return Embedded(vectors, *(torch.from_numpy(a[own]).to(self.mesh.device) for a in (side.ids, side.labels)))
+
+    @torch.no_grad()
+    def apply(
+        self, method: Method, side: Side, function: Callable[[Batch], Tensor], width: int
+    ) -> tuple[Tensor, np.ndarray]:
+        """`function` (a batch to [n, width]) of the method's, for this rank's share of a side, and the numbers of its rows.
 
         Blocks of batch_size rows, always full, so that a vector does not depend on the number of ranks.
         """
@@ -78,25 +95,34 @@ class Embedder:
         tokens = None
         if side.kind == "document":
             tokens = TokenStore.encode(self.tokenizer, {field: side.columns[field] for field in FIELDS})
-        width, dtype = self.model.embedding_dim, next(method.towers.parameters()).dtype
-        vectors, kept = [torch.empty(0, width, device=self.mesh.device)], [np.empty(0, dtype=np.int64)]
+        dtype = next(method.towers.parameters()).dtype
+        found, kept = [torch.empty(0, width, device=self.mesh.device)], [np.empty(0, dtype=np.int64)]
         silent = self.mesh.rank != 0
         for block in tqdm(blocks, desc=f"embedding {side.kind}", unit=" batches", leave=False, delay=5, disable=silent):
             rows = np.arange(block * size, (block + 1) * size)
             full = np.minimum(rows, len(side.ids) - 1)
-            batch = self._batch(reader, side, full, tokens).to(self.mesh.device, dtype)
-            embed = method.embed_query if side.kind == "query" else method.embed_document
             count = int((rows < len(side.ids)).sum())
-            vectors.append(embed(batch)[:count])
+            found.append(function(self._batch(reader, side, full, tokens).to(self.mesh.device, dtype))[:count])
             kept.append(rows[:count])
         reader.close()
-        own = np.concatenate(kept)
-        device = self.mesh.device
-        return Embedded(
-            torch.cat(vectors),
-            torch.from_numpy(side.ids[own]).to(device),
-            torch.from_numpy(side.labels[own]).to(device),
-        )
+        return torch.cat(found), np.concatenate(kept)
+
+    @torch.no_grad()
+    def embed_texts(self, method: Method, texts: Sequence[str]) -> Embedded:
+        """This rank's share of text queries; ids and labels are their places in `texts`."""
+        size, dp = self.batch_size, self.mesh.dp
+        blocks = share(-(-len(texts) // size), dp.size(), dp.rank())
+        vectors, own = [torch.empty(0, self.model.embedding_dim, device=self.mesh.device)], [np.empty(0, np.int64)]
+        store = TokenStore.encode(self.tokenizer, {"query": list(texts)})
+        for block in blocks:
+            rows = np.arange(block * size, min((block + 1) * size, len(texts)))
+            full = np.minimum(np.arange(block * size, (block + 1) * size), len(texts) - 1)
+            tokens = torch.from_numpy(store.batch(full, self.model.query.max_length, ["query"]))
+            batch = Batch.of_texts(tokens).to(self.mesh.device, next(method.towers.parameters()).dtype)
+            vectors.append(method.embed_query(batch)[: len(rows)])
+            own.append(rows)
+        ids = torch.from_numpy(np.concatenate(own)).to(self.mesh.device)
+        return Embedded(torch.cat(vectors), ids, ids)
 
     def _batch(self, reader: ImageReader, side: Side, rows: np.ndarray, tokens: TokenStore | None) -> Batch:
         samples = side.sample_ids[rows]

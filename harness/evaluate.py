@@ -1,4 +1,4 @@
-"""Evaluation: embed queries and documents over the ranks, rank exactly, report metrics and slices. `shelfmark eval RUN`."""
+"""Evaluation: the tasks that a recipe names, over the ranks, with metrics and slices. `shelfmark eval RUN`."""
 
 from __future__ import annotations
 
@@ -8,20 +8,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
+from harness.attribute_queries import AttributeQueries
 from harness.data.catalogue import Catalogue
 from harness.data.loader import DataConfig
 from harness.data.tokenizer import FIELDS, Tokenizer
-from harness.embed import Embedder, side_of
+from harness.embed import Embedder, Side, side_of
 from harness.errors import UserError
 from harness.mesh import Mesh
-from harness.methods import Method
-from harness.metrics import slices, summarise
-from harness.retrieval import Embedded, RelevantRanks, relevant_ranks, top_k
+from harness.methods import METHODS, Method
+from harness.probe import CategoryTask
+from harness.retrieval import Embedded
+from harness.tasks import (
+    Found,
+    Gallery,
+    PhotoTask,
+    SameProductTask,
+    Shown,
+    Task,
+    TextTask,
+    head_and_tail,
+    require_attributes,
+    spread,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +42,13 @@ class EvaluationConfig:
     Args:
         split: split of the queries (and of documents that are not in every split).
         batch_size: images embedded at once.
+        tasks: what is asked: photo, text, same_product, category; none names the method's usual one. Figures of the first keep plain names.
+        final_tasks: what is asked besides once training has ended.
+        views: what is seen of documents: both, title, image; more than one is a modality drop.
+        query_attributes: attributes that the queries of the task text are made of.
+        bare_titles: attributes whose values' words are also tried without, in the titles of the task text.
+        category: attribute that the task category predicts, and by whose values MAKE's weights are reported.
+        learn_split: split of the documents that the task category learns from.
         slices: attribute columns of the catalogue whose values get figures of their own.
         distractors: other catalogues whose documents join the gallery, relevant to nothing.
         panel: queries shown with their best documents in TensorBoard.
@@ -39,19 +57,43 @@ class EvaluationConfig:
 
     split: str = "val"
     batch_size: int = 128
+    tasks: tuple[str, ...] = ()
+    final_tasks: tuple[str, ...] = ()
+    views: tuple[str, ...] = ("both",)
+    query_attributes: tuple[str, ...] = ()
+    bare_titles: tuple[str, ...] = ()
+    category: str = ""
+    learn_split: str = "train"
     slices: tuple[str, ...] = ()
     distractors: tuple[Path, ...] = ()
     panel: int = 8
     projector: int = 1000
 
-    def errors(self) -> list[str]:
-        """What is out of range, as sentences that name the key."""
-        errors = []
+    def errors(self, method: str) -> list[str]:
+        """What is out of range, or no task or view of the method, as sentences that name the key."""
+        errors, spec = [], METHODS[method]
         if self.batch_size < 1:
             errors.append("evaluation.batch_size must be at least 1")
         errors += [
             f"evaluation.{name} must be at least 0" for name in ("panel", "projector") if getattr(self, name) < 0
         ]
+        for key, given, known in (
+            ("tasks", self.tasks, spec.tasks),
+            ("final_tasks", self.final_tasks, spec.tasks),
+            ("views", self.views, spec.views),
+        ):
+            errors += [
+                f"evaluation.{key} has '{name}'; {method} knows {', '.join(known)}"
+                for name in given
+                if name not in known
+            ]
+        asked = {*(self.tasks or spec.tasks[:1]), *self.final_tasks}
+        if "text" in asked and not self.query_attributes:
+            errors.append("evaluation.query_attributes is empty: the task text makes its queries of attributes")
+        if "category" in asked and not self.category:
+            errors.append("evaluation.category is empty: the task category predicts an attribute")
+        if not self.views:
+            errors.append("evaluation.views is empty")
         return errors
 
 
@@ -59,21 +101,40 @@ class EvaluationConfig:
 class Report:
     """What an evaluation found; the same on every rank, `sample` excepted.
 
-    figures: metric -> value; rows: one for each slice value; panel: (query id, its best document ids), by query id;
+    found: task, or task/view, -> its figures and slices, the first task's view first;
     sample: on the first rank of dp config.projector documents spread evenly over the catalogue's own, by id, on the CPU; None elsewhere.
     """
 
-    figures: dict[str, float]
-    rows: list[dict[str, Any]]
-    panel: list[tuple[int, list[int]]]
+    found: dict[str, Found]
     sample: Embedded | None
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """metric -> value of the first task; task/metric of the others."""
+        first, *others = self.found
+        more = {f"{name}/{metric}": value for name in others for metric, value in self.found[name].figures.items()}
+        return {**self.found[first].figures, **more}
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The slices of all tasks."""
+        first = next(iter(self.found))
+        return [
+            row if name == first else {"task": name, **row} for name, found in self.found.items() for row in found.rows
+        ]
+
+    @property
+    def panel(self) -> list[Shown]:
+        """The first panel that there is."""
+        return next((found.panel for found in self.found.values() if found.panel), [])
 
 
 class Evaluation:
-    """One catalogue's retrieval task, ready to be run at any step.
+    """One catalogue's tasks, ready to be run at any step.
 
     Args:
-        config: split, slices, distractors.
+        config: tasks, split, slices, distractors.
+        method: its name.
         data: the run's preprocessing and decoder.
         model: the method's configuration: embedding_dim and text.max_length.
         catalogue: the catalogue with queries and documents.
@@ -82,12 +143,13 @@ class Evaluation:
         mesh: the ranks.
 
     Raises:
-        UserError: the split has no query or no document, or a slice names no attribute.
+        UserError: the split has nothing that a task needs, or an attribute is unknown.
     """
 
     def __init__(
         self,
         config: EvaluationConfig,
+        method: str,
         data: DataConfig,
         model: Any,
         catalogue: Catalogue,
@@ -95,75 +157,65 @@ class Evaluation:
         classes: Path,
         mesh: Mesh,
     ) -> None:
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.catalogue, self.classes = config, mesh, catalogue, classes
         self.embedder = Embedder(data, model, tokenizer, config.batch_size, mesh)
-        for name in config.slices:
-            if name not in catalogue.attributes:
-                raise UserError(
-                    f"evaluation.slices names '{name}', no attribute of {catalogue.path}",
-                    f"It has {', '.join(catalogue.attributes) or 'none'} (ingest --attribute-columns)",
-                )
-        keys: dict[str, int] = {}
-        self.documents = [side_of(catalogue, "document", config.split, [*FIELDS], keys, 0)]
-        self.queries = side_of(catalogue, "query", config.split, [*config.slices], keys, 0)
-        for side in (self.queries, self.documents[0]):
-            if not len(side.ids):
-                splits = ", ".join(catalogue.meta["counts"]["splits"])
-                raise UserError(
-                    f"split '{config.split}' of {catalogue.path} has no {side.kind}",
-                    f"The splits are {splits} (evaluation.split)",
-                )
+        for key in ("slices", "query_attributes", "bare_titles"):
+            require_attributes(catalogue, getattr(config, key), f"evaluation.{key}")
+        require_attributes(catalogue, [config.category] if config.category else [], "evaluation.category")
+        self._keys: dict[str, int] = {}
+        named = dict.fromkeys([*FIELDS, *config.slices, *config.query_attributes, *config.bare_titles, config.category])
+        self._columns = [name for name in named if name]
+        self.documents = [self._side("document", config.split)]
         offset = catalogue.num_samples
+        usual = config.tasks or METHODS[method].tasks[:1]
+        self.tasks = [self._task(name) for name in usual]
+        self.final_tasks = [self._task(name) for name in config.final_tasks if name not in usual]
         for path in config.distractors:
             other = Catalogue(path)
             self.documents.append(side_of(other, "document", None, [*FIELDS], None, offset))
             offset += other.num_samples
-        self.groups = self._groups(keys, classes)
 
-    def run(self, method: Method) -> Report:
-        """Embeds, ranks and measures; collective. The towers are left in training mode if they were."""
+    def run(self, method: Method, final: bool = True) -> Report:
+        """Embeds, ranks and measures; collective. `final` asks final_tasks too. The towers are left in training mode if they were."""
         training = method.towers.training
         method.towers.eval()
+        gallery = Gallery(self.embedder, self.documents, method)
+        found = {}
         try:
-            documents = [self.embedder.embed(method, side) for side in self.documents]
-            gallery = Embedded(
-                torch.cat([d.vectors for d in documents]),
-                torch.cat([d.ids for d in documents]),
-                torch.cat([d.labels for d in documents]),
-            )
-            queries = self.embedder.embed(method, self.queries)
-            ranks = relevant_ranks(queries, gallery, self.mesh.dp)
-            shown = self._shown(queries)
-            best, _ = top_k(shown, gallery, 5, self.mesh.dp)
+            for task in [*self.tasks, *(self.final_tasks if final else [])]:
+                for seen in self.config.views:
+                    name = task.name if seen == self.config.views[0] else f"{task.name}/{seen}"
+                    found[name] = task.run(method, gallery, seen)
+            return Report(found, self._sample(gallery.own(self.config.views[0])))
         finally:
             method.towers.train(training)
-        figures = {**summarise(ranks.ranks, ranks.offsets), "documents": float(sum(len(d.ids) for d in self.documents))}
-        own = list(zip(shown.ids.tolist(), best.tolist(), strict=True))
-        parts: list[Any] = [None] * self.mesh.dp.size()
-        dist.all_gather_object(parts, own, group=self.mesh.dp)
-        panel = sorted(row for part in parts for row in part)
-        rows = slices(ranks.ranks, ranks.offsets, self._ordered(ranks))
-        return Report(figures, rows, panel, self._sample(documents[0]))
 
-    def _groups(self, keys: dict[str, int], classes: Path) -> dict[str, np.ndarray]:
-        """Slice name -> value of each query, in query order."""
-        table = pq.read_table(classes, columns=["class_key", "tail"]).to_pydict()
-        kind = {keys[key]: "tail" if tail else "head" for key, tail in zip(*table.values(), strict=True) if key in keys}
-        groups = {name: np.array([str(v) for v in self.queries.columns[name]]) for name in self.config.slices}
-        groups["class"] = np.array([kind.get(label, "never trained") for label in self.queries.labels.tolist()])
-        return groups
+    def _task(self, name: str) -> Task:
+        config, documents = self.config, self.documents[0]
+        if name == "photo":
+            queries, kinds = self._side("query", config.split), head_and_tail(self.classes, self._keys)
+            return PhotoTask(queries, documents, config.slices, kinds, config.panel, self.embedder, self.mesh)
+        if name == "same_product":
+            return SameProductTask(documents, config.slices, self.mesh)
+        if name == "category":
+            learned = self._side("document", config.learn_split)
+            return CategoryTask(learned, documents, config.category, self.embedder, self.mesh)
+        texts = AttributeQueries(documents, config.query_attributes)
+        return TextTask(texts, config.bare_titles, config.category, config.panel, self.embedder, self.mesh)
 
-    def _ordered(self, ranks: RelevantRanks) -> dict[str, np.ndarray]:
-        rows = np.searchsorted(self.queries.ids, ranks.query_ids)
-        return {name: values[rows] for name, values in self.groups.items()}
-
-    def _shown(self, queries: Embedded) -> Embedded:
-        """This rank's queries of the panel."""
-        return _spread(queries, self.queries.ids, self.config.panel)
+    def _side(self, kind: str, split: str) -> Side:
+        side = side_of(self.catalogue, kind, split, self._columns, self._keys, 0)
+        if not len(side.ids):
+            splits = ", ".join(self.catalogue.meta["counts"]["splits"])
+            raise UserError(
+                f"split '{split}' of {self.catalogue.path} has no {kind}",
+                f"The splits are {splits} (evaluation.split)",
+            )
+        return side
 
     def _sample(self, documents: Embedded) -> Embedded | None:
         """`Report.sample`, gathered from the ranks' shares; collective over dp."""
-        mine, dp = _spread(documents, self.documents[0].ids, self.config.projector), self.mesh.dp
+        mine, dp = spread(documents, self.documents[0].ids, self.config.projector), self.mesh.dp
         own = (mine.vectors.float().cpu(), mine.ids.cpu(), mine.labels.cpu())
         parts: list[Any] | None = [None] * dp.size() if dp.rank() == 0 else None
         dist.gather_object(own, parts, group=dp, group_dst=0)
@@ -174,23 +226,29 @@ class Evaluation:
         return Embedded(vectors[order], ids[order], labels[order])
 
 
-def _spread(own: Embedded, ids: np.ndarray, count: int) -> Embedded:
-    """Those of this rank among at most `count` that are spread evenly over all `ids`."""
-    count = min(count, len(ids))
-    wanted = torch.from_numpy(ids[np.arange(count) * len(ids) // max(1, count)])
-    mine = torch.isin(own.ids, wanted.to(own.ids.device))
-    return Embedded(own.vectors[mine], own.ids[mine], own.labels[mine])
-
-
 def print_report(report: Report, title: str) -> None:
-    """The report as a table on standard output."""
-    metrics = [name for name in report.figures if "_at_" in name or name in ("map", "mrr")]
-    header = f"{'':<32}{'queries':>9}" + "".join(f"{name:>14}" for name in metrics)
-    lines = [title, header, _line("all", report.figures, metrics)]
-    lines += [_line(f"{row['slice']} = {row['value']}", row, metrics) for row in report.rows]
-    print("\n".join(lines))
+    """The report as tables on standard output, one for each task."""
+    print(title)
+    for name, found in report.found.items():
+        metrics = [
+            m for m in found.figures if "_at_" in m or m in ("map", "mrr") or m.endswith(("accuracy", "macro_f1"))
+        ]
+        plain = [metric for metric in metrics if not metric.startswith("bare_")]
+        width = max(14, *(len(metric) + 2 for metric in plain))
+        print(f"{name:<32}{'queries':>9}" + "".join(f"{metric:>{width}}" for metric in plain))
+        print(_line("all", found.figures, plain, width))
+        if "bare_queries" in found.figures:
+            bare = {m.removeprefix("bare_"): v for m, v in found.figures.items() if m.startswith("bare_")}
+            print(_line("titles without those words", bare, plain, width))
+        for row in found.rows:
+            label = f"{row['slice']} = {row['value']}"
+            if "weights" in row:
+                shown = ", ".join(f"{part.removeprefix('weight_')} {w:.2f}" for part, w in row["weights"].items())
+                print(f"{label[:31]:<32}{row['documents']:>9}  {shown}")
+            else:
+                print(_line(label, row, plain, width))
 
 
-def _line(name: str, figures: dict[str, Any], metrics: Sequence[str]) -> str:
-    values = "".join(f"{figures[m]:>14.4f}" if math.isfinite(figures[m]) else f"{'-':>14}" for m in metrics)
-    return f"{name[:31]:<32}{int(figures['queries']):>9}{values}"
+def _line(name: str, figures: dict[str, Any], metrics: Sequence[str], width: int) -> str:
+    values = (f"{figures[m]:>{width}.4f}" if math.isfinite(figures[m]) else f"{'-':>{width}}" for m in metrics)
+    return f"{name[:31]:<32}{int(figures['queries']):>9}" + "".join(values)

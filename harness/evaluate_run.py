@@ -9,6 +9,7 @@ from typing import Any
 from harness.config import RunConfig
 from harness.data.catalogue import Catalogue
 from harness.data.tokenizer import Tokenizer
+from harness.errors import UserError
 from harness.evaluate import Evaluation, print_report
 from harness.mesh import Mesh, MeshConfig
 from harness.trained import find_checkpoint, load_method, open_settings
@@ -25,6 +26,8 @@ class EvalConfig:
         checkpoint: a step folder of it; the newest complete one by default.
         catalogue: another catalogue to evaluate on; the run's own by default.
         split: split of the queries.
+        tasks: what is asked: photo, text, same_product, category; the recipe's tasks and final tasks by default.
+        views: what is seen of documents: both, title, image; the recipe's by default.
         slices: attribute columns whose values get figures of their own.
         distractors: other catalogues whose documents join the gallery.
         batch_size: images embedded at once.
@@ -35,6 +38,8 @@ class EvalConfig:
     checkpoint: Path | None = None
     catalogue: Path | None = None
     split: str = "test"
+    tasks: tuple[str, ...] = ()
+    views: tuple[str, ...] = ()
     slices: tuple[str, ...] = ()
     distractors: tuple[Path, ...] = ()
     batch_size: int = 128
@@ -68,9 +73,15 @@ def _evaluate(config: EvalConfig, settings: RunConfig, path: Path, catalogue: Ca
     task = replace(
         settings.evaluation,
         split=config.split,
+        tasks=config.tasks or settings.evaluation.tasks,
+        final_tasks=() if config.tasks else settings.evaluation.final_tasks,
+        views=config.views or settings.evaluation.views,
         slices=config.slices or settings.evaluation.slices,
         distractors=config.distractors,
         batch_size=config.batch_size,
     )
-    evaluation = Evaluation(task, settings.data, settings.model, catalogue, tokenizer, path / "classes.parquet", mesh)
+    if errors := task.errors(settings.method):
+        raise UserError(errors[0])
+    classes = path / "classes.parquet"
+    evaluation = Evaluation(task, settings.method, settings.data, settings.model, catalogue, tokenizer, classes, mesh)
     return evaluation.run(method)

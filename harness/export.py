@@ -1,7 +1,7 @@
 """`shelfmark export RUN --out ARTEFACT`: a checkpoint and a catalogue become what a search service loads. Under torchrun the work is shared.
 
 artefact.json             format, method, run, checkpoint, catalogue, versions
-encoder.pt2               the query encoder (torch.export): images [n, 3, S, S] -> unit embeddings [n, d]; needs torch alone
+encoder.pt2               the query encoder (torch.export): images [n, 3, S, S] or tokens [n, L] -> unit embeddings [n, d]; needs torch alone
 preprocess.json           from a photo to the encoder's input
 tokenizer/                the run's tokenizer
 documents/part-*.parquet  id map and embeddings: row i of all parts together is document i of the index
@@ -37,7 +37,7 @@ from harness.embed import Embedder, Side, side_of
 from harness.errors import UserError
 from harness.mesh import Mesh, MeshConfig
 from harness.meters import write_json
-from harness.methods import plain_query_encoder
+from harness.methods import METHODS, plain_query_encoder
 from harness.panel import picture
 from harness.retrieval import Embedded
 from harness.trained import find_checkpoint, load_method, open_settings
@@ -107,7 +107,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
             mesh.barrier()
             if mesh.rank == 0:
                 _write_index(stage, model.embedding_dim)
-                _write_encoder(encoder, settings.data.preprocess.image_size, stage / "encoder.pt2")
+                _write_encoder(encoder, _example(settings), stage / "encoder.pt2")
                 write_json(stage / "preprocess.json", settings.data.preprocess.to_dict())
                 shutil.copytree(config.run / "tokenizer", stage / "tokenizer")
                 write_json(stage / "artefact.json", _description(config, settings, path, catalogue, side, model))
@@ -177,11 +177,18 @@ def _write_index(stage: Path, width: int) -> None:
     faiss.write_index(index, str(stage / "index.faiss"))
 
 
-def _write_encoder(encoder: nn.Module, image_size: int, file: Path) -> None:
-    """Saves the encoder as a program of its own, for any number of images at once."""
-    example = torch.zeros(2, 3, image_size, image_size)
+def _example(settings: RunConfig) -> torch.Tensor:
+    """Two queries, as the encoder takes them."""
+    if METHODS[settings.method].query == "text":
+        return torch.ones(2, settings.model.query.max_length, dtype=torch.int64)
+    size = settings.data.preprocess.image_size
+    return torch.zeros(2, 3, size, size)
+
+
+def _write_encoder(encoder: nn.Module, example: torch.Tensor, file: Path) -> None:
+    """Saves the encoder as a program of its own, for any number of queries at once."""
     with torch.no_grad():
-        program = torch.export.export(encoder, (example,), dynamic_shapes=({0: torch.export.Dim("images", min=1)},))
+        program = torch.export.export(encoder, (example,), dynamic_shapes=({0: torch.export.Dim("queries", min=1)},))
     buffer = io.BytesIO()  # torch's own file writer aborts the process on a full disk
     torch.export.save(program, buffer)
     file.write_bytes(buffer.getbuffer())
@@ -193,6 +200,8 @@ def _description(
     return {
         "format": ARTEFACT_FORMAT,
         "method": settings.method,
+        "query": METHODS[settings.method].query,
+        "query_tokens": model.query.max_length if METHODS[settings.method].query == "text" else 0,
         "similarity": "inner product of unit vectors",
         "embedding_dim": model.embedding_dim,
         "documents": len(side.ids),

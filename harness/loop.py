@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections import deque
 from contextlib import nullcontext
@@ -21,7 +20,7 @@ from harness.board import Projector
 from harness.class_map import ClassMap, class_map, keep_classes
 from harness.config import RunConfig, difference, identity_changes
 from harness.data.loader import StepData, StepLoader
-from harness.data.tokenizer import Tokenizer
+from harness.data.tokenizer import copy_tokenizer
 from harness.ema import Ema
 from harness.errors import UserError
 from harness.evaluate import Evaluation, Report
@@ -31,8 +30,9 @@ from harness.meters import RunLog, StepClock, write_json
 from harness.methods import METHODS, build
 from harness.new_rows import start_new_rows
 from harness.optimizer import TowerOptimizer, learning_rate, sum_of_squares
-from harness.panel import draw_panel, picture
+from harness.panel import draw_panel, picture, text_picture
 from harness.profile import StepProfiler
+from harness.text_fit import require_fit
 from harness.weights import init_towers
 from models.heads.row_optimizer import RowAdamW
 
@@ -57,17 +57,10 @@ class Trainer:
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
-        self.paired = METHODS[config.method].paired(config.model)
-        self.loader = StepLoader(
-            config.data,
-            config.seed,
-            config.model.text.max_length,
-            mesh.dp.rank(),
-            mesh.dp.size(),
-            mesh.device,
-            paired=self.paired,
-        )
-        self.tokenizer = Tokenizer.load(config.data.catalogue)  # after the loader, which says if there is no catalogue
+        reads = METHODS[config.method].reads(config.model)
+        self.loader = StepLoader(config.data, config.seed, reads, mesh.dp.rank(), mesh.dp.size(), mesh.device)
+        self.tokenizer = self.loader.tokenizer
+        require_fit(self.tokenizer.special, config.model.text, "model.text")
         self._tokenizer_id = phases.tokenizer_id(config.data.catalogue)
         order = self.loader.order
         self.method, self.model_config = build(
@@ -85,10 +78,19 @@ class Trainer:
         self.rows = None if head is None else RowAdamW.for_head(head, config.optimizer.rows)
         decay = config.train.ema_decay
         self.ema = Ema(self.method.towers, decay) if decay else None
-        self.parts = checkpoint.Trainable(self.method.towers, head, self.towers, self.rows, self.ema)
+        self.parts = checkpoint.Trainable(
+            self.method.towers, head, self.towers, self.rows, self.ema, self.method.memory
+        )
         self.classes = config.data.catalogue / "classes" / "classes.parquet"
         self.evaluation = Evaluation(
-            config.evaluation, config.data, config.model, self.loader.catalogue, self.tokenizer, self.classes, mesh
+            config.evaluation,
+            config.method,
+            config.data,
+            config.model,
+            self.loader.catalogue,
+            self.tokenizer,
+            self.classes,
+            mesh,
         )
         self.projector = Projector(config.run_dir / "tensorboard", self.loader.catalogue, config.data.threads)
         self.clock = StepClock(mesh)
@@ -167,7 +169,7 @@ class Trainer:
             classes = self.loader.order.num_classes
             log.board.introduce(self.step, config, self.mesh, self.loader.catalogue, self.method, classes, self.notes)
         end = min(train.steps, train.stop_at or train.steps)
-        images = config.data.queries_per_step + self.loader.documents_per_step
+        images = self.loader.queries_per_step + self.loader.documents_per_step
         started, first = time.perf_counter(), self.step
         report, paused, window, logged = None, 0.0, time.perf_counter(), self.step
         losses: list[float] = []
@@ -230,7 +232,7 @@ class Trainer:
             "order_id": self.loader.order.order_id,
             "phases": phases.as_state(self.phases),
             "positions": {
-                "query": (self.step - self.loader.first_step) * self.config.data.queries_per_step,
+                "query": (self.step - self.loader.first_step) * self.loader.queries_per_step,
                 "document": (self.step - self.loader.first_step) * self.loader.documents_per_step,
             },
             "tokenizer": self._tokenizer_id,
@@ -251,8 +253,9 @@ class Trainer:
     def evaluate(self, log: RunLog) -> Report:
         """Evaluates the present weights, or their average if there is one; logs metrics, retrieval panel and projector; collective."""
         with nullcontext() if self.ema is None else self.ema.applied():
-            report = self.evaluation.run(self.method)
-        log.scalars(self.step, {f"retrieval/{name}": value for name, value in report.figures.items()})
+            report = self.evaluation.run(self.method, final=self.step == self.config.train.steps)
+        named = {name if "/" in name else f"retrieval/{name}": value for name, value in report.figures.items()}
+        log.scalars(self.step, named)
         if self.mesh.rank == 0:
             log.board.image("retrieval/panel", draw_panel(self._panel_rows(report)), self.step)
             if report.sample is not None and len(report.sample.ids):
@@ -269,7 +272,7 @@ class Trainer:
         dist.all_reduce(sums, group=self.mesh.dp)
         bad = sums[-1, 0]
         *means, decode_rate, fill = (sums[:-1, 0] / sums[:-1, 1].clamp_min(1e-12)).tolist()
-        images_per_step = self.config.data.queries_per_step + self.loader.documents_per_step
+        images_per_step = self.loader.queries_per_step + self.loader.documents_per_step
         precision = self.config.train.precision
         wait = sums.new_tensor(self.clock.take_share("data"))
         dist.all_reduce(wait, op=dist.ReduceOp.MAX)  # the others wait for the rank that waits longest
@@ -324,20 +327,13 @@ class Trainer:
     def _panel_rows(self, report: Report) -> list[Any]:
         catalogue = self.loader.catalogue
         side = self.evaluation.documents[0]
-        place = {int(i): n for n, i in enumerate(side.ids)}
-        label = dict(zip(self.evaluation.queries.ids.tolist(), self.evaluation.queries.labels.tolist(), strict=True))
+        titles = dict(zip(side.ids.tolist(), side.columns["title"], strict=True))
         rows = []
-        for query, best in report.panel:
-            known = [i for i in best if i in place]  # distractors' pictures lie in other catalogues
-            documents = [
-                (
-                    picture(catalogue, i),
-                    side.columns["title"][place[i]],
-                    int(side.labels[place[i]]) == label[query] != -1,
-                )
-                for i in known
-            ]
-            rows.append((picture(catalogue, query), documents))
+        for query, best, relevant in report.panel:
+            shown = text_picture(query) if isinstance(query, str) else picture(catalogue, query)
+            # Distractors' pictures lie in other catalogues.
+            known = [(i, right) for i, right in zip(best, relevant, strict=True) if i in titles]
+            rows.append((shown, [(picture(catalogue, i), titles[i], right) for i, right in known]))
         return rows
 
     def _resume(self) -> None:
@@ -395,7 +391,7 @@ class Trainer:
             return phases.first(self.loader.order)
         path, state = phases.open_start(self.config, self.mesh)
         classes = class_map(path / "classes.parquet", self.classes, self.mesh)
-        self._load(path, replace(self.parts, tower_optimizer=None, row_optimizer=None, ema=None), classes)
+        self._load(path, replace(self.parts, tower_optimizer=None, row_optimizer=None, ema=None, memory=None), classes)
         self.towers.optimizer.reload_model_params()
         if self.rows is not None and self.method.head is not None and "master" in self.rows.row_state():
             self.rows.row_state()["master"].copy_(self.method.head.rows)
@@ -448,9 +444,6 @@ def prepare_run_folder(config: RunConfig, versions: dict[str, str]) -> None:
         (config.run_dir / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
         write_json(config.run_dir / "versions.json", versions)
         write_json(config.run_dir / "preprocess.json", config.data.preprocess.to_dict())
-        target = config.run_dir / "tokenizer"
-        target.mkdir(exist_ok=True)
-        for name in ("spm.model", "tokenizer.json"):
-            shutil.copyfile(config.data.catalogue / "tokenizer" / name, target / name)
+        copy_tokenizer(config.data.catalogue, config.run_dir)
     except OSError as error:
         raise UserError(f"run folder {config.run_dir}: {error}", "Choose another --run-dir") from error

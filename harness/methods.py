@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from harness.data.loader import Reads
+from harness.data.product_queries import read_meta
 from harness.mesh import Mesh
 from models.batch import Batch
 from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
+from models.item import Item, ItemConfig, ItemQuery, ItemTowers
+from models.make import Make, MakeConfig, MakeQuery, MakeTowers
 from models.merge import merged_state_dict
 from models.oclear import Oclear, OclearConfig, OclearQuery, OclearTowers
 from models.plain.transformer import PlainBuilder
@@ -32,6 +37,11 @@ class Method(Protocol):
         """The class-parallel head, if the objective has one."""
         ...
 
+    @property
+    def memory(self) -> nn.Module | None:
+        """What training keeps besides towers and head, the same on every rank: memory banks."""
+        ...
+
     def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """(loss, the same on every rank; metrics as local [sum, weight]) of each micro-batch of a step; they add up to the step's.
 
@@ -43,20 +53,54 @@ class Method(Protocol):
         """Unit embeddings float32 [q, d]."""
         ...
 
-    def embed_document(self, batch: Batch) -> Tensor:
-        """Unit embeddings float32 [n, d]."""
+    def embed_document(self, batch: Batch, seen: str = "both") -> Tensor:
+        """Unit embeddings float32 [n, d]; `seen` is one of the method's `views`."""
         ...
 
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A method's configuration class, its towers, its query encoder for serving, and how it is put together with a head."""
+    """What there is of a method.
+
+    Args:
+        config: its configuration class.
+        towers: builds its towers.
+        query_encoder: its query encoder for serving, of plain towers.
+        assemble: (configuration, towers, head, data group) -> the method.
+        reads: what its batches hold.
+        classifies: whether its objective has a class-parallel head.
+        tasks: what it can be evaluated by (harness/tasks.py), the usual one first.
+        views: how its documents can be seen, for a modality drop.
+        query: what its query encoder takes: image or text.
+    """
 
     config: type[Any]
     towers: Callable[[Any, TransformerBuilder], nn.Module]
     query_encoder: Callable[[Any], nn.Module]
     assemble: Callable[..., Method]
-    paired: Callable[[Any], bool]
+    reads: Callable[[Any], Reads]
+    classifies: Callable[[Any], bool] = lambda config: False
+    tasks: tuple[str, ...] = ()
+    views: tuple[str, ...] = ("both", "title", "image")
+    query: str = "image"
+
+
+def _oclear_reads(config: OclearConfig) -> Reads:
+    return Reads(kind="photos" if config.objective == "classification" else "pairs", text_length=config.text.max_length)
+
+
+def _make_reads(config: MakeConfig) -> Reads:
+    masks = config.weights.mlm or config.weights.mpm
+    return Reads(
+        kind="texts",
+        text_length=config.text.max_length,
+        query_length=config.query.max_length,
+        num_patches=config.vision.num_patches if masks else 0,
+    )
+
+
+def _item_reads(config: ItemConfig) -> Reads:
+    return Reads(kind="documents", text_length=config.text.max_length, num_patches=config.vision.num_patches)
 
 
 METHODS: dict[str, MethodSpec] = {
@@ -65,9 +109,41 @@ METHODS: dict[str, MethodSpec] = {
         towers=OclearTowers,
         query_encoder=OclearQuery,
         assemble=Oclear,
-        paired=lambda config: config.objective == "contrastive",
-    )
+        reads=_oclear_reads,
+        classifies=lambda config: config.objective == "classification",
+        tasks=("photo", "category"),
+        views=("both",),
+    ),
+    "make": MethodSpec(
+        config=MakeConfig,
+        towers=MakeTowers,
+        query_encoder=MakeQuery,
+        assemble=Make,
+        reads=_make_reads,
+        tasks=("text", "same_product", "category"),
+        query="text",
+    ),
+    "item": MethodSpec(
+        config=ItemConfig,
+        towers=ItemTowers,
+        query_encoder=ItemQuery,
+        assemble=Item,
+        reads=_item_reads,
+        tasks=("same_product", "category", "photo"),
+    ),
 }
+
+
+def with_keywords(method: str, model: Any, catalogue: Path) -> Any:
+    """The method's configuration with the size of the catalogue's keyword table, where it has an objective on that and no size of its own.
+
+    Raises:
+        UserError: the catalogue has no queries (harness/data/queries.py).
+    """
+    if method != "make" or model.num_keywords or not model.weights.keywords:
+        return model
+    meta = read_meta(catalogue)
+    return replace(model, num_keywords=len(meta["keywords"]), product_keywords=meta["keywords_per_product"])
 
 
 def build(
@@ -98,7 +174,7 @@ def build(
     towers = spec.towers(model, builder)
     towers.to(mesh.device, torch.bfloat16 if precision == "bf16" else torch.float32)
     rows = None
-    if num_classes and not spec.paired(model):
+    if num_classes and spec.classifies(model):
         settings = replace(head, num_classes=num_classes, embedding_dim=model.embedding_dim)
         rows = ClassParallelHead(settings, mesh.row_group, mesh.dp, mesh.device)
     return spec.assemble(model, towers, rows, mesh.dp), model

@@ -135,5 +135,5 @@ def _batch(loader: StepLoader, reader: ImageReader, samples: np.ndarray) -> tupl
     """Samples as evaluation sees them, as queries and as documents; and bool [n], whether they could be read."""
     images, ok = reader.read(samples, reader.parameters(samples))
     ids, weights = torch.from_numpy(samples), ok.float()
-    text = torch.from_numpy(loader.tokens.batch(samples, loader.text_length))
+    text = torch.from_numpy(loader.tokens.batch(samples, loader.reads.text_length))
     return Batch(images, ids, weights, ids, images, text, ids, weights, ids), ok.cpu()

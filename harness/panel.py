@@ -1,8 +1,9 @@
-"""Contact sheets: query photos, each with the best documents found for it."""
+"""Contact sheets: queries, photos or texts, each with the best documents found for it."""
 
 from __future__ import annotations
 
 import io
+import textwrap
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -25,7 +26,7 @@ def draw_panel(rows: list[tuple[Image.Image, list[tuple[Image.Image, str, bool |
     sheet = Image.new("RGB", (columns * step_x, max(1, len(rows)) * step_y), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
     for y, (query, documents) in enumerate(rows):
-        cells = [(query, "photo", DARK)] + [(image, text, FRAMES[relevant]) for image, text, relevant in documents]
+        cells = [(query, "query", DARK)] + [(image, text, FRAMES[relevant]) for image, text, relevant in documents]
         for x, (image, caption, colour) in enumerate(cells):
             left, top = x * step_x + GAP, y * step_y + GAP
             draw.rectangle(
@@ -56,6 +57,17 @@ def _fit(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     while font.getlength(line) > CELL:
         line = f"{line[:-2]}…"
     return line
+
+
+def text_picture(text: str) -> Image.Image:
+    """A query's words as a picture."""
+    image = Image.new("RGB", (CELL, CELL), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
+    lines = textwrap.wrap(text, 16)
+    for line, words in enumerate(lines):
+        top = CELL // 2 + (line - len(lines) / 2) * 18
+        draw.text(((CELL - font.getlength(words)) / 2, top), words, fill="black", font=font)
+    return image
 
 
 def picture(catalogue: Catalogue, sample_id: int) -> Image.Image:

@@ -23,6 +23,7 @@ VECTOR_BITS = 26  # vectors are whole multiples of 2**-26
 SCORE_BITS = 24  # scores are whole multiples of 2**-24
 ID_BITS = 38  # |score| < 2**25 steps and a 38-bit id share one int64
 MAX_NORM = 1.01  # lets unit vectors that were rounded to bfloat16 pass; exactness needs norm * norm < 2
+_ID_MASK = 2**ID_BITS - 1
 _LAST = torch.iinfo(torch.int64).max  # the key that sorts behind every document
 
 
@@ -79,6 +80,7 @@ def relevant_ranks(
     *,
     query_block: int = 1024,
     document_tile: int = 8192,
+    without_self: bool = False,
 ) -> RelevantRanks:
     """Find the exact rank of every relevant document of every query in the whole gallery.
 
@@ -92,6 +94,7 @@ def relevant_ranks(
         query_block: queries that are scored at once, over all ranks together (at least one for each rank).
         document_tile: documents of this rank that are scored at once. Scratch memory is some 32 bytes x query_block x
             document_tile, and 32 bytes x query_block x the largest number of relevant documents of a query.
+        without_self: the document that has the query's own id is in no gallery of that query.
 
     Returns:
         The ranks of all queries of the group, in query-id order, equal on every rank.
@@ -105,11 +108,13 @@ def relevant_ranks(
     rows_by_label = labelled[order]
     ids, counts, ranks = [], [], []
     for block in _query_blocks(queries, documents, group, query_block):
-        rivals, held = _relevant_keys(block, documents, label_of, rows_by_label, group, document_tile)
+        rivals, held = _relevant_keys(block, documents, label_of, rows_by_label, group, document_tile, without_self)
         size, width = rivals.shape
         row = torch.arange(size, device=rivals.device)[:, None] * (width + 1)
         beaten = torch.zeros(size * (width + 1), dtype=torch.int64, device=rivals.device)
         for keys in _key_tiles(block, documents, document_tile):
+            if without_self:
+                keys = keys.where(keys & _ID_MASK != block.ids[:, None], _LAST)
             # A document beats the relevant ones from its own place among them on: count places, sum up afterwards.
             place = torch.searchsorted(rivals, keys, right=True).add_(row)
             beaten += torch.bincount(place.flatten(), minlength=beaten.numel())
@@ -165,7 +170,7 @@ def top_k(
             best = merged.view(len(block.counts), own, k).transpose(0, 1).reshape(own, len(block.counts) * k)
         found.append(torch.topk(best, k, largest=False).values)
     keys = torch.cat(found) if found else queries.ids.new_empty(0, k)
-    return keys & (2**ID_BITS - 1), (-(keys >> ID_BITS)).double() / 2**SCORE_BITS
+    return keys & _ID_MASK, (-(keys >> ID_BITS)).double() / 2**SCORE_BITS
 
 
 def _query_blocks(
@@ -226,6 +231,7 @@ def _relevant_keys(
     rows_by_label: Tensor,
     group: dist.ProcessGroup | None,
     document_tile: int,
+    without_self: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the ascending keys [b, most] of each query's relevant documents of the group, padded, and how many [b]."""
     device = block.ids.device
@@ -240,6 +246,8 @@ def _relevant_keys(
         part = slice(start, start + document_tile)
         dots = (block.vectors[slots[part]] * _on_grid(documents.vectors[rows[part]])).sum(1)
         pairs[part, 1] = _keys(dots, documents.ids[rows[part]])
+    if without_self:
+        pairs = pairs[documents.ids[rows] != block.ids[slots]]
     sizes = _all_gather_ints([len(pairs)], device, group)[:, 0].tolist()
     slots, keys = _all_gather_rows(pairs, sizes, group).unbind(1)
     by_key = torch.argsort(keys)

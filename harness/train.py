@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from dataclasses import replace
 
 from harness.arguments import check_figures, run_command, write_figures
 from harness.config import parse
 from harness.loop import Trainer, prepare_run_folder
 from harness.mesh import Mesh
+from harness.methods import with_keywords
 from harness.versions import versions
 
 
 def train(argv: list[str]) -> None:
     """Parses, checks, trains. Raises UserError for what the user can mend, on every rank alike."""
     config, json_file = parse(argv)
+    model = with_keywords(config.method, config.model, config.data.catalogue)
+    config = replace(config, model=model)
     check_figures(json_file)
     quiet_libraries()
     mesh = Mesh(config.mesh)

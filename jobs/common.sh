@@ -73,5 +73,9 @@ source jobs/cluster.env
 set +a
 # Lines appear in the log when they are printed; a rank that waits for another one is no news.
 export PYTHONUNBUFFERED=1 TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
+# megatron-core's tensor parallelism starts a collective, and then the matrix product behind which it is to hide. It counts on one
+# hardware queue for this order, for speed and not for results (tensor_parallel/layers.py of 0.16, which warns without), at
+# least on GPUs before Blackwell. Set it before sbatch, or in cluster.env, where another number serves better.
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 [[ -x $VENV/bin/python ]] ||
     fail "no virtual environment at $VENV. Make one there (docs/clusters.md), or name yours in jobs/cluster.env"

@@ -139,12 +139,12 @@ def draw_sheet(out: Path, classes: list[str]) -> None:
     artefact = Artefact(out / "artefact")
     keys = artefact.documents.column("class_key").to_pylist()
     rows: list[Any] = []
-    for found, truth in zip(json.loads((out / "search.json").read_text())["photos"], classes, strict=True):
+    for found, truth in zip(json.loads((out / "search.json").read_text())["queries"], classes, strict=True):
         hits = [
             (artefact.thumbnail(hit["row"]), f"{hit['score']:.2f} {hit['title']}", keys[hit["row"]] == truth)
             for hit in found["found"]
         ]
-        rows.append((Image.open(found["photo"]).convert("RGB"), hits))
+        rows.append((Image.open(found["query"]).convert("RGB"), hits))
     save_sheet(rows, out / "contact_sheet.png")
 
 

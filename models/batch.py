@@ -49,6 +49,16 @@ class Batch:
     masked_patches: Tensor = field(default_factory=_no_masks)
     other_tokens: Tensor = field(default_factory=_no_ids)
 
+    @classmethod
+    def of_texts(cls, tokens: Tensor) -> Batch:
+        """Text queries alone: tokens int64 [q, L]."""
+        none, no_images = torch.empty(0, dtype=torch.int64), torch.empty(0, 3, 1, 1)
+        labels = torch.full((len(tokens),), -1)
+        weights = torch.ones(len(tokens))
+        return cls(
+            no_images, labels, weights, labels, no_images, _no_ids(), none, none.float(), none, query_tokens=tokens
+        )
+
     @property
     def labels(self) -> Tensor:
         """Class ids of the queries, then the documents: int64 [q + d]."""

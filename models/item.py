@@ -8,6 +8,7 @@ the baseline on the same towers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 from models.batch import Batch
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss
-from models.heads.mean import global_mean
+from models.heads.mean import averaged, global_mean
 from models.masking import WordHead, hide_patches, patch_pixels, word_terms
 from models.shape import TransformerBuilder, TransformerShape, padded_vocab, shape_errors
 from models.stem import conv_stem, patch_stem
@@ -147,7 +148,7 @@ class ItemTowers(nn.Module):
         """
         words = self.words(tokens) + self.word_position[: tokens.shape[1]] + self.modality[0]
         patches = self.stem(images).flatten(2).transpose(1, 2) + self.patch_position + self.modality[1]
-        x = torch.cat([self.first.expand(len(words), 1, -1), words, patches], 1)
+        x = torch.cat([self.first.expand(words.shape[0], 1, -1), words, patches], 1)
         x = self.dropout(self.norm(x)).transpose(0, 1).contiguous()
         no_words = (tokens == self.config.text.pad_id) | (seen == "image")
         no_patches = torch.full(patches.shape[:2], seen == "title", device=tokens.device)
@@ -189,7 +190,8 @@ class ItemQuery(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images [n, 3, S, S] -> unit embeddings float32 [n, h]."""
-        tokens = torch.full((len(images), 1), self.towers.config.text.pad_id, device=images.device)
+        # .shape, not len(): torch.export would take that for a constant
+        tokens = torch.full((images.shape[0], 1), self.towers.config.text.pad_id, device=images.device)
         return F.normalize(self.towers.embed(images, tokens, "image").float(), dim=-1)
 
 
@@ -204,9 +206,14 @@ class Item:
     """
 
     head = None
+    memory = None
 
     def __init__(self, config: ItemConfig, towers: ItemTowers, head: None, data_group: ProcessGroup) -> None:
         self.config, self.towers, self.data_group = config, towers, data_group
+
+    def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """`loss` of each micro-batch, an equal part of the step's: each has means of its own."""
+        return averaged(self.loss, batches)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one micro-batch (the same on every rank), and metrics as local [sum, weight]: each term, and itm_accuracy."""
@@ -273,14 +280,9 @@ class Item:
         return loss, torch.stack([right @ weights, weights.sum()])
 
     def embed_query(self, batch: Batch) -> Tensor:
-        """Unit embeddings of the batch's queries, float32 [q, h]: of image and title where query_tokens are given, else of the image alone."""
-        if len(batch.query_tokens):
-            return self._embed(batch.query_images, batch.query_tokens, "both")
+        """Unit embeddings of the batch's query photos, float32 [q, h]."""
         return ItemQuery(self.towers)(batch.query_images)
 
     def embed_document(self, batch: Batch, seen: str = "both") -> Tensor:
         """Unit embeddings of the batch's documents, float32 [n, h]; `seen` both, title or image: a modality drop."""
-        return self._embed(batch.document_images, batch.document_tokens, seen)
-
-    def _embed(self, images: Tensor, tokens: Tensor, seen: str) -> Tensor:
-        return F.normalize(self.towers.embed(images, tokens, seen).float(), dim=-1)
+        return F.normalize(self.towers.embed(batch.document_images, batch.document_tokens, seen).float(), dim=-1)

@@ -9,6 +9,7 @@ memory bank. Ours: every form that these take below. Pre-training and fine-tunin
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from models.batch import Batch
 from models.comm import gather_shards, gather_with_grad, own_slice, shard_sizes
 from models.cross_modal import MODALITIES, CrossModal, Match, ModalAdaptation
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss, same_product
-from models.heads.mean import global_mean
+from models.heads.mean import averaged, global_mean
 from models.heads.memory_bank import MemoryBank
 from models.masking import WordHead, hide_patches, patch_pixels, word_terms
 from models.shape import TransformerBuilder, TransformerShape, shape_errors
@@ -192,8 +193,8 @@ class Make:
         data_group: ranks that bring different samples.
 
     Attributes:
-        banks: the memory banks, of documents and, with a symmetric loss, of queries. Their state_dict is what a checkpoint keeps besides the
-            towers: the same on every rank, fit for any number of ranks.
+        banks: the memory banks, of documents and, with a symmetric loss, of queries.
+        memory: the same, for the checkpoint; None where there are none.
     """
 
     head = None
@@ -206,6 +207,11 @@ class Make:
             kind, labels = torch.promote_types(like.dtype, torch.float32), (2 + config.product_keywords,)
             for name in ("documents", "queries") if config.qic.symmetric else ("documents",):
                 self.banks[name] = MemoryBank(config.memory_bank, config.embedding_dim, labels, like.device, kind)
+        self.memory = self.banks if config.memory_bank else None
+
+    def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """`loss` of each micro-batch, an equal part of the step's: each has means and in-batch negatives of its own."""
+        return averaged(self.loss, batches)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one micro-batch (the same on every rank), and metrics as local [sum, weight]: each term, the mean weights of title, image and
@@ -349,14 +355,14 @@ class Make:
         """Unit embeddings of the batch's text queries, float32 [q, d]."""
         return F.normalize(self.towers.query(batch.query_tokens).float(), dim=-1)
 
-    def embed_document(self, batch: Batch, modalities: str | None = None) -> Tensor:
-        """Unit embeddings of the batch's documents, float32 [n, d]; `modalities` other than the configured ones is a modality drop."""
-        products = self._products(batch, modalities)
-        return F.normalize(products.embedding.float(), dim=-1)
+    def embed_document(self, batch: Batch, seen: str = "both") -> Tensor:
+        """Unit embeddings of the batch's documents, float32 [n, d]; `seen` both, title or image: a modality drop."""
+        return F.normalize(self._products(batch, seen).embedding.float(), dim=-1)
 
     def modal_weights(self, batch: Batch) -> Tensor:
-        """Weights of title, image and fused vector of the batch's documents [n, 3]."""
-        return self._products(batch, None).weights
+        """Weights of title, image and fused vector of the batch's documents, float32 [n, 3]."""
+        return self._products(batch, "both").weights.float()
 
-    def _products(self, batch: Batch, modalities: str | None) -> Products:
-        return self.towers.products(batch.document_images, batch.document_tokens, modalities or self.config.modalities)
+    def _products(self, batch: Batch, seen: str) -> Products:
+        modalities = self.config.modalities if seen == "both" else seen
+        return self.towers.products(batch.document_images, batch.document_tokens, modalities)

@@ -149,6 +149,8 @@ class Oclear:
         data_group: ranks that bring different samples.
     """
 
+    memory = None
+
     def __init__(
         self, config: OclearConfig, towers: OclearTowers, head: ClassParallelHead | None, data_group: ProcessGroup
     ) -> None:
@@ -188,6 +190,6 @@ class Oclear:
         """Unit embeddings of the batch's queries, float32 [q, d]."""
         return F.normalize(self.towers.query(batch.query_images).float(), dim=-1)
 
-    def embed_document(self, batch: Batch) -> Tensor:
-        """Unit embeddings of the batch's documents, float32 [d, dim]."""
+    def embed_document(self, batch: Batch, seen: str = "both") -> Tensor:
+        """Unit embeddings of the batch's documents, float32 [d, dim]; they are always seen as image and text."""
         return F.normalize(self.towers.document(batch.document_images, batch.document_tokens)[0].float(), dim=-1)

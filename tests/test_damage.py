@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from harness.data.catalogue import Catalogue
-from harness.data.loader import StepLoader
+from harness.data.loader import Reads, StepLoader
 from tests.runs import prepared_catalogue, tiny_config
 
 Random = np.random.Generator
@@ -57,7 +57,8 @@ def damaged(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 def open_loader(catalogue: Path, backend: str) -> closing[StepLoader]:
     config = tiny_config(catalogue, Path("unused"), **{"data.backend": backend})
-    return closing(StepLoader(config.data, config.seed, config.model.text.max_length, 0, 1, torch.device("cpu")))
+    reads = Reads(text_length=config.model.text.max_length)
+    return closing(StepLoader(config.data, config.seed, reads, 0, 1, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("backend", ["dali", "reference"])

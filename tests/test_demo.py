@@ -46,7 +46,7 @@ def test_demo_runs_to_its_table(tmp_path: Path) -> None:
     assert "Recall@1 of held-out photos" in done.stdout and "Look next" in done.stdout
 
     # The photos searched for were held out of training, and a stage that fails stops the demo and is named.
-    searched = {Path(row["photo"]).name for row in json.loads((out / "search.json").read_text())["photos"]}
+    searched = {Path(row["query"]).name for row in json.loads((out / "search.json").read_text())["queries"]}
     table = Catalogue(out / "catalogue").table(["image", "split"], kind="query").to_pydict()
     split = {Path(image).name: s for image, s in zip(table["image"], table["split"], strict=True)}
     assert len(searched) == demo.PHOTOS and {split[name] for name in searched} == {"test"}

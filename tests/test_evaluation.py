@@ -99,7 +99,7 @@ def test_slices_are_parts_of_the_whole(catalogue: Path) -> None:
     assert [find(report, "shape", shape)["queries"] for shape in ("disc", "box")] == [4, 2]
     # Six samples a class, its document first: what the panel shows of all queries gives the same recall.
     for number, colour in enumerate(("red", "green", "blue", "yellow")):
-        shown = [(query // 6 * 6, best) for query, best in report.panel if query // 6 % 4 == number]
+        shown = [(query // 6 * 6, best) for query, best, _ in report.panel if query // 6 % 4 == number]
         row = find(report, "colour", colour)
         assert row["recall_at_1"] == np.mean([best[0] == right for right, best in shown])
         assert row["recall_at_5"] == np.mean([right in best for right, best in shown])
@@ -121,7 +121,7 @@ def test_distractors_join_the_gallery_and_answer_nothing(catalogue: Path, noise:
     assert copies.figures["recall_at_1"] == alone.figures["recall_at_1"]
     assert copies.figures["mrr"] < alone.figures["mrr"]
     # Ids are unique over all galleries, in the order in which they were named.
-    seen = {i for _, best in among.panel for i in best}
+    seen = {i for _, best, _ in among.panel for i in best}
     assert seen <= {*range(36), *range(36, 36 + 30), *range(66, 66 + 36)} and max(seen) >= 36
 
 
@@ -144,6 +144,7 @@ def test_head_tail_and_never_trained_classes(catalogue: Path, tmp_path: Path) ->
         pq.write_table(pa.Table.from_pylist(changed), tmp_path / "classes.parquet")
         evaluation = Evaluation(
             t.config.evaluation,
+            t.config.method,
             t.config.data,
             t.config.model,
             t.loader.catalogue,
@@ -220,4 +221,4 @@ def test_any_number_of_panel_rows(catalogue: Path, panel: int) -> None:
     report, _ = evaluated(catalogue, {"evaluation.panel": panel})
     shown: Sequence[int] = [query for query, _ in report.panel]
     assert len(shown) == len(set(shown)) == min(panel, 6)
-    assert all(len(best) == 5 for _, best in report.panel)
+    assert all(len(best) == 5 for _, best, _ in report.panel)

@@ -22,7 +22,7 @@ import yaml
 from harness import checkpoint, checksums, meters
 from harness.config import RunConfig
 from harness.data.catalogue import Catalogue, shard_name
-from harness.data.loader import StepData, StepLoader
+from harness.data.loader import Reads, StepData, StepLoader
 from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError
 from harness.optimizer import OptimizerConfig, learning_rate
@@ -281,8 +281,8 @@ def open_loader(
     """The loader of one rank; no rank is needed for it."""
     settings = {"data.backend": backend, "data.micro_batches": micro_batches, **overrides}
     config = tiny_config(catalogue, Path("unused"), **settings)
-    length, device = config.model.text.max_length, torch.device("cpu")
-    return closing(StepLoader(config.data, config.seed, length, rank, world, device, paired))
+    reads = Reads(kind="pairs" if paired else "photos", text_length=config.model.text.max_length)
+    return closing(StepLoader(config.data, config.seed, reads, rank, world, torch.device("cpu")))
 
 
 def whole_step(

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from harness.data.masking import MaskConfig, draw_masks, mask_patches, mask_words, other_titles
+from harness.data.special_tokens import SpecialTokens
 
 N, LENGTH, PATCHES, VOCAB = 4000, 12, 16, 50
+SPECIAL = SpecialTokens(vocab_size=VOCAB, pad=0, unk=1, bos=2, eos=3, mask=4)
 IDS = np.random.default_rng(0).permutation(10 * N)[:N].astype(np.int64)
 EPOCHS = IDS % 3
 TOKENS = np.random.default_rng(1).integers(5, VOCAB, (N, LENGTH))
@@ -20,14 +22,14 @@ ORDINARY = TOKENS >= 5
 
 def test_masks_do_not_depend_on_the_batch() -> None:
     for config in (MaskConfig(), MaskConfig(one_heavy=True)):
-        whole = draw_masks(config, TOKENS, PATCHES, VOCAB, 7, EPOCHS, IDS)
+        whole = draw_masks(config, TOKENS, PATCHES, SPECIAL, 7, EPOCHS, IDS)
         for rows in (slice(0, 1), slice(10, 17), slice(5, 5), slice(None, None, -1)):
-            cut = draw_masks(config, TOKENS[rows], PATCHES, VOCAB, 7, EPOCHS[rows], IDS[rows])
+            cut = draw_masks(config, TOKENS[rows], PATCHES, SPECIAL, 7, EPOCHS[rows], IDS[rows])
             assert all(np.array_equal(a, b[rows]) for a, b in zip(cut, whole, strict=True))
         for other in (
-            draw_masks(config, TOKENS, PATCHES, VOCAB, 8, EPOCHS, IDS),
-            draw_masks(config, TOKENS, PATCHES, VOCAB, 7, EPOCHS + 1, IDS),
-            draw_masks(config, TOKENS, PATCHES, VOCAB, 7, EPOCHS, IDS + 1),
+            draw_masks(config, TOKENS, PATCHES, SPECIAL, 8, EPOCHS, IDS),
+            draw_masks(config, TOKENS, PATCHES, SPECIAL, 7, EPOCHS + 1, IDS),
+            draw_masks(config, TOKENS, PATCHES, SPECIAL, 7, EPOCHS, IDS + 1),
         ):
             same = [(a == b).reshape(N, -1).all(1).mean() for a, b in zip(whole, other, strict=True)]
             assert max(same) < 0.7, "a seed, an epoch or a sample id does not matter"
@@ -37,7 +39,7 @@ def test_masks_do_not_depend_on_the_batch() -> None:
 
 
 def test_words_are_masked_at_the_rate_and_never_padding() -> None:
-    replaced, masked = mask_words(TOKENS, 0.15, VOCAB, 7, EPOCHS, IDS)
+    replaced, masked = mask_words(TOKENS, 0.15, SPECIAL, 7, EPOCHS, IDS)
     assert not masked[~ORDINARY].any() and np.array_equal(replaced[~masked], TOKENS[~masked])
     assert masked[ORDINARY].mean() == pytest.approx(0.15, abs=0.01)
     per_place = masked.sum(0)[1:] / ORDINARY.sum(0)[1:]
@@ -46,8 +48,8 @@ def test_words_are_masked_at_the_rate_and_never_padding() -> None:
     assert (new == 4).mean() == pytest.approx(0.8, abs=0.03)
     assert ((new != 4) & (new != old)).mean() == pytest.approx(0.1 * 44 / 45, abs=0.02)
     assert set(new.tolist()) == {4, *range(5, VOCAB)}
-    assert not mask_words(TOKENS, 0.0, VOCAB, 7, EPOCHS, IDS)[1].any()
-    assert np.array_equal(mask_words(TOKENS, 1.0, VOCAB, 7, EPOCHS, IDS)[1], ORDINARY)
+    assert not mask_words(TOKENS, 0.0, SPECIAL, 7, EPOCHS, IDS)[1].any()
+    assert np.array_equal(mask_words(TOKENS, 1.0, SPECIAL, 7, EPOCHS, IDS)[1], ORDINARY)
 
 
 def test_patches_are_masked_between_the_rates_anywhere() -> None:
@@ -61,7 +63,7 @@ def test_patches_are_masked_between_the_rates_anywhere() -> None:
 
 def test_one_modality_is_hidden_heavily() -> None:
     config = MaskConfig(one_heavy=True, heavy_word_rate=0.6, patch_rates=(0.5, 0.5))
-    _, words, patches = draw_masks(config, TOKENS, PATCHES, VOCAB, 7, EPOCHS, IDS)
+    _, words, patches = draw_masks(config, TOKENS, PATCHES, SPECIAL, 7, EPOCHS, IDS)
     heavy = ~patches.any(1)
     assert heavy.mean() == pytest.approx(0.5, abs=0.03) and (patches[~heavy].sum(1) == 8).all()
     for rows, rate in ((heavy, 0.6), (~heavy, 0.15)):

@@ -151,8 +151,8 @@ def test_search_prints_and_draws(artefact: Path, tmp_path: Path, capsys: pytest.
     sheet = tmp_path / "sheet.png"
     figures = search.run(search.SearchConfig(artefact=artefact, photos=(photo, photo), top=3, sheet=sheet))
     out = capsys.readouterr().out
-    first = figures["photos"][0]["found"]
-    assert len(first) == 3 and figures["photos"][1]["found"] == first
+    first = figures["queries"][0]["found"]
+    assert len(first) == 3 and figures["queries"][1]["found"] == first
     assert all(f"{hit['score']:7.4f}  {hit['id']}" in out and hit["title"] in out for hit in first)
     drawn = Image.open(sheet)
     assert drawn.width == 4 * 152 and len(drawn.convert("RGB").getcolors(1 << 20) or []) > 50

@@ -13,6 +13,7 @@ from harness.data import tokenizer as module
 from harness.data.catalogue import Catalogue
 from harness.data.ingest import IngestConfig
 from harness.data.ingest import run as ingest
+from harness.data.special_tokens import SpecialTokens
 from harness.data.tokenizer import Tokenizer, TokenizerConfig, TokenStore, run
 from harness.errors import UserError
 from tests.catalogues import make_catalogue
@@ -48,10 +49,9 @@ def catalogue(tmp_path_factory) -> Path:
 
 def test_special_ids_and_files(catalogue):
     tokenizer = Tokenizer.load(catalogue)
-    special = tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id
-    assert special == (0, 1, 2, 3, 4)
-    pieces = [tokenizer._processor.id_to_piece(token) for token in range(5)]
-    assert pieces == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert tokenizer.special == SpecialTokens(vocab_size=VOCAB, pad=0, unk=1, bos=2, eos=3, mask=4)
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert [tokenizer._pieces.id_of(piece) for piece in pieces] == [0, 1, 2, 3, 4]
     meta = json.loads((catalogue / "tokenizer/tokenizer.json").read_text())
     assert meta["vocab_size"] == tokenizer.vocab_size == VOCAB
     assert [meta[f"{name}_id"] for name in ("pad", "unk", "bos", "eos", "mask")] == [0, 1, 2, 3, 4]
@@ -73,13 +73,12 @@ def test_text_survives_and_special_tokens_cannot_be_forged(catalogue):
 
 def test_learns_from_the_train_split_of_both_kinds(catalogue):
     tokenizer = Tokenizer.load(catalogue)
-    assert tokenizer.unk_id not in tokenizer.encode(QUERY_TITLE)
-    assert tokenizer.unk_id in tokenizer.encode(VAL_TITLE)
-    learned = {tokenizer._processor.id_to_piece(token) for token in range(VOCAB)}
-    assert any(word in piece for piece in learned for word in WORDS[:3])
+    assert tokenizer.special.unk not in tokenizer.encode(QUERY_TITLE)
+    assert tokenizer.special.unk in tokenizer.encode(VAL_TITLE)
+    assert any(tokenizer._pieces.id_of("\u2581" + word) is not None for word in WORDS)
     summary = run(TokenizerConfig(catalogue=catalogue, vocab_size=VOCAB, split="val"))
     try:
-        assert Tokenizer.load(catalogue).unk_id not in Tokenizer.load(catalogue).encode(VAL_TITLE)
+        assert Tokenizer.load(catalogue).special.unk not in Tokenizer.load(catalogue).encode(VAL_TITLE)
         assert summary["unknown"] > 0  # the train query's words
     finally:
         run(TokenizerConfig(catalogue=catalogue, vocab_size=VOCAB))
@@ -98,12 +97,12 @@ def test_store_holds_the_tokens_of_every_sample(catalogue):
 
 def plain_row(tokenizer: Tokenizer, texts: list[str], max_length: int) -> list[int]:
     """The same layout, one token at a time."""
-    ids, room = [tokenizer.bos_id], max_length - 1 - len(texts)
+    ids, room = [tokenizer.special.bos], max_length - 1 - len(texts)
     for text in texts:
         tokens = tokenizer.encode(text)[:room]
         room -= len(tokens)
-        ids += [*tokens, tokenizer.eos_id]
-    return ids + [tokenizer.pad_id] * (max_length - len(ids))
+        ids += [*tokens, tokenizer.special.eos]
+    return ids + [tokenizer.special.pad] * (max_length - len(ids))
 
 
 @pytest.mark.parametrize("max_length", [3, 4, 7, 16, 200])
@@ -193,7 +192,7 @@ def test_long_and_odd_texts_are_learned_from(tmp_path):
     )
     run(TokenizerConfig(catalogue=folder, vocab_size=32))
     tokenizer = Tokenizer.load(folder)
-    assert tokenizer.unk_id not in tokenizer.encode("qzred") + tokenizer.encode("緑茶")
+    assert tokenizer.special.unk not in tokenizer.encode("qzred") + tokenizer.encode("緑茶")
     assert TokenStore.open(folder).batch(np.array([0]), 2000).shape == (1, 2000)
 
 

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from harness.data.masking import MaskConfig, draw_masks
+from harness.data.special_tokens import SpecialTokens
 from models.batch import Batch
 from models.merge import merge_shards
 from tests.pool import layout
 
 VOCAB, LENGTH, IMAGE, PATCH = 40, 8, 16, 4
 PATCHES = (IMAGE // PATCH) ** 2
+SPECIAL = SpecialTokens(vocab_size=VOCAB, pad=0, unk=1, bos=2, eos=3, mask=4)
 
 
 def products(n: int, seed: int, masks: MaskConfig | None = None) -> Batch:
@@ -38,7 +40,7 @@ def products(n: int, seed: int, masks: MaskConfig | None = None) -> Batch:
     ids = torch.arange(n)
     others = tokens.clone()
     others[::2] = tokens.flip(0)[::2]
-    drawn = draw_masks(masks or MaskConfig(word_rate=0.4), tokens.numpy(), PATCHES, VOCAB, seed, 0, ids.numpy())
+    drawn = draw_masks(masks or MaskConfig(word_rate=0.4), tokens.numpy(), PATCHES, SPECIAL, seed, 0, ids.numpy())
     masked = [torch.from_numpy(np.ascontiguousarray(x)) for x in drawn]
     masked[2][2] &= masked[2][2].cumsum(0) <= 2  # fewer than MAKE compares
     return Batch(

@@ -61,7 +61,7 @@ class TowersConfig:
     batch: int = 0
     tokens: int = 64
     dtype: str = "fp32"
-    pairs: int = 7
+    pairs: int = 21
 
     def __post_init__(self) -> None:
         for name in self.model:

@@ -282,7 +282,7 @@ def run(config: IngestConfig) -> dict[str, Any]:
             added, reasons = _ingest(folder, manifest, columns, config, old)
             meta = grow(out, old, added)
     else:
-        out = config.out if config.part is None else part_folder(config.out, *_part(config.part))
+        out = config.out if config.part is None else part_folder(config.out, *parse_part(config.part))
         meta, reasons = _ingest(out, manifest, columns, config)
         added = meta
     seconds = round(time.perf_counter() - start, 3)
@@ -310,7 +310,7 @@ def run(config: IngestConfig) -> dict[str, Any]:
     }
 
 
-def _part(text: str) -> tuple[int, int]:
+def parse_part(text: str) -> tuple[int, int]:
     """i and n of 'i/n', i from 1 to n."""
     match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
     if not match or int(match[1]) > int(match[2]):
@@ -320,7 +320,7 @@ def _part(text: str) -> tuple[int, int]:
 
 def _part_rows(manifest: Manifest, part: str | None) -> tuple[int, int | None]:
     """First row and end of a part; the last part has no end, since the manifest's number of rows is an estimate."""
-    number, parts = (1, 1) if part is None else _part(part)
+    number, parts = (1, 1) if part is None else parse_part(part)
     end = manifest.num_rows * number // parts if number < parts else None
     return manifest.num_rows * (number - 1) // parts, end
 

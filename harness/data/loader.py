@@ -12,17 +12,19 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from harness.data.catalogue import Catalogue, CorruptSample
+from harness.data.masking import MaskConfig, draw_masks, other_titles
 from harness.data.order import ClassOrder, Draw, ledger
 from harness.data.preprocess import Parameters, PreprocessSpec, draw_parameters
+from harness.data.product_queries import ProductQueries
 from harness.data.reference import ReferencePipeline
-from harness.data.tokenizer import TokenStore
+from harness.data.tokenizer import Tokenizer, TokenStore
 from harness.errors import UserError
 from models.batch import Batch
 
@@ -38,8 +40,8 @@ class DataConfig:
 
     Args:
         catalogue: folder made by `shelfmark ingest`, with classes (`govern`) and a tokenizer (`tokenizer`).
-        queries_per_step: query photos in one optimizer step, over all ranks.
-        documents_per_step: documents in one optimizer step, over all ranks.
+        queries_per_step: query photos in one optimizer step, over all ranks; without effect for a method that trains on documents.
+        documents_per_step: documents in one optimizer step, over all ranks; without effect where every query photo brings its own.
         micro_batches: pieces into which a rank cuts its part of the step, to save memory.
         backend: dali (decodes on the GPU where there is one), or reference (Pillow and numpy, where DALI has no wheel).
         threads: decoding threads of each rank.
@@ -48,6 +50,8 @@ class DataConfig:
         max_bad_fraction: the run stops at a line of log where more than this share of the samples that it has read since it was started
             was damaged; not before 1,000 were read. Damaged samples have weight 0.
         preprocess: from an image to the model's input.
+        query_attributes: fewest and most attributes in a text query that is made of attributes.
+        masking: what masked modelling hides.
     """
 
     catalogue: Path = Path("catalogue")
@@ -60,6 +64,8 @@ class DataConfig:
     read_ahead_bytes: int = 1 << 30
     max_bad_fraction: float = 0.01
     preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
+    query_attributes: tuple[int, int] = (1, 4)
+    masking: MaskConfig = field(default_factory=MaskConfig)
 
     def errors(self) -> list[str]:
         """What is out of range, as sentences that name the key."""
@@ -72,7 +78,32 @@ class DataConfig:
                 errors.append(f"data.{name} must be at least 1")
         if not 0 <= self.max_bad_fraction <= 1:
             errors.append(f"data.max_bad_fraction is {self.max_bad_fraction}; it must lie in 0..1")
-        return errors
+        if not 1 <= self.query_attributes[0] <= self.query_attributes[1]:
+            errors.append(f"data.query_attributes is {self.query_attributes}; it must be two rising numbers from 1 on")
+        return errors + self.masking.errors("data.masking")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reads:
+    """What a method's batches hold.
+
+    Args:
+        kind: photos: query photos and documents, each by their own slots; pairs: query photos and a document of each one's class;
+            texts: documents and a text query for each; documents: documents alone, each with its own title or another one's.
+        text_length: tokens of a document's text.
+        query_length: tokens of a text query.
+        num_patches: patches of a document's image where words and patches are to be masked; 0 masks nothing.
+    """
+
+    kind: Literal["photos", "pairs", "texts", "documents"] = "photos"
+    text_length: int
+    query_length: int = 0
+    num_patches: int = 0
+
+    def samples(self, config: DataConfig) -> tuple[int, int]:
+        """Query photos and documents of one step over all ranks."""
+        queries = config.queries_per_step if self.kind in ("photos", "pairs") else 0
+        return queries, config.queries_per_step if self.kind == "pairs" else config.documents_per_step
 
 
 @dataclass(frozen=True)
@@ -183,35 +214,31 @@ class StepLoader:
     Args:
         config: what and how much.
         seed: seed of order and augmentation.
-        text_length: tokens per document.
+        reads: what the method's batches hold.
         rank: this rank's place among those that bring different samples (dp).
         world_size: their number.
         device: where images are wanted.
-        paired: documents of the queries' own classes (contrastive training) instead of their own slots.
 
     Attributes:
+        queries_per_step, documents_per_step: images of one step over all ranks.
         depth: steps that `steps` reads ahead, the one being decoded among them.
         first_step: the step that stands at position 0 of the order; 0 until it is set.
     """
 
     def __init__(
-        self,
-        config: DataConfig,
-        seed: int,
-        text_length: int,
-        rank: int,
-        world_size: int,
-        device: torch.device,
-        paired: bool = False,
+        self, config: DataConfig, seed: int, reads: Reads, rank: int, world_size: int, device: torch.device
     ) -> None:
-        self.config, self.seed, self.paired = config, seed, paired
-        self.rank, self.world_size, self.text_length = rank, world_size, text_length
+        self.config, self.seed, self.reads = config, seed, reads
+        self.queries_per_step, self.documents_per_step = reads.samples(config)
+        self.rank, self.world_size = rank, world_size
         self.catalogue = Catalogue(config.catalogue)
         self.order = ClassOrder.open(config.catalogue, seed)
         self.tokens = TokenStore.open(config.catalogue)
+        self.products = ProductQueries(self.catalogue) if reads.kind == "texts" else None
+        self.tokenizer = Tokenizer.load(config.catalogue)
         self.first_step = 0
         pieces = world_size * config.micro_batches
-        most = -(-config.queries_per_step // pieces) + -(-(self.documents_per_step) // pieces)
+        most = -(-self.queries_per_step // pieces) + -(-self.documents_per_step // pieces)
         self.images = ImageReader(self.catalogue, config.preprocess, config.backend, most, config.threads, device)
         self.depth = max(1, min(config.read_ahead, config.read_ahead_bytes // max(1, self.step_bytes)))
         self._stop = threading.Event()
@@ -220,15 +247,10 @@ class StepLoader:
         self._thread: threading.Thread | None = None
 
     @property
-    def documents_per_step(self) -> int:
-        """Documents of one step over all ranks; as many as queries where they are paired."""
-        return self.config.queries_per_step if self.paired else self.config.documents_per_step
-
-    @property
     def step_bytes(self) -> int:
         """Bytes of this rank's decoded images of one step, the same in all steps."""
         pieces = self.config.micro_batches * self.world_size
-        sizes = self.config.queries_per_step, self.documents_per_step
+        sizes = self.queries_per_step, self.documents_per_step
         places = range(self.rank, pieces, self.world_size)
         images = sum(len(share(size, pieces, piece)) for size in sizes for piece in places)
         return images * 3 * self.config.preprocess.image_size**2 * torch.float32.itemsize
@@ -242,7 +264,7 @@ class StepLoader:
         read, seconds = 0, 0.0
         for micro in range(self.config.micro_batches):
             piece, pieces = micro * self.world_size + self.rank, self.config.micro_batches * self.world_size
-            queries = _positions(step - self.first_step, self.config.queries_per_step, pieces, piece)
+            queries = _positions(step - self.first_step, self.queries_per_step, pieces, piece)
             documents = _positions(step - self.first_step, self.documents_per_step, pieces, piece)
             q, d = self._draw(queries, documents)
             ids = np.concatenate([q.sample_ids, d.sample_ids])
@@ -254,26 +276,25 @@ class StepLoader:
             seconds += time.perf_counter() - started
             read += len(ids)
             n = len(queries)
-            batches.append(
-                Batch(
-                    query_images=images[:n],
-                    query_labels=torch.from_numpy(q.class_ids),
-                    query_weights=ok[:n].float(),
-                    query_ids=torch.from_numpy(q.sample_ids),
-                    document_images=images[n:],
-                    document_tokens=torch.from_numpy(self.tokens.batch(d.sample_ids, self.text_length)),
-                    document_labels=torch.from_numpy(d.class_ids),
-                    document_weights=ok[n:].float(),
-                    document_ids=torch.from_numpy(d.sample_ids),
-                )
+            batch = Batch(
+                query_images=images[:n],
+                query_labels=torch.from_numpy(q.class_ids),
+                query_weights=ok[:n].float(),
+                query_ids=torch.from_numpy(q.sample_ids),
+                document_images=images[n:],
+                document_tokens=torch.from_numpy(self.tokens.batch(d.sample_ids, self.reads.text_length)),
+                document_labels=torch.from_numpy(d.class_ids),
+                document_weights=ok[n:].float(),
+                document_ids=torch.from_numpy(d.sample_ids),
             )
+            batches.append(replace(batch, **self._texts(d), **self._masks(d, batch.document_tokens)))
             total += _ledger(queries, q.sample_ids, documents, d.sample_ids)
             bad += ids[~ok.numpy()].tolist()
         return StepData(batches, total % 2**64, bad, read, seconds)
 
     def ledgers(self, first: int, end: int) -> list[int]:
         """The ledger of each of the steps first .. end - 1 over all ranks, from the order alone: no sample is read."""
-        sizes = self.config.queries_per_step, self.documents_per_step
+        sizes = self.queries_per_step, self.documents_per_step
         at_once = max(1, _POSITIONS_AT_ONCE // max(sizes))
         found = []
         for start in range(first - self.first_step, end - self.first_step, at_once):
@@ -281,15 +302,49 @@ class StepLoader:
             queries, documents = (np.arange(start * size, stop * size, dtype=np.int64) for size in sizes)
             q, d = self._draw(queries, documents)
             columns = zip((queries, q.sample_ids, documents, d.sample_ids), np.repeat(sizes, 2), strict=True)
-            found += [_ledger(*row) for row in zip(*(a.reshape(-1, size) for a, size in columns), strict=True)]
+            found += [
+                _ledger(*row) for row in zip(*(a.reshape(stop - start, size) for a, size in columns), strict=True)
+            ]
         return found
 
     def _draw(self, queries: Ints, documents: Ints) -> tuple[Draw, Draw]:
-        """Queries and documents at these positions, which are the same where documents are paired."""
-        q = self.order.draw("query", queries)
-        if self.paired:
+        """Queries and documents at these positions, which are the same in pairs."""
+        if self.reads.kind == "pairs":
+            q = self.order.draw("query", queries)
             return q, Draw(self.order.paired(q.class_ids, documents, "document"), q.class_ids, q.epochs)
+        none = np.empty(0, np.int64)
+        q = self.order.draw("query", queries) if self.queries_per_step else Draw(none, none, none)
         return q, self.order.draw("document", documents)
+
+    def _texts(self, documents: Draw) -> dict[str, torch.Tensor]:
+        """A text query of each document, with what is known of the document; nothing where the method has no text queries."""
+        if self.products is None:
+            return {}
+        ids = documents.sample_ids
+        texts = self.products.draw(ids, documents.epochs, self.seed, *self.config.query_attributes)
+        tokens = TokenStore.encode(self.tokenizer, {"query": texts})
+        return {
+            "query_tokens": torch.from_numpy(tokens.batch(np.arange(len(ids)), self.reads.query_length, ["query"])),
+            "query_labels": torch.from_numpy(documents.class_ids),
+            "query_weights": torch.tensor([float(bool(text)) for text in texts]),
+            "query_ids": torch.from_numpy(ids),
+            "categories": torch.from_numpy(self.products.categories[ids].astype(np.int64)),
+            "keywords": torch.from_numpy(self.products.keywords[ids].astype(np.int64)),
+        }
+
+    def _masks(self, documents: Draw, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What masked modelling hides of the documents and, where they come alone, the titles to be told from their own."""
+        if not self.reads.num_patches:
+            return {}
+        masking, ids, key = self.config.masking, documents.sample_ids, (self.seed, documents.epochs)
+        hidden = draw_masks(masking, tokens.numpy(), self.reads.num_patches, self.tokens.special, *key, ids)
+        fields = dict(
+            zip(("masked_tokens", "masked_words", "masked_patches"), map(torch.from_numpy, hidden), strict=True)
+        )
+        if self.reads.kind == "documents":
+            others = other_titles(masking.mismatched, self.order, *key, ids)
+            fields["other_tokens"] = torch.from_numpy(self.tokens.batch(others, self.reads.text_length))
+        return fields
 
     def steps(self, first: int, end: int) -> Iterator[StepData]:
         """Steps first .. end - 1 in order, read ahead."""

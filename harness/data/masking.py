@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.data.keyed import keyed_hash, keyed_uniform
-from harness.data.tokenizer import SPECIAL_IDS
+from harness.data.order import ClassOrder
+from harness.data.special_tokens import SpecialTokens
+from harness.errors import UserError
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -58,31 +60,52 @@ class Masks(NamedTuple):
 
 
 def draw_masks(
-    config: MaskConfig, tokens: Ints, num_patches: int, vocab_size: int, seed: int, epochs: Ints | int, sample_ids: Ints
+    config: MaskConfig,
+    tokens: Ints,
+    num_patches: int,
+    special: SpecialTokens,
+    seed: int,
+    epochs: Ints | int,
+    sample_ids: Ints,
 ) -> Masks:
-    """Masks of documents `sample_ids` [n] with titles `tokens` [n, L] in their `epochs` ([n] or one for all)."""
+    """Masks of documents `sample_ids` [n] with titles `tokens` [n, L] in their `epochs` ([n] or one for all).
+
+    Raises:
+        UserError: words are to be masked, but the vocabulary has no [MASK].
+    """
     heavy = np.zeros(len(sample_ids), np.bool_)
     if config.one_heavy:
         heavy = keyed_uniform(seed, _HEAVY, epochs, sample_ids) < 0.5
     word_rates = np.where(heavy, config.heavy_word_rate, config.word_rate)
-    replaced, words = mask_words(tokens, word_rates, vocab_size, seed, epochs, sample_ids)
+    replaced, words = mask_words(tokens, word_rates, special, seed, epochs, sample_ids)
     low, high = (np.where(heavy, 0.0, rate) for rate in config.patch_rates)
     return Masks(replaced, words, mask_patches(num_patches, low, high, seed, epochs, sample_ids))
 
 
 def mask_words(
-    tokens: Ints, rate: npt.ArrayLike, vocab_size: int, seed: int, epochs: Ints | int, sample_ids: Ints
+    tokens: Ints, rate: npt.ArrayLike, special: SpecialTokens, seed: int, epochs: Ints | int, sample_ids: Ints
 ) -> tuple[Ints, Bools]:
     """Masked titles and which words are masked, both [n, L]; `rate` [n] or one for all. Source: Devlin et al. 2019 (BERT).
 
     Each ordinary piece is masked with probability `rate`, a special one (padding among them) never. Of the masked ones 80 % become [MASK],
     10 % any ordinary piece, and 10 % stay.
+
+    Raises:
+        UserError: a rate above 0, but the vocabulary has no [MASK].
     """
+    if special.mask is None:
+        if np.any(np.asarray(rate) > 0):
+            raise UserError(
+                "words are to be masked, but the catalogue's tokenizer has no mask token (as CLIP's and SigLIP's)",
+                "Set data.masking.word_rate to 0 and data.masking.one_heavy to false, or take a tokenizer that has one (BERT's, XLM-R's)",
+            )
+        return tokens, np.zeros(tokens.shape, np.bool_)
     uniform = _draws(seed, _WORDS, epochs, sample_ids, tokens.shape[1], 3)
-    special = len(SPECIAL_IDS)
-    masked = (uniform[0] < np.asarray(rate).reshape(-1, 1)) & (tokens >= special)
-    any_piece = special + (uniform[2] * (vocab_size - special)).astype(np.int64)
-    instead = np.where(uniform[1] < 0.8, SPECIAL_IDS["mask"], np.where(uniform[1] < 0.9, any_piece, tokens))
+    ids = np.array(special.ids)
+    masked = (uniform[0] < np.asarray(rate).reshape(-1, 1)) & ~np.isin(tokens, ids)
+    number = (uniform[2] * (special.vocab_size - len(ids))).astype(np.int64)
+    any_piece = number + np.searchsorted(ids - np.arange(len(ids)), number, side="right")  # passes over the special ids
+    instead = np.where(uniform[1] < 0.8, special.mask, np.where(uniform[1] < 0.9, any_piece, tokens))
     return np.where(masked, instead, tokens), masked
 
 
@@ -100,23 +123,20 @@ def mask_patches(
     return masked
 
 
-def other_titles(mismatched: float, documents: Ints, seed: int, epochs: Ints | int, sample_ids: Ints) -> Ints:
-    """For each sample the document whose title stands beside its image: its own, or with probability `mismatched` another one's.
+def other_titles(mismatched: float, order: ClassOrder, seed: int, epochs: Ints | int, sample_ids: Ints) -> Ints:
+    """For each sample the document whose title stands beside its image: its own, or with probability `mismatched` any one's.
 
     Args:
         mismatched: that probability.
-        documents: the sample ids to choose from, rising, `sample_ids` among them; one alone has no other.
+        order: the documents to choose from, as often as an epoch shows them.
         seed, epochs, sample_ids: the key, as everywhere.
 
     Returns:
-        int64 [n] sample ids. Another document may have an equal title; who compares the titles sees that.
+        int64 [n] sample ids. Any document may be the own one or have an equal title; who compares the titles sees that.
     """
-    if len(documents) < 2:
-        return sample_ids
     chance = keyed_uniform(seed, _OTHER, epochs, sample_ids, 0)
-    steps = keyed_hash(seed, _OTHER, epochs, sample_ids, 1) % np.uint64(len(documents) - 1)
-    place = np.searchsorted(documents, sample_ids) + 1 + steps.astype(np.int64)
-    return np.where(chance < mismatched, documents[place % len(documents)], sample_ids)
+    place = keyed_hash(seed, _OTHER, epochs, sample_ids, 1) % np.uint64(order.slots("document"))
+    return np.where(chance < mismatched, order.draw("document", place.astype(np.int64)).sample_ids, sample_ids)
 
 
 def _draws(seed: int, tag: int, epochs: Ints | int, sample_ids: Ints, places: int, kinds: int) -> npt.NDArray[Any]:

@@ -1,6 +1,10 @@
-"""`shelfmark tokenizer`: learns the vocabulary of a catalogue's text and stores every sample's tokens.
+"""`shelfmark tokenizer`: learns the vocabulary of a catalogue's text, or takes one that exists, and stores every sample's tokens.
 
 SentencePiece (Kudo and Richardson, 2018, arXiv:1808.06226) with the unigram model by default.
+
+tokenizer.json      what the tokenizer is: format, special ids, checksum
+spm.model           the vocabulary; tokenizers.json where it is one of the `tokenizers` library
+<field>.*.npy       the tokens of every sample
 """
 
 from __future__ import annotations
@@ -8,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -22,12 +27,16 @@ import xxhash
 from tqdm import tqdm
 
 from harness.data.catalogue import Catalogue
+from harness.data.imported_tokenizer import read_imported
+from harness.data.pieces import Kind, open_pieces
+from harness.data.special_tokens import SpecialTokens
 from harness.data.staging import staged_folder
 from harness.data.writers import NpyWriter
 from harness.errors import UserError
 
 EXAMPLE = "shelfmark tokenizer catalogues/products --vocab-size 8000"
 TOKENIZER_FORMAT = 1
+IMPORTED_FORMAT = 2  # kind and special ids are the library's; versions that know format 1 alone refuse it
 FIELDS = ("title", "description")
 SPECIAL_PIECES = {"pad": "[PAD]", "unk": "[UNK]", "bos": "[CLS]", "eos": "[SEP]", "mask": "[MASK]"}
 SPECIAL_IDS = {name: token for token, name in enumerate(SPECIAL_PIECES)}
@@ -38,7 +47,7 @@ QUIET = 3  # SentencePiece's log level above errors: those come as exceptions
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """Trains a SentencePiece tokenizer on titles and descriptions, then stores the tokens of every sample.
+    """Trains a SentencePiece tokenizer on titles and descriptions, or takes another's, then stores the tokens of every sample.
 
     Args:
         catalogue: the catalogue folder; an existing tokenizer/ in it is replaced.
@@ -47,7 +56,9 @@ class TokenizerConfig:
         split: the split whose text is learned from; samples of split 'all' belong to it.
         character_coverage: share of the text's characters that get a piece; the rarest others become [UNK].
         max_texts: texts to learn from at most, taken at even distances; SentencePiece holds them in memory.
-        keep_from: a run or catalogue folder whose tokenizer is taken as it is: a run goes on with a grown catalogue only with its own pieces.
+        fold_case: read all text in lower case, queries too: shoppers do not type the capitals of titles.
+        keep_from: a folder whose tokenizer is taken as it is. A run or catalogue: a run goes on with a grown catalogue only with its own
+            pieces. A folder of `shelfmark import` or of the hub: an imported text tower knows its own ids alone.
     """
 
     catalogue: Path
@@ -56,21 +67,28 @@ class TokenizerConfig:
     split: str = "train"
     character_coverage: float = 0.99995
     max_texts: int = 4_000_000
+    fold_case: bool = False
     keep_from: Path | None = None
 
 
 class Tokenizer:
     """A trained tokenizer; `load` opens that of a catalogue.
 
-    Attributes:
-        vocab_size: number of pieces.
-        pad_id, unk_id, bos_id, eos_id, mask_id: the special tokens; [CLS] is bos and [SEP] is eos.
+    Args:
+        model: the bytes of its file.
+        special: the special tokens; by default those of a model that `run` trained.
+        kind: what the file is.
     """
 
-    def __init__(self, model: bytes) -> None:
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.vocab_size: int = self._processor.get_piece_size()
-        self.pad_id, self.unk_id, self.bos_id, self.eos_id, self.mask_id = SPECIAL_IDS.values()
+    def __init__(self, model: bytes, special: SpecialTokens | None = None, kind: Kind = "sentencepiece") -> None:
+        self._pieces = open_pieces(kind, model)
+        self.special = special or _own_special(self._pieces.vocab_size)
+        self._never = set(self.special.ids) - {self.special.unk} | {self.special.pad, self.special.eos}
+
+    @property
+    def vocab_size(self) -> int:
+        """All ids lie below."""
+        return self.special.vocab_size
 
     @classmethod
     def load(cls, catalogue: Path) -> Tokenizer:
@@ -80,22 +98,24 @@ class Tokenizer:
             UserError: none there, one of another format, or one whose model differs from its checksum.
         """
         folder, meta = _read_meta(catalogue)
-        model = (folder / "spm.model").read_bytes()
-        if xxhash.xxh3_64_hexdigest(model) != meta["xxh3"]:
-            raise UserError(f"{folder}/spm.model differs from its checksum", "Run `shelfmark tokenizer` again")
-        return cls(model)
+        model = (folder / _model_name(meta)).read_bytes()
+        if _checksum(meta, model) != meta["xxh3"]:
+            raise UserError(
+                f"{folder}/{_model_name(meta)} differs from its checksum", "Run `shelfmark tokenizer` again"
+            )
+        return cls(model, SpecialTokens.from_meta(meta), _kind(meta))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens; what stands for one in the text is ordinary text."""
-        return self._processor.encode(text)
+        return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts."""
-        return self._processor.encode(list(texts))
+        return [[token for token in ids if token not in self._never] for ids in self._pieces.encode(texts)]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids; special tokens but [UNK] vanish."""
-        return self._processor.decode([int(token) for token in token_ids])
+        """The text of token ids; special tokens vanish, [UNK] not with every kind."""
+        return self._pieces.decode([int(token) for token in token_ids])
 
 
 class TokenStore:
@@ -104,10 +124,11 @@ class TokenStore:
     Args:
         tokens: int32 flat token ids of each field.
         offsets: int64 [num_samples + 1] of each field.
+        special: the special tokens that `batch` puts in.
     """
 
-    def __init__(self, tokens: dict[str, np.ndarray], offsets: dict[str, np.ndarray]) -> None:
-        self._tokens, self._offsets = tokens, offsets
+    def __init__(self, tokens: dict[str, np.ndarray], offsets: dict[str, np.ndarray], special: SpecialTokens) -> None:
+        self._tokens, self._offsets, self.special = tokens, offsets, special
 
     @classmethod
     def open(cls, catalogue: Path) -> TokenStore:
@@ -125,7 +146,7 @@ class TokenStore:
                 raise UserError(
                     f"the {field} tokens in {folder} do not fit the catalogue", "Run `shelfmark tokenizer` again"
                 )
-        return cls(tokens, offsets)
+        return cls(tokens, offsets, SpecialTokens.from_meta(meta))
 
     @classmethod
     def encode(cls, tokenizer: Tokenizer, texts: dict[str, list[str]]) -> TokenStore:
@@ -135,10 +156,10 @@ class TokenStore:
             encoded = tokenizer.encode_all(column)
             tokens[field] = np.fromiter((token for ids in encoded for token in ids), np.int32)
             offsets[field] = np.concatenate([[0], np.cumsum([len(ids) for ids in encoded])]).astype(np.int64)
-        return cls(tokens, offsets)
+        return cls(tokens, offsets, tokenizer.special)
 
     def batch(self, sample_ids: np.ndarray, max_length: int, fields: Sequence[str] = FIELDS) -> np.ndarray:
-        """[CLS] and then each field's tokens with [SEP], cut to `max_length` and padded.
+        """[CLS], where the vocabulary has a first token, and then each field's tokens with [SEP], cut to `max_length` and padded.
 
         Every [CLS] and [SEP] is kept: earlier fields take their tokens first, later ones what room is left.
 
@@ -148,18 +169,20 @@ class TokenStore:
             fields: 'title' and 'description' in the order wanted.
 
         Returns:
-            int64 [n, max_length]; the attention mask is where it differs from the pad id, 0.
+            int64 [n, max_length]; the attention mask is where it differs from special.pad.
 
         Raises:
             ValueError: `max_length` is too small for the special tokens.
         """
-        if max_length < 1 + len(fields):
-            raise ValueError(f"max_length {max_length} holds no [CLS] and {len(fields)} [SEP]")
+        start = int(self.special.bos is not None)
+        if max_length < start + len(fields):
+            raise ValueError(f"max_length {max_length} holds no {'[CLS] and ' * start}{len(fields)} [SEP]")
         rows = np.arange(len(sample_ids))
-        ids = np.full((len(rows), max_length), SPECIAL_IDS["pad"], np.int64)
-        ids[:, 0] = SPECIAL_IDS["bos"]
-        column = np.ones(len(rows), np.int64)
-        room = np.full(len(rows), max_length - 1 - len(fields), np.int64)
+        ids = np.full((len(rows), max_length), self.special.pad, np.int64)
+        if self.special.bos is not None:
+            ids[:, 0] = self.special.bos
+        column = np.full(len(rows), start, np.int64)
+        room = np.full(len(rows), max_length - start - len(fields), np.int64)
         for field in fields:
             offsets = self._offsets[field]
             first = offsets[sample_ids]
@@ -168,7 +191,7 @@ class TokenStore:
             within = np.arange(len(row)) - np.repeat(np.cumsum(take) - take, take)
             ids[row, column[row] + within] = self._tokens[field][first[row] + within]
             column += take
-            ids[rows, column] = SPECIAL_IDS["eos"]
+            ids[rows, column] = self.special.eos
             column += 1
             room -= take
         return ids
@@ -180,51 +203,96 @@ def _read_meta(catalogue: Path) -> tuple[Path, dict[str, Any]]:
     if not file.is_file():
         raise UserError(f"{catalogue} has no tokenizer", f"Run `shelfmark tokenizer {catalogue}`")
     meta = json.loads(file.read_text(encoding="utf-8"))
-    if meta["format"] != TOKENIZER_FORMAT:
-        raise UserError(f"{folder} has format {meta['format']}, this version reads {TOKENIZER_FORMAT}")
+    if meta.get("format") not in (TOKENIZER_FORMAT, IMPORTED_FORMAT):
+        known = f"{TOKENIZER_FORMAT} and {IMPORTED_FORMAT}"
+        raise UserError(f"{folder} has format {meta.get('format')}, this version reads {known}")
     return folder, meta
+
+
+def _own_special(vocab_size: int) -> SpecialTokens:
+    return SpecialTokens.from_meta(
+        {"vocab_size": vocab_size, **{f"{name}_id": token for name, token in SPECIAL_IDS.items()}}
+    )
+
+
+def _kind(meta: dict[str, Any]) -> Kind:
+    return meta.get("kind", "sentencepiece")
+
+
+def _model_name(meta: dict[str, Any]) -> str:
+    return "tokenizers.json" if _kind(meta) == "tokenizers" else "spm.model"
+
+
+def _checksum(meta: dict[str, Any], model: bytes) -> str:
+    """Of the model, and in an imported tokenizer of what its ids mean too: the same file may be read with others."""
+    if meta["format"] == IMPORTED_FORMAT:
+        model += json.dumps([_kind(meta), SpecialTokens.from_meta(meta).to_meta()]).encode()
+    return xxhash.xxh3_64_hexdigest(model)
+
+
+def copy_tokenizer(catalogue: Path, run: Path) -> None:
+    """Copies what encodes a text, without the tokens of the samples, into `run`/tokenizer.
+
+    Raises:
+        UserError: `catalogue` has no tokenizer.
+    """
+    folder, meta = _read_meta(catalogue)
+    target = run / "tokenizer"
+    target.mkdir(exist_ok=True)
+    for name in (_model_name(meta), "tokenizer.json"):
+        shutil.copyfile(folder / name, target / name)
 
 
 def run(config: TokenizerConfig) -> dict[str, Any]:
     """Trains, encodes the whole catalogue and prints a summary.
 
     Returns:
-        vocab_size, texts (learned from), tokens (of each field), unknown (share of [UNK] in the tokens), seconds.
+        vocab_size, texts (learned from; 0 of an imported one), tokens (of each field), unknown (share of [UNK] in the tokens), seconds.
 
     Raises:
-        UserError: no text in the split, or a vocabulary that the text cannot fill or that cannot hold its characters.
+        UserError: no text in the split, a vocabulary that the text cannot fill or that cannot hold its characters, or no tokenizer to keep.
     """
     start = time.perf_counter()
     catalogue = Catalogue(config.catalogue)
     with staged_folder(catalogue.path / "tokenizer", replace=True) as stage:
-        model, origin = _train(catalogue, config) if config.keep_from is None else _kept(config.keep_from)
-        (stage / "spm.model").write_bytes(model)
-        tokenizer = Tokenizer(model)
+        model, meta = _trained(catalogue, config) if config.keep_from is None else _kept(config.keep_from)
+        tokenizer = Tokenizer(model, SpecialTokens.from_meta(meta), _kind(meta))
+        (stage / _model_name(meta)).write_bytes(model)
         tokens, unknown = _encode_catalogue(catalogue, tokenizer, stage)
-        meta = {
-            "format": TOKENIZER_FORMAT,
-            "vocab_size": tokenizer.vocab_size,
-            **{f"{name}_id": token for name, token in SPECIAL_IDS.items()},
-            "fields": list(FIELDS),
-            **origin,
-            "xxh3": xxhash.xxh3_64_hexdigest(model),
-        }
         (stage / "tokenizer.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     share = unknown / max(sum(tokens.values()), 1)
-    texts = origin["texts"]
+    texts = meta.get("texts", 0)
+    source = f"of {meta['source']}" if "source" in meta else f"learned from {texts:,} texts"
     print(
-        f"{config.catalogue}/tokenizer: {tokenizer.vocab_size:,} pieces learned from {texts:,} texts; "
+        f"{config.catalogue}/tokenizer: {tokenizer.vocab_size:,} pieces {source}; "
         f"{sum(tokens.values()):,} tokens stored, {share:.2%} of them unknown"
     )
     seconds = round(time.perf_counter() - start, 3)
     return {"vocab_size": tokenizer.vocab_size, "texts": texts, "tokens": tokens, "unknown": share, "seconds": seconds}
 
 
+def _trained(catalogue: Catalogue, config: TokenizerConfig) -> tuple[bytes, dict[str, Any]]:
+    """A new tokenizer's model and its tokenizer.json."""
+    model, origin = _train(catalogue, config)
+    return model, _meta(TOKENIZER_FORMAT, Tokenizer(model).special, origin, model)
+
+
 def _kept(owner: Path) -> tuple[bytes, dict[str, Any]]:
-    """The model of a run's or catalogue's tokenizer, and what it was learned from."""
-    Tokenizer.load(owner)  # compares its checksum
-    folder, meta = _read_meta(owner)
-    return (folder / "spm.model").read_bytes(), {name: meta[name] for name in ("model_type", "split", "texts")}
+    """The same of a tokenizer that exists: that of a run or catalogue, or one that came with weights."""
+    folder = owner / "tokenizer" if (owner / "tokenizer").is_dir() else owner
+    file = folder / "tokenizer.json"  # ours is one page; the library's holds the vocabulary
+    if folder != owner and file.is_file() and "xxh3" in json.loads(file.read_text(encoding="utf-8")):
+        Tokenizer.load(owner)  # compares its checksum
+        _, meta = _read_meta(owner)
+        return (folder / _model_name(meta)).read_bytes(), meta
+    found = read_imported(folder)
+    origin = {"kind": found.kind, "source": found.name}
+    return found.model, _meta(IMPORTED_FORMAT, found.special, origin, found.model)
+
+
+def _meta(version: int, special: SpecialTokens, origin: dict[str, Any], model: bytes) -> dict[str, Any]:
+    meta = {"format": version, **special.to_meta(), "fields": list(FIELDS), **origin}
+    return {**meta, "xxh3": _checksum(meta, model)}
 
 
 def _texts(catalogue: Catalogue, split: str) -> Iterator[str]:
@@ -261,6 +329,7 @@ def _train(catalogue: Catalogue, config: TokenizerConfig) -> tuple[bytes, dict[s
             hard_vocab_limit=True,
             model_type=config.model_type,
             character_coverage=config.character_coverage,
+            normalization_rule_name="nmt_nfkc_cf" if config.fold_case else "nmt_nfkc",
             max_sentence_length=MAX_TEXT_BYTES,
             num_threads=1,  # more would make sums, and so the pieces, depend on the machine
             minloglevel=QUIET,
@@ -299,6 +368,6 @@ def _encode_catalogue(catalogue: Catalogue, tokenizer: Tokenizer, folder: Path) 
                 flat = np.fromiter((token for ids in encoded for token in ids), np.int32)
                 tokens[field].append(flat)
                 offsets[field].append(start + np.cumsum([len(ids) for ids in encoded]))
-                unknown += int(np.count_nonzero(flat == tokenizer.unk_id))
+                unknown += int(np.count_nonzero(flat == tokenizer.special.unk))
             progress.update(batch.num_rows)
     return {field: writer.length for field, writer in tokens.items()}, unknown

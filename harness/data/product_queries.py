@@ -1,0 +1,113 @@
+"""What is known of a catalogue's documents besides title and photo, and the training queries that follow from it.
+
+A training query is a function of (seed, epoch, sample id): a clicked text drawn by its clicks or, for a document without one, some of its
+attributes' values in any order, each in one of its wordings. The papers train on click logs; queries from attributes are ours.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from harness.data.catalogue import Catalogue
+from harness.data.keyed import keyed_hash, keyed_uniform
+from harness.errors import UserError
+
+QUERIES_FORMAT = 1
+ARRAYS = ("attributes", "keywords", "categories", "text_offsets", "text_clicks")
+# They keep these draws apart from those of order.py, preprocess.py and masking.py under the same seed.
+_COUNT, _ORDER, _WORDING, _TEXT = 24, 25, 26, 27
+
+Ints = npt.NDArray[np.int64]
+
+
+def words_of(text: str) -> list[str]:
+    """Lower-case words of a text, without possessive and plural s, so that Men's, Mens and Men are one word."""
+    return [re.sub(r"('s|(?<!s)s)$", "", word) or word for word in re.findall(r"[^\W_]+(?:'s)?", text.lower())]
+
+
+class ProductQueries:
+    """The queries/ of a catalogue, memory-mapped.
+
+    Attributes:
+        meta: content of queries.json.
+        keywords: int32 [num_samples, K].
+        categories: int32 [num_samples].
+
+    Raises:
+        UserError: the catalogue has none, one of another format, or one of another number of samples.
+    """
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        folder = catalogue.path / "queries"
+        self.meta = read_meta(catalogue.path)
+        loaded = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+        if len(loaded["keywords"]) != catalogue.num_samples:
+            raise UserError(f"{folder} does not fit the catalogue", f"Run `shelfmark queries {catalogue.path}` again")
+        self.keywords, self.categories = loaded["keywords"], loaded["categories"]
+        self._codes, self._offsets, self._clicks = loaded["attributes"], loaded["text_offsets"], loaded["text_clicks"]
+        self._texts = pa.ipc.open_file(pa.memory_map(str(folder / "texts.arrow"))).read_all().column("text")
+        self._wordings = [values["wordings"] for values in self.meta["attributes"]]
+
+    def draw(self, sample_ids: Ints, epochs: Ints, seed: int, least: int, most: int) -> list[str]:
+        """A query for each document; empty where nothing is known of it.
+
+        Args:
+            sample_ids: int64 [n].
+            epochs: int64 [n].
+            seed: of the run.
+            least: fewest attributes of a query made of attributes; all of them where a document has fewer.
+            most: most of them.
+        """
+        key = (epochs, sample_ids)
+        first, end = self._offsets[sample_ids], self._offsets[sample_ids + 1]
+        # text_clicks counts up over all texts, so that a document's texts are a stretch of a line, each as long as its clicks.
+        begin, total = self._upto(first), self._upto(end) - self._upto(first)
+        clicked = begin + (keyed_uniform(seed, _TEXT, *key) * total).astype(np.int64)
+        text = np.searchsorted(self._clicks, clicked, side="right")
+        made = self._from_attributes(sample_ids, epochs, seed, least, most)
+        return [self._texts[int(t)].as_py() if n else m for t, n, m in zip(text, end - first, made, strict=True)]
+
+    def _upto(self, places: Ints) -> Ints:
+        """Clicks on all texts before each place."""
+        return np.where(places > 0, self._clicks[np.maximum(places, 1) - 1], 0) if len(self._clicks) else 0 * places
+
+    def _from_attributes(self, sample_ids: Ints, epochs: Ints, seed: int, least: int, most: int) -> list[str]:
+        codes = np.asarray(self._codes[sample_ids])
+        if not codes.shape[1]:
+            return [""] * len(sample_ids)
+        which, key = np.arange(codes.shape[1]), (epochs[:, None], sample_ids[:, None])
+        place = np.where(codes < 0, np.inf, keyed_uniform(seed, _ORDER, *key, which))
+        known = (codes >= 0).sum(1)
+        span = np.maximum(np.minimum(most, known) - least, 0) + 1
+        count = np.minimum(least + (keyed_uniform(seed, _COUNT, epochs, sample_ids) * span).astype(np.int64), known)
+        wording = keyed_hash(seed, _WORDING, *key, which)
+        made = []
+        for row, order in enumerate(place.argsort(axis=1, kind="stable")):
+            parts = []
+            for column in order[: count[row]]:
+                choices = self._wordings[column][codes[row, column]]
+                parts.append(choices[int(wording[row, column] % np.uint64(len(choices)))])
+            made.append(" ".join(parts))
+        return made
+
+
+def read_meta(catalogue: Path) -> dict[str, Any]:
+    """queries.json of a catalogue.
+
+    Raises:
+        UserError: there is none, or one of another format.
+    """
+    file = catalogue / "queries" / "queries.json"
+    if not file.is_file():
+        raise UserError(f"{catalogue} has no queries", f"Run `shelfmark queries {catalogue}`")
+    meta: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if meta["format"] != QUERIES_FORMAT:
+        raise UserError(f"{file} has format {meta['format']}, this version reads {QUERIES_FORMAT}", "Make it again")
+    return meta

@@ -1,0 +1,49 @@
+"""The ids of a vocabulary that stand for no text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+NAMES = ("pad", "unk", "bos", "eos", "mask")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialTokens:
+    """The special ids of a vocabulary.
+
+    Args:
+        vocab_size: all ids lie below.
+        pad: fills up the end of a row.
+        unk: a piece that the vocabulary lacks.
+        eos: ends every field ([SEP], </s>).
+        bos: begins every row ([CLS], <s>); None: no token does (SigLIP).
+        mask: stands for a masked word; None: the vocabulary has none (CLIP).
+        more: any others.
+    """
+
+    vocab_size: int
+    pad: int
+    unk: int
+    eos: int
+    bos: int | None
+    mask: int | None
+    more: tuple[int, ...] = ()
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All special ids, rising; two of them may be one (CLIP pads with its eos)."""
+        named = (getattr(self, name) for name in NAMES)
+        return tuple(sorted({*self.more, *(token for token in named if token is not None)}))
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> SpecialTokens:
+        """What `to_meta` wrote."""
+        named = {name: meta[f"{name}_id"] for name in NAMES}
+        return cls(vocab_size=meta["vocab_size"], more=tuple(meta.get("more_special_ids", ())), **named)
+
+    def to_meta(self) -> dict[str, Any]:
+        """As plain values, for a tokenizer's tokenizer.json."""
+        more = {"more_special_ids": list(self.more)} if self.more else {}
+        return {"vocab_size": self.vocab_size, **{f"{name}_id": getattr(self, name) for name in NAMES}, **more}

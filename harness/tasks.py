@@ -1,0 +1,302 @@
+"""What an evaluation asks of a method: photo -> document, text -> document, same product. Category prediction is in harness/probe.py.
+
+A task is prepared once, where it refuses what it cannot use, and run at any step. Documents are embedded once for all tasks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from harness.attribute_queries import DEPTH, GRADED, AttributeQueries, without_words
+from harness.embed import Embedder, Side
+from harness.errors import UserError
+from harness.mesh import Mesh
+from harness.methods import Method
+from harness.metrics import slices, summarise
+from harness.retrieval import Embedded, RelevantRanks, relevant_ranks, top_k
+from models.batch import Batch
+
+SHOWN = 5  # documents in a row of the panel
+GAINS = (
+    3.0,
+    1.0,
+)  # 2 ** grade - 1 (Burges et al. 2005) of a document with all of a query's attributes, and with all but one (ours)
+
+Row = TypeVar("Row")
+# A query (a sample id, or a text), its best documents, and whether each is relevant.
+Shown = tuple[int | str, list[int], list[bool]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a task found, the same on every rank: metric -> value, a row for each slice, and rows of the panel."""
+
+    figures: dict[str, float]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    panel: list[Shown] = field(default_factory=list)
+
+
+class Task(Protocol):
+    """A task; `seen` is what the method sees of the documents, one of its views."""
+
+    name: str
+
+    def run(self, method: Method, gallery: Gallery, seen: str) -> Found:
+        """Embeds the queries, ranks and measures; collective."""
+        ...
+
+
+@runtime_checkable
+class Weighs(Protocol):
+    """A method that gives title, image and their fusion weights of the document's own."""
+
+    def modal_weights(self, batch: Batch) -> Tensor:
+        """[n, 3]."""
+        ...
+
+
+class Gallery:
+    """The documents of one evaluation, embedded when first asked for.
+
+    Args:
+        embedder: embeds them.
+        sides: the catalogue's own documents, then those of other catalogues.
+        method: as it is.
+    """
+
+    def __init__(self, embedder: Embedder, sides: Sequence[Side], method: Method) -> None:
+        self.embedder, self.sides, self.method = embedder, sides, method
+        self._known: dict[tuple[int, str], Embedded] = {}
+
+    def own(self, seen: str = "both") -> Embedded:
+        """This rank's share of the catalogue's own documents."""
+        return self._side(0, seen)
+
+    def whole(self, seen: str = "both") -> Embedded:
+        """This rank's share of all documents."""
+        return joined([self._side(number, seen) for number in range(len(self.sides))])
+
+    def _side(self, number: int, seen: str) -> Embedded:
+        if (number, seen) not in self._known:
+            self._known[number, seen] = self.embedder.embed(self.method, self.sides[number], seen)
+        return self._known[number, seen]
+
+
+class PhotoTask:
+    """Query photos find the documents of their class.
+
+    Args:
+        queries: the photos.
+        documents: the catalogue's own documents, whose labels are classes.
+        names: attributes whose values get figures of their own.
+        kinds: class label -> head or tail, for the slice `class`.
+        panel: rows of the panel.
+        embedder: embeds the queries.
+        mesh: the ranks.
+    """
+
+    name = "photo"
+
+    def __init__(
+        self,
+        queries: Side,
+        documents: Side,
+        names: Sequence[str],
+        kinds: dict[int, str],
+        panel: int,
+        embedder: Embedder,
+        mesh: Mesh,
+    ) -> None:
+        self.queries, self.documents, self.panel, self.embedder, self.mesh = queries, documents, panel, embedder, mesh
+        self.groups = _groups(queries, names)
+        self.groups["class"] = np.array([kinds.get(label, "never trained") for label in queries.labels.tolist()])
+
+    def run(self, method: Method, gallery: Gallery, seen: str) -> Found:
+        """See Task."""
+        documents, queries = gallery.whole(seen), self.embedder.embed(method, self.queries)
+        ranks = relevant_ranks(queries, documents, self.mesh.dp)
+        shown = spread(queries, self.queries.ids, self.panel)
+        best, _ = top_k(shown, documents, SHOWN, self.mesh.dp)
+        label = dict(zip(self.documents.ids.tolist(), self.documents.labels.tolist(), strict=True))
+        own = [
+            (query, found, [label.get(i, -1) == wanted != -1 for i in found])
+            for query, wanted, found in zip(shown.ids.tolist(), shown.labels.tolist(), best.tolist(), strict=True)
+        ]
+        figures = {**summarise(ranks.ranks, ranks.offsets), "documents": float(_total(documents, self.mesh))}
+        rows = slices(ranks.ranks, ranks.offsets, _ordered(self.groups, self.queries.ids, ranks))
+        return Found(figures, rows, gathered(own, self.mesh))
+
+
+class SameProductTask:
+    """The photo of a product, without its text, finds the other documents of its class: another id of the same title, say. Its own is left out.
+
+    Args:
+        documents: the catalogue's own documents, whose labels are classes.
+        names: attributes whose values get figures of their own.
+        mesh: the ranks.
+    """
+
+    name = "same_product"
+
+    def __init__(self, documents: Side, names: Sequence[str], mesh: Mesh) -> None:
+        sizes = Counter(documents.labels.tolist())
+        if not any(n > 1 for label, n in sizes.items() if label >= 0):
+            raise UserError(
+                f"no two documents of {documents.catalogue.path} have one class",
+                "Same-product search needs such: ingest --class-column",
+            )
+        self.documents, self.mesh, self.groups = documents, mesh, _groups(documents, names)
+
+    def run(self, method: Method, gallery: Gallery, seen: str) -> Found:
+        """See Task."""
+        documents = gallery.whole(seen)
+        ranks = relevant_ranks(gallery.own("image"), documents, self.mesh.dp, without_self=True)
+        figures = {**summarise(ranks.ranks, ranks.offsets), "documents": float(_total(documents, self.mesh))}
+        return Found(figures, slices(ranks.ranks, ranks.offsets, _ordered(self.groups, self.documents.ids, ranks)))
+
+
+class TextTask:
+    """Texts made of attributes find the documents that have them.
+
+    Args:
+        queries: the texts and what is relevant to each.
+        bare: also search documents whose titles lack the words of these attributes' values; none: only titles as they are.
+        category: attribute by whose values a method's weights of title and image are reported; empty: not.
+        panel: rows of the panel.
+        embedder: embeds texts and documents.
+        mesh: the ranks.
+    """
+
+    name = "text"
+
+    def __init__(
+        self,
+        queries: AttributeQueries,
+        bare: Sequence[str],
+        category: str,
+        panel: int,
+        embedder: Embedder,
+        mesh: Mesh,
+    ) -> None:
+        self.queries, self.category, self.embedder, self.mesh = queries, category, embedder, mesh
+        self.documents = queries.documents
+        self.bare = without_words(self.documents, bare) if bare else None
+        count = len(queries.texts)
+        self.shown = {int(place) for place in np.linspace(0, count - 1, min(panel, count))}
+
+    def run(self, method: Method, gallery: Gallery, seen: str) -> Found:
+        """See Task."""
+        texts = self.embedder.embed_texts(method, self.queries.texts)
+        others = [gallery.embedder.embed(method, side, seen) for side in gallery.sides[1:]]
+        found = self._search(texts, joined([gallery.own(seen), *others]))
+        figures, rows = dict(found.figures), list(found.rows)
+        if seen == "both":
+            if self.bare is not None:
+                stripped = joined([self.embedder.embed(method, self.bare, seen), *others])
+                figures |= {f"bare_{name}": value for name, value in self._search(texts, stripped).figures.items()}
+            if isinstance(method, Weighs):
+                rows += self._weights(method, method.modal_weights)
+                figures |= rows[-1]["weights"]
+        return Found(figures, rows, found.panel)
+
+    def _search(self, texts: Embedded, documents: Embedded) -> Found:
+        queries = self.queries
+        labels = torch.from_numpy(queries.labels_of(documents.ids.cpu().numpy())).to(documents.ids.device)
+        documents = replace(documents, labels=labels)
+        ranks = relevant_ranks(texts, documents, self.mesh.dp)
+        best, _ = top_k(texts, documents, DEPTH, self.mesh.dp)
+        pairs = list(zip(texts.ids.tolist(), best.tolist(), strict=True))
+        panel: list[Shown] = [
+            (queries.texts[query], found[:SHOWN], [queries.grade(query, i) == 0 for i in found[:SHOWN]])
+            for query, found in pairs
+            if query in self.shown
+        ]
+        graded = gathered([(query, queries.graded_ndcg(query, found)) for query, found in pairs], self.mesh)
+        figures = summarise(ranks.ranks, ranks.offsets) | {
+            GRADED: float(np.mean([value for _, value in graded])),
+            "documents": float(_total(documents, self.mesh)),
+        }
+        return Found(figures, [], gathered(panel, self.mesh))
+
+    def _weights(self, method: Method, weigh: Callable[[Batch], Tensor]) -> list[dict[str, Any]]:
+        """Mean weights of title, image and fused vector by category, and of all documents last."""
+        weights, own = self.embedder.apply(method, self.documents, weigh, 3)
+        pairs = gathered(list(zip(own.tolist(), weights.tolist(), strict=True)), self.mesh)
+        table = np.array([weight for _, weight in pairs])
+        column = self.documents.columns[self.category] if self.category else []
+        groups = {value: np.array([v == value for v in column]) for value in sorted({v for v in column if v})}
+        groups["all"] = np.ones(len(table), bool)
+        return [
+            {
+                "slice": self.category or "all",
+                "value": value,
+                "documents": int(rows.sum()),
+                "weights": dict(
+                    zip(("weight_title", "weight_image", "weight_fused"), table[rows].mean(0).tolist(), strict=True)
+                ),
+            }
+            for value, rows in groups.items()
+        ]
+
+
+def head_and_tail(classes: Path, keys: dict[str, int]) -> dict[int, str]:
+    """Label of a class key in `keys` -> head or tail, from a run's classes.parquet."""
+    table = pq.read_table(classes, columns=["class_key", "tail"]).to_pydict()
+    return {keys[key]: "tail" if tail else "head" for key, tail in zip(*table.values(), strict=True) if key in keys}
+
+
+def require_attributes(side_of_catalogue: Any, names: Sequence[str], key: str) -> None:
+    """Raises UserError where the catalogue lacks one of the attributes that `key` of the configuration names."""
+    for name in names:
+        if name not in side_of_catalogue.attributes:
+            raise UserError(
+                f"{key} names '{name}', no attribute of {side_of_catalogue.path}",
+                f"It has {', '.join(side_of_catalogue.attributes) or 'none'} (ingest --attribute-columns)",
+            )
+
+
+def gathered(own: list[Row], mesh: Mesh) -> list[Row]:
+    """The rows of all ranks, sorted; collective."""
+    parts: list[Any] = [None] * mesh.dp.size()
+    dist.all_gather_object(parts, own, group=mesh.dp)
+    return sorted(row for part in parts for row in part)
+
+
+def joined(parts: Sequence[Embedded]) -> Embedded:
+    """Several shares as one."""
+    columns = ([getattr(part, name) for part in parts] for name in ("vectors", "ids", "labels"))
+    return Embedded(*(torch.cat(column) for column in columns))
+
+
+def spread(own: Embedded, ids: np.ndarray, count: int) -> Embedded:
+    """Those of this rank among at most `count` that are spread evenly over all `ids`."""
+    count = min(count, len(ids))
+    wanted = torch.from_numpy(ids[np.arange(count) * len(ids) // max(1, count)])
+    mine = torch.isin(own.ids, wanted.to(own.ids.device))
+    return Embedded(own.vectors[mine], own.ids[mine], own.labels[mine])
+
+
+def _total(documents: Embedded, mesh: Mesh) -> int:
+    count = torch.tensor(len(documents.ids), device=mesh.device)
+    dist.all_reduce(count, group=mesh.dp)
+    return int(count)
+
+
+def _groups(side: Side, names: Sequence[str]) -> dict[str, np.ndarray]:
+    return {name: np.array([str(v) for v in side.columns[name]]) for name in names}
+
+
+def _ordered(groups: dict[str, np.ndarray], ids: np.ndarray, ranks: RelevantRanks) -> dict[str, np.ndarray]:
+    """Groups of all `ids` (ascending), in the order of the ranks."""
+    rows = np.searchsorted(ids, ranks.query_ids)
+    return {name: values[rows] for name, values in groups.items()}

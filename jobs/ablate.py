@@ -1,0 +1,196 @@
+"""Trains the cells of an ablation with equal budgets and writes one table: `bash jobs/ablate.sh FILE …`, `sbatch --array=1-n jobs/ablate.sh FILE …`.
+
+A cell is a recipe with some settings changed, trained once for each seed, for the same number of steps. A cell whose figures are there is not
+trained again, one that was stopped goes on from its last checkpoint. Every task writes the table of what is finished by then.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from harness.arguments import Parser, run_command
+from harness.data.ingest import parse_part
+from harness.errors import UserError
+from harness.meters import write_json
+from harness.versions import versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationConfig:
+    """An ablation.
+
+    Args:
+        file: YAML with `recipe` (path relative to the file), `metrics` (names of final figures), `seeds`, `settings` (for all cells), and `cells`
+            (name -> settings, dotted keys as on the command line).
+        catalogue: the catalogue to train on; its name may be replaced in a cell by data.catalogue.
+        out: folder with a run folder for each cell and seed, and table.md.
+        ranks: processes that train one cell.
+        part: 'i/n' trains every n-th cell from the i-th (from 1) on; all of them by default.
+        steps: steps of every cell, instead of the file's; for trying it out.
+    """
+
+    file: Path
+    catalogue: Path
+    out: Path
+    ranks: int = 2
+    part: str | None = None
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """The content of an ablation's file; runs are (cell, seed)."""
+
+    recipe: Path
+    metrics: list[str]
+    seeds: list[int]
+    settings: dict[str, Any]
+    cells: dict[str, dict[str, Any]]
+
+    @classmethod
+    def read(cls, file: Path) -> Ablation:
+        """Reads and checks a file.
+
+        Raises:
+            UserError: it cannot be read, or a key is missing or unknown.
+        """
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(f"{file} cannot be read: {error}") from error
+        keys = {"recipe", "metrics", "seeds", "settings", "cells"}
+        if not isinstance(content, dict) or set(content) != keys:
+            found = ", ".join(map(str, content)) if isinstance(content, dict) else "none"
+            raise UserError(f"{file} must have the keys {', '.join(sorted(keys))}; it has {found}")
+        recipe = (file.parent / content["recipe"]).resolve()
+        if not recipe.is_file():
+            raise UserError(f"{file} names the recipe {content['recipe']}, which is no file there")
+        cells = {str(name): dict(changed or {}) for name, changed in content["cells"].items()}
+        return cls(recipe, list(content["metrics"]), list(content["seeds"]), dict(content["settings"] or {}), cells)
+
+    def runs(self) -> list[tuple[str, int]]:
+        """All (cell, seed), all cells of a seed before the next seed."""
+        return [(cell, seed) for seed in self.seeds for cell in self.cells]
+
+
+def ablate(config: AblationConfig) -> None:
+    """Trains this task's share of the runs, and writes the table.
+
+    Raises:
+        UserError: the file, or a run that failed.
+    """
+    ablation = Ablation.read(config.file)
+    config.out.mkdir(parents=True, exist_ok=True)
+    number, parts = (1, 1) if config.part is None else parse_part(config.part)
+    for cell, seed in ablation.runs()[number - 1 :: parts]:
+        figures = figures_file(config.out, cell, seed)
+        if figures.is_file():
+            print(f"[{cell}, seed {seed}] is there: {figures}", flush=True)
+            continue
+        line = command(config, ablation, cell, seed)
+        print(f"\n[{cell}, seed {seed}]\n$ {shlex.join(line)}", flush=True)
+        if code := subprocess.run(line).returncode:
+            raise UserError(f"{cell}, seed {seed}: exit code {code}", "The reason stands above; start again to go on")
+    rows = [(cell, finished(config.out, ablation, cell)) for cell in ablation.cells]
+    text = table(config, ablation, rows)
+    (config.out / "table.md").write_text(text, encoding="utf-8")
+    write_json(config.out / "table.json", {"cells": dict(rows), "versions": versions()})
+    print(f"\n{text}\n{config.out}/table.md")
+
+
+def figures_file(out: Path, cell: str, seed: int) -> Path:
+    """Where a finished run's figures lie."""
+    return out / f"{cell.replace(' ', '-')}-seed{seed}.json"
+
+
+def command(config: AblationConfig, ablation: Ablation, cell: str, seed: int) -> list[str]:
+    """The command line of one run."""
+    figures = figures_file(config.out, cell, seed)
+    settings = {"data.catalogue": config.catalogue, **ablation.settings, **ablation.cells[cell], "seed": seed}
+    if config.steps is not None:
+        settings["train.steps"] = config.steps
+    given = [word for key, value in settings.items() for word in (f"--{key}", _spelt(value))]
+    return [
+        *(
+            sys.executable,
+            str(Path(__file__).parent / "torchrun.py"),
+            "--standalone",
+            "--nproc-per-node",
+            str(config.ranks),
+        ),
+        *("-m", "harness.train", "--config", str(ablation.recipe), "--run-dir", str(figures.with_suffix(""))),
+        *(*given, "--json", str(figures)),
+    ]
+
+
+def finished(out: Path, ablation: Ablation, cell: str) -> list[dict[str, float]]:
+    """The figures of a cell's finished runs, one for each seed.
+
+    Raises:
+        UserError: one of them lacks a metric.
+    """
+    found = []
+    for file in (figures_file(out, cell, seed) for seed in ablation.seeds):
+        if file.is_file():
+            figures = json.loads(file.read_text())
+            for metric in [name for name in ablation.metrics if name not in figures]:
+                raise UserError(f"{file} has no figure '{metric}'", f"It has {', '.join(figures)}")
+            found.append({name: figures[name] for name in (*ablation.metrics, "steps", "seconds")})
+    return found
+
+
+def table(config: AblationConfig, ablation: Ablation, rows: Sequence[tuple[str, list[dict[str, float]]]]) -> str:
+    """Markdown: a row for each cell, of each metric the mean over the seeds and, with more than one, least and largest."""
+    columns = [*ablation.metrics, "steps", "seconds"]
+    lines = [
+        f"`bash jobs/ablate.sh {config.file} --catalogue {config.catalogue} --out {config.out} --ranks {config.ranks}`",
+        "",
+        "| cell | seeds | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for cell, found in rows:
+        values = [_value([figures[name] for figures in found], name in ablation.metrics) for name in columns]
+        lines.append(f"| {cell} | {len(found)} | " + " | ".join(values) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _value(values: Sequence[float], spread: bool) -> str:
+    if not values:
+        return "-"
+    if not spread:
+        return f"{statistics.mean(values):,.0f}"
+    ends = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{ends}"
+
+
+def _spelt(value: Any) -> str:
+    """A setting as the command line takes it."""
+    if isinstance(value, bool | Mapping):
+        return json.dumps(value)
+    return json.dumps(value) if isinstance(value, list) else str(value)
+
+
+def main(argv: list[str]) -> int:
+    """Entry point."""
+    parser = Parser(
+        "jobs/ablate.sh",
+        "Train the cells of an ablation and write one table.",
+        "bash jobs/ablate.sh jobs/ablations/make.yaml --catalogue catalogues/fashion --out runs/ablate-make",
+    )
+    parser.add_argument("file", type=Path, help="the ablation's YAML file")
+    parser.add_class_arguments(AblationConfig, skip={"file"})
+    return run_command(lambda: ablate(AblationConfig(**parser.parse(argv).as_dict())))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
