@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from harness.arguments import check_figures, write_figures
 from harness.bench.report import format_table
@@ -21,8 +22,8 @@ from harness.config import RunConfig, parse
 from harness.data.order import ClassOrder
 from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError
-from harness.flops import active_rows, step_parts
-from harness.groups import freeze
+from harness.flops import PARTS, active_rows, step_parts
+from harness.groups import below_top, freeze
 from harness.methods import METHODS
 from models.activation import GATED
 from models.heads.class_parallel import ClassHeadConfig, rows_per_rank
@@ -76,7 +77,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Counts: of the towers as one copy and of what one rank holds of them, all and trained; of the class rows, all and on the first rank."""
+    """Counts: of the towers as one copy and of what one rank holds of them, all and trained; of the class rows, all and on the first rank.
+
+    reach_vision, reach_text: how many layers of a tower backward goes through, counted from the top; one more than there are where it reaches the
+    embeddings, 0 where it goes through none.
+    """
 
     towers: int
     towers_per_rank: int
@@ -85,6 +90,8 @@ class Parameters:
     largest_per_rank: int
     rows: int
     rows_per_rank: int
+    reach_vision: int
+    reach_text: int
 
 
 def estimate(argv: list[str]) -> dict[str, Any]:
@@ -104,6 +111,8 @@ def estimate(argv: list[str]) -> dict[str, Any]:
     world = given.get("world", int(os.environ.get("WORLD_SIZE", "0")) or given.get("tensor-parallel", 1))
     config, json_file = parse(rest, world)
     check_figures(json_file)
+    if config.method not in PARTS:
+        raise UserError(f"there are no formulas for the method '{config.method}'", f"There are for {', '.join(PARTS)}")
     figures = figures_of(config, layout_of(config, world), sizes_of(config, given))
     print(table(figures))
     write_figures(json_file, figures)
@@ -122,14 +131,14 @@ def sizes_of(config: RunConfig, given: Mapping[str, int]) -> Sizes:
     Raises:
         UserError: none of them says.
     """
-    paired = METHODS[config.method].paired(config.model)
+    classifies = METHODS[config.method].classifies(config.model)
     classes = given.get("num-classes", config.head.num_classes)
     vocab = config.model.text.vocab_size or given.get("vocab-size", 0)
-    if not classes and not paired:
+    if not classes and classifies:
         classes = _asked("--num-classes", lambda: ClassOrder.open(config.data.catalogue, config.seed).num_classes)
     if not vocab:
         vocab = _asked("--vocab-size", lambda: Tokenizer.load(config.data.catalogue).vocab_size)
-    return Sizes(0 if paired else classes, vocab)
+    return Sizes(classes if classifies else 0, vocab)
 
 
 def figures_of(config: RunConfig, layout: Layout, sizes: Sizes) -> dict[str, Any]:
@@ -174,7 +183,22 @@ def parameters(config: RunConfig, layout: Layout, sizes: Sizes) -> Parameters:
     largest = max(count[3] for count in counts)
     d, classes = config.model.embedding_dim, sizes.num_classes
     own = min(classes, rows_per_rank(classes, layout.world))
-    return Parameters(whole, of_rank, trained, trained_of_rank, largest, classes * d, own * d)
+    return Parameters(
+        whole,
+        of_rank,
+        trained,
+        trained_of_rank,
+        largest,
+        classes * d,
+        own * d,
+        reach(towers.get_submodule("vision")),
+        reach(towers.get_submodule("text")),
+    )
+
+
+def reach(tower: nn.Module) -> int:
+    """See Parameters."""
+    return max((below_top(name, tower) for name, p in tower.named_parameters() if p.requires_grad), default=0)
 
 
 def memory_per_rank(config: RunConfig, layout: Layout, sizes: Sizes, counted: Parameters) -> dict[str, float]:
@@ -232,13 +256,13 @@ def sent(config: RunConfig, layout: Layout, counted: Parameters) -> dict[str, fl
         tokens * shape.hidden_size * (passes * shape.num_layers + 2 * words) for shape, tokens, words in towers
     )
     vectors = (queries + documents) * model.embedding_dim * FP32
-    paired = METHODS[config.method].paired(model)
+    classifies = METHODS[config.method].classifies(model)
     return {
         "gradients": _ring(dp) * FP32 * counted.trained_per_rank,
         "weights": _ring(dp) * size * counted.trained_per_rank,
         "tensor_parallel": _ring(tp) * size * hidden,
         # embeddings to all ranks, their gradient back; of a class head also the sums over its shards
-        "head": vectors * (_ring(dp) + 2 * _ring(dp if paired else layout.world)),
+        "head": vectors * (_ring(dp) + 2 * _ring(layout.world if classifies else dp)),
     }
 
 
@@ -261,9 +285,7 @@ def table(figures: Mapping[str, Any]) -> str:
         {"what": f"FLOPs of a step: {name}", "figure": f"{(part['forward'] + part['backward']) / 1e9:,.3f} G"}
         for name, part in figures["flops_per_step"].items()
     ]
-    total = (
-        f"{figures['flops_per_step_total'] / 1e9:,.3f} G" if figures["flops_per_step"] else "no formula for this method"
-    )
+    total = f"{figures['flops_per_step_total'] / 1e9:,.3f} G"
     rows.append({"what": "FLOPs of a step, all ranks", "figure": total})
     rows += [
         {"what": f"sent by a rank in a step: {k.replace('_', ' ')}", "figure": _bytes(v)}
@@ -289,12 +311,16 @@ def _transient(
     images, texts = (-(-n // pieces) for n in (queries + documents, documents))
     vision, text = model.vision, model.text
     seen, words = _tokens(vision), text.max_length
+    stem = stem_elements(vision) if counted.reach_vision > vision.num_layers else 0.0
     towers = (
         (
-            size * images * (stem_elements(vision) + block_elements(vision, seen, layout, size)),
-            _working(vision, layout) * images * seen * size,
+            size * images * (stem + block_elements(vision, seen, layout, size, counted.reach_vision)),
+            _working(vision, seen, layout, size) * images * seen * size * min(1, counted.reach_vision),
         ),
-        (size * texts * block_elements(text, words, layout, size), _working(text, layout) * texts * words * size),
+        (
+            size * texts * block_elements(text, words, layout, size, counted.reach_text),
+            _working(text, words, layout, size) * texts * words * size * min(1, counted.reach_text),
+        ),
         (size * (texts * fusion_elements(model) + images * vision.num_patches * vision.hidden_size), 0.0),
     )
     d = model.embedding_dim
@@ -317,23 +343,37 @@ def _transient(
     return kept, moments
 
 
-def _working(shape: TransformerShape, layout: Layout) -> float:
-    """Numbers for a token that the backward of a layer holds: gradients of the MLP's inside and of the stream; recomputed, also the layer itself."""
+def _working(shape: TransformerShape, tokens: int, layout: Layout, size: int) -> float:
+    """Numbers for a token that the backward of a layer holds: gradients of the MLP's inside and of the stream, and what it computes again."""
     once = 2 * shape.fc1_size / layout.tensor_parallel + 2 * shape.hidden_size
-    return once + (_layer_elements(shape, layout, FP32) if layout.recompute == "full" else 0)
+    again = {
+        "none": 0.0,
+        "selective": _maps(shape, tokens, layout),
+        "full": _layer_elements(shape, tokens, layout, size),
+    }
+    return once + again[layout.recompute]
 
 
-def block_elements(shape: TransformerShape, tokens: int, layout: Layout, size: int) -> float:
-    """Numbers of `size` bytes that a tower keeps of one sequence for its backward, on one rank, from the embeddings to the final norm."""
-    layer = _layer_elements(shape, layout, size)
+def block_elements(shape: TransformerShape, tokens: int, layout: Layout, size: int, reach: int) -> float:
+    """Numbers of `size` bytes that a tower keeps of one sequence for its backward (reach: see Parameters), on one rank, up to the final norm."""
+    layer = _layer_elements(shape, tokens, layout, size)
+    if layout.recompute == "selective":
+        layer -= _maps(shape, tokens, layout)
+    h, ranges = shape.hidden_size, layout.tensor_parallel if layout.sequence_parallel else 1
     if layout.recompute == "full":
-        layer = shape.hidden_size / (layout.tensor_parallel if layout.sequence_parallel else 1)
-    norms = 1 + getattr(shape, "embedding_norm", False)
-    return tokens * (shape.num_layers * layer + shape.hidden_size * norms + _mask(shape, layout, size))
+        layer = h / ranges
+    kept = min(reach, shape.num_layers) * layer + h * (1 if shape.post_norm else 2) / ranges
+    if (
+        ranges > 1
+    ):  # all of the input instead of a range of it, all of the output, and megatron-core's buffer of gathered tokens
+        kept += h * (3 - 1 / ranges)
+    if reach > shape.num_layers:
+        kept += getattr(shape, "embedding_norm", False) * h + _mask(shape, layout, size)
+    return tokens * kept
 
 
-def _layer_elements(shape: TransformerShape, layout: Layout, size: int) -> float:
-    """Numbers that one layer keeps of one token, with an attention that keeps no map (on a CPU attention dropout does, which is not counted).
+def _layer_elements(shape: TransformerShape, tokens: int, layout: Layout, size: int) -> float:
+    """Numbers that one layer keeps of one of so many tokens.
 
     Inputs and outputs of two norms; queries, keys and values; the attention's result; the input of the activation and what it keeps.
     """
@@ -344,7 +384,17 @@ def _layer_elements(shape: TransformerShape, layout: Layout, size: int) -> float
     inside = (
         4 * h + (2 * h if shape.qk_norm else 0) + (2 * h if getattr(shape, "positions", "") == "rotary" else 0) + mlp
     )
-    return stream / (tp if layout.sequence_parallel else 1) + inside / tp
+    return stream / (tp if layout.sequence_parallel else 1) + inside / tp + _maps(shape, tokens, layout)
+
+
+def _maps(shape: TransformerShape, tokens: int, layout: Layout) -> float:
+    """Numbers that attention keeps of one token as a map: none, but on a CPU, whose fast attention has no dropout, with one of those.
+
+    Weights, mask and weights after dropout, and scaled copies of query and key.
+    """
+    if layout.device == "cuda" or not shape.attention_dropout:
+        return 0.0
+    return (3 * shape.num_attention_heads * tokens + 2 * shape.hidden_size) / layout.tensor_parallel
 
 
 def _mask(shape: TransformerShape, layout: Layout, size: int) -> float:
@@ -383,8 +433,7 @@ def _images(config: RunConfig, layout: Layout, size: int) -> dict[str, float]:
 
 def _samples(config: RunConfig) -> tuple[int, int]:
     """Queries and documents of one step over all ranks."""
-    queries = config.data.queries_per_step
-    return queries, queries if METHODS[config.method].paired(config.model) else config.data.documents_per_step
+    return METHODS[config.method].reads(config.model).samples(config.data)
 
 
 def _tokens(config: VisionConfig) -> int:

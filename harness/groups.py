@@ -46,7 +46,7 @@ def lr_factors(towers: nn.Module, layer_decay: float, by_name: Sequence[str]) ->
     for module in towers.modules():
         if hasattr(module, "block") and (hasattr(module, "stem") or hasattr(module, "words")):
             for name, parameter in module.named_parameters():
-                found[parameter] = layer_decay ** _below_top(name, module)
+                found[parameter] = layer_decay ** below_top(name, module)
     named = {}
     for entry in by_name:
         pattern, factor = split_factor(entry)
@@ -64,7 +64,7 @@ def split_factor(entry: str) -> tuple[str, float]:
     return pattern, float(factor)
 
 
-def _below_top(name: str, tower: nn.Module) -> int:
+def below_top(name: str, tower: nn.Module) -> int:
     """Layers from the top of `tower` down to its parameter `name`; 0 above the last layer."""
     depth, parts = len(tower.block.layers), name.split(".")  # type: ignore[arg-type, union-attr]
     if parts[:2] == ["block", "layers"]:

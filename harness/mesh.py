@@ -15,6 +15,7 @@ from models import megatron_cpu
 from models.accelerators import CHOICES, choose
 from models.recompute import RECOMPUTE
 from models.sequence import COMMON_STREAM
+from models.shape import VOCAB_MULTIPLE
 
 megatron_cpu.install()
 
@@ -27,7 +28,7 @@ class MeshConfig:
     """Layout of the ranks.
 
     Args:
-        tensor_parallel: ranks that share one copy of the towers (inside a node); the rest of the world is data-parallel.
+        tensor_parallel: ranks that share one copy of the towers (inside a node), a power of two; the rest of the world is data-parallel.
         sequence_parallel: between the towers' linear layers each of them holds a range of the tokens instead of all: less memory, the same result.
         recompute: what backward computes again instead of keeping it: none, selective (attention cores) or full (transformer layers).
         accelerators: auto takes fused kernels of TransformerEngine and apex on a GPU, where they are whole; torch takes none.
@@ -51,7 +52,7 @@ class Mesh:
         """Joins the process group that torchrun describes (one process without it) and builds all groups.
 
         Raises:
-            UserError: the world does not divide by tensor_parallel.
+            UserError: see check_layout.
         """
         world = int(os.environ.get("WORLD_SIZE", "1"))
         check_layout(config, world)
@@ -115,6 +116,16 @@ def check_layout(config: MeshConfig, world: int) -> None:
         raise UserError(
             f"mesh.tensor_parallel is {config.tensor_parallel}, but {world} rank(s) were started",
             "Start a multiple of it (torchrun --nproc-per-node) or change mesh.tensor_parallel.",
+        )
+    if VOCAB_MULTIPLE % config.tensor_parallel:
+        raise UserError(
+            f"mesh.tensor_parallel is {config.tensor_parallel}; word tables, padded to a multiple of {VOCAB_MULTIPLE}, do not divide by it",
+            f"It must divide {VOCAB_MULTIPLE}",
+        )
+    if config.sequence_parallel and config.tensor_parallel == 1:
+        raise UserError(
+            "mesh.sequence_parallel spreads tokens over tensor-parallel ranks, but mesh.tensor_parallel is 1",
+            "Raise mesh.tensor_parallel or set mesh.sequence_parallel to false",
         )
     for key, choices in (("recompute", RECOMPUTE), ("accelerators", CHOICES)):
         if (value := getattr(config, key)) not in choices:

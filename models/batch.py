@@ -26,7 +26,7 @@ class Batch:
     What only some methods read is empty, [0, 0], where it is not given:
     query_tokens int64 [q, L]: text of the queries; MAKE's are text alone and its query_images [0, 3, S, S];
     categories int64 [d]: category of the documents, -1 = unknown;
-    keywords int64 [d, K]: keywords of the documents' titles, each once, -1 behind the last;
+    keywords int64 [d, K]: keywords of the documents, each once, -1 behind the last; query_keywords int64 [q, K]: those that the query names;
     masked_tokens int64 [d, L]: the titles with their masked words replaced, and masked_words bool [d, L]: which those are;
     masked_patches bool [d, P]: patches to be hidden, row-major;
     other_tokens int64 [d, L]: for each document its own title or that of another document.
@@ -44,6 +44,7 @@ class Batch:
     query_tokens: Tensor = field(default_factory=_no_ids)
     categories: Tensor = field(default_factory=_no_ids)
     keywords: Tensor = field(default_factory=_no_ids)
+    query_keywords: Tensor = field(default_factory=_no_ids)
     masked_tokens: Tensor = field(default_factory=_no_ids)
     masked_words: Tensor = field(default_factory=_no_masks)
     masked_patches: Tensor = field(default_factory=_no_masks)

@@ -23,18 +23,14 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [b, m, h]; context [b, n, c]; hidden bool [b, 1, 1, n], True = not seen. Returns ([b, m, h], map [b, heads, m, n])."""
-        b, m, _ = x.shape
-        q = self.query(self.norm_query(x)).view(b, m, self.heads, -1).transpose(1, 2)
-        k, v = (
-            self.key_value(self.norm_context(context))
-            .view(b, context.shape[1], 2, self.heads, -1)
-            .permute(2, 0, 3, 1, 4)
-        )
+        q = self.query(self.norm_query(x)).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        both = self.key_value(self.norm_context(context)).unflatten(2, (2, self.heads, -1))
+        k, v = both.permute(2, 0, 3, 1, 4)
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
         if hidden is not None:
             scores = scores.masked_fill(hidden, float("-inf"))
         weights = scores.softmax(-1)
-        return x + self.out((weights @ v).transpose(1, 2).reshape(b, m, -1)), weights
+        return x + self.out((weights @ v).transpose(1, 2).flatten(2)), weights
 
 
 class Fused(NamedTuple):
@@ -84,6 +80,23 @@ class ConceptFusion(nn.Module):
         if self.training and self.text_dropout:
             mix = gate * (torch.rand_like(gate) >= self.text_dropout)
         return Fused(mix * fused + (1 - mix) * image, gate[:, 0], attention.mean(1))
+
+
+class ConcatFusion(nn.Module):
+    """For comparison with ConceptFusion: image vector and mean word through one linear layer, or (text_size 0) the image vector alone. Ours."""
+
+    def __init__(self, hidden_size: int, text_size: int) -> None:
+        super().__init__()
+        self.join = nn.Linear(hidden_size + text_size, hidden_size) if text_size else None
+
+    def forward(self, image: Tensor, patches: Tensor, words: Tensor, words_hidden: Tensor) -> Fused:
+        """As ConceptFusion; there is no gate and no attention to show: zeros [b] and [b, 1, P]."""
+        nothing = image.new_zeros(patches.shape[:2])
+        if self.join is None:
+            return Fused(image, nothing[:, 0], nothing[:, None])
+        seen = (~words_hidden[:, 0, 0, :, None]).to(words.dtype)
+        text = (words * seen).sum(1) / seen.sum(1).clamp_min(1)
+        return Fused(self.join(torch.cat([image, text], -1)), nothing[:, 0], nothing[:, None])
 
 
 class ResidualTransform(nn.Module):

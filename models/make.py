@@ -63,9 +63,10 @@ class MakeConfig:
         embedding_dim: width of the embeddings.
         modalities: weights of title, image and fused vector: learned (of the product's own), equal, or title or image alone (ablations).
         num_keywords: size of the keyword table; 0 takes the catalogue's.
-        product_keywords: keywords of one product at most.
-        related_keywords: a product that shares so many keywords with a query's product is none of its negatives; 0: keywords do not matter.
-        related_category: nor is one of the same category.
+        product_keywords: keywords of one product, and of one query, at most.
+        related_keywords: a product that has so many of the keywords that a query names, or all of them, is none of its negatives; 0: keywords do
+            not matter.
+        related_category: nor is one of the category of the query's product.
         qic: the loss of query-item classification.
         memory_bank: embeddings of earlier steps that are negatives too; 0: none.
         memory_after: embeddings that go into the bank before it takes part. While weights move fast, all new embeddings can move away from the
@@ -83,7 +84,7 @@ class MakeConfig:
     modalities: str = "learned"
     num_keywords: int = 0
     product_keywords: int = 8
-    related_keywords: int = 2
+    related_keywords: int = 4
     related_category: bool = True
     qic: ContrastiveConfig = field(default_factory=lambda: ContrastiveConfig(margin=0.1, symmetric=False))
     memory_bank: int = 0
@@ -204,7 +205,7 @@ class Make:
         self.banks = nn.ModuleDict()
         if config.memory_bank:
             like = next(towers.parameters())
-            kind, labels = torch.promote_types(like.dtype, torch.float32), (2 + config.product_keywords,)
+            kind, labels = torch.promote_types(like.dtype, torch.float32), (2 + 2 * config.product_keywords,)
             for name in ("documents", "queries") if config.qic.symmetric else ("documents",):
                 self.banks[name] = MemoryBank(config.memory_bank, config.embedding_dim, labels, like.device, kind)
         self.memory = self.banks if config.memory_bank else None
@@ -218,7 +219,8 @@ class Make:
         fused vector, and of QIC positive_cosine and accuracy. In training the batch then joins the memory bank."""
         use, towers = self.config.weights, self.towers
         weights = batch.query_weights * batch.document_weights  # a pair counts where both its samples were readable
-        labels = torch.cat([batch.document_labels[:, None], batch.categories[:, None], batch.keywords], 1)
+        known = batch.document_labels[:, None], batch.categories[:, None]
+        labels = torch.cat([*known, batch.keywords, batch.query_keywords], 1)
         queries, products = towers(batch.query_tokens, batch.document_images, batch.document_tokens)
         terms: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
@@ -241,15 +243,21 @@ class Make:
         return total, metrics
 
     def related(self, queries: Tensor, documents: Tensor) -> Tensor:
-        """bool [a, b]: documents that are no negatives of which queries, by labels [a or b, 1 product + 1 category + K keywords]. Ours."""
+        """bool [a, b]: documents that are no negatives of which queries. Ours.
+
+        Labels [a or b, 1 product + 1 category + K keywords of the product + K keywords that its query names].
+        """
+        size = self.config.product_keywords
         found = same_product(queries[:, 0], documents[:, 0])
         if self.config.related_category:
             found = found | same_product(queries[:, 1], documents[:, 1])
         if self.config.related_keywords:
+            named, have = queries[:, 2 + size :], documents[:, 2 : 2 + size]
             shared = torch.zeros(found.shape, dtype=torch.int64, device=found.device)
-            for i in range(2, queries.shape[1]):
-                shared += (same_product(queries[:, i], documents[:, 2:].flatten())).view(*found.shape, -1).any(-1)
-            found = found | (shared >= self.config.related_keywords)
+            for word in named.unbind(1):
+                shared += same_product(word, have.flatten()).view(*found.shape, -1).any(-1)
+            needed = (named >= 0).sum(1, keepdim=True).clamp_max(self.config.related_keywords)
+            found = found | ((needed > 0) & (shared >= needed))
         return found
 
     def _qic(

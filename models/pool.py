@@ -30,10 +30,10 @@ class AttentionPool(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [s, b, h] -> [b, h]."""
-        s, b, h = tokens.shape
+        b, h = tokens.shape[1:]
         weight, bias = self.linear_qkv.weight, self.linear_qkv.bias
         query = F.linear(self.probe, weight[:h], bias[:h]).view(1, self.heads, 1, -1).expand(b, -1, -1, -1)
-        keys, values = F.linear(tokens, weight[h:], bias[h:]).view(s, b, 2, self.heads, -1).permute(2, 1, 3, 0, 4)
+        keys, values = F.linear(tokens, weight[h:], bias[h:]).unflatten(2, (2, self.heads, -1)).permute(2, 1, 3, 0, 4)
         pooled = F.scaled_dot_product_attention(query, keys, values)
         pooled = self.linear_proj(pooled.reshape(b, h))
         return pooled + self.linear_fc2(self.activation(self.linear_fc1(self.norm(pooled))))

@@ -113,9 +113,12 @@ def keep_keys_unbiased(bias: nn.Parameter, heads: int) -> None:
     bias.register_hook(without_keys)
 
 
+VOCAB_MULTIPLE = 128
+
+
 def padded_vocab(vocab_size: int) -> int:
-    """Vocabulary rounded up to a multiple of 128, whatever the tensor-parallel size, so that checkpoints reshard."""
-    return -(-vocab_size // 128) * 128
+    """Vocabulary rounded up to a multiple of VOCAB_MULTIPLE, whatever the tensor-parallel size, so that checkpoints reshard."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def words_hidden(tokens: Tensor, pad_id: int) -> Tensor:

@@ -178,7 +178,7 @@ class SdpaCore(MegatronModule):
                 dropout_p=dropout,
                 scale=self.softmax_scale,
             )
-        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+        return out.permute(2, 0, 1, 3).flatten(2)
 
 
 class Block(TransformerBlock):
@@ -186,6 +186,13 @@ class Block(TransformerBlock):
 
     def forward(self, hidden: Tensor, mask: Tensor | None, rotary_pos_emb: Tensor | None = None) -> Tensor:
         """See TransformerBuilder.block. All ranks of the group bring and get all tokens, whatever is done between."""
+        if hidden.shape[1]:
+            return self._forward(hidden, mask, rotary_pos_emb)
+        # megatron-core's reshapes need a sample: one of zeros goes through, and leaves no trace but gradients of 0.
+        mask = mask.new_zeros(1, *mask.shape[1:]) if mask is not None and not len(mask) else mask
+        return self._forward(F.pad(hidden, (0, 0, 0, 1)), mask, rotary_pos_emb)[:, :0]
+
+    def _forward(self, hidden: Tensor, mask: Tensor | None, rotary_pos_emb: Tensor | None) -> Tensor:
         if not self.config.sequence_parallel:
             return super().forward(hidden, mask, rotary_pos_emb=rotary_pos_emb)
         group, tokens = self.pg_collection.tp, len(hidden)

@@ -2,124 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections import deque
+import gc
+import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness.bench.ranks import Memory, Traffic
+from harness.bench.ranks import Traffic
 from harness.config import parse
-from harness.data.loader import StepData
 from harness.errors import UserError
-from harness.estimate import estimate
+from harness.estimate import Layout, block_elements, estimate, reach, stem_elements
 from harness.flops import Work, active_rows, flops_per_step, step_parts, vision
-from models.batch import Batch
+from harness.groups import freeze
 from models.oclear import OclearTowers
 from models.plain.transformer import PlainBuilder
+from models.recompute import RECOMPUTE
+from models.text import TextConfig, TextTower
+from models.transformer import MegatronBuilder
 from models.vision import VisionConfig, VisionTower
+from tests.measured import RECIPES, TINY, estimated, flags, measured, step_of, trainer
 from tests.pool import layout, ranks
-
-TINY = {
-    "data.preprocess.image_size": 64,
-    "model.vision.image_size": 64,
-    "model.vision.patch_size": 16,
-    "model.text.vocab_size": 512,
-    "data.read_ahead": 1,
-}
-# Recipes where weights, class rows and activations dominate.
-RECIPES: dict[str, dict[str, Any]] = {
-    "weights": TINY
-    | {
-        "model.vision.hidden_size": 512,
-        "model.vision.num_layers": 3,
-        "model.text.hidden_size": 384,
-        "model.text.vocab_size": 4096,
-        "data.queries_per_step": 4,
-        "data.documents_per_step": 4,
-        "num_classes": 1000,
-    },
-    "rows": TINY
-    | {
-        "head.sample_rate": 0.2,
-        "head.row_dtype": "bf16",
-        "optimizer.rows.state": "8bit",
-        "optimizer.rows.bf16_rows": "stochastic",
-        "data.queries_per_step": 4,
-        "data.documents_per_step": 4,
-        "num_classes": 120_000,
-    },
-    "activations": TINY
-    | {
-        "model.vision.patch_size": 4,
-        "model.vision.stem_channels": [16, 32],
-        "model.vision.stem_blocks": [0, 1],
-        "model.vision.dropout": 0.1,
-        "data.queries_per_step": 16,
-        "data.documents_per_step": 16,
-        "num_classes": 1000,
-    },
-}
-
-
-def flags(recipe: dict[str, Any]) -> list[str]:
-    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in recipe.items()]
-
-
-def without_classes(recipe: dict[str, Any]) -> list[str]:
-    return flags({key: value for key, value in recipe.items() if key != "num_classes"})
-
-
-def trainer(recipe: dict[str, Any], num_classes: int, mesh: Any) -> Any:
-    """The loop's own Trainer with its own parts, but fed without a catalogue."""
-    from harness.loop import Trainer
-    from harness.meters import StepClock
-    from harness.methods import build
-    from harness.optimizer import TowerOptimizer
-    from models.heads.row_optimizer import RowAdamW
-
-    made: Any = Trainer.__new__(Trainer)
-    made.config = config = _config(recipe, mesh.world_size)
-    made.mesh, made.clock, made.step = mesh, StepClock(mesh), 0
-    made.ema, made._own_ledger, made._last_ledgers = None, 0, deque(maxlen=1)
-    made.method, made.model_config = build(
-        config.method,
-        config.model,
-        config.head,
-        mesh,
-        num_classes=num_classes,
-        vocab_size=0,
-        seed=0,
-        precision=config.train.precision,
-    )
-    made.towers = TowerOptimizer(made.method.towers, config.optimizer, mesh)
-    made.rows = RowAdamW.for_head(made.method.head, config.optimizer.rows)
-    return made
-
-
-def _config(recipe: dict[str, Any], world: int) -> Any:
-    return parse(without_classes(recipe), world)[0]
-
-
-def step_of(config: Any, num_classes: int, ranks: int) -> StepData:
-    """A drawn step: this rank's part of it in one micro-batch."""
-    side = config.model.vision.image_size
-    q, n = config.data.queries_per_step // ranks, config.data.documents_per_step // ranks
-    tokens = torch.randint(5, config.model.text.vocab_size, (n, config.model.text.max_length))
-    query, document = torch.randint(num_classes, (q,)), torch.randint(num_classes, (n,))
-    images = torch.randn(q, 3, side, side), torch.randn(n, 3, side, side)
-    batch = Batch(
-        images[0], query, torch.ones(q), torch.arange(q), images[1], tokens, document, torch.ones(n), torch.arange(n)
-    )
-    return StepData([batch], 0, [], 1, 0.0)
 
 
 def traffic_of_a_step(recipe: dict[str, Any], tensor_parallel: int, num_classes: int) -> tuple[int, float]:
@@ -134,64 +43,94 @@ def traffic_of_a_step(recipe: dict[str, Any], tensor_parallel: int, num_classes:
         return sum(p.numel() for p in made.method.towers.parameters()) + head.rows.numel(), traffic.bytes
 
 
-def measure(recipe: dict[str, Any], folder: str) -> dict[str, Any]:
-    """In a fresh process: parameters, peak of three steps beyond what the process held before, bytes of a checkpoint."""
-    import torch._dynamo  # noqa: F401  # torch's first optimizer would import it: memory of the process, not of the model
-
-    from harness import checkpoint
-    from harness.mesh import Mesh, MeshConfig
-
-    def steps(made: Any, num_classes: int) -> None:
-        for _ in range(3):
-            made.train_step(step_of(made.config, num_classes, 1))
-
-    mesh = Mesh(MeshConfig())
-    small = TINY | {"data.queries_per_step": 2, "data.documents_per_step": 2}
-    steps(trainer(small, 50, mesh), 50)  # brings the libraries their code and buffers
-    memory = Memory(mesh.device)
-    before = memory.start()
-    made = trainer(recipe, recipe["num_classes"], mesh)
-    head = made.method.head
-    count = sum(p.numel() for p in made.method.towers.parameters()) + head.rows.numel()
-    steps(made, recipe["num_classes"])
-    peak = memory.peak() - before
-    classes = Path(folder) / "classes.parquet"
-    classes.touch()
-    saved = checkpoint.save(
-        Path(folder), 1, checkpoint.Trainable(made.method.towers, head, made.towers, made.rows), {}, classes, mesh, 1
-    )
-    size = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
-    return {"parameters": count, "peak": peak, "saving": memory.peak() - before, "checkpoint": size}
-
-
-# One of three in every run: each is a process that trains and saves.
+# One of them in every run: each is a process or two that train and save.
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name == "weights" else pytest.mark.full) for name in RECIPES]
 )
 def test_an_estimate_is_what_a_process_measures(name, tmp_path):
-    """Parameters exactly; memory and checkpoint within a tenth."""
-    recipe = RECIPES[name]
-    command = f"import json; from tests.test_estimate import *; print(json.dumps(measure(RECIPES[{name!r}], {str(tmp_path)!r})))"
-    # Freed blocks go back to the system at once, so that the peak is that of what is held and not of the allocator's habits.
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", command], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    figures = estimate(flags({key.replace("num_classes", "num-classes"): value for key, value in recipe.items()}))
-    peak = figures["peak_memory_per_rank"] - figures["memory_per_rank"]["read_ahead"]  # nothing reads here
-    assert figures["parameters"] == found["parameters"]
-    assert peak == pytest.approx(found["peak"], rel=0.1)
+    """Parameters of a rank exactly; memory and checkpoint within a tenth."""
+    found, said = measured(name, tmp_path), estimated(name)
+    assert said["parameters_per_rank"] == found["parameters"]
+    assert said["peak"] == pytest.approx(found["peak"], rel=0.1)
     if name == "weights":  # where saving needs more than a step
-        held = peak - sum(figures["memory_per_rank"][term] for term in ("activations", "working"))
-        assert held + figures["saving_memory"] == pytest.approx(found["saving"], rel=0.1)
-    assert figures["checkpoint_bytes"] == pytest.approx(found["checkpoint"], rel=0.1)
+        held = said["peak"] - sum(said["memory_per_rank"][term] for term in ("activations", "working"))
+        assert held + said["saving_memory"] == pytest.approx(found["saving"], rel=0.1)
+    assert said["checkpoint_bytes"] == pytest.approx(found["checkpoint"], rel=0.1)
+
+
+class Alive(TorchDispatchMode):
+    """Knows what of all that was computed inside is still there; views of `module`'s parameters are not computed."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.parameters = {p.data_ptr() for p in module.parameters()}
+        self.storages: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.parameters:
+                storage = tensor.untyped_storage()
+                self.storages[StorageWeakRef(storage)] = storage.nbytes()
+        return found
+
+    def bytes(self) -> int:
+        return sum(size for storage, size in self.storages.items() if not storage.expired())
+
+
+VISION: dict[str, Any] = {"image_size": 32, "patch_size": 4, "num_layers": 6, "hidden_size": 64, "pooling": "class"}
+KEPT: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dropout": {"dropout": 0.1},
+    "attention dropout": {"attention_dropout": 0.1},
+    "gate": {
+        "activation": "swiglu",
+        "ffn_hidden_size": 192,
+        "qk_norm": True,
+        "positions": "rotary",
+        "layer_scale": 0.1,
+    },
+    "stem": {"stem_channels": (16, 32), "stem_blocks": (1, 1)},
+    "frozen below layer 4": {},
+    "text": {"max_length": 65, "post_norm": True, "dropout": 0.1},
+}
+BATCH = 4
+
+
+def kept_bytes(tensor_parallel: int, ways: list[Layout]) -> dict[str, tuple[float, float]]:
+    """In a pool: bytes that a tower keeps for its backward beside its input, measured and by formula, for all of KEPT and `ways`."""
+    found = {}
+    gc.freeze()  # what was there before need not be looked through each time
+    with layout(tensor_parallel) as mesh:
+        for way, (name, fields) in itertools.product(ways, KEPT.items()):
+            mesh.seed_streams(0, 0)
+            builder = MegatronBuilder(mesh.groups, sequence_parallel=way.sequence_parallel, recompute=way.recompute)
+            config: Any = (
+                VisionConfig(**VISION | fields) if name != "text" else TextConfig(vocab_size=50, num_layers=6, **fields)
+            )
+            tokens = config.max_length if name == "text" else config.num_prefix + config.num_patches
+            tower = TextTower(config, builder) if name == "text" else VisionTower(config, builder)
+            if name.startswith("frozen"):
+                freeze(tower, ["stem", "position", "class_token", "block.layers.[0-3]"])
+            inputs = torch.ones(BATCH, tokens, dtype=torch.int64) if name == "text" else torch.randn(BATCH, 3, 32, 32)
+            with Alive(tower) as alive:
+                outputs = tower(inputs)
+            gc.collect()
+            stem = stem_elements(config) if name == "stem" else 0
+            formula = 4 * BATCH * (stem + block_elements(config, tokens, way, 4, reach(tower)))
+            found[f"{name}, {way}"] = alive.bytes(), formula
+            del outputs
+    gc.unfreeze()
+    return found
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_a_tower_keeps_what_the_estimate_says(tensor_parallel):
+    """Sequence parallelism, recomputation, dropout, frozen layers: all tensors that are alive after forward."""
+    ways = [Layout(2, tensor_parallel, tensor_parallel > 1, recompute) for recompute in RECOMPUTE]
+    ways += [Layout(2, tensor_parallel)] if tensor_parallel > 1 else []
+    for name, (found, said) in ranks(2).run(kept_bytes, tensor_parallel, ways)[0].items():
+        assert said == pytest.approx(found, rel=0.15), name
 
 
 def counted(make: Callable[[], nn.Module], *inputs: Tensor, call: Callable[..., Any] | None = None) -> Work:

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from harness import checkpoint
+from harness.config import parse
 from harness.errors import UserError
 from models.merge import merged_state_dict
 from tests.pool import ranks
-from tests.runs import tiny_config, trainer
+from tests.runs import arguments, tiny_config, trainer
 
 STEPS = 20
 SETTINGS: dict[str, Any] = {
@@ -206,6 +207,47 @@ def test_a_row_group_larger_than_the_number_of_classes(seeded: tuple[Path, Path]
         found = ranks(world).run(states, catalogue, tmp_path / "run", SETTINGS, 1)[0]
         for key in ("rows", "exp_avg", "exp_avg_sq", "row_step"):
             same(found[key], wanted[key], key)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (
+            {"model.vision.num_attention_heads": 2},
+            "model.vision.num_attention_heads 2 does not divide over mesh.tensor",
+        ),
+        ({"model.text.num_attention_heads": 2}, "model.text.num_attention_heads 2 does not divide over mesh.tensor"),
+        ({"model.vision.hidden_size": 34}, "model.vision.hidden_size 34 is no multiple of model.vision.num_attention"),
+        ({"model.text.hidden_size": 30}, "model.text.hidden_size 30 is no multiple of model.text.num_attention"),
+        ({"model.fusion_heads": 5}, "model.vision.hidden_size 32 is no multiple of model.fusion_heads 5"),
+        ({"model.vision.ffn_hidden_size": 66}, "model.vision.ffn_hidden_size 66 does not divide over mesh.tensor"),
+        (
+            {"model.text.activation": "swiglu", "model.text.ffn_hidden_size": 66},
+            "model.text.ffn_hidden_size 66 does not divide over mesh.tensor",
+        ),
+        (
+            {"model.vision.num_attention_heads": 16, "model.vision.positions": "rotary"},
+            "model.vision.positions rotary needs heads whose width is a multiple of 4, not 2",
+        ),
+        ({"mesh.tensor_parallel": 1, "mesh.sequence_parallel": True}, "mesh.sequence_parallel spreads tokens"),
+        (
+            # heads and widths divide by 3, the word table does not
+            {
+                **{f"model.{tower}.hidden_size": 48 for tower in ("vision", "text")},
+                **{f"model.{tower}.num_attention_heads": 6 for tower in ("vision", "text")},
+                "mesh.tensor_parallel": 3,
+            },
+            "mesh.tensor_parallel is 3; word tables, padded to a multiple of 128, do not divide",
+        ),
+    ],
+)
+def test_what_does_not_divide_is_one_line_before_any_process_group(
+    settings: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(arguments(tmp_path, tmp_path / "run", **{"mesh.tensor_parallel": 4} | settings), 12)
+    assert str(caught.value).startswith(named) and "\n" not in str(caught.value)
+    assert not torch.distributed.is_initialized() and not (tmp_path / "run").exists()
 
 
 def first_moments(catalogue: Path, run: Path, settings: dict[str, Any]) -> tuple[float, float]:

@@ -29,8 +29,7 @@ class PlainAttention(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor | None, rotary: Tensor | None) -> Tensor:
         """hidden [s, b, h]; mask bool [b, 1, 1 or s, s], True = hidden; rotary angles [s, 1, 1, head_dim]. Returns [s, b, h]."""
-        s, b, _ = hidden.shape
-        q, k, v = self.linear_qkv(hidden).view(s, b, self.heads, 3, -1).unbind(3)
+        q, k, v = self.linear_qkv(hidden).unflatten(2, (self.heads, 3, -1)).unbind(3)
         if self.qk_norm:
             q, k = self.q_layernorm(q), self.k_layernorm(k)
         if rotary is not None:
@@ -42,7 +41,7 @@ class PlainAttention(nn.Module):
             attn_mask=None if mask is None else ~mask,
             dropout_p=self.dropout if self.training else 0.0,
         )
-        return self.linear_proj(out.permute(2, 0, 1, 3).reshape(s, b, -1))
+        return self.linear_proj(out.permute(2, 0, 1, 3).flatten(2))
 
 
 def rotated(x: Tensor, angles: Tensor) -> Tensor:

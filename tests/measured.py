@@ -1,0 +1,216 @@
+"""What training steps hold in memory and a checkpoint on disk, measured in fresh processes beside what `shelfmark estimate` says of them.
+
+python -m tests.measured vit_s16      # a row of the table in docs/recipes.md; without a name all of them, a minute or two each
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from harness.bench.ranks import Memory, on_ranks
+from harness.config import parse
+from harness.data.loader import StepData
+from harness.estimate import estimate
+from models.batch import Batch
+
+TINY = {
+    "data.preprocess.image_size": 64,
+    "model.vision.image_size": 64,
+    "model.vision.patch_size": 16,
+    "model.text.vocab_size": 512,
+    "data.read_ahead": 1,
+}
+# Recipes where weights, class rows and activations dominate; `world` and `num_classes` are no keys of a recipe.
+SMALL: dict[str, dict[str, Any]] = {
+    "weights": TINY
+    | {
+        "model.vision.hidden_size": 512,
+        "model.vision.num_layers": 3,
+        "model.text.hidden_size": 384,
+        "model.text.vocab_size": 4096,
+        "train.ema_decay": 0.999,
+        "data.queries_per_step": 4,
+        "data.documents_per_step": 4,
+        "num_classes": 1000,
+    },
+    "rows": TINY
+    | {
+        "head.sample_rate": 0.2,
+        "head.row_dtype": "bf16",
+        "optimizer.rows.state": "8bit",
+        "optimizer.rows.bf16_rows": "stochastic",
+        "data.queries_per_step": 4,
+        "data.documents_per_step": 4,
+        "num_classes": 120_000,
+    },
+    "activations": TINY
+    | {
+        "model.vision.patch_size": 4,
+        "model.vision.stem_channels": [16, 32],
+        "model.vision.stem_blocks": [0, 1],
+        "model.vision.dropout": 0.1,
+        "data.queries_per_step": 16,
+        "data.documents_per_step": 16,
+        "num_classes": 1000,
+    },
+}
+_WHOLE = {
+    "model.vision.preset": "vit_s16",
+    "data.preprocess.image_size": 224,
+    "model.text.preset": "bert_small",
+    "model.text.max_length": 64,
+    "data.read_ahead": 1,
+    "data.queries_per_step": 8,
+    "data.documents_per_step": 8,
+    "num_classes": 100_000,
+}
+_BASE = {"model.vision.preset": "vit_b16", "mesh.tensor_parallel": 2, "mesh.sequence_parallel": True, "world": 2}
+_LOWER_HALF = "vision.stem vision.position vision.class_* vision.block.layers.[0-5] text.words text.position text.norm text.token_type"
+# As a user would train them.
+REALISTIC: dict[str, dict[str, Any]] = {
+    "vit_s16": _WHOLE,
+    "vit_s16, lower half frozen": _WHOLE | {"optimizer.frozen": _LOWER_HALF.split()},
+    "vit_s16, dropout and attention dropout 0.1, recompute selective": _WHOLE
+    | {f"model.{tower}.{kind}": 0.1 for tower in ("vision", "text") for kind in ("dropout", "attention_dropout")}
+    | {"mesh.recompute": "selective"},
+    "vit_s16, recompute full": _WHOLE | {"mesh.recompute": "full"},
+    "vit_b16, tensor and sequence parallel 2": _WHOLE | _BASE,
+}
+RECIPES = SMALL | REALISTIC
+
+
+def flags(recipe: dict[str, Any]) -> list[str]:
+    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in recipe.items()]
+
+
+def config_of(recipe: dict[str, Any], world: int) -> Any:
+    return parse(flags({k: v for k, v in recipe.items() if k not in ("num_classes", "world")}), world)[0]
+
+
+def trainer(recipe: dict[str, Any], num_classes: int, mesh: Any) -> Any:
+    """The loop's own Trainer with its own parts, but fed without a catalogue."""
+    from harness.ema import Ema
+    from harness.loop import Trainer
+    from harness.meters import StepClock
+    from harness.methods import build
+    from harness.optimizer import TowerOptimizer
+    from models.heads.row_optimizer import RowAdamW
+
+    made: Any = Trainer.__new__(Trainer)
+    made.config = config = config_of(recipe, mesh.world_size)
+    made.mesh, made.clock, made.step = mesh, StepClock(mesh), 0
+    made._own_ledger, made._last_ledgers = 0, deque(maxlen=1)
+    made.method, made.model_config = build(
+        config.method,
+        config.model,
+        config.head,
+        mesh,
+        num_classes=num_classes,
+        vocab_size=0,
+        seed=0,
+        precision=config.train.precision,
+    )
+    made.towers = TowerOptimizer(made.method.towers, config.optimizer, mesh)
+    made.rows = RowAdamW.for_head(made.method.head, config.optimizer.rows)
+    decay = config.train.ema_decay
+    made.ema = Ema(made.method.towers, decay) if decay else None
+    return made
+
+
+def step_of(config: Any, num_classes: int, ranks: int) -> StepData:
+    """A drawn step: this rank's part of it in one micro-batch."""
+    side = config.model.vision.image_size
+    q, n = config.data.queries_per_step // ranks, config.data.documents_per_step // ranks
+    tokens = torch.randint(5, config.model.text.vocab_size, (n, config.model.text.max_length))
+    query, document = torch.randint(num_classes, (q,)), torch.randint(num_classes, (n,))
+    images = torch.randn(q, 3, side, side), torch.randn(n, 3, side, side)
+    batch = Batch(
+        images[0], query, torch.ones(q), torch.arange(q), images[1], tokens, document, torch.ones(n), torch.arange(n)
+    )
+    return StepData([batch], 0, [], 1, 0.0)
+
+
+def _measure(device: torch.device, name: str, folder: str) -> dict[str, Any]:
+    """On every rank; of the first: numbers it holds, peak of two steps beyond what it held before, and with a save, bytes of a checkpoint."""
+    from harness import checkpoint
+    from harness.mesh import Mesh
+
+    recipe, world = RECIPES[name], dist.get_world_size()
+    os.environ["WORLD_SIZE"] = str(world)
+
+    def steps(made: Any, num_classes: int) -> None:
+        for _ in range(2):
+            made.train_step(step_of(made.config, num_classes, mesh.dp.size()))
+
+    mesh = Mesh(config_of(recipe, world).mesh)
+    torch.manual_seed(mesh.dp.rank())
+    small = TINY | {"data.queries_per_step": 2 * world, "data.documents_per_step": 2 * world}
+    small |= {
+        key: value for key, value in recipe.items() if key.startswith(("mesh.", "head.", "optimizer.rows.", "train."))
+    }
+    steps(trainer(small, 50, mesh), 50)  # brings the libraries their code and buffers
+    memory = Memory(device)
+    before = memory.start()
+    made = trainer(recipe, recipe["num_classes"], mesh)
+    head = made.method.head
+    count = sum(p.numel() for p in made.method.towers.parameters()) + head.rows.numel()
+    steps(made, recipe["num_classes"])
+    peak = memory.peak() - before
+    classes = Path(folder) / "classes.parquet"
+    classes.touch()
+    parts = checkpoint.Trainable(made.method.towers, head, made.towers, made.rows, made.ema)
+    saved = checkpoint.save(Path(folder), 1, parts, {}, classes, mesh, 1)
+    size = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
+    return {"parameters": count, "peak": peak, "saving": memory.peak() - before, "checkpoint": size}
+
+
+def measured(name: str, folder: Path) -> dict[str, Any]:
+    """Figures of the first rank of RECIPES[name]: parameters, peak, saving, checkpoint (see _measure); in processes of their own."""
+    # Freed blocks go back to the system at once, so that the peak is that of what is held and not of the allocator's habits.
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
+    command = [sys.executable, "-W", "ignore", "-m", "tests.measured", name, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def estimated(name: str) -> dict[str, Any]:
+    """What `shelfmark estimate` says of RECIPES[name]; `peak` without the images read ahead, since nothing reads in a measurement."""
+    words = flags({key.replace("num_classes", "num-classes"): value for key, value in RECIPES[name].items()})
+    with redirect_stdout(sys.stderr):
+        figures = estimate(words)
+    return figures | {"peak": figures["peak_memory_per_rank"] - figures["memory_per_rank"]["read_ahead"]}
+
+
+def main(argv: list[str]) -> None:
+    """Prints a row for each name, or is the process that starts the ranks (NAME FOLDER)."""
+    if len(argv) == 2 and Path(argv[1]).is_dir():
+        print(json.dumps(on_ranks(RECIPES[argv[0]].get("world", 1), _measure, *argv)))
+        return
+    for name in argv or REALISTIC:
+        with tempfile.TemporaryDirectory() as folder:
+            found, said = measured(name, Path(folder)), estimated(name)
+        cells = [f"{found['parameters'] / 1e6:,.1f} M"]
+        for one, other in ((found["peak"], said["peak"]), (found["checkpoint"], said["checkpoint_bytes"])):
+            cells += [f"{one / 1e6:,.0f} MB", f"{other / 1e6:,.0f} MB", f"{100 * (other / one - 1):+.1f} %"]
+        print(" | ".join(["", name, *cells, ""]).strip(), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
