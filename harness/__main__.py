@@ -23,13 +23,18 @@ COMMANDS = {
         "harness.data.tokenizer",
         "TokenizerConfig",
         "catalogue",
-        "Train a tokenizer and encode a catalogue's text.",
+        "Train or take a tokenizer and encode a catalogue's text.",
     ),
     "queries": ("harness.data.queries", "QueriesConfig", "catalogue", "Collect what text queries are made of."),
     "import": ("harness.weights", "ImportConfig", "out", "Bring a model's weights from the hub, timm or open_clip."),
     "eval": ("harness.evaluate_run", "EvalConfig", "run", "Evaluate a run's checkpoint; also under torchrun."),
     "export": ("harness.export", "ExportConfig", "run", "Make a run's search artefact: encoder, index, id map."),
-    "export-weights": ("harness.export_weights", "ExportWeightsConfig", "source", "Write a tower for transformers."),
+    "export-weights": (
+        "harness.export_weights",
+        "ExportWeightsConfig",
+        "source",
+        "Write towers for transformers, timm or open_clip.",
+    ),
     "search": ("harness.search", "SearchConfig", "artefact photos", "Find documents by photo, text or likeness."),
 }
 SEVERAL = {"photos": "query photos"}  # fields given by place that take one or more files

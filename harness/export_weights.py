@@ -1,8 +1,7 @@
-"""`shelfmark export-weights`: a tower, trained or imported, becomes a folder that `transformers` reads with from_pretrained."""
+"""`shelfmark export-weights`: a tower, trained or imported, becomes a folder that `transformers`, timm or open_clip reads."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,8 @@ from harness.errors import UserError
 from harness.mesh import Mesh, MeshConfig
 from harness.trained import find_checkpoint, load_method, open_settings
 from models.merge import merged_state_dict
-from models.weights.convert import TowerConfig, export_tower, read_converted, save_tensors
+from models.weights.convert import export_open_clip_pair, export_tower, read_converted, write_exported
+from models.weights.layout import TowerConfig
 from models.weights.rules import WeightsError
 
 EXAMPLE = "shelfmark export-weights runs/grocery --tower vision --layout dinov2 --out hub/grocery-vision"
@@ -23,60 +23,60 @@ EXAMPLE = "shelfmark export-weights runs/grocery --tower vision --layout dinov2 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportWeightsConfig:
-    """Writes the weights of one tower as config.json and model.safetensors, float32.
+    """Writes the weights of one tower, or of both for open_clip, as a description and safetensors, float32.
 
     Args:
         source: a run folder, or a folder that `shelfmark import` made.
         out: the folder to create; it appears only when it is complete.
-        tower: vision or text.
-        layout: the model_type of transformers to write, such as vit, dinov2, clip_vision_model or xlm-roberta.
+        tower: vision, text, or both (open_clip alone, whose models are pairs).
+        layout: timm, open_clip, or the model_type of transformers to write, such as vit, dinov2, clip_vision_model or xlm-roberta.
         checkpoint: a step folder of the run; the newest complete one by default.
     """
 
     source: Path
     out: Path
-    tower: Literal["vision", "text"]
+    tower: Literal["vision", "text", "both"]
     layout: str
     checkpoint: Path | None = None
 
 
 def run(config: ExportWeightsConfig) -> dict[str, Any]:
-    """Writes the folder, prints a line, and returns the number of parameters and the class of transformers that reads it.
+    """Writes the folder, prints a line, and returns the number of parameters and what reads it: a class of transformers, timm or open_clip.
 
     Raises:
         UserError: no such run or folder, `out` exists, an unknown layout, or one that has no place for this tower.
     """
+    wanted = ["vision", "text"] if config.tower == "both" else [config.tower]
     try:
         imported = (config.source / "weights.json").is_file()
-        tower, state = _imported(config) if imported else _trained(config)
-        described, tensors = export_tower(tower, state, config.layout)
+        towers, state = read_converted(config.source) if imported else _trained(config)
+        if missing := [tower for tower in wanted if tower not in towers]:
+            raise UserError(f"{config.source} holds no {missing[0]} tower")
+        if config.tower != "both":
+            described, tensors = export_tower(towers[config.tower], state, config.layout)
+        elif config.layout == "open_clip":
+            described, tensors = export_open_clip_pair(towers["vision"], towers["text"], state)
+        else:
+            raise UserError(f"'{config.layout}' holds one tower", "Name --tower vision or text, or --layout open_clip")
     except WeightsError as error:
         raise UserError(str(error), "See docs/weights.md for the layouts") from error
     with staged_folder(config.out) as stage:
-        save_tensors(tensors, stage / "model.safetensors")
-        (stage / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        write_exported(stage, described, tensors)
     numbers = sum(tensor.numel() for tensor in tensors.values())
-    architecture = described["architectures"][0]
-    print(f"{config.out}: {config.tower} tower of {config.source}, {numbers:,} parameters, for {architecture}")
+    architecture = described.get("architectures", [config.layout])[0]
+    named = "both towers" if config.tower == "both" else f"{config.tower} tower"
+    print(f"{config.out}: {named} of {config.source}, {numbers:,} parameters, for {architecture}")
     return {"parameters": numbers, "architecture": architecture}
 
 
-def _imported(config: ExportWeightsConfig) -> tuple[TowerConfig, dict[str, Tensor]]:
-    towers, state = read_converted(config.source)
-    if config.tower not in towers:
-        raise UserError(f"{config.source} holds no {config.tower} tower")
-    return towers[config.tower], state
-
-
-def _trained(config: ExportWeightsConfig) -> tuple[TowerConfig, dict[str, Tensor]]:
+def _trained(config: ExportWeightsConfig) -> tuple[dict[str, TowerConfig], dict[str, Tensor]]:
     settings = open_settings(config.source, tensor_parallel=1, batch_size=1)
     path = find_checkpoint(config.source, config.checkpoint)
     mesh = Mesh(MeshConfig())
     try:
         method, _ = load_method(settings, path, Tokenizer.load(config.source), mesh)
-        if not hasattr(method.towers, config.tower):
-            raise UserError(f"{config.source} has no {config.tower} tower")
         state = {name: value.float().cpu() for name, value in merged_state_dict(method.towers, mesh.tp).items()}
-        return getattr(method.towers, config.tower).config, state
+        parts = {tower: getattr(method.towers, tower, None) for tower in ("vision", "text")}
+        return {tower: part.config for tower, part in parts.items() if part is not None}, state
     finally:
         mesh.close()

@@ -34,7 +34,7 @@ class OclearConfig:
         vision: the image tower, shared by queries and documents.
         text: the text tower of documents.
         embedding_dim: width of the embeddings.
-        fusion: of a document's image and text: concept (concept-aware), concat (one linear layer), or image (no text); the last two are ablations.
+        fusion_kind: of a document's image and text: concept (concept-aware), concat (one linear layer), or image (no text); the last two are ablations.
         concept_slots: memory slots of the concept-aware fusion.
         fusion_heads: attention heads of the fusion.
         gate_init: gate of the fusion at the start, in (0, 1): 0 is the image alone, 1 the text's concepts alone.
@@ -48,7 +48,7 @@ class OclearConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     embedding_dim: int = 256
-    fusion: str = "concept"
+    fusion_kind: str = "concept"
     concept_slots: int = 8
     fusion_heads: int = 4
     gate_init: float = 0.5
@@ -69,8 +69,8 @@ class OclearConfig:
         errors += shape_errors(self.text, tensor_parallel, "model.text")
         if self.objective not in ("classification", "contrastive"):
             errors.append(f"model.objective is '{self.objective}'; it can be 'classification' or 'contrastive'")
-        if self.fusion not in ("concept", "concat", "image"):
-            errors.append(f"model.fusion is '{self.fusion}'; it can be 'concept', 'concat' or 'image'")
+        if self.fusion_kind not in ("concept", "concat", "image"):
+            errors.append(f"model.fusion_kind is '{self.fusion_kind}'; it can be 'concept', 'concat' or 'image'")
         if not 0 < self.gate_init < 1:
             errors.append(f"model.gate_init is {self.gate_init}; it must lie in (0, 1)")
         if not 0 <= self.text_dropout <= 1:
@@ -92,7 +92,7 @@ class OclearTowers(nn.Module):
         self.vision = VisionTower(config.vision, build)
         self.text = TextTower(config.text, build)
         self.fusion: ConceptFusion | ConcatFusion
-        if config.fusion == "concept":
+        if config.fusion_kind == "concept":
             self.fusion = ConceptFusion(
                 hidden,
                 config.text.hidden_size,
@@ -102,7 +102,7 @@ class OclearTowers(nn.Module):
                 config.text_dropout,
             )
         else:
-            self.fusion = ConcatFusion(hidden, config.text.hidden_size if config.fusion == "concat" else 0)
+            self.fusion = ConcatFusion(hidden, config.text.hidden_size if config.fusion_kind == "concat" else 0)
         self.query_transform = ResidualTransform(hidden, config.embedding_dim, config.transform_dropout)
         self.document_transform = (
             ResidualTransform(hidden, config.embedding_dim, config.transform_dropout)

@@ -29,7 +29,7 @@ from models.presets import PRESETS, expand
 from models.shape import shape_errors
 from models.text import TextConfig, TextTower
 from models.vision import VisionConfig, VisionTower
-from models.weights.convert import Converted, Source, _differences, export_tower, import_tower
+from models.weights.convert import Converted, Source, _differences, export_tower, import_tower, write_exported
 from models.weights.huggingface import FAMILIES, family_of
 from models.weights.rules import WeightsError
 from tests.pool import layout, ranks
@@ -359,23 +359,116 @@ def fill(name: str, shape: list[int]) -> Tensor:
     return (values + 1 if len(shape) == 1 and not name.endswith("bias") else values).float().reshape(shape)
 
 
-@pytest.mark.parametrize("name", [name for name in OTHERS if name != "source"])
+RECORDED = [name for name in OTHERS if name not in ("source", "arguments")]
+
+
+def recorded(name: str, folder: Path) -> Path:
+    """A folder with the model of timm or open_clip whose names, shapes and outputs were recorded; neither is installed here."""
+    tensors = {key: fill(key, shape) for key, shape in OTHERS[name]["shapes"].items()}
+    config = OTHERS[name]["config"]
+    if name.startswith("timm"):
+        return written(folder, config, tensors)
+    return written(folder, {"model_cfg": config}, tensors, "open_clip_config.json")
+
+
+@pytest.mark.parametrize("name", RECORDED)
 def test_timm_and_open_clip_give_what_they_gave(name: str, tmp_path: Path) -> None:
-    """Neither is installed here: names, shapes and outputs were recorded from them (versions under `source`)."""
-    recorded = OTHERS[name]
-    tensors = {key: fill(key, shape) for key, shape in recorded["shapes"].items()}
-    timm = name.startswith("timm")
-    config = recorded["config"] if timm else {"model_cfg": recorded["config"]}
-    folder = written(tmp_path / "model", config, tensors, "config.json" if timm else "open_clip_config.json")
+    folder = recorded(name, tmp_path / "model")
     images = torch.sin(torch.arange(2 * 3 * 32 * 32, dtype=torch.float64) * 1.3).float().reshape(2, 3, 32, 32)
     tokens = torch.tensor([[5, 7, 9, 60, 63, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7, 63]])
-    for kind, wanted in recorded["outputs"].items():
+    for kind, wanted in OTHERS[name]["outputs"].items():
         converted = import_tower(Source(folder), kind, projection=True)
         tower = tower_of(converted.config, PlainBuilder())
         tower.load_state_dict({key.removeprefix(f"{kind}."): value for key, value in converted.state.items()})
         with torch.no_grad():
             pooled = outputs_of_ours(tower, images if kind == "vision" else tokens)[1]
         torch.testing.assert_close(pooled[:, :6], torch.tensor(wanted), rtol=1e-5, atol=1e-5)
+
+
+def through_towers(models: dict[str, Path]) -> dict[str, dict[str, tuple[Any, dict[str, Tensor]]]]:
+    """In a pool of two tensor-parallel ranks: each recorded tower in two shards, merged, and out again in its layout."""
+    from models.transformer import MegatronBuilder
+
+    found: dict[str, dict[str, tuple[Any, dict[str, Tensor]]]] = {name: {} for name in models}
+    for name, folder in models.items():
+        with layout(1 if "giant" in name else 2) as mesh:  # a gated width of 341 does not halve
+            for kind in OTHERS[name]["outputs"]:
+                converted = import_tower(Source(folder), kind, projection=True)
+                tower = tower_of(converted.config, MegatronBuilder(mesh.groups))
+                load_merged(tower, {key.removeprefix(f"{kind}."): v for key, v in converted.state.items()}, mesh.tp)
+                state = {f"{kind}.{key}": value for key, value in merged_state_dict(tower, mesh.tp).items()}
+                found[name][kind] = export_tower(converted.config, state, "timm" if "timm" in name else "open_clip")
+    return found
+
+
+def test_timm_and_open_clip_there_and_back_is_bit_equal_at_tensor_parallel_2(tmp_path: Path) -> None:
+    """And what the descriptions say are arguments that timm and open_clip know (recorded as `arguments`)."""
+    models = {name: recorded(name, tmp_path / name) for name in RECORDED}
+    for name, towers in ranks(2).run(through_towers, models)[0].items():
+        source = Source(models[name])
+        theirs = source.tensors(list(source.shapes))
+        for kind, (described, tensors) in towers.items():
+            before = import_tower(source, kind, projection=True)
+            plain = {key if key in theirs else key.removeprefix("text."): value for key, value in tensors.items()}
+            own = [key for key in theirs if kind == "text" or name.startswith("timm") or key.startswith("visual.")]
+            own = [key for key in own if kind == "vision" or not key.startswith("visual.")]
+            assert plain.keys() == set(own) - set(before.left_out), name
+            assert all(torch.equal(value, theirs[key]) for key, value in plain.items()), name
+
+            (tmp_path / f"{name} {kind}").mkdir()
+            write_exported(tmp_path / f"{name} {kind}", described, tensors)
+            again = import_tower(Source(tmp_path / f"{name} {kind}"), kind, projection=True)
+            assert again.config == before.config and again.state.keys() == before.state.keys()
+            assert all(torch.equal(again.state[key], value) for key, value in before.state.items())
+            for part in ("model_args", "model_cfg"):
+                for key, value in described.get(part, {}).items():
+                    assert key in OTHERS["arguments"][part]
+                    assert not isinstance(value, dict) or value.keys() <= set(OTHERS["arguments"][key])
+
+
+def test_timm_and_open_clip_refuse_what_they_cannot_say(folders: dict[str, Path]) -> None:
+    for name, kind, layout_name, what in (
+        ("dinov2 registers", "vision", "timm", "class_position is True, not False"),
+        ("dinov3", "vision", "timm", "positions is 'rotary', not 'learned'"),
+        ("vit", "vision", "timm", "layernorm_eps is 1e-12, not 1e-06"),
+        ("siglip vision", "vision", "open_clip", "pooling is 'attention', not 'mean or class'"),
+        ("bert", "text", "open_clip", "post_norm is True, not False"),
+    ):
+        converted = import_tower(Source(folders[name]), kind)
+        with pytest.raises(WeightsError, match=rf"{layout_name} has no place for this tower: .*{what}"):
+            export_tower(converted.config, converted.state, layout_name)
+    converted = import_tower(Source(folders["dinov2"]), "vision")
+    assert export_tower(converted.config, converted.state, "timm")[0]["model_args"]["img_size"] == 28
+    with pytest.raises(WeightsError, match="position_resize is 'bicubic', not 'bicubic_antialias'"):
+        export_tower(replace(converted.config, image_size=42), converted.state, "timm")
+    gated = replace(converted.config, activation="swiglu", layernorm_eps=1e-5)
+    with pytest.raises(WeightsError, match="layernorm_eps is 1e-05, not 1e-06"):
+        export_tower(gated, converted.state, "timm")
+
+
+def test_a_pair_goes_out_for_open_clip(tmp_path: Path) -> None:
+    folder = recorded("open_clip", tmp_path / "model")
+    run_import(ImportConfig(out=tmp_path / "start", vision=folder, text=folder, projection=True))
+    out = tmp_path / "out"
+    run_export(ExportWeightsConfig(source=tmp_path / "start", out=out, tower="both", layout="open_clip"))
+    cfg = json.loads((out / "open_clip_config.json").read_text())["model_cfg"]
+    assert cfg["embed_dim"] == 24 and cfg["quick_gelu"] and cfg["vision_cfg"]["width"] == 128
+    tensors = Source(out).tensors(list(Source(out).shapes))
+    theirs = Source(folder).tensors(list(Source(folder).shapes))
+    assert tensors.pop("logit_scale").shape == () and len(tensors) == len(theirs) - 1
+    assert all(torch.equal(value, theirs[key.removeprefix("text.")]) for key, value in tensors.items())
+
+    run_import(ImportConfig(out=tmp_path / "apart", vision=folder, text=folder))  # widths 128 and 64, no projection
+    with pytest.raises(UserError, match="cannot hold these towers together: embed_dim is 128 and 64"):
+        run_export(
+            ExportWeightsConfig(source=tmp_path / "apart", out=tmp_path / "no", tower="both", layout="open_clip")
+        )
+    with pytest.raises(UserError, match="'timm' holds one tower"):
+        run_export(ExportWeightsConfig(source=tmp_path / "start", out=tmp_path / "no", tower="both", layout="timm"))
+    only = tmp_path / "image"
+    run_export(ExportWeightsConfig(source=tmp_path / "apart", out=only, tower="vision", layout="open_clip"))
+    assert torch.equal(Source(only).tensors(["visual.proj"])["visual.proj"], torch.eye(128))
+    assert import_tower(Source(only), "vision").config.projection_dim == 0
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -488,18 +581,19 @@ def train(run: Path, catalogue: Path, overrides: dict[str, Any]) -> dict[str, Te
         return merged_state_dict(made.method.towers, made.mesh.tp)
 
 
-def export_here(run: Path, out: Path) -> None:
-    run_export(ExportWeightsConfig(source=run, out=out, tower="vision", layout="vit"))
+def export_here(run: Path, out: Path, layout_name: str) -> None:
+    run_export(ExportWeightsConfig(source=run, out=out, tower="vision", layout=layout_name))
 
 
 def test_a_trained_tower_goes_out(catalogue: Path, tmp_path: Path) -> None:
     vision = {"model.vision.pooling": "class", "model.vision.class_position": True, "train.steps": 2}
     state = ranks(2).run(train, tmp_path / "run", catalogue, vision)[0]
-    ranks(1).run(export_here, tmp_path / "run", tmp_path / "out")
-    found = import_tower(Source(tmp_path / "out"), "vision").state
-    assert len(found) == sum(key.startswith("vision.") for key in state)
-    assert all(torch.equal(state[key], value) for key, value in found.items())
-    assert transformers.ViTModel.from_pretrained(tmp_path / "out").config.image_size == 32
+    for name in ("vit", "timm"):
+        ranks(1).run(export_here, tmp_path / "run", tmp_path / name, name)
+        found = import_tower(Source(tmp_path / name), "vision").state
+        assert len(found) == sum(key.startswith("vision.") for key in state)
+        assert all(torch.equal(state[key], value) for key, value in found.items())
+    assert transformers.ViTModel.from_pretrained(tmp_path / "vit").config.image_size == 32
 
 
 def test_mistakes_of_import_are_one_line(folders: dict[str, Path], tmp_path: Path) -> None:

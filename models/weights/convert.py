@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,25 +19,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.plain.transformer import PlainBuilder
-from models.text import TextConfig, TextTower
-from models.vision import VisionConfig, VisionTower
-from models.weights.huggingface import FAMILIES, Family, family_of
-from models.weights.names import text_rules, vision_rules
-from models.weights.rules import Rule, WeightsError, listed, load_all, save_all, unused
-from models.weights.timm import (
-    OPEN_CLIP_KNOWN,
-    TIMM_KNOWN,
-    TIMM_NAMES,
-    open_clip_text,
-    open_clip_vision,
-    timm_fields,
-)
+from models.text import TextConfig
+from models.vision import VisionConfig
+from models.weights.huggingface import FAMILIES, family_of
+from models.weights.layout import Json, Layout, TowerConfig, tower_shapes
+from models.weights.rules import WeightsError, listed, load_all, save_all, unused
+from models.weights.timm import OPEN_CLIP_TEXT, OPEN_CLIP_VISION, TIMM, open_clip_of, timm_said
 
-TowerConfig = VisionConfig | TextConfig
+LAYOUTS = (*FAMILIES.values(), TIMM, OPEN_CLIP_VISION, OPEN_CLIP_TEXT)
 FORMAT = 1
 # Fields that weights do not fix: a recipe may choose them, and at another resolution or with shorter texts.
 FREE = ("preset", "dropout", "attention_dropout", "drop_path", "branch_init", "image_size", "max_length", "pooling")
+FREE += ("pad_id",)  # CLIP's description names another than its tokenizer pads with
 
 
 @dataclass(frozen=True)
@@ -60,9 +53,8 @@ class Source:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config, self.kind = _description(folder)
-        self._files: dict[str, Path] = {}
-        self._names: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self._stored: dict[str, tuple[Path, str]] = {}
         for file in _safetensors(folder):
             try:
                 with safe_open(file, "pt") as tensors:
@@ -71,22 +63,21 @@ class Source:
                         if 0 in shape:  # DINOv3 without registers writes a table of none
                             continue
                         # Files from TensorFlow's days name a layer norm's two tensors so; transformers renames them too.
-                        own = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
-                            "LayerNorm.beta", "LayerNorm.bias"
-                        )
-                        self._files[own], self._names[own] = file, name
-                        self.shapes[own] = shape
+                        own = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+                        own = own.replace("LayerNorm.beta", "LayerNorm.bias")
+                        self.shapes[own], self._stored[own] = shape, (file, name)
             except (SafetensorError, OSError) as error:
                 raise WeightsError(f"{file}: {error}") from error
 
-    def tensors(self, names: list[str]) -> dict[str, Tensor]:
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Those of the named tensors that are there."""
         found: dict[str, Tensor] = {}
-        for file in set(self._files.values()):
+        wanted = [name for name in names if name in self._stored]
+        for file in {self._stored[name][0] for name in wanted}:
             with safe_open(file, "pt") as tensors:
-                for name in names:
-                    if self._files.get(name) == file:
-                        found[name] = tensors.get_tensor(self._names[name])
+                for name in wanted:
+                    if self._stored[name][0] == file:
+                        found[name] = tensors.get_tensor(self._stored[name][1])
         return found
 
 
@@ -96,39 +87,72 @@ def import_tower(source: Source, tower: str, projection: bool = False, allow_unu
     Raises:
         WeightsError: a tower that we cannot hold, tensors that are missing, of another shape, or (unless allowed) of no use.
     """
-    found = _recognised(source, tower, projection)
-    own = [name for name in source.shapes if not re.fullmatch(found.sibling, name)]
-    left_out, unmatched = unused(own, found.rules, found.known)
+    layout, said, origin = _recognised(source, tower)
+    prefix = layout.prefix(source.shapes)
+    if prefix is None:
+        raise WeightsError(f"{source.folder} has no tensor {layout.first}, so it is no {layout.name}")
+    config = _config(tower, layout.fields(said), projection)
+    if config.projection_dim:
+        last = layout.rule(config, f"{tower}.projection.weight", prefix).theirs[0]
+        config = config if last in source.shapes else _config(tower, layout.fields(said), projection=False)
+    rules = layout.rules(config, prefix)
+    own = [name for name in source.shapes if not re.fullmatch(layout.sibling, name)]
+    left_out, unmatched = unused(own, rules, layout.known)
     if unmatched and not allow_unused:
         raise WeightsError(
             f"{source.folder} has {len(unmatched)} tensor(s) that the tower has no place for: {listed(unmatched)}"
         )
-    state = load_all(found.rules, source.tensors([name for rule in found.rules for name in rule.theirs]))
-    _check_shapes({name: tuple(t.shape) for name, t in state.items()}, tower_shapes(found.config), str(source.folder))
-    return Converted(found.config, state, left_out + unmatched, found.origin)
+    state = load_all(rules, source.tensors(name for rule in rules for name in rule.theirs))
+    _check_shapes({name: tuple(t.shape) for name, t in state.items()}, tower_shapes(config), str(source.folder))
+    return Converted(config, state, left_out + unmatched, origin)
 
 
-def export_tower(
-    config: TowerConfig, state: Mapping[str, Tensor], model_type: str
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config.json, tensors) of a tower for transformers, as `model_type`; `state` holds our tensors, float32.
+def export_tower(config: TowerConfig, state: Mapping[str, Tensor], name: str) -> tuple[Json, dict[str, Tensor]]:
+    """(description, tensors) of a tower in the layout `name`, for write_exported; `state` holds our tensors, float32.
 
     Raises:
-        WeightsError: an unknown model_type, or one that cannot describe this tower; what differs is named.
+        WeightsError: an unknown layout, or one that cannot describe this tower; what differs is named.
     """
-    family = FAMILIES.get(model_type)
     tower = "vision" if isinstance(config, VisionConfig) else "text"
-    if family is None or family.tower != tower:
-        kinds = ", ".join(name for name, other in FAMILIES.items() if other.tower == tower)
-        raise WeightsError(f"'{model_type}' is no layout of a {tower} tower; known are {kinds}")
-    described = family.describe(config)
-    again = _config(tower, family.fields({**family.defaults, **described}))
+    layouts = {layout.name: layout for layout in LAYOUTS if layout.tower == tower}
+    if name not in layouts:
+        raise WeightsError(f"'{name}' is no layout of a {tower} tower; known are {', '.join(layouts)}")
+    layout = layouts[name]
+    said = layout.describe(config)
+    found = layout.fields(layout.defaults | said)
+    if isinstance(config, VisionConfig) and config.num_positions == config.num_patches:
+        found["position_resize"] = config.position_resize  # at the grid that the positions have none is resized
+    again = _config(tower, found, bool(config.projection_dim))
     if differences := _differences(config, again):
-        raise WeightsError(f"{model_type} has no place for this tower: " + "; ".join(differences))
-    rules = _family_rules(family, config, family.prefixes[0])
-    architecture = family.architecture[bool(config.projection_dim)]
-    heading = {"model_type": model_type, "architectures": [architecture], "dtype": "float32"}
-    return heading | described, save_all(rules, state)
+        raise WeightsError(f"{name} has no place for this tower: " + "; ".join(differences))
+    tensors = save_all(layout.rules(config, layout.prefixes[0]), state)
+    if name == "open_clip" and tower == "vision" and not config.projection_dim:
+        tensors["visual.proj"] = torch.eye(config.hidden_size)  # open_clip's image tower always ends in one
+    return layout.wrap(layout, said), tensors
+
+
+def export_open_clip_pair(
+    vision: TowerConfig, text: TowerConfig, state: Mapping[str, Tensor]
+) -> tuple[Json, dict[str, Tensor]]:
+    """Both towers as one model of open_clip, with the temperature that it starts from.
+
+    Raises:
+        WeightsError: a tower that open_clip cannot describe, or two that it cannot hold together; what differs is named.
+    """
+    described, tensors = export_tower(vision, state, "open_clip")
+    second, more = export_tower(text, state, "open_clip")
+    one, other = described["model_cfg"], second["model_cfg"]
+    if differences := [f"{key} is {one[key]} and {other[key]}" for key in one.keys() & other if one[key] != other[key]]:
+        raise WeightsError(f"open_clip cannot hold these towers together: {'; '.join(sorted(differences))}")
+    scale = {"logit_scale": torch.tensor(math.log(1 / 0.07))}
+    return described | {"model_cfg": one | other}, tensors | more | scale
+
+
+def write_exported(folder: Path, described: Json, tensors: dict[str, Tensor]) -> None:
+    """Writes what export_tower made into an existing folder, as the files that its library looks for."""
+    kind = "open_clip_" if "model_cfg" in described else ""
+    save_tensors(tensors, folder / f"{kind}model.safetensors")
+    (folder / f"{kind}config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
@@ -188,64 +212,18 @@ def fitted(folder: Path, towers: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def tower_shapes(config: TowerConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a tower, under the plain twin's names, with its shape; allocates nothing."""
-    build = PlainBuilder()
-    with torch.device("meta"):
-        tower = VisionTower(config, build) if isinstance(config, VisionConfig) else TextTower(config, build)
-    prefix = "vision" if isinstance(config, VisionConfig) else "text"
-    return {f"{prefix}.{name}": tuple(t.shape) for name, t in tower.state_dict().items()}
-
-
-@dataclass(frozen=True)
-class _Recognised:
-    """`known`: patterns of tensors that are no part of the tower; `sibling`: pattern of another tower's."""
-
-    config: TowerConfig
-    rules: list[Rule]
-    known: tuple[str, ...]
-    origin: str
-    sibling: str = ""
-
-
-def _recognised(source: Source, tower: str, projection: bool) -> _Recognised:
+def _recognised(source: Source, tower: str) -> tuple[Layout, Json, str]:
+    """(layout, what the description says with its defaults, origin) of the `tower` of a source."""
+    if source.kind == "open_clip":
+        return *open_clip_of(source.shapes, source.config, tower), "open_clip"
     if source.kind == "transformers":
-        family, said = family_of(source.config, tower)
-        prefix = _prefix(family, source)
-        found = family.fields(said)
-        name = family.names.projection.format(prefix=prefix)
-        there = f"{name}.weight" if found.get("projection_bias") else name
-        config = _config(tower, found, projection and there in source.shapes)
-        rules = _family_rules(family, config, prefix)
-        return _Recognised(config, rules, family.known, family.model_type, family.sibling)
-    if source.kind == "timm":
-        if tower == "text":
-            raise WeightsError(f"{source.folder} is a model of timm, which has no text tower")
-        architecture = source.config["architecture"]
-        image = VisionConfig(**timm_fields(source.shapes, architecture))
-        return _Recognised(image, vision_rules(image, TIMM_NAMES, ""), TIMM_KNOWN, f"timm {architecture}")
-    if tower == "vision":
-        found, names, prefix = open_clip_vision(source.shapes, source.config)
-        image = VisionConfig(**_without_projection(found, projection))
-        sibling = r"(?!visual\.|logit).*"
-        return _Recognised(image, vision_rules(image, names, prefix), OPEN_CLIP_KNOWN, "open_clip", sibling)
-    found, text_names, prefix = open_clip_text(source.shapes, source.config)
-    text = TextConfig(**_without_projection(found, projection))
-    return _Recognised(text, text_rules(text, text_names, prefix), OPEN_CLIP_KNOWN, "open_clip", r"visual\..*")
-
-
-def _family_rules(family: Family, config: TowerConfig, prefix: str) -> list[Rule]:
-    if isinstance(config, VisionConfig):
-        return vision_rules(config, family.names, prefix)
-    return text_rules(config, family.names, prefix)
-
-
-def _prefix(family: Family, source: Source) -> str:
-    name = f"{family.names.patch}weight" if family.tower == "vision" else family.names.words
-    for prefix in family.prefixes:
-        if f"{prefix}{name}" in source.shapes:
-            return prefix
-    raise WeightsError(f"{source.folder} has no tensor {name}, so it is no {family.model_type}")
+        layout, said = family_of(source.config, tower)
+        return layout, said, layout.name
+    if tower == "text":
+        raise WeightsError(f"{source.folder} is a model of timm, which has no text tower")
+    architecture = source.config["architecture"]
+    said = timm_said(source.shapes, architecture, source.config.get("model_args") or {})
+    return TIMM, said, f"timm {architecture}"
 
 
 def _config(tower: str, given: Mapping[str, Any], projection: bool = True) -> TowerConfig:

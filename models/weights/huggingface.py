@@ -1,556 +1,287 @@
-"""The layouts of Hugging Face's `transformers`: a config.json to our configuration and back, and the names of the tensors, family by family.
+"""The layouts of Hugging Face's `transformers`, a table for each kind of tower.
 
 Names are those on the hub. Defaults are those of the configuration classes, because files on the hub leave out what equals them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-from models.text import TextConfig
-from models.vision import VisionConfig
-from models.weights.names import LayerNames, PoolNames, TextNames, VisionNames
+from models.weights.layout import Choice, Json, Layout
 from models.weights.rules import WeightsError
 
-Json = dict[str, Any]
-Fields = dict[str, Any]
+
+def _hub_file(layout: Layout, said: Json) -> Json:
+    architecture = layout.architecture[bool(said.get("projection_dim"))]
+    return {"model_type": layout.name, "architectures": [architecture], "dtype": "float32"} | said
 
 
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """One kind of tower.
+_GELUS = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
+_GELUS |= {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+_GATED_ACT = Choice("activation", _GELUS | {"swiglu": "swiglu"})
+_KEYS: Json = (
+    {"hidden_size": "hidden_size", "num_hidden_layers": "num_layers", "num_attention_heads": "num_attention_heads"}
+    | {"intermediate_size": "ffn_hidden_size", "layer_norm_eps": "layernorm_eps"}
+    | {"hidden_act": Choice("activation", _GELUS)}
+)
+_VISION_KEYS = _KEYS | {"image_size": "image_size", "patch_size": "patch_size", "num_channels": Choice("", {3: None})}
+_TEXT_KEYS = _KEYS | {"vocab_size": "vocab_size", "max_position_embeddings": "max_length", "pad_token_id": "pad_id"}
+_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+_DEFAULTS = _BASE | {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
+_VISION_DEFAULTS = _DEFAULTS | {"image_size": 224, "patch_size": 16, "num_channels": 3}
+_DIMS = {"class_token": 3, "position": 3, "register_token": 3, "pool.probe": 3}
 
-    Args:
-        tower: vision or text.
-        model_type: of a config.json that describes this tower alone; also what it is exported as.
-        whole: model_type of one that describes both towers of a pair; this one is then under `section`.
-        section: see `whole`.
-        architecture: the class of transformers that reads it: (without projection, with it).
-        prefixes: what may stand before the names; the first is written.
-        defaults: values of config.json that may be left out.
-        fields: config.json, with the defaults, to our fields.
-        describe: our configuration to config.json.
-        names: of the tensors.
-        known: patterns of tensors that are no part of the tower (heads of the training it had).
-        sibling: pattern of the other tower's tensors, where a folder holds a pair.
-    """
+# ViT, DINOv2, DINOv3
 
-    tower: str
-    model_type: str
-    whole: str = ""
-    section: str = ""
-    architecture: tuple[str, str]
-    prefixes: tuple[str, ...]
-    defaults: Json
-    fields: Callable[[Json], Fields]
-    describe: Callable[[Any], Fields]
-    names: Any
-    known: tuple[str, ...]
-    sibling: str = ""
+VIT = Layout(
+    tower="vision",
+    name="vit",
+    architecture=("ViTModel", "ViTModel"),
+    wrap=_hub_file,
+    keys=_VISION_KEYS | {"qkv_bias": "qkv_bias"},
+    fixed={"pooling": "class", "class_position": True},
+    defaults=_VISION_DEFAULTS | {"qkv_bias": True},
+    prefixes=("", "vit."),
+    known=(r".*pooler\..*", r"classifier\..*", r".*mask_token", r"decoder\..*"),
+    dims=_DIMS,
+    names={"stem.": "embeddings.patch_embeddings.projection.", "final_norm.": "layernorm."}
+    | {"class_token": "embeddings.cls_token", "position": "embeddings.position_embeddings"}
+    | {"layer": "encoder.layer.{i}.", "norm1.": "layernorm_before.", "norm2.": "layernorm_after."}
+    | {"qkv.": "attention.attention.(query|key|value).", "proj.": "attention.output.dense."}
+    | {"fc1.": "intermediate.dense.", "fc2.": "output.dense."},
+)
 
 
-_SIZES = {
-    "hidden_size": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_attention_heads": "num_attention_heads",
-    "ffn_hidden_size": "intermediate_size",
-    "layernorm_eps": "layer_norm_eps",
+def _unfold_dinov2(said: Json) -> Json:
+    wide = int(said["hidden_size"] * said["mlp_ratio"])
+    if not said["use_swiglu_ffn"]:
+        return said | {"intermediate_size": wide}
+    return said | {"intermediate_size": (int(wide * 2 / 3) + 7) // 8 * 8, "hidden_act": "swiglu"}
+
+
+def _fold_dinov2(said: Json) -> Json:
+    gated = said["hidden_act"] == "swiglu"
+    ratio = said.pop("intermediate_size") * (1.5 if gated else 1) / said["hidden_size"]
+    said |= {"mlp_ratio": round(ratio), "use_swiglu_ffn": gated}  # transformers takes whole numbers alone
+    return said | {"hidden_act": "gelu"} if gated else said
+
+
+DINOV2 = replace(
+    VIT,
+    name="dinov2",
+    architecture=("Dinov2Model", "Dinov2Model"),
+    keys=VIT.keys | {"layerscale_value": "layer_scale", "hidden_act": _GATED_ACT},
+    defaults=VIT.defaults
+    | {"layer_norm_eps": 1e-6, "patch_size": 14, "mlp_ratio": 4, "use_swiglu_ffn": False, "layerscale_value": 1.0},
+    unfold=_unfold_dinov2,
+    fold=_fold_dinov2,
+    prefixes=("", "dinov2."),
+    names=VIT.names
+    | {"norm1.": "norm1.", "norm2.": "norm2.", "scale1": "layer_scale1.lambda1", "scale2": "layer_scale2.lambda1"}
+    | {"fc1.": "mlp.fc1.", "gated.fc1.": "mlp.weights_in.", "fc2.": "mlp.fc2.", "gated.fc2.": "mlp.weights_out."},
+)
+DINOV2_WITH_REGISTERS = replace(
+    DINOV2,
+    name="dinov2_with_registers",
+    architecture=("Dinov2WithRegistersModel", "Dinov2WithRegistersModel"),
+    keys=DINOV2.keys | {"num_register_tokens": "register_tokens"},
+    fixed=DINOV2.fixed | {"position_resize": "bicubic_antialias"},
+    defaults=DINOV2.defaults | {"patch_size": 16, "num_register_tokens": 4},
+    prefixes=("", "dinov2_with_registers."),
+    names=DINOV2.names | {"register_token": "embeddings.register_tokens"},
+)
+
+
+def _fold_dinov3(said: Json) -> Json:
+    gated = said["hidden_act"] == "swiglu"
+    return said | ({"use_gated_mlp": True, "hidden_act": "silu"} if gated else {"use_gated_mlp": False})
+
+
+DINOV3 = replace(
+    VIT,
+    name="dinov3_vit",
+    architecture=("DINOv3ViTModel", "DINOv3ViTModel"),
+    keys=_VISION_KEYS
+    | {"layerscale_value": "layer_scale", "hidden_act": _GATED_ACT}
+    | {"rope_theta": "rotary_base", "num_register_tokens": "register_tokens", "query_bias": Choice("", {True: None})}
+    | {"key_bias": Choice("key_bias", {False: False}), "value_bias": Choice("", {True: None})},
+    fixed={"pooling": "class", "positions": "rotary"},
+    defaults=_VISION_DEFAULTS
+    | {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "layer_norm_eps": 1e-5}
+    | {"rope_theta": 100.0, "layerscale_value": 1.0, "num_register_tokens": 0, "use_gated_mlp": False}
+    | {"query_bias": True, "key_bias": False, "value_bias": True},
+    unfold=lambda said: said | ({"hidden_act": "swiglu"} if said["use_gated_mlp"] else {}),
+    fold=_fold_dinov3,
+    prefixes=("", "model."),
+    names=DINOV2_WITH_REGISTERS.names
+    | {"stem.": "embeddings.patch_embeddings.", "layer": "layer.{i}.", "final_norm.": "norm."}
+    | {"qkv.": "attention.(q|k|v)_proj.", "proj.": "attention.o_proj."}
+    | {"fc1.": "mlp.up_proj.", "gated.fc1.": "mlp.(gate|up)_proj.", "fc2.": "mlp.down_proj."}
+    | {"gated.fc2.": "mlp.down_proj."},
+)
+
+# CLIP, SigLIP, SigLIP 2: pairs
+
+_PAIR_LAYERS = {"layer": "encoder.layers.{i}.", "norm1.": "layer_norm1.", "norm2.": "layer_norm2."} | {
+    "qkv.": "self_attn.(q|k|v)_proj.",
+    "proj.": "self_attn.out_proj.",
+    "fc1.": "mlp.fc1.",
+    "fc2.": "mlp.fc2.",
 }
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "quick_gelu": "quick_gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-}
-_SIZE_DEFAULTS = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
-
-
-def _sizes(config: Json) -> Fields:
-    if config["hidden_act"] not in _ACTIVATIONS:
-        raise WeightsError(f"hidden_act is '{config['hidden_act']}'; known are {', '.join(_ACTIVATIONS)}")
-    return {ours: config[theirs] for ours, theirs in _SIZES.items()} | {
-        "activation": _ACTIVATIONS[config["hidden_act"]]
-    }
-
-
-def _described(config: VisionConfig | TextConfig) -> Fields:
-    """What every config.json says of a tower's sizes."""
-    theirs = {name: getattr(config, ours) for ours, name in _SIZES.items()} | {"intermediate_size": config.mlp_size}
-    names = {ours: name for name, ours in reversed(_ACTIVATIONS.items())}
-    return theirs | {"hidden_act": names.get(config.activation, config.activation)}
-
-
-def _grid(config: Json) -> Fields:
-    """Patches and learned positions; an image that is no whole number of patches loses its rest."""
-    if config.get("num_channels", 3) != 3:
-        raise WeightsError(f"num_channels is {config['num_channels']}; our towers see 3")
-    grid, patch = config["image_size"] // config["patch_size"], config["patch_size"]
-    return {"image_size": grid * patch, "patch_size": patch, "position_grid": grid}
-
-
-def _described_grid(config: VisionConfig) -> Fields:
-    grid = config.position_grid or config.image_size // config.patch_size
-    return {"image_size": grid * config.patch_size, "patch_size": config.patch_size, "num_channels": 3}
-
-
-def _vit(config: Json) -> Fields:
-    class_token = {"pooling": "class", "class_position": True, "qkv_bias": config["qkv_bias"]}
-    return _sizes(config) | _grid(config) | class_token
-
-
-def _dinov2(config: Json) -> Fields:
-    hidden, ratio = config["hidden_size"], config["mlp_ratio"]
-    wide = int(hidden * ratio)
-    gated = config["use_swiglu_ffn"]
-    fields = _vit(config | {"intermediate_size": (int(wide * 2 / 3) + 7) // 8 * 8 if gated else wide})
-    fields |= {"layer_scale": config["layerscale_value"], "register_tokens": config["num_register_tokens"]}
-    antialias = {"position_resize": "bicubic_antialias"} if config["num_register_tokens"] else {}
-    return fields | antialias | ({"activation": "swiglu"} if gated else {})
-
-
-def _describe_dinov2(config: VisionConfig) -> Fields:
-    gated = config.activation == "swiglu"
-    ratio = config.mlp_size * (1.5 if gated else 1) / config.hidden_size
-    theirs = _described(config) | _described_grid(config)
-    del theirs["intermediate_size"]
-    return theirs | {
-        "mlp_ratio": round(ratio),  # transformers takes whole numbers alone
-        "use_swiglu_ffn": gated,
-        "qkv_bias": config.qkv_bias,
-        "layerscale_value": config.layer_scale,
-        "num_register_tokens": config.register_tokens,
-        **({"hidden_act": "gelu"} if gated else {}),
-    }
-
-
-def _dinov3(config: Json) -> Fields:
-    if config["use_gated_mlp"]:
-        gated = {"activation": "swiglu"}
-        config = config | {"hidden_act": "gelu"}
-    else:
-        gated = {}
-    for bias, wanted in {"query_bias": True, "value_bias": True, "key_bias": False}.items():
-        if config[bias] is not wanted:
-            raise WeightsError(f"{bias} is {config[bias]}; only {wanted} is known for dinov3_vit")
-    grid = _grid(config)
-    del grid["position_grid"]
-    return (
-        _sizes(config)
-        | grid
-        | gated
-        | {
-            "key_bias": False,
-            "positions": "rotary",
-            "rotary_base": config["rope_theta"],
-            "pooling": "class",
-            "layer_scale": config["layerscale_value"],
-            "register_tokens": config["num_register_tokens"],
-        }
-    )
-
-
-def _describe_dinov3(config: VisionConfig) -> Fields:
-    gated = config.activation == "swiglu"
-    return (
-        _described(config)
-        | _described_grid(config)
-        | {
-            "use_gated_mlp": gated,
-            "hidden_act": "silu" if gated else _described(config)["hidden_act"],
-            "rope_theta": config.rotary_base,
-            "layerscale_value": config.layer_scale,
-            "num_register_tokens": config.register_tokens,
-        }
-    )
-
-
-def _clip_vision(config: Json) -> Fields:
-    fields = _sizes(config) | _grid(config) | {"pooling": "class", "class_position": True}
-    return fields | {"patch_bias": False, "embedding_norm": True, "projection_dim": config["projection_dim"]}
-
-
-def _clip_text(config: Json) -> Fields:
-    # Before transformers 4.32 the end was written as 2, though it was, as in every CLIP vocabulary, the last piece.
-    end = config["vocab_size"] - 1 if config["eos_token_id"] == 2 else config["eos_token_id"]
-    return _pair_text(config) | {
-        "eos_id": end,
-        "causal": True,
-        "pooling": "eos",
-        "projection_dim": config["projection_dim"],
-    }
-
-
-def _siglip_vision(config: Json) -> Fields:
-    pooling = "attention" if config["vision_use_head"] else "mean"
-    return _sizes(config) | _grid(config) | {"pooling": pooling}
-
-
-def _siglip2_vision(config: Json) -> Fields:
-    side = round(config["num_patches"] ** 0.5)
-    fields = _siglip_vision(config | {"image_size": side * config["patch_size"]})
-    return fields | {"position_resize": "bilinear_antialias"}
-
-
-def _describe_siglip(config: VisionConfig) -> Fields:
-    return _described(config) | _described_grid(config) | {"vision_use_head": config.pooling == "attention"}
-
-
-def _describe_siglip2(config: VisionConfig) -> Fields:
-    return _describe_siglip(config) | {"num_patches": config.num_positions}
-
-
-def _pair_text(config: Json) -> Fields:
-    return _sizes(config) | {
-        "vocab_size": config["vocab_size"],
-        "max_length": config["max_position_embeddings"],
-        "pad_id": config["pad_token_id"],
-        "embedding_norm": False,
-        "mask_padding": False,
-    }
-
-
-def _siglip_text(config: Json) -> Fields:
-    projection = {"projection_dim": config["projection_size"], "projection_bias": True}
-    return _pair_text(config) | {"pooling": "last"} | projection
-
-
-def _describe_text(config: TextConfig) -> Fields:
-    return _described(config) | {
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_length + config.position_offset,
-        "pad_token_id": config.pad_id,
-    }
-
-
-def _bert(config: Json) -> Fields:
-    return _sizes(config) | {
-        "vocab_size": config["vocab_size"],
-        "max_length": config["max_position_embeddings"],
-        "pad_id": config["pad_token_id"],
-        "token_types": config["type_vocab_size"],
-        "post_norm": True,
-        "pooling": "class",
-    }
-
-
-def _roberta(config: Json) -> Fields:
-    offset = config["pad_token_id"] + 1
-    return _bert(config) | {"position_offset": offset, "max_length": config["max_position_embeddings"] - offset}
-
-
-_VIT_LAYERS = LayerNames(
-    layer="encoder.layer.{i}.",
-    qkv=("attention.attention.query.", "attention.attention.key.", "attention.attention.value."),
-    proj="attention.output.dense.",
-    norm1="layernorm_before.",
-    norm2="layernorm_after.",
-    fc1="intermediate.dense.",
-    fc2="output.dense.",
-)
-_VIT_NAMES = VisionNames(
-    layers=_VIT_LAYERS,
-    patch="embeddings.patch_embeddings.projection.",
-    class_token="embeddings.cls_token",
-    position="embeddings.position_embeddings",
-    register="embeddings.register_tokens",
-    final_norm="layernorm.",
-)
-_DINOV2_NAMES = replace(
-    _VIT_NAMES,
-    layers=replace(
-        _VIT_LAYERS,
-        norm1="norm1.",
-        norm2="norm2.",
-        fc1="mlp.fc1.",
-        fc2="mlp.fc2.",
-        gated_fc1=("mlp.weights_in.",),
-        gated_fc2="mlp.weights_out.",
-        scale1="layer_scale1.lambda1",
-        scale2="layer_scale2.lambda1",
-    ),
-)
-_DINOV3_NAMES = replace(
-    _DINOV2_NAMES,
-    patch="embeddings.patch_embeddings.",
-    final_norm="norm.",
-    layers=replace(
-        _DINOV2_NAMES.layers,
-        layer="layer.{i}.",
-        qkv=("attention.q_proj.", "attention.k_proj.", "attention.v_proj."),
-        proj="attention.o_proj.",
-        fc1="mlp.up_proj.",
-        fc2="mlp.down_proj.",
-        gated_fc1=("mlp.gate_proj.", "mlp.up_proj."),
-        gated_fc2="mlp.down_proj.",
-    ),
-)
-_PAIR_LAYERS = LayerNames(
-    layer="encoder.layers.{i}.",
-    qkv=("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj."),
-    proj="self_attn.out_proj.",
-    norm1="layer_norm1.",
-    norm2="layer_norm2.",
-    fc1="mlp.fc1.",
-    fc2="mlp.fc2.",
-)
-_CLIP_VISION_NAMES = VisionNames(
-    layers=_PAIR_LAYERS,
-    patch="embeddings.patch_embedding.",
-    class_token="embeddings.class_embedding",
-    position="embeddings.position_embedding.weight",
-    embedding_norm="pre_layrnorm.",
-    final_norm="post_layernorm.",
-    projection="visual_projection.weight",
-    token_dims=1,
-    position_dims=2,
-    pool=PoolNames(
-        probe="head.probe",
-        qkv=("head.attention.in_proj_",),
-        proj="head.attention.out_proj.",
-        norm="head.layernorm.",
-        fc1="head.mlp.fc1.",
-        fc2="head.mlp.fc2.",
-    ),
-)
-_CLIP_TEXT_NAMES = TextNames(
-    layers=_PAIR_LAYERS,
-    words="embeddings.token_embedding.weight",
-    position="embeddings.position_embedding.weight",
-    final_norm="final_layer_norm.",
-    projection="text_projection.weight",
-)
-_BERT_NAMES = TextNames(
-    layers=LayerNames(
-        layer="encoder.layer.{i}.",
-        qkv=("attention.self.query.", "attention.self.key.", "attention.self.value."),
-        proj="attention.output.dense.",
-        norm1="attention.output.LayerNorm.",
-        norm2="output.LayerNorm.",
-        fc1="intermediate.dense.",
-        fc2="output.dense.",
-    ),
-    words="embeddings.word_embeddings.weight",
-    position="embeddings.position_embeddings.weight",
-    token_type="embeddings.token_type_embeddings.weight",
-    norm="embeddings.LayerNorm.",
-)
-
-_VIT_DEFAULTS = _SIZE_DEFAULTS | {
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-12,
-    "image_size": 224,
-    "patch_size": 16,
-    "qkv_bias": True,
-}
-_DINOV2_DEFAULTS = _VIT_DEFAULTS | {
-    "layer_norm_eps": 1e-6,
-    "patch_size": 14,
-    "mlp_ratio": 4,
-    "use_swiglu_ffn": False,
-    "layerscale_value": 1.0,
-    "num_register_tokens": 0,
-}
+_PAIR_KNOWN = (r"logit_(scale|bias)", r".*position_ids", r"(visual|text)_projection\.weight")
 _CLIP_DEFAULTS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 512}
-_SIGLIP_DEFAULTS = _SIZE_DEFAULTS | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
-_SIGLIP_VISION_DEFAULTS = _SIGLIP_DEFAULTS | {"image_size": 224, "patch_size": 16, "vision_use_head": True}
-_SIGLIP_TEXT_DEFAULTS = _SIGLIP_DEFAULTS | {"vocab_size": 32000, "max_position_embeddings": 64, "pad_token_id": 1}
-_BERT_DEFAULTS = _SIZE_DEFAULTS | {
-    "vocab_size": 30522,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-12,
-    "max_position_embeddings": 512,
-    "type_vocab_size": 2,
-    "pad_token_id": 0,
-}
-_PAIR_KNOWN = (
-    r"logit_scale",
-    r"logit_bias",
-    r".*position_ids",
-    r"visual_projection\.weight",
-    r"text_projection\.weight",
+_SIGLIP_DEFAULTS = _DEFAULTS | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+
+CLIP_VISION = Layout(
+    tower="vision",
+    name="clip_vision_model",
+    whole="clip",
+    section="vision_config",
+    architecture=("CLIPVisionModel", "CLIPVisionModelWithProjection"),
+    wrap=_hub_file,
+    keys=_VISION_KEYS | {"projection_dim": "projection_dim"},
+    fixed={"pooling": "class", "class_position": True, "patch_bias": False, "embedding_norm": True},
+    defaults=_VISION_DEFAULTS | _CLIP_DEFAULTS | {"patch_size": 32},
+    prefixes=("vision_model.", ""),
+    known=_PAIR_KNOWN,
+    sibling=r"text_model\..*|text_projection\..*",
+    dims={"class_token": 1, "position": 2},
+    names=_PAIR_LAYERS
+    | {"stem.": "embeddings.patch_embedding.", "class_token": "embeddings.class_embedding"}
+    | {"position": "embeddings.position_embedding.weight", "embedding_norm.": "pre_layrnorm."}
+    | {"final_norm.": "post_layernorm.", "projection.": "/visual_projection."},
 )
-_VISION_SIBLING, _TEXT_SIBLING = r"vision_model\..*|visual_projection\..*", r"text_model\..*|text_projection\..*"
-_BERT_KNOWN = (r".*pooler\..*", r"cls\..*", r"lm_head\..*", r"classifier\..*", r"qa_outputs\..*", r".*position_ids")
-_VIT_KNOWN = (r".*pooler\..*", r"classifier\..*", r".*mask_token", r"decoder\..*")
+CLIP_TEXT = Layout(
+    tower="text",
+    name="clip_text_model",
+    whole="clip",
+    section="text_config",
+    architecture=("CLIPTextModel", "CLIPTextModelWithProjection"),
+    wrap=_hub_file,
+    keys=_TEXT_KEYS | {"eos_token_id": "eos_id", "projection_dim": "projection_dim"},
+    fixed={"pooling": "eos", "causal": True, "embedding_norm": False, "mask_padding": False},
+    defaults=_CLIP_DEFAULTS
+    | {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "intermediate_size": 2048}
+    | {"vocab_size": 49408, "max_position_embeddings": 77, "pad_token_id": 1, "eos_token_id": 49407},
+    # Before transformers 4.32 the end was written as 2, though it was, as in every CLIP vocabulary, the last piece.
+    unfold=lambda said: said | ({"eos_token_id": said["vocab_size"] - 1} if said["eos_token_id"] == 2 else {}),
+    prefixes=("text_model.", ""),
+    known=_PAIR_KNOWN,
+    sibling=r"vision_model\..*|visual_projection\..*",
+    names=_PAIR_LAYERS
+    | {"words.weight": "embeddings.token_embedding.weight", "position": "embeddings.position_embedding.weight"}
+    | {"final_norm.": "final_layer_norm.", "projection.": "/text_projection."},
+)
+SIGLIP_VISION = replace(
+    CLIP_VISION,
+    name="siglip_vision_model",
+    whole="siglip",
+    architecture=("SiglipVisionModel", "SiglipVisionModel"),
+    keys=_VISION_KEYS | {"vision_use_head": Choice("pooling", {False: "mean", True: "attention"})},
+    fixed={},
+    defaults=_VISION_DEFAULTS | _SIGLIP_DEFAULTS | {"vision_use_head": True},
+    dims={"position": 2, "pool.probe": 3},
+    names=CLIP_VISION.names
+    | {"pool.probe": "head.probe", "pool.qkv.": "head.attention.in_proj_", "pool.proj.": "head.attention.out_proj."}
+    | {"pool.norm.": "head.layernorm.", "pool.fc1.": "head.mlp.fc1.", "pool.fc2.": "head.mlp.fc2."},
+)
+SIGLIP_TEXT = replace(
+    CLIP_TEXT,
+    name="siglip_text_model",
+    whole="siglip",
+    architecture=("SiglipTextModel", "SiglipTextModel"),
+    keys=_TEXT_KEYS | {"projection_size": "projection_dim"},
+    fixed={"pooling": "last", "embedding_norm": False, "mask_padding": False, "projection_bias": True},
+    defaults=_DEFAULTS | _SIGLIP_DEFAULTS | {"vocab_size": 32000, "max_position_embeddings": 64, "pad_token_id": 1},
+    unfold=lambda said: {"projection_size": said["hidden_size"]} | said,
+    known=(*_PAIR_KNOWN, r"(text_model\.)?head\..*"),
+    names=CLIP_TEXT.names | {"projection.": "head."},
+)
+SIGLIP2_VISION = replace(
+    SIGLIP_VISION,
+    name="siglip2_vision_model",
+    whole="siglip2",
+    architecture=("Siglip2VisionModel", "Siglip2VisionModel"),
+    fixed={"position_resize": "bilinear_antialias"},
+    defaults=SIGLIP_VISION.defaults | {"num_patches": 256},
+    unfold=lambda said: said | {"image_size": round(said["num_patches"] ** 0.5) * said["patch_size"]},
+    fold=lambda said: said | {"num_patches": (said["image_size"] // said["patch_size"]) ** 2},
+    flat_patches=True,
+)
+SIGLIP2_TEXT = replace(
+    SIGLIP_TEXT,
+    name="siglip2_text_model",
+    whole="siglip2",
+    architecture=("Siglip2TextModel", "Siglip2TextModel"),
+)
+
+# BERT, RoBERTa, XLM-R
+
+BERT = Layout(
+    tower="text",
+    name="bert",
+    architecture=("BertModel", "BertModel"),
+    wrap=_hub_file,
+    keys=_TEXT_KEYS | {"type_vocab_size": "token_types"},
+    fixed={"post_norm": True, "pooling": "class"},
+    defaults=_DEFAULTS | {"vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2, "pad_token_id": 0},
+    prefixes=("", "bert."),
+    known=(r".*pooler\..*", r"(cls|lm_head|classifier|qa_outputs)\..*", r".*position_ids"),
+    names={"words.weight": "embeddings.word_embeddings.weight", "position": "embeddings.position_embeddings.weight"}
+    | {"token_type": "embeddings.token_type_embeddings.weight", "norm.": "embeddings.LayerNorm."}
+    | {"layer": "encoder.layer.{i}.", "norm1.": "attention.output.LayerNorm.", "norm2.": "output.LayerNorm."}
+    | {"qkv.": "attention.self.(query|key|value).", "proj.": "attention.output.dense."}
+    | {"fc1.": "intermediate.dense.", "fc2.": "output.dense."},
+)
 
 
-def _bert_family(
-    model_type: str, prefix: str, architecture: str, fields: Callable[[Json], Fields], **defaults: int
-) -> Family:
-    return Family(
-        tower="text",
-        model_type=model_type,
-        architecture=(architecture, architecture),
-        prefixes=("", prefix),
-        defaults=_BERT_DEFAULTS | defaults,
-        fields=fields,
-        describe=lambda config: _describe_text(config) | {"type_vocab_size": config.token_types},
-        names=_BERT_NAMES,
-        known=_BERT_KNOWN,
-    )
+def _unfold_roberta(said: Json) -> Json:
+    offset = said["pad_token_id"] + 1  # positions count on from the id of padding
+    return said | {"offset": offset, "max_position_embeddings": said["max_position_embeddings"] - offset}
 
 
-def _siglip_families(
-    name: str, library: str, vision: Callable[[Json], Fields], describe: Callable[..., Fields]
-) -> list[Family]:
-    naflex = name == "siglip2"
-    return [
-        Family(
-            tower="vision",
-            model_type=f"{name}_vision_model",
-            whole=name,
-            section="vision_config",
-            architecture=(f"{library}VisionModel", f"{library}VisionModel"),
-            prefixes=("vision_model.", ""),
-            defaults=_SIGLIP_VISION_DEFAULTS | ({"num_patches": 256} if naflex else {}),
-            fields=vision,
-            describe=describe,
-            names=replace(_CLIP_VISION_NAMES, flat_patches=naflex),
-            known=_PAIR_KNOWN,
-            sibling=_TEXT_SIBLING,
-        ),
-        Family(
-            tower="text",
-            model_type=f"{name}_text_model",
-            whole=name,
-            section="text_config",
-            architecture=(f"{library}TextModel", f"{library}TextModel"),
-            prefixes=("text_model.", ""),
-            defaults=_SIGLIP_TEXT_DEFAULTS,
-            fields=_siglip_text,
-            describe=lambda config: _describe_text(config) | {"projection_size": config.projection_dim},
-            names=replace(_CLIP_TEXT_NAMES, projection="{prefix}head"),
-            known=(*_PAIR_KNOWN, r"(text_model\.)?head\..*"),
-            sibling=_VISION_SIBLING,
-        ),
-    ]
+def _fold_roberta(said: Json) -> Json:
+    said["max_position_embeddings"] += said.pop("offset")
+    return said
 
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (
-        Family(
-            tower="vision",
-            model_type="vit",
-            architecture=("ViTModel", "ViTModel"),
-            prefixes=("", "vit."),
-            defaults=_VIT_DEFAULTS,
-            fields=_vit,
-            describe=lambda c: _described(c) | _described_grid(c) | {"qkv_bias": c.qkv_bias},
-            names=_VIT_NAMES,
-            known=_VIT_KNOWN,
-        ),
-        Family(
-            tower="vision",
-            model_type="dinov2",
-            architecture=("Dinov2Model", "Dinov2Model"),
-            prefixes=("", "dinov2."),
-            defaults=_DINOV2_DEFAULTS,
-            fields=_dinov2,
-            describe=_describe_dinov2,
-            names=_DINOV2_NAMES,
-            known=_VIT_KNOWN,
-        ),
-        Family(
-            tower="vision",
-            model_type="dinov2_with_registers",
-            architecture=("Dinov2WithRegistersModel", "Dinov2WithRegistersModel"),
-            prefixes=("", "dinov2_with_registers."),
-            defaults=_DINOV2_DEFAULTS | {"patch_size": 16, "num_register_tokens": 4},
-            fields=_dinov2,
-            describe=_describe_dinov2,
-            names=_DINOV2_NAMES,
-            known=_VIT_KNOWN,
-        ),
-        Family(
-            tower="vision",
-            model_type="dinov3_vit",
-            architecture=("DINOv3ViTModel", "DINOv3ViTModel"),
-            prefixes=("", "model."),
-            defaults={
-                **_VIT_DEFAULTS,
-                "hidden_size": 384,
-                "num_attention_heads": 6,
-                "intermediate_size": 1536,
-                "layer_norm_eps": 1e-5,
-                "rope_theta": 100.0,
-                "layerscale_value": 1.0,
-                "num_register_tokens": 0,
-                "use_gated_mlp": False,
-                "query_bias": True,
-                "key_bias": False,
-                "value_bias": True,
-            },
-            fields=_dinov3,
-            describe=_describe_dinov3,
-            names=_DINOV3_NAMES,
-            known=_VIT_KNOWN,
-        ),
-        Family(
-            tower="vision",
-            model_type="clip_vision_model",
-            whole="clip",
-            section="vision_config",
-            architecture=("CLIPVisionModel", "CLIPVisionModelWithProjection"),
-            prefixes=("vision_model.", ""),
-            defaults=_SIZE_DEFAULTS | _CLIP_DEFAULTS | {"image_size": 224, "patch_size": 32},
-            fields=_clip_vision,
-            describe=lambda c: _described(c) | _described_grid(c) | {"projection_dim": c.projection_dim},
-            names=_CLIP_VISION_NAMES,
-            known=_PAIR_KNOWN,
-            sibling=_TEXT_SIBLING,
-        ),
-        Family(
-            tower="text",
-            model_type="clip_text_model",
-            whole="clip",
-            section="text_config",
-            architecture=("CLIPTextModel", "CLIPTextModelWithProjection"),
-            prefixes=("text_model.", ""),
-            defaults={
-                **_CLIP_DEFAULTS,
-                "hidden_size": 512,
-                "num_hidden_layers": 12,
-                "num_attention_heads": 8,
-                "intermediate_size": 2048,
-                "vocab_size": 49408,
-                "max_position_embeddings": 77,
-                "pad_token_id": 1,
-                "eos_token_id": 49407,
-            },
-            fields=_clip_text,
-            describe=lambda c: _describe_text(c) | {"eos_token_id": c.eos_id, "projection_dim": c.projection_dim},
-            names=_CLIP_TEXT_NAMES,
-            known=_PAIR_KNOWN,
-            sibling=_VISION_SIBLING,
-        ),
-        *_siglip_families("siglip", "Siglip", _siglip_vision, _describe_siglip),
-        *_siglip_families("siglip2", "Siglip2", _siglip2_vision, _describe_siglip2),
-        _bert_family("bert", "bert.", "BertModel", _bert),
-        _bert_family("roberta", "roberta.", "RobertaModel", _roberta, pad_token_id=1, vocab_size=50265),
-        _bert_family("xlm-roberta", "roberta.", "XLMRobertaModel", _roberta, pad_token_id=1),
-    )
-}
+ROBERTA = replace(
+    BERT,
+    name="roberta",
+    architecture=("RobertaModel", "RobertaModel"),
+    keys=BERT.keys | {"offset": "position_offset"},
+    defaults=BERT.defaults | {"pad_token_id": 1, "vocab_size": 50265},
+    unfold=_unfold_roberta,
+    fold=_fold_roberta,
+    prefixes=("", "roberta."),
+)
+XLM_ROBERTA = replace(
+    ROBERTA,
+    name="xlm-roberta",
+    architecture=("XLMRobertaModel", "XLMRobertaModel"),
+    defaults=BERT.defaults | {"pad_token_id": 1},
+)
+
+_VISION = (VIT, DINOV2, DINOV2_WITH_REGISTERS, DINOV3, CLIP_VISION, SIGLIP_VISION, SIGLIP2_VISION)
+_TEXT = (CLIP_TEXT, SIGLIP_TEXT, SIGLIP2_TEXT, BERT, ROBERTA, XLM_ROBERTA)
+FAMILIES: dict[str, Layout] = {layout.name: layout for layout in (*_VISION, *_TEXT)}
 
 
-def family_of(config: Json, tower: str) -> tuple[Family, Fields]:
+def family_of(config: Json, tower: str) -> tuple[Layout, Json]:
     """The family of that `tower` in a config.json, and what it says of it, with the defaults.
 
     Raises:
         WeightsError: an unknown model_type, or one without that tower.
     """
     kind = config.get("model_type", "")
-    for family in FAMILIES.values():
-        if family.tower == tower and kind in (family.model_type, family.whole):
-            whole = kind == family.whole and family.section
-            said = dict(config.get(family.section) or {}) if whole else dict(config)
-            if whole and "projection_dim" in config:
-                said["projection_dim"] = config["projection_dim"]
-            if tower == "text" and "siglip" in kind and "projection_size" not in said:
-                said["projection_size"] = said.get("hidden_size", family.defaults["hidden_size"])
-            return family, {**family.defaults, **{key: value for key, value in said.items() if value is not None}}
-    kinds = sorted({k for f in FAMILIES.values() if f.tower == tower for k in (f.model_type, f.whole) if k})
+    candidates = [layout for layout in FAMILIES.values() if layout.tower == tower]
+    for layout in candidates:
+        if kind not in (layout.name, layout.whole):
+            continue
+        said = dict(config)
+        if kind == layout.whole:
+            shared = {key: config[key] for key in ("projection_dim",) if key in config}
+            said = (config.get(layout.section) or {}) | shared
+        return layout, layout.defaults | {key: value for key, value in said.items() if value is not None}
+    kinds = sorted({name for layout in candidates for name in (layout.name, layout.whole) if name})
     raise WeightsError(f"config.json's model_type is '{kind}'; a {tower} tower comes from {', '.join(kinds)}")

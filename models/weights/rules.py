@@ -23,13 +23,8 @@ class Rule:
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
-    load: Callable[[Tensors], Tensors]
-    save: Callable[[Tensors], Tensors]
-
-
-def same(ours: str, theirs: str) -> Rule:
-    """One tensor as it is."""
-    return Rule((ours,), (theirs,), list, list)
+    load: Callable[[Tensors], Tensors] = list
+    save: Callable[[Tensors], Tensors] = list
 
 
 def transposed(ours: str, theirs: str) -> Rule:
@@ -37,23 +32,18 @@ def transposed(ours: str, theirs: str) -> Rule:
     return Rule((ours,), (theirs,), lambda t: [t[0].T], lambda t: [t[0].T])
 
 
-def leading(ours: str, theirs: str, dims: int) -> Rule:
-    """Rows [n, h]; theirs have `dims` dimensions: more with ones in front, fewer with n = 1 left out."""
-
-    def save(t: Tensors) -> Tensors:
-        return [t[0].reshape(*(1,) * (dims - 2), *t[0].shape) if dims >= 2 else t[0].flatten()]
-
-    return Rule((ours,), (theirs,), lambda t: [t[0].reshape(-1, t[0].shape[-1])], save)
-
-
-def first_and_rest(first: str, rest: str, theirs: str, dims: int) -> Rule:
-    """Two of ours, [1, h] and [n, h], that are one table [n + 1, h] of theirs, with ones in front up to `dims` dimensions."""
+def rows(ours: tuple[str, ...], theirs: str, dims: int) -> Rule:
+    """Rows [n, h] of ours, or two of ours ([1, h] and the rest), in one table of theirs with `dims` dimensions: ones in front, or n = 1 left out."""
 
     def load(t: Tensors) -> Tensors:
-        rows = t[0].reshape(-1, t[0].shape[-1])
-        return [rows[:1], rows[1:]]
+        table = t[0].reshape(-1, t[0].shape[-1])
+        return [table] if len(ours) == 1 else [table[:1], table[1:]]
 
-    return Rule((first, rest), (theirs,), load, lambda t: [torch.cat(t).reshape(*(1,) * (dims - 2), -1, t[0].shape[1])])
+    def save(t: Tensors) -> Tensors:
+        table = torch.cat(t)
+        return [table.reshape(*(1,) * (dims - 2), *table.shape) if dims >= 2 else table.flatten()]
+
+    return Rule(ours, (theirs,), load, save)
 
 
 def padded_rows(ours: str, theirs: str, rows: int, padded: int) -> Rule:
@@ -61,23 +51,26 @@ def padded_rows(ours: str, theirs: str, rows: int, padded: int) -> Rule:
     return Rule((ours,), (theirs,), lambda t: [F.pad(t[0], (0, 0, 0, padded - len(t[0])))], lambda t: [t[0][:rows]])
 
 
-def interleaved_heads(ours: str, theirs: tuple[str, ...], heads: int) -> Rule:
-    """Queries, keys and values: three tensors of theirs, or one that holds them one after the other; ours go head by head."""
+def interleaved(ours: str, theirs: tuple[str, ...], parts: int, groups: int) -> Rule:
+    """`parts` tensors of theirs, or one that holds them one after the other; ours take turns, `groups` times.
+
+    Queries, keys and values go head by head (3 parts), gate and up projection row by row (2 parts).
+    """
 
     def load(t: Tensors) -> Tensors:
-        parts = t if len(t) == 3 else t[0].chunk(3)
-        return [torch.stack([part.unflatten(0, (heads, -1)) for part in parts], 1).flatten(0, 2)]
+        found = t if len(t) == parts else t[0].chunk(parts)
+        return [torch.stack([part.unflatten(0, (groups, -1)) for part in found], 1).flatten(0, 2)]
 
     def save(t: Tensors) -> Tensors:
-        parts = [part.flatten(0, 1) for part in t[0].unflatten(0, (heads, 3, -1)).unbind(1)]
-        return parts if len(theirs) == 3 else [torch.cat(parts)]
+        found = [part.flatten(0, 1) for part in t[0].unflatten(0, (groups, parts, -1)).unbind(1)]
+        return found if len(theirs) == parts else [torch.cat(found)]
 
     return Rule((ours,), theirs, load, save)
 
 
 def keyless_bias(ours: str, query: str, value: str, heads: int) -> Rule:
     """The bias of queries, keys and values where theirs has none for keys: ours is zero there, and must still be when it goes back."""
-    whole = interleaved_heads(ours, (query, "", value), heads)
+    whole = interleaved(ours, (query, "", value), 3, heads)
 
     def save(t: Tensors) -> Tensors:
         q, k, v = whole.save(t)
@@ -98,19 +91,6 @@ def concatenated(ours: str, theirs: tuple[str, ...], sizes: tuple[int, ...]) -> 
     return Rule((ours,), theirs, lambda t: [torch.cat(t)], save)
 
 
-def gated(ours: str, theirs: tuple[str, ...]) -> Rule:
-    """Gate and up projection: two tensors of theirs, or one that holds the gate first; ours alternate them row by row."""
-
-    def load(t: Tensors) -> Tensors:
-        return [torch.stack(t if len(t) == 2 else list(t[0].chunk(2)), 1).flatten(0, 1)]
-
-    def save(t: Tensors) -> Tensors:
-        parts = list(t[0].unflatten(0, (-1, 2)).unbind(1))
-        return parts if len(theirs) == 2 else [torch.cat(parts)]
-
-    return Rule((ours,), theirs, load, save)
-
-
 def flat_patches(ours: str, theirs: str, patch_size: int) -> Rule:
     """A patch embedding that theirs applies to pixels in the order (row, column, channel) as a matrix."""
 
@@ -124,14 +104,17 @@ def load_all(rules: Iterable[Rule], theirs: Mapping[str, Tensor]) -> dict[str, T
     """Our tensors from theirs, float32.
 
     Raises:
-        WeightsError: some of theirs are missing; all are named.
+        WeightsError: some of theirs are missing, all are named; or one cannot be taken apart as the description says.
     """
     rules = list(rules)
     if missing := [name for rule in rules for name in rule.theirs if name not in theirs]:
         raise WeightsError(f"{len(missing)} tensor(s) are missing: {listed(missing)}")
     ours: dict[str, Tensor] = {}
     for rule in rules:
-        found = rule.load([theirs[name].float() for name in rule.theirs])
+        try:
+            found = rule.load([theirs[name].float() for name in rule.theirs])
+        except RuntimeError as error:
+            raise WeightsError(f"{', '.join(rule.theirs)} does not fit the description: {error}") from error
         ours.update(zip(rule.ours, (t.contiguous() for t in found), strict=True))
     return ours
 

@@ -1,94 +1,102 @@
-"""The layouts of timm's VisionTransformer and of open_clip: what the tower is follows from the tensors' shapes and two words of the description."""
+"""The layouts of timm's VisionTransformer and of open_clip's two transformers, a table each."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
-from models.weights.names import LayerNames, PoolNames, TextNames, VisionNames
+from models.weights.layout import Choice, Json, Layout
 from models.weights.rules import WeightsError
 
 Shapes = Mapping[str, tuple[int, ...]]
-Fields = dict[str, Any]
 
-TIMM_NAMES = VisionNames(
-    layers=LayerNames(
-        layer="blocks.{i}.",
-        qkv=("attn.qkv.",),
-        proj="attn.proj.",
-        norm1="norm1.",
-        norm2="norm2.",
-        fc1="mlp.fc1.",
-        fc2="mlp.fc2.",
-        gated_fc1=("mlp.fc1.",),
-        gated_fc2="mlp.fc2.",
-        scale1="ls1.gamma",
-        scale2="ls2.gamma",
-        head_norms=("attn.q_norm.", "attn.k_norm."),
-    ),
-    patch="patch_embed.proj.",
-    class_token="cls_token",
-    position="pos_embed",
-    register="reg_token",
-    embedding_norm="norm_pre.",
-    final_norm="norm.",
-    pool=PoolNames(
-        probe="attn_pool.latent",
-        qkv=("attn_pool.q.", "attn_pool.kv."),
-        proj="attn_pool.proj.",
-        norm="attn_pool.norm.",
-        fc1="attn_pool.mlp.fc1.",
-        fc2="attn_pool.mlp.fc2.",
-    ),
-)
-TIMM_KNOWN = (r"head\..*", r"head_dist\..*")
-_CLIP_LAYERS = LayerNames(
-    layer="transformer.resblocks.{i}.",
-    qkv=("attn.in_proj_",),
-    proj="attn.out_proj.",
-    norm1="ln_1.",
-    norm2="ln_2.",
-    fc1="mlp.c_fc.",
-    fc2="mlp.c_proj.",
-    scale1="ls_1.gamma",
-    scale2="ls_2.gamma",
-)
-OPEN_CLIP_VISION_NAMES = VisionNames(
-    layers=_CLIP_LAYERS,
-    patch="conv1.",
-    class_token="class_embedding",
-    position="positional_embedding",
-    embedding_norm="ln_pre.",
-    final_norm="ln_post.",
-    projection="{prefix}proj",
-    projection_transposed=True,
-    token_dims=1,
-    position_dims=2,
-)
-OPEN_CLIP_TEXT_NAMES = TextNames(
-    layers=_CLIP_LAYERS,
-    words="token_embedding.weight",
-    position="positional_embedding",
-    final_norm="ln_final.",
-    projection="{prefix}text_projection",
-    projection_transposed=True,
-)
-OPEN_CLIP_KNOWN = (
-    r"logit_scale",
-    r"logit_bias",
-    r".*attn_mask",
-    r"visual\.proj",
-    r"visual\.head\..*",
-    r"(text\.)?text_projection.*",
-)
 
-# Heads of timm's vision transformers by width; elsewhere a head is 64 wide.
+def _ratio(hidden: int, wide: int) -> float:
+    """The factor that both libraries round down to `wide` when they multiply `hidden` by it."""
+    ratio = wide / hidden
+    return ratio if int(hidden * ratio) == wide else math.nextafter(ratio, math.inf)
+
+
+# timm: an architecture of its registry, and what differs from it as model_args
+
+_GATED = "giant_patch14_dinov2|giant_patch14_reg4_dinov2"
+_GELU_TANH = "giantopt|so400m_patch16_siglip|base_patch32_siglip|large_patch16_siglip_(gap_)?512"
+# Heads by width; elsewhere a head is 64 wide.
 _HEADS = {1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
 
 
-def timm_fields(shapes: Shapes, architecture: str, prefix: str = "") -> Fields:
-    """Our fields of a timm VisionTransformer whose tensors have these shapes, by names after `prefix`.
+def _unfold_timm(said: Json) -> Json:
+    architecture = said["architecture"]
+    gated = said.get("gated", bool(re.search(_GATED, architecture)))
+    fc1 = int(said["embed_dim"] * said["mlp_ratio"])
+    return said | {
+        "ffn": fc1 // 2 if gated else fc1,
+        "eps": 1e-5 if "clip" in architecture else 1e-6,
+        "act_layer": "swiglu" if gated else said["act_layer"],
+        "init_values": said["init_values"] or 0.0,
+        "patch_bias": not said["pre_norm"],
+        # With registers, timm's positions are those of the registers too, or of the patches alone.
+        "class_position": said["class_token"] and not said["no_embed_class"] and not said["reg_tokens"],
+    }
+
+
+def _fold_timm(said: Json) -> Json:
+    gated = said["act_layer"] == "swiglu"
+    clip = said.pop("eps") == 1e-5  # not among the arguments that a file can hold, but clip's architectures have it
+    wide = said.pop("ffn") * (2 if gated else 1)
+    kind = "giant_patch14_dinov2" if gated else "base_patch16_clip_224" if clip else "base_patch16_224"
+    class_position = said.pop("class_position")
+    del said["patch_bias"]
+    if gated:
+        del said["act_layer"]  # the architecture's own
+    return said | {
+        "architecture": f"vit_{kind}",
+        "mlp_ratio": _ratio(said["embed_dim"], wide),
+        "init_values": said["init_values"] or None,
+        "no_embed_class": not class_position,
+        "fc_norm": False,
+    }
+
+
+def _timm_file(layout: Layout, said: Json) -> Json:
+    architecture, side = said.pop("architecture"), said["img_size"]
+    shown = {"architecture": architecture, "num_classes": 0, "num_features": said["embed_dim"]}
+    sizes = {"input_size": [3, side, side], "fixed_input_size": True, "num_classes": 0}
+    places = {"first_conv": "patch_embed.proj", "classifier": "head"}
+    return shown | {"model_args": said | {"num_classes": 0}, "pretrained_cfg": sizes | places}
+
+
+TIMM = Layout(
+    tower="vision",
+    name="timm",
+    keys={"img_size": "image_size", "patch_size": "patch_size", "embed_dim": "hidden_size", "depth": "num_layers"}
+    | {"num_heads": "num_attention_heads", "ffn": "ffn_hidden_size", "eps": "layernorm_eps"}
+    | {"act_layer": Choice("activation", {name: name for name in ("gelu", "gelu_tanh", "quick_gelu", "swiglu")})}
+    | {"global_pool": Choice("pooling", {"token": "class", "avg": "mean", "map": "attention"})}
+    | {"class_token": "class_token", "class_position": "class_position", "reg_tokens": "register_tokens"}
+    | {"patch_bias": "patch_bias", "qkv_bias": "qkv_bias", "qk_norm": "qk_norm", "pre_norm": "embedding_norm"}
+    | {"init_values": "layer_scale"},
+    fixed={"position_resize": "bicubic_antialias"},
+    defaults={},
+    unfold=_unfold_timm,
+    fold=_fold_timm,
+    wrap=_timm_file,
+    known=(r"head\..*", r"head_dist\..*"),
+    dims={"class_token": 3, "position": 3, "register_token": 3, "pool.probe": 3},
+    names={"stem.": "patch_embed.proj.", "class_token": "cls_token", "position": "pos_embed"}
+    | {"register_token": "reg_token", "embedding_norm.": "norm_pre.", "final_norm.": "norm."}
+    | {"layer": "blocks.{i}.", "norm1.": "norm1.", "norm2.": "norm2.", "scale1": "ls1.gamma", "scale2": "ls2.gamma"}
+    | {"qkv.": "attn.qkv.", "q_norm.": "attn.q_norm.", "k_norm.": "attn.k_norm.", "proj.": "attn.proj."}
+    | {"fc1.": "mlp.fc1.", "fc2.": "mlp.fc2."}
+    | {"pool.probe": "attn_pool.latent", "pool.qkv.": "attn_pool.(q|kv).", "pool.proj.": "attn_pool.proj."}
+    | {"pool.norm.": "attn_pool.norm.", "pool.fc1.": "attn_pool.mlp.fc1.", "pool.fc2.": "attn_pool.mlp.fc2."},
+)
+
+
+def timm_said(shapes: Shapes, architecture: str, args: Json, prefix: str = "") -> Json:
+    """What a VisionTransformer of timm is, by the shapes of its tensors after `prefix`, and by its arguments where shapes do not say it.
 
     Raises:
         WeightsError: the tensors are not those of one.
@@ -102,103 +110,144 @@ def timm_fields(shapes: Shapes, architecture: str, prefix: str = "") -> Fields:
     fc1, fc2 = own["blocks.0.mlp.fc1.weight"][0], own["blocks.0.mlp.fc2.weight"][1]
     positions = own["pos_embed"][-2]
     grid = math.isqrt(positions)
-    class_token = "cls_token" in own
-    pooling = "attention" if "attn_pool.latent" in own else "class" if class_token else "mean"
-    fields: Fields = {
-        "image_size": grid * patch,
-        "patch_size": patch,
-        "position_grid": grid,
-        "hidden_size": hidden,
-        "num_layers": _count(own, "blocks."),
-        "num_attention_heads": _HEADS.get(hidden, hidden // 64),
-        "ffn_hidden_size": fc2,
-        "layernorm_eps": 1e-5 if "clip" in architecture else 1e-6,
-        "activation": "swiglu" if fc1 == 2 * fc2 else "quick_gelu" if "quickgelu" in architecture else "gelu",
-        "pooling": pooling,
-        "class_token": class_token,
-        "class_position": positions != grid * grid,
-        "patch_bias": "patch_embed.proj.bias" in own,
-        "qkv_bias": "blocks.0.attn.qkv.bias" in own,
-        "qk_norm": "blocks.0.attn.q_norm.weight" in own,
-        "embedding_norm": "norm_pre.weight" in own,
-        "layer_scale": 1e-5 if "blocks.0.ls1.gamma" in own else 0.0,
-        "register_tokens": own["reg_token"][1] if "reg_token" in own else 0,
+    quick, tanh = "quickgelu" in architecture, re.search(_GELU_TANH, architecture)
+    return (
+        {"architecture": architecture, "img_size": grid * patch, "patch_size": patch, "embed_dim": hidden}
+        | {"depth": len({name.split(".")[1] for name in own if name.startswith("blocks.")})}
+        | {"num_heads": _HEADS.get(hidden, hidden // 64), "mlp_ratio": _ratio(hidden, fc1), "gated": fc1 == 2 * fc2}
+        | {"act_layer": "quick_gelu" if quick else "gelu_tanh" if tanh else "gelu"}
+        | {"global_pool": "map" if "attn_pool.latent" in own else "token" if "cls_token" in own else "avg"}
+        | {"class_token": "cls_token" in own, "no_embed_class": positions == grid * grid}
+        | {"qkv_bias": "blocks.0.attn.qkv.bias" in own, "qk_norm": "blocks.0.attn.q_norm.weight" in own}
+        | {"pre_norm": "norm_pre.weight" in own, "init_values": 1e-5 if "blocks.0.ls1.gamma" in own else None}
+        | {"reg_tokens": own["reg_token"][1] if "reg_token" in own else 0}
+        | {key: args[key] for key in ("num_heads", "act_layer", "global_pool") if key in args}
+    )
+
+
+# open_clip: a model_cfg with a part for each tower
+
+
+def _unfold_open_clip(said: Json) -> Json:
+    tanh = (said["act_kwargs"] or {}).get("approximate") == "tanh"
+    return said | {
+        "ffn": int(said["width"] * said["mlp_ratio"]),
+        "eps": (said["norm_kwargs"] or {}).get("eps", 1e-5),
+        "act": "quick_gelu" if said["quick_gelu"] else "gelu_tanh" if tanh else "gelu",
+        "ls_init_value": said["ls_init_value"] or 0.0,
     }
-    return fields
 
 
-def open_clip_vision(shapes: Shapes, config: Mapping[str, Any]) -> tuple[Fields, VisionNames, str]:
-    """(our fields, names, prefix) of the image tower of an open_clip model; `config` is its model_cfg.
+def _fold_open_clip(said: Json) -> Json:
+    eps, act = said.pop("eps"), said.pop("act")
+    wide = said.pop("ffn")
+    return said | {
+        "mlp_ratio": _ratio(said["width"], wide),
+        "norm_kwargs": {"eps": eps},
+        "act_kwargs": {"approximate": "tanh"} if act == "gelu_tanh" else None,
+        "quick_gelu": act == "quick_gelu",
+        "ls_init_value": said["ls_init_value"] or None,
+        "embed_dim": said["embed_dim"] or said["width"],
+    }
+
+
+def _unfold_open_clip_vision(said: Json) -> Json:
+    return _unfold_open_clip(said) | {"heads": said["width"] // said["head_width"]}
+
+
+def _fold_open_clip_vision(said: Json) -> Json:
+    head_width = said["width"] // said.pop("heads")
+    return _fold_open_clip(said) | {"head_width": head_width}
+
+
+def _unfold_open_clip_text(said: Json) -> Json:
+    said = _unfold_open_clip(said)
+    highest = {"eos_id": said["vocab_size"] - 1} if said["pool_type"] == "argmax" else {}
+    return said | highest | ({"embed_dim": 0} if said["proj_type"] == "none" else {})
+
+
+def _fold_open_clip_text(said: Json) -> Json:
+    kind = "linear" if said["embed_dim"] else "none"
+    eos = {"pool_type": "eos"} if said["pool_type"] == "argmax" and said["eos_id"] != said["vocab_size"] - 1 else {}
+    return _fold_open_clip(said) | {"proj_type": kind} | eos
+
+
+def _open_clip_file(layout: Layout, said: Json) -> Json:
+    shared = {key: said.pop(key) for key in ("embed_dim", "quick_gelu")}
+    return {"model_cfg": {**shared, "custom_text": True, layout.section: said}, "preprocess_cfg": {}}
+
+
+_OPEN_CLIP_KEYS = (
+    {"width": "hidden_size", "layers": "num_layers", "heads": "num_attention_heads", "ffn": "ffn_hidden_size"}
+    | {"act": Choice("activation", {name: name for name in ("gelu", "gelu_tanh", "quick_gelu")})}
+    | {"eps": "layernorm_eps", "ls_init_value": "layer_scale", "embed_dim": "projection_dim"}
+)
+_OPEN_CLIP_DEFAULTS: Json = {"layers": 12, "mlp_ratio": 4.0, "quick_gelu": False}
+_OPEN_CLIP_DEFAULTS |= {"ls_init_value": None, "norm_kwargs": None, "act_kwargs": None}
+_OPEN_CLIP_KNOWN = (r"logit_(scale|bias)", r".*attn_mask")
+OPEN_CLIP_VISION = Layout(
+    tower="vision",
+    name="open_clip",
+    section="vision_cfg",
+    keys=_OPEN_CLIP_KEYS
+    | {"image_size": "image_size", "patch_size": "patch_size"}
+    | {"no_ln_pre": Choice("embedding_norm", {False: True, True: False})}
+    | {"pool_type": Choice("pooling", {"tok": "class", "avg": "mean"})},
+    fixed={"class_token": True, "class_position": True, "patch_bias": False, "position_resize": "bicubic_antialias"},
+    defaults=_OPEN_CLIP_DEFAULTS
+    | {"width": 768, "head_width": 64, "patch_size": 16, "image_size": 224, "no_ln_pre": False, "pool_type": "tok"},
+    unfold=_unfold_open_clip_vision,
+    fold=_fold_open_clip_vision,
+    wrap=_open_clip_file,
+    prefixes=("visual.",),
+    known=(*_OPEN_CLIP_KNOWN, r"visual\.proj", r"visual\.head\..*"),
+    sibling=r"(?!visual\.|logit).*",
+    dims={"class_token": 1, "position": 2},
+    names={"stem.": "conv1.", "class_token": "class_embedding", "position": "positional_embedding"}
+    | {"embedding_norm.": "ln_pre.", "final_norm.": "ln_post.", "projection.weight": "proj^T"}
+    | {"layer": "transformer.resblocks.{i}.", "norm1.": "ln_1.", "norm2.": "ln_2."}
+    | {"qkv.": "attn.in_proj_", "proj.": "attn.out_proj.", "fc1.": "mlp.c_fc.", "fc2.": "mlp.c_proj."}
+    | {"scale1": "ls_1.gamma", "scale2": "ls_2.gamma"},
+)
+OPEN_CLIP_TEXT = replace(
+    OPEN_CLIP_VISION,
+    tower="text",
+    section="text_cfg",
+    keys=_OPEN_CLIP_KEYS
+    | {"vocab_size": "vocab_size", "context_length": "max_length", "pad_id": "pad_id", "eos_id": "eos_id"}
+    | {"no_causal_mask": Choice("causal", {False: True, True: False}), "proj_bias": "projection_bias"}
+    | {"pool_type": Choice("pooling", {"argmax": "eos", "eos": "eos", "first": "class", "last": "last"})},
+    fixed={"embedding_norm": False, "mask_padding": False},
+    defaults=_OPEN_CLIP_DEFAULTS
+    | {"width": 512, "heads": 8, "context_length": 77, "vocab_size": 49408, "pad_id": 0, "eos_id": 2}
+    | {"no_causal_mask": False, "pool_type": "argmax", "proj_bias": False, "proj_type": "linear"},
+    unfold=_unfold_open_clip_text,
+    fold=_fold_open_clip_text,
+    prefixes=("text.", ""),
+    known=(*_OPEN_CLIP_KNOWN, r"(text\.)?text_projection.*"),
+    sibling=r"visual\..*",
+    dims={},
+    names=OPEN_CLIP_VISION.names
+    | {"words.weight": "token_embedding.weight", "final_norm.": "ln_final."}
+    | {"projection.weight": "text_projection^T", "biased.projection.": "text_projection."},
+)
+
+
+def open_clip_of(shapes: Shapes, config: Json, tower: str) -> tuple[Layout, Json]:
+    """The layout of a `tower` in an open_clip model, and what its model_cfg says of it, with the defaults.
 
     Raises:
-        WeightsError: an image tower that is no vision transformer.
+        WeightsError: a tower of another project, or one that ends in a token of its own.
     """
-    cfg = config["vision_cfg"]
-    if architecture := cfg.get("timm_model_name"):
-        return timm_fields(shapes, architecture, "visual.trunk."), TIMM_NAMES, "visual.trunk."
-    if "visual.class_embedding" not in shapes:
+    layout = OPEN_CLIP_VISION if tower == "vision" else OPEN_CLIP_TEXT
+    said = config.get(layout.section) or {}
+    if architecture := said.get("timm_model_name"):
+        trunk = replace(TIMM, prefixes=("visual.trunk.",), known=layout.known, sibling=layout.sibling)
+        return trunk, timm_said(shapes, architecture, {}, "visual.trunk.")
+    if tower == "vision" and "visual.class_embedding" not in shapes:
         raise WeightsError("the image tower is no vision transformer: visual.class_embedding is missing")
-    hidden, _, patch, _ = shapes["visual.conv1.weight"]
-    grid = math.isqrt(shapes["visual.positional_embedding"][0])
-    fields = _open_clip_layers(shapes, "visual.", cfg, config) | {
-        "image_size": grid * patch,
-        "patch_size": patch,
-        "position_grid": grid,
-        "num_attention_heads": hidden // cfg.get("head_width", 64),
-        "pooling": "class",
-        "class_position": True,
-        "patch_bias": False,
-        "embedding_norm": "visual.ln_pre.weight" in shapes,
-        "projection_dim": shapes["visual.proj"][1] if "visual.proj" in shapes else 0,
-    }
-    return fields, OPEN_CLIP_VISION_NAMES, "visual."
-
-
-def open_clip_text(shapes: Shapes, config: Mapping[str, Any]) -> tuple[Fields, TextNames, str]:
-    """(our fields, names, prefix) of the text tower of an open_clip model; `config` is its model_cfg.
-
-    Raises:
-        WeightsError: a text tower of another project, or one that ends in a token of its own.
-    """
-    cfg = config["text_cfg"]
-    prefix = "text." if "text.token_embedding.weight" in shapes else ""
-    if f"{prefix}token_embedding.weight" not in shapes or f"{prefix}cls_emb" in shapes:
+    prefix = layout.prefix(shapes)
+    if prefix is None or f"{prefix}cls_emb" in shapes:
         raise WeightsError("the text tower is not open_clip's own transformer; import it from its own project")
-    vocab = shapes[f"{prefix}token_embedding.weight"][0]
-    bias = f"{prefix}text_projection.bias" in shapes
-    projection = shapes.get(f"{prefix}text_projection.weight", shapes.get(f"{prefix}text_projection", (0, 0)))
-    pool = cfg.get("pool_type", "argmax")
-    if pool not in ("argmax", "eos", "first", "last"):
-        raise WeightsError(f"text_cfg.pool_type is '{pool}'; known are argmax, eos, first and last")
-    fields = _open_clip_layers(shapes, prefix, cfg, config) | {
-        "vocab_size": vocab,
-        "max_length": shapes[f"{prefix}positional_embedding"][0],
-        "num_attention_heads": cfg.get("heads", 8),
-        "pad_id": cfg.get("pad_id", 0),
-        "eos_id": cfg.get("eos_id", 2) if pool == "eos" else vocab - 1,
-        "embedding_norm": False,
-        "causal": not cfg.get("no_causal_mask", False),
-        "mask_padding": False,
-        "pooling": {"first": "class", "last": "last"}.get(pool, "eos"),
-        "projection_dim": projection[0] if bias else projection[1],
-        "projection_bias": bias,
-    }
-    return fields, OPEN_CLIP_TEXT_NAMES, prefix
-
-
-def _open_clip_layers(shapes: Shapes, prefix: str, cfg: Mapping[str, Any], config: Mapping[str, Any]) -> Fields:
-    base = f"{prefix}transformer.resblocks."
-    first = shapes[f"{base}0.mlp.c_fc.weight"]
-    tanh = (cfg.get("act_kwargs") or {}).get("approximate") == "tanh"
-    return {
-        "hidden_size": first[1],
-        "ffn_hidden_size": first[0],
-        "num_layers": _count(shapes, base),
-        "layernorm_eps": (cfg.get("norm_kwargs") or {}).get("eps", 1e-5),
-        "activation": "quick_gelu" if config.get("quick_gelu") else "gelu_tanh" if tanh else "gelu",
-        "layer_scale": 1e-5 if f"{base}0.ls_1.gamma" in shapes else 0.0,
-    }
-
-
-def _count(shapes: Shapes, base: str) -> int:
-    return len({name[len(base) :].split(".")[0] for name in shapes if name.startswith(base)})
+    shared = {key: config[key] for key in ("embed_dim", "quick_gelu") if key in config}
+    return layout, layout.defaults | said | shared
