@@ -37,7 +37,7 @@ class MakeWeights:
     Args:
         qic: query-item classification.
         qim: query-item matching.
-        query_image: query-image matching.
+        query_image: query-image matching: QIC's loss with the image vector alone in the product's place.
         keywords: keywords of the product from the query alone.
         mlm: masked words of the title.
         mpm: masked patches of the image.
@@ -143,7 +143,6 @@ class MakeTowers(nn.Module):
         self.fused_project = nn.Linear(config.fusion.hidden_size, d)
         self.adaptation = ModalAdaptation(d)
         self.match = Match(d)
-        self.match_image = Match(d)
         self.keywords = nn.Linear(d, config.num_keywords) if config.num_keywords else None
         self.masked_words = WordHead(config.fusion.hidden_size, text.vocab_size)
         self.masked_patches = nn.Linear(config.fusion.hidden_size, d)
@@ -226,8 +225,12 @@ class Make:
         metrics: dict[str, Tensor] = {}
         if use.qic:
             terms["qic"], metrics = self._qic(queries, products.embedding, labels, weights)
-        if use.qim or use.query_image:
-            terms |= self._matching(queries, products, labels, weights)
+        if use.qim:
+            terms["qim"] = self._matching(queries, products.embedding, labels, weights)
+        if use.query_image:
+            terms["query_image"], _ = contrastive_loss(
+                queries, products.image, labels, self.config.qic, self.data_group, weights=weights, related=self.related
+            )
         if use.keywords:
             terms["keywords"] = self._keywords(queries, batch.keywords, weights)
         if use.mlm:
@@ -281,34 +284,25 @@ class Make:
                 bank.push({"documents": documents, "queries": queries}[name], labels, self.data_group, weights)
         return loss
 
-    def _matching(self, queries: Tensor, products: Products, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
-        """QIM and query-image matching, as binary cross entropy of each pair and of the query with its hardest negative.
+    def _matching(self, queries: Tensor, documents: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """QIM: binary cross entropy of each pair and of the query with its hardest negative.
 
-        Ours: the hardest is the product of highest QIC cosine over the batches of all ranks that is not related, and its image the negative of
-        query-image matching. Only vectors are gathered.
+        Ours: that is the product of highest QIC cosine over the batches of all ranks that is not related. Only vectors are gathered.
         """
-        group, use, d = self.data_group, self.config.weights, self.config.embedding_dim
+        group = self.data_group
         sizes = shard_sizes(len(queries), group, queries.device)
-        vectors = gather_with_grad(torch.cat([products.embedding, products.image], 1), group, sizes)
+        everyone = gather_with_grad(documents, group, sizes)
         hidden = self.related(labels, gather_shards(labels, group, sizes))
         hidden |= gather_shards(weights, group, sizes) == 0
         hidden[:, own_slice(sizes, group.rank())].fill_diagonal_(True)
         kind = torch.promote_types(queries.dtype, torch.float32)
         with torch.no_grad():
-            cosine = F.normalize(queries.to(kind), dim=-1) @ F.normalize(vectors[:, :d].to(kind), dim=-1).T
-        negatives = vectors[cosine.masked_fill(hidden, float("-inf")).argmax(1)]
-        both = torch.cat([weights, weights * ~hidden.all(1)])
-        terms = {}
-        for name, head, positive, negative in (
-            ("qim", self.towers.match, products.embedding, negatives[:, :d]),
-            ("query_image", self.towers.match_image, products.image, negatives[:, d:]),
-        ):
-            if getattr(use, name):
-                logits = head(queries.repeat(2, 1), torch.cat([positive, negative])).to(kind)
-                truth = torch.cat([torch.ones_like(weights), torch.zeros_like(weights)]).to(logits)
-                losses = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-                terms[name] = global_mean(losses, both, group)
-        return terms
+            cosine = F.normalize(queries.to(kind), dim=-1) @ F.normalize(everyone.to(kind), dim=-1).T
+        negatives = everyone[cosine.masked_fill(hidden, float("-inf")).argmax(1)]
+        logits = self.towers.match(queries.repeat(2, 1), torch.cat([documents, negatives])).to(kind)
+        truth = torch.cat([torch.ones_like(weights), torch.zeros_like(weights)]).to(logits)
+        losses = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+        return global_mean(losses, torch.cat([weights, weights * ~hidden.all(1)]), group)
 
     def _keywords(self, queries: Tensor, keywords: Tensor, weights: Tensor) -> Tensor:
         """Keyword Enhancement: softmax over the keyword table against all keywords of the product alike (Mahajan et al. 2018), from the query

@@ -34,7 +34,7 @@ class OclearConfig:
         vision: the image tower, shared by queries and documents.
         text: the text tower of documents.
         embedding_dim: width of the embeddings.
-        fusion_kind: of a document's image and text: concept (concept-aware), concat (one linear layer), or image (no text); the last two are ablations.
+        fusion_kind: of a document's image and text: concept (concept-aware), concat (one linear layer), or image (no text): ablations.
         concept_slots: memory slots of the concept-aware fusion.
         fusion_heads: attention heads of the fusion.
         gate_init: gate of the fusion at the start, in (0, 1): 0 is the image alone, 1 the text's concepts alone.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.batch import Batch
 from models.heads.contrastive import ContrastiveConfig
-from models.make import Make, MakeConfig, MakeQuery, MakeTowers, MakeWeights, Products
+from models.make import Make, MakeConfig, MakeQuery, MakeTowers, MakeWeights
 from models.masking import hide_patches
 from models.merge import merged_state_dict
 from models.plain.transformer import PlainBuilder
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.full  # no recipe trains it yet
 
 SIZE: dict[str, Any] = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
 AM_SOFTMAX = MakeConfig(
+    related_keywords=2,
     vision=VisionConfig(image_size=IMAGE, patch_size=PATCH, **SIZE),
     text=TextConfig(vocab_size=VOCAB, max_length=8, pooling="class", **SIZE),
     query=TextConfig(max_length=5, pooling="mean", **SIZE),
@@ -50,22 +51,25 @@ Old = list[tuple[Tensor, Tensor, Tensor]]  # unit query, unit document and label
 
 
 def labels_of(batch: Batch) -> Tensor:
-    return torch.cat([batch.document_labels[:, None], batch.categories[:, None], batch.keywords], 1)
+    return torch.cat(
+        [batch.document_labels[:, None], batch.categories[:, None], batch.keywords, batch.query_keywords], 1
+    )
 
 
 def related(a: Tensor, b: Tensor, config: MakeConfig) -> bool:
-    known = {int(x) for x in a[2:] if x >= 0} & {int(x) for x in b[2:] if x >= 0}
+    named, have = ({int(x) for x in row if x >= 0} for row in (a[5:], b[2:5]))
+    needed = min(len(named), config.related_keywords)
     return (
         bool(a[0] == b[0] >= 0)
         or (config.related_category and bool(a[1] == b[1] >= 0))
-        or (config.related_keywords > 0 and len(known) >= config.related_keywords)
+        or (needed > 0 and len(named & have) >= needed)
     )
 
 
 def dense(towers: MakeTowers, config: MakeConfig, batch: Batch, old: Old) -> dict[str, Tensor]:
     """Every term over the whole batch, sample by sample."""
     raw, found = towers(batch.query_tokens, batch.document_images, batch.document_tokens)
-    query, document = F.normalize(raw, dim=-1), F.normalize(found.embedding, dim=-1)
+    query, document, image = (F.normalize(x, dim=-1) for x in (raw, found.embedding, found.image))
     labels, weights = labels_of(batch), batch.document_weights.double()
     live = [i for i in range(len(weights)) if weights[i] > 0]
     sums = {name: torch.zeros((), dtype=torch.float64) for name in vars(config.weights)}
@@ -81,17 +85,21 @@ def dense(towers: MakeTowers, config: MakeConfig, batch: Batch, old: Old) -> dic
         past = [x for x in old if not related(labels[i], x[2], config)]
         scale, positive = 1 / config.qic.temperature, query[i] @ document[i] - config.qic.margin
         forth = [positive, *(query[i] @ document[j] for j in rivals), *(query[i] @ d for _, d, _ in past)]
-        back = [positive, *(document[i] @ query[j] for j in rivals), *(document[i] @ q for q, _, _ in past)]
+        askers = [j for j in live if j != i and not related(labels[j], labels[i], config)]
+        asked = [x for x in old if not related(x[2], labels[i], config)]
+        back = [positive, *(document[i] @ query[j] for j in askers), *(document[i] @ q for q, _, _ in asked)]
         terms = [-F.log_softmax(scale * torch.stack(x), 0)[0] for x in (forth, back)]
         add("qic", (terms[0] + terms[1]) / 2 if config.qic.symmetric else terms[0], weights[i])
-        for name, head, vectors in (
-            ("qim", towers.match, found.embedding),
-            ("query_image", towers.match_image, found.image),
-        ):
-            add(name, -F.logsigmoid(head(raw[i : i + 1], vectors[i : i + 1])[0]), weights[i])
-            if rivals:
-                hardest = max(rivals, key=lambda j: (query[i] @ document[j]).item())
-                add(name, -F.logsigmoid(-head(raw[i : i + 1], vectors[hardest : hardest + 1])[0]), weights[i])
+        own = raw[i : i + 1]
+        add("qim", -F.logsigmoid(towers.match(own, found.embedding[i : i + 1])[0]), weights[i])
+        if rivals:
+            hardest = max(rivals, key=lambda j: (query[i] @ document[j]).item())
+            add("qim", -F.logsigmoid(-towers.match(own, found.embedding[hardest : hardest + 1])[0]), weights[i])
+        positive = query[i] @ image[i] - config.qic.margin
+        forth = [positive, *(query[i] @ image[j] for j in rivals)]
+        back = [positive, *(image[i] @ query[j] for j in askers)]
+        terms = [-F.log_softmax(scale * torch.stack(x), 0)[0] for x in (forth, back)]
+        add("query_image", (terms[0] + terms[1]) / 2 if config.qic.symmetric else terms[0], weights[i])
         words = [int(w) for w in batch.keywords[i] if w >= 0]
         if words:
             add("keywords", -F.log_softmax(towers.keywords(raw[i]), 0)[words].mean(), weights[i])
@@ -172,18 +180,13 @@ def check_matching() -> None:
         documents = queries.clone()  # each query's own is nearest by far, and the damaged last one next
         documents[3] = 1
         documents[0, 1] = documents[1, 2] = documents[2, 0] = 0.2
-        labels, weights = torch.full((4, 5), -1), torch.tensor([1.0, 1.0, 1.0, 0.0])
-        none = torch.empty(0)
-        found = make._matching(queries, Products(documents, documents.flip(1), none, none, none), labels, weights)
-        alone = make._matching(queries, Products(documents, documents, none, none, none), labels * 0, weights)
+        labels, weights = torch.full((4, 8), -1), torch.tensor([1.0, 1.0, 1.0, 0.0])
+        found = make._matching(queries, documents, labels, weights)
+        alone = make._matching(queries, documents, labels * 0, weights)
         right = make.towers.match(queries[:3], documents[:3])
-        hardest = [2, 0, 1]
-        wrong = make.towers.match(queries[:3], documents[hardest])
-        torch.testing.assert_close(found["qim"], -F.logsigmoid(torch.cat([right, -wrong])).mean())
-        torch.testing.assert_close(alone["qim"], -F.logsigmoid(right).mean())
-        images = documents.flip(1)
-        logits = [make.towers.match_image(queries[:3], x) for x in (images[:3], images[hardest])]
-        torch.testing.assert_close(found["query_image"], -F.logsigmoid(torch.cat([logits[0], -logits[1]])).mean())
+        wrong = make.towers.match(queries[:3], documents[[2, 0, 1]])
+        torch.testing.assert_close(found, -F.logsigmoid(torch.cat([right, -wrong])).mean())
+        torch.testing.assert_close(alone, -F.logsigmoid(right).mean())
 
 
 def test_the_hardest_negative_is_another_readable_unrelated_product() -> None:
@@ -238,7 +241,6 @@ def test_bf16_gives_the_same_loss_but_for_rounding() -> None:
 
 OWN = {
     "qim": ("match.",),
-    "query_image": ("match_image.",),
     "keywords": ("keywords.",),
     "mlm": ("masked_words.",),
     "mpm": ("masked_patches.", "patch_content."),
@@ -266,7 +268,7 @@ def test_title_or_image_alone_is_a_product_without_the_other() -> None:
     other = replace(batch, document_tokens=batch.document_tokens.flip(0))
     assert torch.equal(make.embed_document(batch, "image"), make.embed_document(other, "image"))
     assert not torch.equal(make.embed_document(batch), make.embed_document(batch, "image"))
-    torch.testing.assert_close(make.modal_weights(batch).sum(1), torch.ones(4, dtype=torch.float64))
+    torch.testing.assert_close(make.modal_weights(batch).sum(1), torch.ones(4))
     torch.testing.assert_close(MakeQuery(towers)(batch.query_tokens), make.embed_query(batch))
 
 

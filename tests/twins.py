@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from harness.data.masking import MaskConfig, draw_masks
 from harness.data.special_tokens import SpecialTokens
 from models.batch import Batch
 from models.merge import merge_shards
+from tests.catalogues import draw_rows, write_manifest
 from tests.pool import layout
 
 VOCAB, LENGTH, IMAGE, PATCH = 40, 8, 16, 4
@@ -34,6 +36,8 @@ def products(n: int, seed: int, masks: MaskConfig | None = None) -> Batch:
         tokens[row, length:] = 0
     keywords = torch.stack([torch.randperm(9, generator=g)[:3] for _ in range(n)])
     keywords[torch.arange(3) >= ints(0, 4, n, 1)] = -1
+    named = torch.where(ints(0, 2, n, 1) > 0, keywords, keywords.flip(0))
+    named[torch.arange(3) >= ints(0, 4, n, 1)] = -1
     weights = torch.rand(n, generator=g) + 0.5
     weights[1] = 0
     labels = ints(-1, 4, n)
@@ -56,11 +60,36 @@ def products(n: int, seed: int, masks: MaskConfig | None = None) -> Batch:
         query_tokens=ints(1, VOCAB, n, 5),
         categories=ints(-1, 5, n),
         keywords=keywords,
+        query_keywords=named,
         masked_tokens=masked[0],
         masked_words=masked[1],
         masked_patches=masked[2],
         other_tokens=others,
     )
+
+
+def documents_alone(folder: Path) -> Path:
+    """A governed and tokenized catalogue of 12 documents and no query photos, titled like 'Acme's red disc 24 style0'.
+
+    The last one is of split val and has a shape of its own, the first is of all splits and has no shape.
+    """
+    from harness import govern
+    from harness.data import ingest, tokenizer
+
+    rows = draw_rows(folder, classes=12, queries=0, size=24, seed=0)
+    for number, row in enumerate(rows):
+        row |= {"title": f"Acme's {row['colour']} {row['shape']} 24 style{number // 2}", "split": "train"}
+    rows[0] |= {"shape": "", "split": "all"}
+    rows[-1] |= {"shape": "star", "split": "val"}
+    manifest, catalogue = write_manifest(folder / "manifest.tsv", rows), folder / "catalogue"
+    ingest.run(
+        ingest.IngestConfig(
+            manifest=manifest, images=folder, out=catalogue, attribute_columns="colour,shape", workers=1
+        )
+    )
+    govern.run(govern.GovernConfig(catalogue=catalogue, min_queries=0))
+    tokenizer.run(tokenizer.TokenizerConfig(catalogue=catalogue, vocab_size=48))
+    return catalogue
 
 
 def part(batch: Batch, sizes: list[int], rank: int) -> Batch:

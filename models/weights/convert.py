@@ -29,8 +29,17 @@ from models.weights.timm import OPEN_CLIP_TEXT, OPEN_CLIP_VISION, TIMM, open_cli
 LAYOUTS = (*FAMILIES.values(), TIMM, OPEN_CLIP_VISION, OPEN_CLIP_TEXT)
 FORMAT = 1
 # Fields that weights do not fix: a recipe may choose them, and at another resolution or with shorter texts.
-FREE = ("preset", "dropout", "attention_dropout", "drop_path", "branch_init", "image_size", "max_length", "pooling")
-FREE += ("pad_id",)  # CLIP's description names another than its tokenizer pads with
+FREE = (
+    "preset",
+    "dropout",
+    "attention_dropout",
+    "drop_path",
+    "branch_init",
+    "image_size",
+    "max_length",
+    "pooling",
+    "pad_id",
+)
 
 
 @dataclass(frozen=True)
