@@ -44,6 +44,7 @@ from megatron.core import dist_checkpointing  # isort: skip  (after the CPU prox
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint  # isort: skip
 
 AVERAGE = "average."  # key of a parameter's average: this and the parameter's own
+MEMORY = "memory."  # before the keys of memory banks
 
 
 @dataclass
@@ -148,7 +149,7 @@ def load(checkpoint: Path, parts: Trainable, mesh: Mesh, classes: ClassMap | Non
         if parts.tower_optimizer is not None:
             parts.tower_optimizer.load_state_dict(loaded["optimizer"])
         if parts.memory is not None:
-            parts.memory.load_state_dict(loaded["memory"])
+            parts.memory.load_state_dict({key.removeprefix(MEMORY): x for key, x in loaded["memory"].items()})
         if parts.ema is not None and not averaged:
             parts.ema.restart()
         elif parts.ema is not None:  # with what may be the very tensors that it has
@@ -173,7 +174,7 @@ def _memory_state(parts: Trainable, mesh: Mesh) -> dict[str, Any]:
     """The entry for parts.memory, which is the same on every rank; none where that is None."""
     if parts.memory is None:
         return {}
-    return {"memory": _sharded(parts.memory.state_dict(), "memory.", parts.memory, mesh)}
+    return {"memory": _sharded(parts.memory.state_dict(), MEMORY, parts.memory, mesh)}
 
 
 def _averaged(checkpoint: Path) -> list[str]:

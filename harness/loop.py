@@ -61,7 +61,10 @@ class Trainer:
         self.loader = StepLoader(config.data, config.seed, reads, mesh.dp.rank(), mesh.dp.size(), mesh.device)
         self.tokenizer = self.loader.tokenizer
         require_fit(self.tokenizer.special, config.model.text, "model.text")
+        if METHODS[config.method].query == "text":
+            require_fit(self.tokenizer.special, config.model.query, "model.query")
         self._tokenizer_id = phases.tokenizer_id(config.data.catalogue)
+        self._queries_id = None if self.loader.products is None else self.loader.products.meta["id"]
         order = self.loader.order
         self.method, self.model_config = build(
             config.method,
@@ -236,6 +239,7 @@ class Trainer:
                 "document": (self.step - self.loader.first_step) * self.loader.documents_per_step,
             },
             "tokenizer": self._tokenizer_id,
+            "queries": self._queries_id,
             "config": self.config.to_dict(),
             "world_size": self.mesh.world_size,
             "tensor_parallel": self.mesh.tp.size(),
@@ -351,6 +355,9 @@ class Trainer:
                 f"{config.run_dir} holds checkpoints and train.resume is 'never'", "Choose another --run-dir"
             )
         state = checkpoint.read_state(path)
+        phases.require_queries(
+            path, state, self._queries_id, config.data.catalogue
+        )  # before the keywords they give the model
         changes = difference(state["config"], config.to_dict())
         if forbidden := identity_changes(changes):
             key = forbidden[0]
@@ -371,7 +378,8 @@ class Trainer:
         self.loader.first_step = self.phases[-1].first_step
         if not begins:
             self._check_ledger(path, state.get("ledger_before"))
-        self._load(path, self.parts, classes)
+        # Embeddings in a memory bank are labelled with class ids, which a new phase gives anew.
+        self._load(path, replace(self.parts, memory=None) if begins else self.parts, classes)
         if self.ema is not None and not checkpoint.has_average(path):
             self.notes.append(f"{path.name} holds no average of the weights: it starts from its weights")
         self.notes.append(f"resumed {path.name} (saved by {state['world_size']} ranks, now {self.mesh.world_size})")

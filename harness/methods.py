@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from harness.data.loader import Reads
 from harness.data.product_queries import read_meta
+from harness.errors import UserError
 from harness.mesh import Mesh
 from models.batch import Batch
 from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
@@ -135,15 +136,25 @@ METHODS: dict[str, MethodSpec] = {
 
 
 def with_keywords(method: str, model: Any, catalogue: Path) -> Any:
-    """The method's configuration with the size of the catalogue's keyword table, where it has an objective on that and no size of its own.
+    """The method's configuration with the size of the catalogue's keyword table, where it has a place for that and no size of its own.
 
     Raises:
-        UserError: the catalogue has no queries (harness/data/queries.py).
+        UserError: the catalogue has no queries (harness/data/queries.py), or other keywords than the objective on them is configured for.
     """
-    if method != "make" or model.num_keywords or not model.weights.keywords:
+    if method != "make":
         return model
     meta = read_meta(catalogue)
-    return replace(model, num_keywords=len(meta["keywords"]), product_keywords=meta["keywords_per_product"])
+    found, size = len(meta["keywords"]), model.num_keywords
+    if model.weights.keywords and size not in (0, found):
+        raise UserError(
+            f"model.num_keywords is {size}, {catalogue} has {found} keywords", "Leave the key out, or set it to 0"
+        )
+    if model.weights.keywords and not found:
+        raise UserError(
+            f"{catalogue} has no keywords to train on",
+            "Lower `shelfmark queries --min-count`, or set model.weights.keywords to 0",
+        )
+    return replace(model, num_keywords=size or found, product_keywords=meta["keywords_per_product"])
 
 
 def build(

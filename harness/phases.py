@@ -26,8 +26,11 @@ from harness.trained import find_checkpoint
 
 T = TypeVar("T")
 
-# Last parts of keys under `model` that a warm start may change: they shape neither the towers nor what they compute in evaluation.
-FREE = "dropout drop_path attention_dropout text_dropout transform_dropout gate_init branch_init temperature vocab_size".split()
+# Parts of keys under `model` that a warm start may change: they shape neither the towers nor what they compute in evaluation.
+FREE = set(
+    "dropout drop_path attention_dropout text_dropout transform_dropout gate_init branch_init temperature vocab_size weights qic mpm contrast "
+    "mpm_patches related_keywords related_category product_keywords memory_bank memory_after".split()
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,15 @@ def require_tokenizer(path: Path, state: dict[str, Any], catalogue: Path) -> Non
         )
 
 
+def require_queries(path: Path, state: dict[str, Any], queries: str | None, catalogue: Path) -> None:
+    """Raises UserError where checkpoint `path` was trained on other text queries than those of id `queries`; one that does not tell passes."""
+    if state.get("queries", queries) != queries:
+        raise UserError(
+            f"{path} was trained on other queries than those of {catalogue}: `shelfmark queries` made them anew since",
+            "Run it again with the options of before, or start another run from these weights: --train.init-from and another --run-dir",
+        )
+
+
 def open_start(config: RunConfig, mesh: Mesh) -> tuple[Path, dict[str, Any]]:
     """The checkpoint that train.init_from names, a step folder or the newest of a run folder, and its state; collective.
 
@@ -117,7 +129,7 @@ def open_start(config: RunConfig, mesh: Mesh) -> tuple[Path, dict[str, Any]]:
     state = checkpoint.read_state(path)
     changes = difference(*({k: c[k] for k in ("method", "model")} for c in (state["config"], config.to_dict())))
     for key, (there, here) in changes.items():
-        if there is not None and key.rsplit(".", 1)[-1] not in FREE:  # a key unknown then had its default's meaning
+        if there is not None and not FREE & set(key.split(".")):  # a key unknown then had its default's meaning
             raise UserError(
                 f"train.init_from {path} was trained with {key} = {there}, not {here}: its weights do not fit",
                 f"Set {key} to {there}, or leave out train.init_from",

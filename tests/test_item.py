@@ -30,8 +30,7 @@ from tests.twins import (
     require_equal_gradients,
 )
 
-pytestmark = pytest.mark.full  # no recipe trains it yet
-
+FULL = pytest.mark.full
 PATCHED = ItemConfig(
     vision=PatchConfig(image_size=IMAGE, patch_size=PATCH),
     text=StreamConfig(num_layers=2, hidden_size=16, num_attention_heads=2, vocab_size=VOCAB, max_length=LENGTH),
@@ -111,7 +110,8 @@ def check_dense(tensor_parallel: int, sizes: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "tensor_parallel", "sizes"), [(1, 1, [7]), (2, 1, [5, 2]), (3, 1, [1, 4, 2]), (4, 2, [3, 4])]
+    ("world", "tensor_parallel", "sizes"),
+    [(2, 1, [5, 2]), *(pytest.param(*x, marks=FULL) for x in ((1, 1, [7]), (3, 1, [1, 4, 2]), (4, 2, [3, 4])))],
 )
 def test_equals_one_dense_process(world: int, tensor_parallel: int, sizes: list[int]) -> None:
     ranks(world).run(check_dense, tensor_parallel, sizes)
@@ -121,6 +121,7 @@ def build_item(config: ItemConfig, build: TransformerBuilder, group: Any) -> Ite
     return Item(config, ItemTowers(config, build).double(), None, group)
 
 
+@pytest.mark.full  # tests/test_two_methods.py shows it of whole runs
 def test_tensor_parallel_runs_have_the_same_losses() -> None:
     batches = [products(6, seed, MASKS) for seed in range(3)]
     one = ranks(1).run(losses, 1, build_item, PATCHED, batches, 20)[0]
@@ -179,6 +180,7 @@ def gradients(config: ItemConfig) -> tuple[set[str], set[str]]:
         return {name for name, p in named if p.grad is not None and p.grad.any()}, set(metrics)
 
 
+@pytest.mark.full
 def test_a_term_of_weight_0_has_no_gradient() -> None:
     heads = ("itm", "mlm", "mim", "gmlm", "gmim")
     for name in (*heads, "contrast"):

@@ -22,8 +22,7 @@ from models.vision import VisionConfig
 from tests.pool import layout, ranks
 from tests.twins import IMAGE, PATCH, VOCAB, half_precision, losses, part, products, require_equal_gradients
 
-pytestmark = pytest.mark.full  # no recipe trains it yet
-
+FULL = pytest.mark.full
 SIZE: dict[str, Any] = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
 AM_SOFTMAX = MakeConfig(
     related_keywords=2,
@@ -166,7 +165,8 @@ def check_dense(tensor_parallel: int, sizes: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "tensor_parallel", "sizes"), [(1, 1, [7]), (2, 1, [5, 2]), (3, 1, [1, 4, 2]), (4, 2, [3, 4])]
+    ("world", "tensor_parallel", "sizes"),
+    [(2, 1, [5, 2]), *(pytest.param(*x, marks=FULL) for x in ((1, 1, [7]), (3, 1, [1, 4, 2]), (4, 2, [3, 4])))],
 )
 def test_equals_one_dense_process(world: int, tensor_parallel: int, sizes: list[int]) -> None:
     ranks(world).run(check_dense, tensor_parallel, sizes)
@@ -213,6 +213,7 @@ def build_make(config: MakeConfig, build: TransformerBuilder, group: Any) -> Mak
     return Make(config, MakeTowers(config, build).double(), None, group)
 
 
+@pytest.mark.full  # tests/test_two_methods.py shows it of whole runs
 def test_tensor_parallel_runs_have_the_same_losses() -> None:
     batches = [products(6, seed) for seed in range(3)]
     one = ranks(1).run(losses, 1, build_make, AM_SOFTMAX, batches, 20)[0]
@@ -247,6 +248,7 @@ OWN = {
 }
 
 
+@pytest.mark.full
 def test_a_term_of_weight_0_has_no_gradient() -> None:
     """All weights but one at 0 leave that term's; QIC alone is then the baseline, which only reaches the towers."""
     every = [prefix for prefixes in OWN.values() for prefix in prefixes]

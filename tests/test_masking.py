@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from harness.data.masking import MaskConfig, draw_masks, mask_patches, mask_words, other_titles
+from harness.data.order import ClassOrder, _Kind
 from harness.data.special_tokens import SpecialTokens
 
 N, LENGTH, PATCHES, VOCAB = 4000, 12, 16, 50
@@ -18,6 +19,10 @@ TOKENS = np.random.default_rng(1).integers(5, VOCAB, (N, LENGTH))
 TOKENS[:, 0] = 2
 TOKENS[np.arange(LENGTH) >= 2 + IDS[:, None] % (LENGTH - 1)] = 0  # lengths 2 .. 12
 ORDINARY = TOKENS >= 5
+# Three classes of documents that an epoch shows one of each: 3, 5, and 8 or 13.
+ORDER = ClassOrder(
+    {"document": _Kind(np.array([3, 5, 8, 13]), np.array([0, 1, 2, 4]), np.arange(4))}, "id", num_classes=3, seed=7
+)
 
 
 def test_masks_do_not_depend_on_the_batch() -> None:
@@ -33,9 +38,8 @@ def test_masks_do_not_depend_on_the_batch() -> None:
         ):
             same = [(a == b).reshape(N, -1).all(1).mean() for a, b in zip(whole, other, strict=True)]
             assert max(same) < 0.7, "a seed, an epoch or a sample id does not matter"
-    documents = np.sort(IDS)
-    titles = other_titles(0.5, documents, 7, EPOCHS, IDS)
-    assert np.array_equal(titles[10:17], other_titles(0.5, documents, 7, EPOCHS[10:17], IDS[10:17]))
+    titles = other_titles(0.5, ORDER, 7, EPOCHS, IDS)
+    assert np.array_equal(titles[10:17], other_titles(0.5, ORDER, 7, EPOCHS[10:17], IDS[10:17]))
 
 
 def test_words_are_masked_at_the_rate_and_never_padding() -> None:
@@ -70,16 +74,19 @@ def test_one_modality_is_hidden_heavily() -> None:
         assert words[rows][ORDINARY[rows]].mean() == pytest.approx(rate, abs=0.02)
 
 
-def test_other_titles_are_any_other_documents() -> None:
-    documents = np.array([3, 5, 8, 13], np.int64)
-    ids = np.tile(documents, N // 4)
-    titles = other_titles(0.5, documents, 7, np.arange(N), ids)
-    assert (titles != ids).mean() == pytest.approx(0.5, abs=0.03)
-    for own in documents:
-        found = titles[(ids == own) & (titles != ids)]
-        assert [(found == other).mean() for other in documents if other != own] == pytest.approx([1 / 3] * 3, abs=0.08)
-    assert (other_titles(1.0, documents, 7, np.arange(N), ids) != ids).all()
-    assert np.array_equal(other_titles(1.0, documents[:1], 7, 0, documents[:1]), documents[:1])
+def test_other_titles_are_those_of_the_documents_of_the_epoch() -> None:
+    ids, epochs = np.tile([3, 5, 8, 13], N // 4), np.arange(N)
+    titles = other_titles(1.0, ORDER, 7, epochs, ids)
+    shares = [(titles == document).mean() for document in (3, 5, 8, 13)]
+    assert shares == pytest.approx([1 / 3, 1 / 3, 1 / 6, 1 / 6], abs=0.03)
+    shown = ORDER.draw("document", 3 * epochs[:, None] + np.arange(3)).sample_ids
+    assert (titles[:, None] == shown).any(1).all()
+    assert abs(np.corrcoef(titles, ids)[0, 1]) < 0.05
+    # Half of them may be another's; a third of those is the own one again, or for 8 and 13 a sixth.
+    half = other_titles(0.5, ORDER, 7, epochs, ids)
+    assert (half != ids).mean() == pytest.approx(0.5 * (1 - 1 / 4), abs=0.03)
+    assert np.array_equal(half[half != ids], titles[half != ids])
+    assert np.array_equal(other_titles(0.0, ORDER, 7, epochs, ids), ids)
 
 
 def test_configuration_errors_name_the_key() -> None:

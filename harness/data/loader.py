@@ -330,6 +330,7 @@ class StepLoader:
             "query_ids": torch.from_numpy(ids),
             "categories": torch.from_numpy(self.products.categories[ids].astype(np.int64)),
             "keywords": torch.from_numpy(self.products.keywords[ids].astype(np.int64)),
+            "query_keywords": torch.from_numpy(self.products.keywords_of(texts)),
         }
 
     def _masks(self, documents: Draw, tokens: torch.Tensor) -> dict[str, torch.Tensor]:

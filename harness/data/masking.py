@@ -128,7 +128,7 @@ def other_titles(mismatched: float, order: ClassOrder, seed: int, epochs: Ints |
 
     Args:
         mismatched: that probability.
-        order: the documents to choose from, as often as an epoch shows them.
+        order: the documents to choose from: those of the sample's epoch, as often as it shows them.
         seed, epochs, sample_ids: the key, as everywhere.
 
     Returns:
@@ -136,7 +136,8 @@ def other_titles(mismatched: float, order: ClassOrder, seed: int, epochs: Ints |
     """
     chance = keyed_uniform(seed, _OTHER, epochs, sample_ids, 0)
     place = keyed_hash(seed, _OTHER, epochs, sample_ids, 1) % np.uint64(order.slots("document"))
-    return np.where(chance < mismatched, order.draw("document", place.astype(np.int64)).sample_ids, sample_ids)
+    positions = np.asarray(epochs) * order.slots("document") + place.astype(np.int64)
+    return np.where(chance < mismatched, order.draw("document", positions).sample_ids, sample_ids)
 
 
 def _draws(seed: int, tag: int, epochs: Ints | int, sample_ids: Ints, places: int, kinds: int) -> npt.NDArray[Any]:

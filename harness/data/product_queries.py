@@ -29,7 +29,7 @@ Ints = npt.NDArray[np.int64]
 
 def words_of(text: str) -> list[str]:
     """Lower-case words of a text, without possessive and plural s, so that Men's, Mens and Men are one word."""
-    return [re.sub(r"('s|(?<!s)s)$", "", word) or word for word in re.findall(r"[^\W_]+(?:'s)?", text.lower())]
+    return [re.sub(r"(['’]s|(?<!s)s)$", "", word) or word for word in re.findall(r"[^\W_]+(?:['’]s)?", text.lower())]
 
 
 class ProductQueries:
@@ -47,12 +47,19 @@ class ProductQueries:
     def __init__(self, catalogue: Catalogue) -> None:
         folder = catalogue.path / "queries"
         self.meta = read_meta(catalogue.path)
-        loaded = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+        try:
+            loaded = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+            texts = pa.ipc.open_file(pa.memory_map(str(folder / "texts.arrow"))).read_all()
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{folder} is damaged: {error}", f"Run `shelfmark queries {catalogue.path}` again"
+            ) from error
         if len(loaded["keywords"]) != catalogue.num_samples:
             raise UserError(f"{folder} does not fit the catalogue", f"Run `shelfmark queries {catalogue.path}` again")
         self.keywords, self.categories = loaded["keywords"], loaded["categories"]
         self._codes, self._offsets, self._clicks = loaded["attributes"], loaded["text_offsets"], loaded["text_clicks"]
-        self._texts = pa.ipc.open_file(pa.memory_map(str(folder / "texts.arrow"))).read_all().column("text")
+        self._texts = texts.column("text")
+        self._code = {word: code for code, word in enumerate(self.meta["keywords"])}
         self._wordings = [values["wordings"] for values in self.meta["attributes"]]
 
     def draw(self, sample_ids: Ints, epochs: Ints, seed: int, least: int, most: int) -> list[str]:
@@ -73,6 +80,14 @@ class ProductQueries:
         text = np.searchsorted(self._clicks, clicked, side="right")
         made = self._from_attributes(sample_ids, epochs, seed, least, most)
         return [self._texts[int(t)].as_py() if n else m for t, n, m in zip(text, end - first, made, strict=True)]
+
+    def keywords_of(self, texts: list[str]) -> Ints:
+        """Keywords that texts name, as codes int64 [n, K], -1 behind the last."""
+        found = np.full((len(texts), self.keywords.shape[1]), -1, np.int64)
+        for row, text in enumerate(texts):
+            codes = list(dict.fromkeys(self._code[word] for word in words_of(text) if word in self._code))
+            found[row, : len(codes)] = codes[: found.shape[1]]
+        return found
 
     def _upto(self, places: Ints) -> Ints:
         """Clicks on all texts before each place."""

@@ -3,7 +3,7 @@
 queries/
     queries.json     the attributes' values with their synonyms, the keywords and the categories, each list in the order of its codes
     attributes.npy   int32 [num_samples, attributes]: code of each value, -1 = none
-    keywords.npy     int32 [num_samples, keywords_per_product]: the rarest keywords of a title, -1 behind the last
+    keywords.npy     int32 [num_samples, keywords_per_product]: a document's keywords, -1 behind the last
     categories.npy   int32 [num_samples], -1 = none
     texts.arrow, text_offsets.npy [num_samples + 1], text_clicks.npy   texts of the click log by the document that was clicked
 """
@@ -30,6 +30,7 @@ from harness.errors import UserError
 
 EXAMPLE = "shelfmark queries catalogues/fashion --attributes gender,base_colour,sub_category --category sub_category"
 CLICK_COLUMNS = ("text", "document", "clicks")
+MOST_CLICKS = 10**12  # of one row: their sum must fit int64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class QueriesConfig:
         split: split that keywords and values are taken from; samples of split 'all' belong to it.
         min_count: fewest titles of the split that a keyword stands in; with clicks, of the clicked documents.
         max_share: largest share of those titles.
-        keywords_per_product: the rarest keywords of a title are kept, so many at most.
+        keywords_per_product: keywords of a document that are kept: the words of its attributes, then the rarest of its title.
     """
 
     catalogue: Path
@@ -56,14 +57,14 @@ class QueriesConfig:
     split: str = "train"
     min_count: int = 5
     max_share: float = 0.3
-    keywords_per_product: int = 8
+    keywords_per_product: int = 12
 
 
 def run(config: QueriesConfig) -> dict[str, Any]:
     """Writes queries/ and prints a summary; returns keywords, categories, texts, clicked_documents, with_keywords (documents).
 
     Raises:
-        UserError: an unknown attribute, a click log or a file of synonyms that cannot be used.
+        UserError: an unknown attribute, a click log or a file of synonyms that cannot be used, or nothing to make a query of.
     """
     catalogue = Catalogue(config.catalogue)
     attributes = _columns(catalogue, config)
@@ -78,13 +79,27 @@ def run(config: QueriesConfig) -> dict[str, Any]:
         values, codes[:, column] = _coded(table[name].to_pylist(), learned)
         wordings = [[value.lower(), *(w.lower() for w in synonyms.get(value.lower(), []))] for value in values]
         described.append({"name": name, "wordings": wordings})
+    of_attributes = [
+        [
+            word
+            for column, code in enumerate(row)
+            if code >= 0
+            for word in words_of(described[column]["wordings"][code][0])
+        ]
+        for row in codes.tolist()
+    ]
     categories: list[str] = []
     category_codes = np.full(len(table), -1, np.int32)
     if config.category:
         categories, category_codes = _coded(table[config.category].to_pylist(), learned)
+    if not ((np.diff(offsets) > 0) | (codes >= 0).any(1))[learned].any():
+        raise UserError(
+            f"no document of split {config.split!r} of {catalogue.path} has a clicked text or an attribute to make a query of",
+            "Name --clicks, or ingest with --attribute-columns",
+        )
     titles = [words_of(title or "") for title in table["title"].to_pylist()]
     counted = learned & (np.diff(offsets) > 0) if config.clicks else learned
-    keywords, keyword_codes = _mined(titles, counted, config)
+    keywords, keyword_codes = _mined(titles, of_attributes, counted, config)
     arrays = dict(zip(ARRAYS, (codes, keyword_codes, category_codes, offsets, clicks), strict=True))
     meta = {
         "format": QUERIES_FORMAT,
@@ -140,11 +155,14 @@ def _synonyms(file: Path | None) -> dict[str, list[str]]:
         return {}
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"--synonyms {file} cannot be read: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(words, list) for words in content.values()):
-        raise UserError(f"--synonyms {file} is no table of lists", "Write lines such as   navy blue: [navy, dark blue]")
-    return {str(value).lower(): [str(word) for word in words] for value, words in content.items()}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--synonyms {file} cannot be read: {' '.join(str(error).split())}") from error
+    lists = list(content.values()) if isinstance(content, dict) else [None]
+    if not all(isinstance(words, list) and all(isinstance(word, str) for word in words) for words in lists):
+        raise UserError(
+            f"--synonyms {file} is no table of lists of words", "Write lines such as   navy blue: [navy, dark blue]"
+        )
+    return {str(value).lower(): words for value, words in content.items()}
 
 
 def _coded(values: Sequence[str | None], learned: np.ndarray) -> tuple[list[str], np.ndarray]:
@@ -154,19 +172,24 @@ def _coded(values: Sequence[str | None], learned: np.ndarray) -> tuple[list[str]
     return known, np.array([place.get(value or "", -1) for value in values], np.int32)
 
 
-def _mined(titles: list[list[str]], counted: np.ndarray, config: QueriesConfig) -> tuple[list[str], np.ndarray]:
-    """The keywords, most frequent first, and each row's rarest ones as codes int32 [rows, keywords_per_product]."""
+def _mined(
+    titles: list[list[str]], of_attributes: list[list[str]], counted: np.ndarray, config: QueriesConfig
+) -> tuple[list[str], np.ndarray]:
+    """The keywords: all words of attributes, then those of titles, most frequent first; and each row's as codes int32
+    [rows, keywords_per_product]: those of its attributes, then the rarest of its title."""
     frequency: Counter[str] = Counter()
     for words, use in zip(titles, counted, strict=True):
         if use:
             frequency.update(set(words))
     most = config.max_share * int(counted.sum())
     kept = [(word, n) for word, n in frequency.items() if config.min_count <= n <= most and not word.isdigit()]
-    keywords = [word for word, _ in sorted(kept, key=lambda pair: (-pair[1], pair[0]))]
+    mined = [word for word, _ in sorted(kept, key=lambda pair: (-pair[1], pair[0]))]
+    keywords = list(dict.fromkeys([*sorted({word for row in of_attributes for word in row}), *mined]))
     place = {word: code for code, word in enumerate(keywords)}
     codes = np.full((len(titles), config.keywords_per_product), -1, np.int32)
-    for row, words in enumerate(titles):
-        found = sorted({place[word] for word in words if word in place}, reverse=True)[: config.keywords_per_product]
+    for row, (attributes, words) in enumerate(zip(of_attributes, titles, strict=True)):
+        rarest = sorted({place[word] for word in words if word in place}, reverse=True)
+        found = list(dict.fromkeys([*(place[word] for word in attributes), *rarest]))[: config.keywords_per_product]
         codes[row, : len(found)] = found
     return keywords, codes
 
@@ -183,8 +206,9 @@ def _click_texts(
             log.require(column, "--clicks")
         for number, (cells, problem) in enumerate(log.rows(CLICK_COLUMNS), 1):
             text, item, count = cells
-            if problem or not count.isdigit():
-                raise UserError(f"--clicks {file}, row {number}: {problem or f'clicks is {count!r}, no whole number'}")
+            if problem or not count.isdecimal() or int(count) > MOST_CLICKS:
+                wrong = problem or f"clicks is {count!r}, no whole number from 0 to {MOST_CLICKS:,}"
+                raise UserError(f"--clicks {file}, row {number}: {wrong}")
             if text.strip() and int(count) and item in row_of:
                 clicks[row_of[item], text.strip()] += int(count)
         if not clicks:
