@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,11 @@ class Side:
     sample_ids: np.ndarray
     labels: np.ndarray
     columns: dict[str, list[Any]]
+
+    def select(self, rows: np.ndarray) -> Side:
+        """The rows where bool [n] is true."""
+        columns = {name: list(compress(values, rows)) for name, values in self.columns.items()}
+        return Side(self.catalogue, self.kind, self.ids[rows], self.sample_ids[rows], self.labels[rows], columns)
 
 
 def side_of(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -48,7 +49,7 @@ class EvaluationConfig:
         query_attributes: attributes that the queries of the task text are made of.
         bare_titles: attributes whose values' words are also tried without, in the titles of the task text.
         category: attribute that the task category predicts, and by whose values MAKE's weights are reported.
-        learn_split: split of the documents that the task category learns from.
+        learn_split: split of the documents that the task category learns from; those that are also in `split` do not teach.
         slices: attribute columns of the catalogue whose values get figures of their own.
         distractors: other catalogues whose documents join the gallery, relevant to nothing.
         panel: queries shown with their best documents in TensorBoard.
@@ -199,6 +200,8 @@ class Evaluation:
             return SameProductTask(documents, config.slices, self.mesh)
         if name == "category":
             learned = self._side("document", config.learn_split)
+            if config.learn_split != config.split:  # documents of split 'all' are asked, so they may not teach
+                learned = learned.select(~np.isin(learned.ids, documents.ids))
             return CategoryTask(learned, documents, config.category, self.embedder, self.mesh)
         texts = AttributeQueries(documents, config.query_attributes)
         return TextTask(texts, config.bare_titles, config.category, config.panel, self.embedder, self.mesh)

@@ -39,6 +39,11 @@ class CategoryTask:
                 f"evaluation.category '{category}' has fewer than two values to learn in {learned.catalogue.path}",
                 "Choose another attribute, or another evaluation.learn_split",
             )
+        if not any(documents.columns[category]):
+            raise UserError(
+                f"no document of {documents.catalogue.path} that is asked has a value of evaluation.category '{category}'",
+                "Choose another attribute, or another evaluation.split",
+            )
 
     def run(self, method: Method, gallery: Gallery, seen: str) -> Found:
         """See harness.tasks.Task."""

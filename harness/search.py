@@ -54,6 +54,8 @@ def run(config: SearchConfig) -> dict[str, Any]:
         raise UserError(f"--sheet {config.sheet} is no .png or .jpg", "Name a file with one of these suffixes")
     if sum(map(bool, (config.photos, config.text, config.item))) != 1:
         raise UserError("a search takes photos, --text or --item", "Name one of the three")
+    if config.box and not config.photos:
+        raise UserError("--box is a part of a photo, and there is none", "Leave it out")
     photos = [Photo.open(path, config.box) for path in config.photos]
     artefact = Artefact(config.artefact, config.backend)
     _require_query(config, artefact)

@@ -27,10 +27,6 @@ from harness.retrieval import Embedded, RelevantRanks, relevant_ranks, top_k
 from models.batch import Batch
 
 SHOWN = 5  # documents in a row of the panel
-GAINS = (
-    3.0,
-    1.0,
-)  # 2 ** grade - 1 (Burges et al. 2005) of a document with all of a query's attributes, and with all but one (ours)
 
 Row = TypeVar("Row")
 # A query (a sample id, or a text), its best documents, and whether each is relevant.
@@ -84,7 +80,11 @@ class Gallery:
 
     def whole(self, seen: str = "both") -> Embedded:
         """This rank's share of all documents."""
-        return joined([self._side(number, seen) for number in range(len(self.sides))])
+        return joined([self.own(seen), *self.others(seen)])
+
+    def others(self, seen: str = "both") -> list[Embedded]:
+        """This rank's share of each other catalogue's documents."""
+        return [self._side(number, seen) for number in range(1, len(self.sides))]
 
     def _side(self, number: int, seen: str) -> Embedded:
         if (number, seen) not in self._known:
@@ -197,12 +197,11 @@ class TextTask:
     def run(self, method: Method, gallery: Gallery, seen: str) -> Found:
         """See Task."""
         texts = self.embedder.embed_texts(method, self.queries.texts)
-        others = [gallery.embedder.embed(method, side, seen) for side in gallery.sides[1:]]
-        found = self._search(texts, joined([gallery.own(seen), *others]))
+        found = self._search(texts, gallery.whole(seen))
         figures, rows = dict(found.figures), list(found.rows)
         if seen == "both":
             if self.bare is not None:
-                stripped = joined([self.embedder.embed(method, self.bare, seen), *others])
+                stripped = joined([self.embedder.embed(method, self.bare, seen), *gallery.others(seen)])
                 figures |= {f"bare_{name}": value for name, value in self._search(texts, stripped).figures.items()}
             if isinstance(method, Weighs):
                 rows += self._weights(method, method.modal_weights)

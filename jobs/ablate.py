@@ -1,7 +1,8 @@
 """Trains the cells of an ablation with equal budgets and writes one table: `bash jobs/ablate.sh FILE …`, `sbatch --array=1-n jobs/ablate.sh FILE …`.
 
 A cell is a recipe with some settings changed, trained once for each seed, for the same number of steps. A cell whose figures are there is not
-trained again, one that was stopped goes on from its last checkpoint. Every task writes the table of what is finished by then.
+trained again, one that was stopped goes on from its last checkpoint, one that fails does not keep the others from being trained. Every task
+writes the table of what is finished by then.
 """
 
 from __future__ import annotations
@@ -62,21 +63,31 @@ class Ablation:
         """Reads and checks a file.
 
         Raises:
-            UserError: it cannot be read, or a key is missing or unknown.
+            UserError: it cannot be read, a key is missing, unknown or of another kind, or two runs would have one name.
         """
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"{file} cannot be read: {error}") from error
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
         keys = {"recipe", "metrics", "seeds", "settings", "cells"}
         if not isinstance(content, dict) or set(content) != keys:
             found = ", ".join(map(str, content)) if isinstance(content, dict) else "none"
             raise UserError(f"{file} must have the keys {', '.join(sorted(keys))}; it has {found}")
-        recipe = (file.parent / content["recipe"]).resolve()
+        cells, seeds = content["cells"], content["seeds"]
+        if not (isinstance(cells, dict) and cells and all(isinstance(c, dict) for c in cells.values())):
+            raise UserError(f"{file}: 'cells' must give each cell a mapping of keys to values", "{} changes nothing")
+        if not (isinstance(seeds, list) and seeds and all(isinstance(seed, int) for seed in seeds)):
+            raise UserError(f"{file}: 'seeds' must be a list of whole numbers")
+        if not isinstance(content["settings"], dict) or not isinstance(content["metrics"], list):
+            raise UserError(f"{file}: 'settings' must be a mapping of keys to values and 'metrics' a list")
+        names = [run_name(str(cell), seed) for cell in cells for seed in seeds]
+        if len(set(names)) < len(names) or any("/" in name for name in names):
+            raise UserError(f"{file}: two runs have one name, or a cell's name holds a slash", "Name them otherwise")
+        recipe = (file.parent / str(content["recipe"])).resolve()
         if not recipe.is_file():
             raise UserError(f"{file} names the recipe {content['recipe']}, which is no file there")
-        cells = {str(name): dict(changed or {}) for name, changed in content["cells"].items()}
-        return cls(recipe, list(content["metrics"]), list(content["seeds"]), dict(content["settings"] or {}), cells)
+        named = {str(name): changed for name, changed in cells.items()}
+        return cls(recipe, content["metrics"], seeds, content["settings"], named)
 
     def runs(self) -> list[tuple[str, int]]:
         """All (cell, seed), all cells of a seed before the next seed."""
@@ -87,10 +98,16 @@ def ablate(config: AblationConfig) -> None:
     """Trains this task's share of the runs, and writes the table.
 
     Raises:
-        UserError: the file, or a run that failed.
+        UserError: the file, figures of another number of steps, or runs that failed, once the others have ended.
     """
     ablation = Ablation.read(config.file)
-    config.out.mkdir(parents=True, exist_ok=True)
+    if config.ranks < 1:
+        raise UserError(f"--ranks is {config.ranks}", "It must be at least 1")
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {config.out}: {error.strerror}", "Name another folder") from error
+    failed = []
     number, parts = (1, 1) if config.part is None else parse_part(config.part)
     for cell, seed in ablation.runs()[number - 1 :: parts]:
         figures = figures_file(config.out, cell, seed)
@@ -100,25 +117,30 @@ def ablate(config: AblationConfig) -> None:
         line = command(config, ablation, cell, seed)
         print(f"\n[{cell}, seed {seed}]\n$ {shlex.join(line)}", flush=True)
         if code := subprocess.run(line).returncode:
-            raise UserError(f"{cell}, seed {seed}: exit code {code}", "The reason stands above; start again to go on")
-    rows = [(cell, finished(config.out, ablation, cell)) for cell in ablation.cells]
+            failed.append(f"[{cell}, seed {seed}] ended with exit code {code}")
+    rows = [(cell, finished(config, ablation, cell)) for cell in ablation.cells]
     text = table(config, ablation, rows)
     (config.out / "table.md").write_text(text, encoding="utf-8")
     write_json(config.out / "table.json", {"cells": dict(rows), "versions": versions()})
-    print(f"\n{text}\n{config.out}/table.md")
+    print(f"\n{text}\n{config.out}/table.md", flush=True)
+    if failed:
+        raise UserError("; ".join(failed), "The reasons stand above; start again to go on")
 
 
 def figures_file(out: Path, cell: str, seed: int) -> Path:
     """Where a finished run's figures lie."""
-    return out / f"{cell.replace(' ', '-')}-seed{seed}.json"
+    return out / f"{run_name(cell, seed)}.json"
+
+
+def run_name(cell: str, seed: int) -> str:
+    """The name of a run's folder."""
+    return f"{cell.replace(' ', '-')}-seed{seed}"
 
 
 def command(config: AblationConfig, ablation: Ablation, cell: str, seed: int) -> list[str]:
     """The command line of one run."""
     figures = figures_file(config.out, cell, seed)
-    settings = {"data.catalogue": config.catalogue, **ablation.settings, **ablation.cells[cell], "seed": seed}
-    if config.steps is not None:
-        settings["train.steps"] = config.steps
+    settings = settings_of(config, ablation, cell) | {"seed": seed}
     given = [word for key, value in settings.items() for word in (f"--{key}", _spelt(value))]
     return [
         *(
@@ -133,16 +155,27 @@ def command(config: AblationConfig, ablation: Ablation, cell: str, seed: int) ->
     ]
 
 
-def finished(out: Path, ablation: Ablation, cell: str) -> list[dict[str, float]]:
+def settings_of(config: AblationConfig, ablation: Ablation, cell: str) -> dict[str, Any]:
+    """What a cell changes in the recipe."""
+    settings = {"data.catalogue": config.catalogue, **ablation.settings, **ablation.cells[cell]}
+    return settings if config.steps is None else settings | {"train.steps": config.steps}
+
+
+def finished(config: AblationConfig, ablation: Ablation, cell: str) -> list[dict[str, float]]:
     """The figures of a cell's finished runs, one for each seed.
 
     Raises:
-        UserError: one of them lacks a metric.
+        UserError: one of them lacks a metric, or is of another number of steps.
     """
-    found = []
-    for file in (figures_file(out, cell, seed) for seed in ablation.seeds):
+    found, steps = [], settings_of(config, ablation, cell).get("train.steps")
+    for file in (figures_file(config.out, cell, seed) for seed in ablation.seeds):
         if file.is_file():
             figures = json.loads(file.read_text())
+            if steps not in (None, figures["steps"]):
+                raise UserError(
+                    f"{file} is of {figures['steps']} steps, this ablation of {steps}",
+                    "Choose another --out, or remove that file and the run folder of that name",
+                )
             for metric in [name for name in ablation.metrics if name not in figures]:
                 raise UserError(f"{file} has no figure '{metric}'", f"It has {', '.join(figures)}")
             found.append({name: figures[name] for name in (*ablation.metrics, "steps", "seconds")})

@@ -28,7 +28,7 @@ class Batch:
     categories int64 [d]: category of the documents, -1 = unknown;
     keywords int64 [d, K]: keywords of the documents, each once, -1 behind the last; query_keywords int64 [q, K]: those that the query names;
     masked_tokens int64 [d, L]: the titles with their masked words replaced, and masked_words bool [d, L]: which those are;
-    masked_patches bool [d, P]: patches to be hidden, row-major;
+    masked_patches bool [d, P]: patches to be hidden, row-major; masked_titles bool [d]: titles that are masked as a whole;
     other_tokens int64 [d, L]: for each document its own title or that of another document.
     """
 
@@ -48,6 +48,7 @@ class Batch:
     masked_tokens: Tensor = field(default_factory=_no_ids)
     masked_words: Tensor = field(default_factory=_no_masks)
     masked_patches: Tensor = field(default_factory=_no_masks)
+    masked_titles: Tensor = field(default_factory=_no_masks)
     other_tokens: Tensor = field(default_factory=_no_ids)
 
     @classmethod

@@ -141,16 +141,18 @@ class ItemTowers(nn.Module):
         self.gmlm = GlobalHead(h, text.max_length, text.vocab_size)
         self.gmim = GlobalHead(h, vision.num_patches, pixels)
 
-    def forward(self, images: Tensor, tokens: Tensor, seen: str = "both") -> Tensor:
+    def forward(self, images: Tensor, tokens: Tensor, seen: str = "both", untitled: Tensor | None = None) -> Tensor:
         """images [b, 3, S, S], tokens [b, L] -> final states [b, 1 + L + P, h], the global vector first.
 
-        What `seen` leaves out is hidden from attention, and meaningless in the states; so is padding.
+        What `seen` leaves out is hidden from attention, and meaningless in the states; so are padding and the titles of `untitled`, bool [b].
         """
         words = self.words(tokens) + self.word_position[: tokens.shape[1]] + self.modality[0]
         patches = self.stem(images).flatten(2).transpose(1, 2) + self.patch_position + self.modality[1]
         x = torch.cat([self.first.expand(words.shape[0], 1, -1), words, patches], 1)
         x = self.dropout(self.norm(x)).transpose(0, 1).contiguous()
         no_words = (tokens == self.config.text.pad_id) | (seen == "image")
+        if untitled is not None:
+            no_words = no_words | untitled[:, None]
         no_patches = torch.full(patches.shape[:2], seen == "title", device=tokens.device)
         hidden = torch.cat([F.pad(no_words, (1, 0)), no_patches], 1)
         return self.block(x, hidden[:, None, None, :]).transpose(0, 1)
@@ -222,7 +224,8 @@ class Item:
         metrics: dict[str, Tensor] = {}
         if use.mlm or use.mim or use.gmlm or use.gmim:
             visible = hide_patches(images, batch.masked_patches, self.config.vision.patch_size)
-            terms |= self.masked_terms(self.towers(visible, batch.masked_tokens), batch)
+            states = self.towers(visible, batch.masked_tokens, untitled=batch.masked_titles)
+            terms |= self.masked_terms(states, batch)
         if use.itm:
             terms["itm"], metrics["itm_accuracy"] = self._itm(batch)
         if use.contrast:
@@ -253,7 +256,8 @@ class Item:
             rows, places = batch.masked_words.nonzero(as_tuple=True)
             truth, weights = batch.document_tokens[rows, places], batch.document_weights[rows]
             if use.mlm:
-                terms["mlm"] = global_mean(word_terms(heads.mlm(words[rows, places]), truth), weights, group)
+                told = weights * ~batch.masked_titles[rows]  # a title that is not seen has no states
+                terms["mlm"] = global_mean(word_terms(heads.mlm(words[rows, places]), truth), told, group)
             if use.gmlm:
                 terms["gmlm"] = global_mean(word_terms(heads.gmlm(whole[rows], places), truth), weights, group)
         if use.mim or use.gmim:

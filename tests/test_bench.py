@@ -1,6 +1,7 @@
 """Benchmarks: reports of the one form, files that repeat, mistakes in one line. What they measure is not asserted."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from harness.bench import decode, head, head_memory, loader, towers
+from harness.bench import bm25, decode, head, head_memory, loader, towers
 from harness.bench.ranks import Memory
 from harness.bench.report import command_line, format_table, make_report
+from harness.data import ingest
 from harness.errors import UserError
 from models.heads.row_optimizer import RowAdamW, RowOptimizerConfig
+from tests.catalogues import draw_rows, write_manifest
 
 TINY = {"images": 5, "image_size": 16, "source_size": 40, "threads": 1, "pairs": 2}
 FIELDS = {
@@ -244,6 +247,49 @@ def test_towers_that_compute_something_else_are_not_timed(monkeypatch):
     monkeypatch.setattr(towers, "export_tower", another)
     with pytest.raises(RuntimeError, match="bert_small: transformers differs from plain"):
         towers.run(towers.TowersConfig(model=("bert_small",), batch=1, tokens=4, pairs=1))
+
+
+def test_bm25_ranks_titles_as_by_hand(tmp_path):
+    """Robertson's tf-idf with k1 1.5 and b 0.75, words without plural s; ties by id; a query whose words no title has."""
+    pytest.importorskip("bm25s")
+    rows = draw_rows(tmp_path, classes=5, queries=0, size=24, seed=0)
+    looks = [("red", "disc"), ("red", "box"), ("red", "disc"), ("blue", "disc"), ("-", "&")]
+    titles = ["Red box", "A box: reds and box", "Discs of the shop, red", "", "a pale disc of no colour"]
+    for row, (colour, shape), title in zip(rows, looks, titles, strict=True):
+        row |= {"split": "test", "colour": colour, "shape": shape, "title": title}
+    manifest, catalogue = write_manifest(tmp_path / "manifest.tsv", rows), tmp_path / "catalogue"
+    ingest.run(
+        ingest.IngestConfig(
+            manifest=manifest, images=tmp_path, out=catalogue, attribute_columns="colour,shape", workers=1
+        )
+    )
+    report = bm25.run(
+        bm25.Bm25Config(catalogue=catalogue, query_attributes=("colour", "shape"), bare_titles=("shape",))
+    )
+    check_report(report)
+
+    words = [["red", "box"], ["a", "box", "red", "and", "box"], ["disc", "of", "the", "shop", "red"], []]
+    words.append(["a", "pale", "disc", "of", "no", "colour"])
+    mean = sum(map(len, words)) / 5
+
+    def score(query, title):
+        total = 0.0
+        for word in query:
+            holds, often = sum(word in other for other in words), title.count(word)
+            rarity = math.log(1 + (5 - holds + 0.5) / (holds + 0.5))
+            total += rarity * often / (often + 1.5 * (0.25 + 0.75 * len(title) / mean))
+        return total
+
+    wanted = {("red", "disc"): {0, 2}, ("red", "box"): {1}, ("blue", "disc"): {3}, (): {4}}  # '- &' has no words
+    first = []
+    for query, relevant in wanted.items():
+        scores = [score(query, title) for title in words]
+        order = sorted(range(5), key=lambda i: (-scores[i], i))
+        first.append(min(order.index(i) for i in relevant))
+    assert sorted(first) == [0, 1, 4, 4]
+    assert report["headline"]["queries"] == 4 and report["headline"]["recall_at_1"] == 0.25
+    assert report["headline"]["mrr"] == pytest.approx(sum(1 / (1 + place) for place in first) / 4)
+    assert report["headline"]["bare_mrr"] != report["headline"]["mrr"]
 
 
 def test_a_tower_that_transformers_does_not_read_is_one_line():

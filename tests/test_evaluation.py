@@ -29,7 +29,7 @@ def evaluated(
     """Evaluates the weights that the seed gives; also each rank's query vectors by sample id."""
     with trainer(tiny_config(catalogue, Path("unused"), **settings), ready=False) as t:
         report = t.evaluation.run(t.method)
-        queries = t.evaluation.embedder.embed(t.method, t.evaluation.queries)
+        queries = t.evaluation.embedder.embed(t.method, t.evaluation.tasks[0].queries)
         vectors = dict(zip(queries.ids.tolist(), queries.vectors.numpy(), strict=True))
         assert t.method.towers.training
     return report, vectors
@@ -219,6 +219,6 @@ def test_a_distractor_that_is_no_catalogue_is_refused(catalogue: Path, tmp_path:
 @pytest.mark.parametrize("panel", [0, 1, 99])
 def test_any_number_of_panel_rows(catalogue: Path, panel: int) -> None:
     report, _ = evaluated(catalogue, {"evaluation.panel": panel})
-    shown: Sequence[int] = [query for query, _ in report.panel]
+    shown: Sequence[int | str] = [query for query, *_ in report.panel]
     assert len(shown) == len(set(shown)) == min(panel, 6)
     assert all(len(best) == 5 for _, best, _ in report.panel)

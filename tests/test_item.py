@@ -58,11 +58,12 @@ def dense(towers: ItemTowers, config: ItemConfig, batch: Batch) -> dict[str, Ten
             cut[i, place] = batch.document_images[i, :, y : y + PATCH, x : x + PATCH].flatten()
             if batch.masked_patches[i, place]:
                 hidden[i, :, y : y + PATCH, x : x + PATCH] = 0
-    states = towers(hidden, batch.masked_tokens)
+    states = towers(hidden, batch.masked_tokens.masked_fill(batch.masked_titles[:, None], 0))  # padding is not seen
     whole, words, patches = states[:, 0], states[:, 1 : 1 + LENGTH], states[:, 1 + LENGTH :]
     for i, place in batch.masked_words.nonzero().tolist():
         true = batch.document_tokens[i, place]
-        add("mlm", -F.log_softmax(towers.mlm(words[i, place]), 0)[true], weights[i])
+        if not batch.masked_titles[i]:
+            add("mlm", -F.log_softmax(towers.mlm(words[i, place]), 0)[true], weights[i])
         add("gmlm", -F.log_softmax(towers.gmlm(whole[i], torch.tensor(place)), 0)[true], weights[i])
     for i, place in batch.masked_patches.nonzero().tolist():
         pixels = (cut[i, place] - cut[i, place].mean()) / (cut[i, place].var(unbiased=False) + 1e-6).sqrt()
@@ -91,13 +92,14 @@ def dense(towers: ItemTowers, config: ItemConfig, batch: Batch) -> dict[str, Ten
 def check_dense(tensor_parallel: int, sizes: list[int]) -> None:
     from models.transformer import MegatronBuilder
 
-    for config in (PATCHED, STEM):
+    for config, masks in ((PATCHED, replace(MASKS, heavy_word_rate=1.0)), (STEM, MASKS)):
         with layout(tensor_parallel) as mesh:
             torch.manual_seed(0)
             towers = ItemTowers(config, MegatronBuilder(mesh.groups)).double()
             plain = ItemTowers(config, PlainBuilder()).double()
             plain.load_state_dict(merged_state_dict(towers, mesh.tp))
-            batch = products(7, 3, MASKS)
+            batch = products(7, 3, masks)
+            assert batch.masked_titles.any() == (masks.heavy_word_rate == 1)
             loss, metrics = Item(config, towers, None, mesh.dp).loss(part(batch, sizes, mesh.dp.rank()))
             wanted = dense(plain, config, batch)
             for name, value in wanted.items():

@@ -38,6 +38,13 @@ def everything() -> tuple[Embedded, Embedded]:
     )
 
 
+def own_queries() -> Embedded:
+    """61 of the documents as queries that bear their ids: relevant to themselves, some with an equal document of another id."""
+    _, documents = everything()
+    rows = torch.tensor([*range(30), *range(50, 75), *range(100, 105), DOCUMENTS - 1])
+    return Embedded(documents.vectors[rows], documents.ids[rows], documents.labels[rows])
+
+
 def shard(part: Embedded, sizes: list[int], rank: int) -> Embedded:
     rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     return Embedded(part.vectors[rows], part.ids[rows], part.labels[rows])
@@ -49,7 +56,11 @@ def check(rank: int, group: dist.ProcessGroup | None) -> dict[str, Any]:
     queries, documents = (shard(part, sizes, rank) for part, sizes in zip(everything(), SHARDS[world], strict=True))
     nothing = shard(documents, [0], 0)
     results: dict[str, Any] = {"own": queries.ids}
+    own = shard(own_queries(), SHARDS[world][0], rank)
     for block, tile in ((1, 7), (16, 64), (1024, 8192)):
+        results[f"ranks without self {block}"] = relevant_ranks(
+            own, documents, group, query_block=block, document_tile=tile, without_self=True
+        )
         results[f"ranks {block}"] = relevant_ranks(queries, documents, group, query_block=block, document_tile=tile)
         for k in (1, 9, 500):
             results[f"top {k} {block}"] = top_k(queries, documents, k, group, query_block=block, document_tile=tile)
@@ -98,6 +109,22 @@ def oracle() -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     labels = documents.labels.numpy()[ranking]
     relevant = (labels == queries.labels.numpy()[:, None]) & (labels >= 0)
     return scores, ranking, [np.flatnonzero(row) for row in relevant]
+
+
+def test_a_query_does_not_find_itself(single: dict[str, Any]) -> None:
+    queries, (_, documents) = own_queries(), everything()
+    grid = [np.rint(part.vectors.double().numpy() * 2.0**26).astype(np.int64) for part in (queries, documents)]
+    scores = np.rint((grid[0] @ grid[1].T) / 2.0**28).astype(np.int64)
+    expected = {}
+    for query, label, row in zip(queries.ids.tolist(), queries.labels.tolist(), scores, strict=True):
+        ranking = np.lexsort((documents.ids.numpy(), -row))
+        ranking = ranking[documents.ids.numpy()[ranking] != query]
+        expected[query] = np.flatnonzero((documents.labels.numpy()[ranking] == label) & (label >= 0)).tolist()
+    assert any(ranks[:1] == [0] for ranks in expected.values()) and [] in expected.values()
+    for block in (1, 16, 1024):
+        found = single[f"ranks without self {block}"]
+        ranks = [part.tolist() for part in np.split(found.ranks, found.offsets[1:-1])]
+        assert dict(zip(found.query_ids.tolist(), ranks, strict=True)) == expected
 
 
 def same(left: RelevantRanks, right: RelevantRanks) -> bool:

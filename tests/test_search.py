@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,17 @@ from PIL import Image
 
 from harness import export, search
 from harness.artefact import Artefact, Photo
+from harness.checksums import write_manifest
 from harness.data.catalogue import Catalogue
-from harness.embed import side_of
+from harness.data.queries import QueriesConfig
+from harness.data.queries import run as make_queries
+from harness.embed import Embedder, side_of
 from harness.errors import UserError
+from harness.retrieval import top_k
 from tests.pool import ranks
 from tests.runs import tiny_config, trainer
+from tests.test_two_methods import config_of
+from tests.twins import documents_alone
 
 
 def train(run: Path, catalogue: Path, **overrides: Any) -> None:
@@ -40,9 +47,9 @@ def found_by_evaluation(run: Path, catalogue: Path, top: int) -> tuple[list[Any]
     with trainer(config) as t:
         report = t.evaluation.run(t.method)
         t.method.towers.eval()
-        queries = t.evaluation.embedder.embed(t.method, t.evaluation.queries)
+        queries = t.evaluation.embedder.embed(t.method, t.evaluation.tasks[0].queries)
         documents = t.evaluation.embedder.embed(t.method, t.evaluation.documents[0])
-    return [(query, best[:top]) for query, best in report.panel], queries.vectors, documents.vectors
+    return [(query, best[:top]) for query, best, _ in report.panel], queries.vectors, documents.vectors
 
 
 @pytest.fixture(scope="module")
@@ -168,13 +175,99 @@ def test_search_prints_and_draws(artefact: Path, tmp_path: Path, capsys: pytest.
     ],
 )  # fmt: skip
 def test_damaged_artefacts_are_refused(artefact: Path, tmp_path: Path, damage: Any, message: str) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(artefact, copy)
     damage(copy)
     with pytest.raises(UserError, match=message):
         Artefact(copy)
+
+
+@pytest.fixture(scope="module")
+def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = documents_alone(tmp_path_factory.mktemp("documents"))
+    make_queries(QueriesConfig(catalogue=made, min_count=2, category="shape"))
+    return made
+
+
+def exported(kind: str, catalogue: Path, run: Path) -> tuple[list[str], torch.Tensor, torch.Tensor, list[list[int]]]:
+    """In a pool: trains and exports; (queries: texts, or photos' ids), their vectors, the documents' and the best 4 ids, by trained towers."""
+    config = config_of(kind, catalogue, run, **{"train.steps": 2})
+    with trainer(config) as t:
+        t.fit()
+        t.method.towers.eval()
+        embedder = Embedder(config.data, t.model_config, t.tokenizer, 5, t.mesh)
+        documents = side_of(t.loader.catalogue, "document", None, ["title", "description"], None, 0)
+        gallery = embedder.embed(t.method, documents)
+        names = ["red disc", "a box", "", "unheard of"] if kind == "make" else [str(i) for i in documents.ids]
+        photos = embedder.embed(t.method, documents, "image") if kind == "item" else None
+        queries = embedder.embed_texts(t.method, names) if photos is None else photos
+        best, _ = top_k(queries, gallery, 4)
+    export.run(export.ExportConfig(run=run, out=run.parent / kind))
+    return names, queries.vectors, gallery.vectors, best.tolist()
+
+
+@pytest.fixture(scope="module", params=["make", "item"])
+def other(request: Any, products: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
+    """Kind, artefact, and what `exported` gives."""
+    folder = tmp_path_factory.mktemp(request.param)
+    (known,) = ranks(1).run(exported, request.param, products, folder / "run")
+    return request.param, folder / request.param, known
+
+
+def test_other_methods_search_as_they_were_trained(
+    other: tuple[str, Path, Any], products: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MAKE by text, ITEm by photo: the exported encoder gives the trained towers' vectors, the index their order."""
+    kind, folder, (names, vectors, gallery, best) = other
+    opened = Artefact(folder)
+    if kind == "make":
+        ours = opened.embed_texts(names)
+    else:
+        index = Catalogue(products).index
+        sizes = [(int(index[int(i)]["width"]), int(index[int(i)]["height"])) for i in names]
+        photos = [Photo(Catalogue(products).read_bytes(int(i)), (0, 0, *s)) for i, s in zip(names, sizes, strict=True)]
+        ours = opened.embed(photos, 5)
+    torch.testing.assert_close(ours, vectors, rtol=0, atol=1e-6)
+    rows = torch.cat([opened.vector(row) for row in range(12)])
+    torch.testing.assert_close(rows, gallery, rtol=0, atol=1e-6)
+    assert [[hit.row for hit in found] for found in opened.search(vectors, 4)] == best
+    if kind == "make":
+        query: dict[str, Any] = {"text": names[0]}
+    else:
+        (tmp_path / "photo").write_bytes(Catalogue(products).read_bytes(0))
+        query = {"photos": (tmp_path / "photo",)}
+    figures = search.run(search.SearchConfig(artefact=folder, top=4, sheet=tmp_path / "sheet.png", **query))
+    assert [hit["row"] for hit in figures["queries"][0]["found"]] == best[0]
+    assert Image.open(tmp_path / "sheet.png").width == 5 * 152
+    assert "1. " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("top", [3, 50])
+def test_what_is_like_a_document_is_not_itself(other: tuple[str, Path, Any], top: int) -> None:
+    _, folder, (_, _, gallery, _) = other
+    rows = search.run(search.SearchConfig(artefact=folder, item="d4", top=top))["queries"][0]["found"]
+    order = [row for row in (gallery @ gallery[4]).argsort(descending=True, stable=True).tolist() if row != 4]
+    assert [hit["row"] for hit in rows] == order[:top] and rows[0]["id"] == f"d{order[0]}"
+
+
+def test_a_query_that_an_artefact_does_not_take_is_told(other: tuple[str, Path, Any], tmp_path: Path) -> None:
+    kind, folder, _ = other
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (40, 40)).save(photo)
+
+    def message(**values: Any) -> str:
+        with pytest.raises(UserError) as error:
+            search.run(search.SearchConfig(artefact=folder, **values))
+        return str(error.value)
+
+    if kind == "make":
+        assert "answers texts, not photos" in message(photos=(photo,))
+    else:
+        assert "answers photos, not texts" in message(text="red disc")
+    assert "has no document with the id 'd99'" in message(item="d99")
+    for two in ({}, {"photos": (photo,), "item": "d1"}, {"text": "red", "item": "d1"}):
+        assert "photos, --text or --item" in message(**two)
+    assert "--box" in message(item="d1", box=(0, 0, 1, 1)), "a box without a photo"
 
 
 @pytest.mark.parametrize("part,kib", [("documents", 8), ("encoder.pt2", 100)])
@@ -187,6 +280,19 @@ def test_a_full_disk_leaves_nothing(
     with pytest.raises(AssertionError, match="no space left on the disk"):
         ranks(1).run(export_here, trained, disk / "artefact")
     assert list(disk.iterdir()) == []
+
+
+def test_an_artefact_of_another_format_is_refused(artefact: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(artefact, copy)
+    meta = json.loads((copy / "artefact.json").read_text())
+    meta["format"] = 1
+    del meta["query"], meta["query_tokens"]  # as it was
+    (copy / "artefact.json").write_text(json.dumps(meta))
+    (copy / "manifest.json").unlink()
+    write_manifest(copy)
+    with pytest.raises(UserError, match=r"has format 1, this version reads 2\. Export again"):
+        Artefact(copy)
 
 
 def test_mistakes_are_told(artefact: Path, trained: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from models.batch import Batch
 from models.branch import BranchEnd
 from models.fusion import ConceptFusion
 from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
-from models.merge import merge_shards, merged_state_dict
+from models.merge import merged_state_dict
 from models.oclear import Oclear, OclearConfig, OclearTowers
 from models.plain.transformer import PlainBlock, PlainBuilder
 from models.positions import rotary_angles, sine_cosine
@@ -23,6 +23,7 @@ from models.text import TextConfig
 from models.vision import VisionConfig, VisionTower
 from tests.dense import dense_loss
 from tests.pool import layout, ranks
+from tests.twins import require_equal_gradients
 
 CONV = VisionConfig(
     image_size=32, patch_size=8, num_layers=2, hidden_size=32, stem_channels=(8, 16, 32), stem_blocks=(0, 1, 1)
@@ -68,6 +69,10 @@ OPTIONS["fixed positions, class token, attention pooling; causal text"] = Oclear
     ),
     embedding_dim=16,
 )
+COMPARED = {
+    f"fusion by {kind}": replace(CONFIGS["patch stem, class token, shared transform"], fusion_kind=kind)
+    for kind in ("concat", "image")
+}
 CLASSES = 7
 HEAD = ClassHeadConfig(num_classes=CLASSES, embedding_dim=16, scale=12.0, margin=(1.0, 0.0, 0.2))
 
@@ -105,7 +110,7 @@ def close(found: Tensor, wanted: Tensor, name: str, tolerance: float = 1e-10) ->
 def check_against_plain(name: str, tensor_parallel: int) -> None:
     from models.transformer import MegatronBuilder
 
-    config = (CONFIGS | OPTIONS)[name]
+    config = (CONFIGS | OPTIONS | COMPARED)[name]
     with layout(tensor_parallel) as mesh:
         torch.manual_seed(0)
         towers = OclearTowers(config, MegatronBuilder(mesh.groups)).double()
@@ -130,13 +135,7 @@ def check_against_plain(name: str, tensor_parallel: int) -> None:
         close(gate, pgate.tensor_split(mesh.dp.size())[mine], "gate")
         close(loss, wanted, "loss")
         close(head.row_grad[1], rows.grad[head.start : head.stop], "rows' gradient")
-        reference = dict(plain.named_parameters())
-        largest = max(float(p.grad.abs().max()) for p in reference.values())
-        for key, parameter in towers.named_parameters():
-            grad = parameter.grad.clone()
-            torch.distributed.all_reduce(grad, group=mesh.dp)
-            error = (merge_shards(grad, parameter, mesh.tp) - reference[key].grad).abs().max()
-            assert error <= 1e-10 * max(1e-3 * largest, float(reference[key].grad.abs().max())), f"{key}: {error:.3e}"
+        require_equal_gradients(towers, plain, mesh)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -149,6 +148,38 @@ def test_forward_and_gradients_equal_the_plain_twin(name: str, world: int, tenso
 @pytest.mark.parametrize("world", [2, 4])
 def test_options_equal_the_plain_twin(name: str, world: int) -> None:
     ranks(world).run(check_against_plain, name, world)
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_fusions_for_comparison_equal_the_plain_twin(name: str) -> None:
+    ranks(2).run(check_against_plain, name, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", COMPARED)
+def test_fusions_for_comparison_see_what_they_should(name: str) -> None:
+    """Concatenation sees every word but no padding, the image alone no word; both show a gate of 0."""
+    torch.manual_seed(0)
+    towers, batch = OclearTowers(COMPARED[name], PlainBuilder()).double().eval(), global_batch()
+    vectors, gate = towers.document(batch.document_images, batch.document_tokens)
+    assert gate.shape == (4,) and not gate.any()
+    patches, pooled = towers.vision(batch.document_images)
+    words, hidden = towers.text(batch.document_tokens), (batch.document_tokens == 0)[:, None, None, :]
+    fused = towers.fusion(pooled, patches, words, hidden)
+    assert fused.attention.shape == (4, 1, 16)
+    if "image" in name:
+        assert torch.equal(fused.vector, pooled)
+    else:
+        means = torch.stack([row[:length].mean(0) for row, length in zip(words, (12, 3, 7, 1), strict=True)])
+        wanted = torch.cat([pooled, means], 1) @ towers.fusion.join.weight.T + towers.fusion.join.bias
+        close(fused.vector, wanted, "concatenation")
+    changed = batch.document_tokens.clone()
+    changed[2, 6] = 50 + (changed[2, 6] == 50).long()  # the last word of seven
+    moved = (towers.document(batch.document_images, changed)[0] - vectors).abs().amax(1)
+    assert (moved[2] > 1e-6) == ("concat" in name) and not moved[[0, 1, 3]].any()
+    shorter = towers.document(batch.document_images[1:], batch.document_tokens[1:, :7])[0]
+    close(shorter, vectors[1:], "padding")
+    assert not torch.equal(towers.document(batch.document_images.flip(0), batch.document_tokens)[0], vectors)
 
 
 def test_vision_attention_is_not_causal() -> None:

@@ -129,7 +129,7 @@ def test_a_step_holds_the_same_however_it_is_cut(kind: str, catalogue: Path) -> 
             assert sum(part.ledger for part in parts) % 2**64 == ledgers[step]
     assert wanted is not None and len(wanted.document_ids) == 6 and not len(wanted.query_images)
     sizes = {name: tuple(getattr(wanted, name).shape) for name in names[9:]}
-    shared = {"masked_tokens": (6, 12), "masked_words": (6, 12), "masked_patches": (6, 16)}
+    shared = {"masked_tokens": (6, 12), "masked_words": (6, 12), "masked_patches": (6, 16), "masked_titles": (6,)}
     if kind == "make":
         texts = {"query_tokens": (6, 8), "categories": (6,), "keywords": (6, 12), "query_keywords": (6, 12)}
         assert sizes == {**texts, **shared, "other_tokens": (0, 0)}
@@ -158,7 +158,7 @@ def test_queries_and_masks_are_those_of_the_documents(catalogue: Path) -> None:
         assert row == ([2, *text[:6], 3] + [0] * 8)[:8]
     assert batch.query_weights.tolist() == [1.0] * 6
     assert batch.keywords.tolist() == keywords.tolist() and batch.categories.tolist() == shapes.tolist()
-    for name, mask in zip(("masked_tokens", "masked_words", "masked_patches"), masks, strict=True):
+    for name, mask in zip(("masked_tokens", "masked_words", "masked_patches", "masked_titles"), masks, strict=True):
         assert np.array_equal(getattr(batch, name).numpy(), mask), name
     without = config_of("make", catalogue, Path("unused"), **{"model.weights.mlm": 0, "model.weights.mpm": 0})
     with open_loader(without) as loader:

@@ -64,6 +64,7 @@ def products(n: int, seed: int, masks: MaskConfig | None = None) -> Batch:
         masked_tokens=masked[0],
         masked_words=masked[1],
         masked_patches=masked[2],
+        masked_titles=masked[3],
         other_tokens=others,
     )
 

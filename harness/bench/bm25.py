@@ -50,7 +50,8 @@ def run(config: Bm25Config) -> dict[str, Any]:
     if config.bare_titles:
         found["bare_"] = ranked(without_words(documents, config.bare_titles), queries)
     headline = {prefix + name: value for prefix, figures in found.items() for name, value in figures.items()}
-    report = make_report("bm25", command_line(MODULE, config), headline, [])
+    rows = [{"titles": "bare" if prefix else "whole", **figures} for prefix, figures in found.items()]
+    report = make_report("bm25", command_line(MODULE, config), headline, rows)
     print_report(report)
     return report
 
@@ -63,7 +64,8 @@ def ranked(documents: Side, queries: AttributeQueries) -> dict[str, float]:
     engine.index([words_of(title or "") for title in documents.columns["title"]], show_progress=False)
     labels, ranks, offsets, graded = queries.labels_of(documents.ids), [], [0], []
     for query, text in enumerate(queries.texts):
-        scores = engine.get_scores(words_of(text))
+        words = words_of(text)
+        scores = engine.get_scores(words) if words else np.zeros(len(documents.ids))
         order = np.argsort(-scores, kind="stable")
         ranks.append(np.flatnonzero(labels[order] == query))
         offsets.append(offsets[-1] + len(ranks[-1]))

@@ -29,7 +29,7 @@ class MaskConfig:
         patch_rates: share of an image's patches that are masked, least and most.
         one_heavy: mask one modality of each sample heavily (ITEm): a sample hides either `heavy_word_rate` of its words and no patch,
             or `word_rate` of its words and `patch_rates` of its patches. False masks every sample the second way.
-        heavy_word_rate: share of the words of a title that is masked heavily.
+        heavy_word_rate: share of the words of a title that is masked heavily; 1: ITEm then sees the image alone, as it does a query photo.
         mismatched: share of samples that other_titles gives another title.
     """
 
@@ -52,11 +52,13 @@ class MaskConfig:
 
 
 class Masks(NamedTuple):
-    """Of n documents: titles with the masked words replaced int64 [n, L], masked words bool [n, L], masked patches bool [n, P]."""
+    """Of n documents: titles with the masked words replaced int64 [n, L], masked words bool [n, L], masked patches bool [n, P], and whether
+    the whole title is masked, bool [n]."""
 
     tokens: Ints
     words: Bools
     patches: Bools
+    titles: Bools
 
 
 def draw_masks(
@@ -79,7 +81,8 @@ def draw_masks(
     word_rates = np.where(heavy, config.heavy_word_rate, config.word_rate)
     replaced, words = mask_words(tokens, word_rates, special, seed, epochs, sample_ids)
     low, high = (np.where(heavy, 0.0, rate) for rate in config.patch_rates)
-    return Masks(replaced, words, mask_patches(num_patches, low, high, seed, epochs, sample_ids))
+    patches = mask_patches(num_patches, low, high, seed, epochs, sample_ids)
+    return Masks(replaced, words, patches, heavy & (config.heavy_word_rate == 1))
 
 
 def mask_words(

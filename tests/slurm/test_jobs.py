@@ -159,6 +159,29 @@ def test_an_array_of_ingest_jobs_and_a_merge_give_what_one_ingest_gives(
             assert parts.read_bytes(sample) == whole.read_bytes(sample)
 
 
+def test_an_array_shares_the_cells_of_an_ablation(
+    slurm: Cluster, project: Path, recipe: Path, catalogue: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "ablation.yaml"
+    cells = {"one": {}, "two": {"optimizer.lr": 5e-3}, "three": {"optimizer.lr": 1e-4}}
+    content = {"recipe": str(recipe), "seeds": [1], "settings": {"train.steps": 1}, "cells": cells, "metrics": ["map"]}
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    options = (file, "--catalogue", catalogue, "--out", tmp_path / "out", "--ranks", 1)
+    array = slurm.submit(*("--array=1-2", "--cpus-per-task=1", "jobs/ablate.sh", *options), cwd=project, **SETTINGS)
+    for task in (1, 2):
+        assert slurm.wait(f"{array}_{task}")["JobState"] == "COMPLETED", slurm.logs()
+    logs = [(project / f"shelfmark-ablate-{array}_{task}.log").read_text() for task in (1, 2)]
+    trained = [re.findall(r"^\[(\w+), seed 1\]$", log, re.MULTILINE) for log in logs]
+    assert trained == [["one", "three"], ["two"]]
+    again = subprocess.run(
+        ["bash", "jobs/ablate.sh", *map(str, options)],
+        **{"cwd": project, "env": {**os.environ, **SETTINGS}, "capture_output": True, "text": True, "timeout": 100},
+    )
+    assert again.returncode == 0 and again.stdout.count("is there") == 3, again.stderr
+    table = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert [line.split(" | ")[:2] for line in table[4:]] == [["| one", "1"], ["| two", "1"], ["| three", "1"]]
+
+
 def test_a_rank_that_is_killed_ends_the_job(slurm: Cluster, project: Path, recipe: Path) -> None:
     settings = {**SETTINGS, "NPROC_PER_NODE": "auto"}
     options = ("--train.steps", 100000, "--train.checkpoint_every", 0, "--run-dir", "runs/killed")
@@ -211,5 +234,5 @@ def test_cluster_env_names_what_exists() -> None:
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck")
 def test_shellcheck() -> None:
     scripts = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "jobs").glob("*.sh"))
-    assert len(scripts) == 6
+    assert len(scripts) == 7
     subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, check=True)
