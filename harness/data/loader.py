@@ -340,7 +340,11 @@ class StepLoader:
         masking, ids, key = self.config.masking, documents.sample_ids, (self.seed, documents.epochs)
         hidden = draw_masks(masking, tokens.numpy(), self.reads.num_patches, self.tokens.special, *key, ids)
         fields = dict(
-            zip(("masked_tokens", "masked_words", "masked_patches", "masked_titles"), map(torch.from_numpy, hidden), strict=True)
+            zip(
+                ("masked_tokens", "masked_words", "masked_patches", "masked_titles"),
+                map(torch.from_numpy, hidden),
+                strict=True,
+            )
         )
         if self.reads.kind == "documents":
             others = other_titles(masking.mismatched, self.order, *key, ids)
