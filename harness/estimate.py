@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,16 +22,26 @@ from harness.config import RunConfig, parse
 from harness.data.order import ClassOrder
 from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError
-from harness.flops import PARTS, active_rows, step_parts
-from harness.groups import below_top, freeze
-from harness.methods import METHODS
-from models.activation import GATED
+from harness.flops import active_rows, step_parts
+from harness.groups import freeze
+from harness.methods import METHODS, with_keywords
+from harness.passes import (
+    FP32,
+    Layout,
+    Step,
+    block_elements,
+    number_bytes,
+    per_rank,
+    reaches,
+    samples,
+    step_of,
+    working,
+)
 from models.heads.class_parallel import ClassHeadConfig, rows_per_rank
 from models.heads.row_optimizer import RowOptimizerConfig
 from models.plain.transformer import PlainBuilder
-from models.shape import TransformerShape
-from models.vision import VisionConfig
 
+T = TypeVar("T")
 EXAMPLE = (
     "shelfmark estimate --config jobs/recipes/oclear_grocery.yaml --world 8 --tensor-parallel 2 --num-classes 1000000"
 )
@@ -41,30 +51,13 @@ FLAGS = {
     "num-classes": "classes (default: the catalogue's)",
     "vocab-size": "word pieces of a text tower that gives none (default: the catalogue's)",
 }
-FP32 = 4
 # Bytes for each trained number that the first rank of a copy needs beside all else while it writes a checkpoint: measured with megatron-core 0.16
 # (weights and two moments in fp32, three times: gathered, cut by parameter, copied for the writer).
 _SAVING = 36
-# Names of the parameters in a transformer block, and of the word embedding, that tensor-parallel ranks share.
+# Names of the parameters in a transformer block that tensor-parallel ranks share, as they do word embeddings.
 _SHARED = re.compile(
-    r"(.*\.)?block\.layers\.\d+\.(self_attention\.linear_(qkv\.\w+|proj\.weight)|mlp\.linear_(fc1\.\w+|fc2\.weight))|.*\.?words\.weight"
+    r"(.*\.)?block\.layers\.\d+\.(self_attention\.linear_(qkv\.\w+|proj\.weight)|mlp\.linear_(fc1\.\w+|fc2\.weight))"
 )
-
-
-@dataclass(frozen=True)
-class Layout:
-    """World size and how it is cut; what is computed again instead of kept (none, selective, full); cpu or cuda."""
-
-    world: int
-    tensor_parallel: int
-    sequence_parallel: bool = False
-    recompute: str = "none"
-    device: str = "cpu"
-
-    @property
-    def data_parallel(self) -> int:
-        """Ranks that bring different samples."""
-        return self.world // self.tensor_parallel
 
 
 @dataclass(frozen=True)
@@ -79,8 +72,7 @@ class Sizes:
 class Parameters:
     """Counts: of the towers as one copy and of what one rank holds of them, all and trained; of the class rows, all and on the first rank.
 
-    reach_vision, reach_text: how many layers of a tower backward goes through, counted from the top; one more than there are where it reaches the
-    embeddings, 0 where it goes through none.
+    reach: of each tower, see harness.passes.reaches.
     """
 
     towers: int
@@ -90,8 +82,7 @@ class Parameters:
     largest_per_rank: int
     rows: int
     rows_per_rank: int
-    reach_vision: int
-    reach_text: int
+    reach: dict[str, int]
 
 
 def estimate(argv: list[str]) -> dict[str, Any]:
@@ -111,8 +102,7 @@ def estimate(argv: list[str]) -> dict[str, Any]:
     world = given.get("world", int(os.environ.get("WORLD_SIZE", "0")) or given.get("tensor-parallel", 1))
     config, json_file = parse(rest, world)
     check_figures(json_file)
-    if config.method not in PARTS:
-        raise UserError(f"there are no formulas for the method '{config.method}'", f"There are for {', '.join(PARTS)}")
+    config = with_table(config)
     figures = figures_of(config, layout_of(config, world), sizes_of(config, given))
     print(table(figures))
     write_figures(json_file, figures)
@@ -141,15 +131,28 @@ def sizes_of(config: RunConfig, given: Mapping[str, int]) -> Sizes:
     return Sizes(classes if classifies else 0, vocab)
 
 
+def with_table(config: RunConfig) -> RunConfig:
+    """With the size of the catalogue's keyword table, where the method has one and the recipe does not say how large it is.
+
+    Raises:
+        UserError: the catalogue does not say either.
+    """
+    if getattr(config.model, "num_keywords", None) != 0:
+        return config
+    model = _asked("--model.num_keywords", lambda: with_keywords(config.method, config.model, config.data.catalogue))
+    return replace(config, model=model)
+
+
 def figures_of(config: RunConfig, layout: Layout, sizes: Sizes) -> dict[str, Any]:
     """All figures of `config` on `layout`; counts, bytes and FLOPs."""
     model = replace(
         config.model, text=replace(config.model.text, vocab_size=config.model.text.vocab_size or sizes.vocab_size)
     )
     config = replace(config, model=model)
-    counted = parameters(config, layout, sizes)
+    step = step_of(config, layout)
+    counted = parameters(config, layout, sizes, step)
     parts = step_parts(config, sizes.num_classes)
-    memory = memory_per_rank(config, layout, sizes, counted)
+    memory = memory_per_rank(config, layout, sizes, counted, step)
     return {
         "world": layout.world,
         "tensor_parallel": layout.tensor_parallel,
@@ -165,19 +168,20 @@ def figures_of(config: RunConfig, layout: Layout, sizes: Sizes) -> dict[str, Any
         "saving_memory": float(_SAVING * counted.trained_per_rank),
         "flops_per_step": {name: {"forward": part.forward, "backward": part.backward} for name, part in parts.items()},
         "flops_per_step_total": sum(part.total for part in parts.values()),
-        "sent_per_step_and_rank": sent(config, layout, counted),
-        "checkpoint_bytes": checkpoint_bytes(config, sizes, counted),
+        "sent_per_step_and_rank": sent(config, layout, counted, step),
+        "checkpoint_bytes": checkpoint_bytes(config, sizes, counted, step),
     }
 
 
-def parameters(config: RunConfig, layout: Layout, sizes: Sizes) -> Parameters:
+def parameters(config: RunConfig, layout: Layout, sizes: Sizes, step: Step) -> Parameters:
     """Counts on the plain twin, built on the meta device."""
     with torch.device("meta"):
         towers = METHODS[config.method].towers(config.model, PlainBuilder())
     freeze(towers, config.optimizer.frozen)
     counts = []
+    words = {f"{name}.weight" for name, module in towers.named_modules() if isinstance(module, nn.Embedding)}
     for name, p in towers.named_parameters():
-        local = p.numel() // (layout.tensor_parallel if _SHARED.fullmatch(name) else 1)
+        local = p.numel() // (layout.tensor_parallel if name in words or _SHARED.fullmatch(name) else 1)
         counts.append((p.numel(), local, p.numel() * p.requires_grad, local * p.requires_grad))
     whole, of_rank, trained, trained_of_rank = (sum(column) for column in zip(*counts, strict=True))
     largest = max(count[3] for count in counts)
@@ -191,19 +195,15 @@ def parameters(config: RunConfig, layout: Layout, sizes: Sizes) -> Parameters:
         largest,
         classes * d,
         own * d,
-        reach(towers.get_submodule("vision")),
-        reach(towers.get_submodule("text")),
+        reaches(step.passes, towers),
     )
 
 
-def reach(tower: nn.Module) -> int:
-    """See Parameters."""
-    return max((below_top(name, tower) for name, p in tower.named_parameters() if p.requires_grad), default=0)
-
-
-def memory_per_rank(config: RunConfig, layout: Layout, sizes: Sizes, counted: Parameters) -> dict[str, float]:
+def memory_per_rank(
+    config: RunConfig, layout: Layout, sizes: Sizes, counted: Parameters, step: Step
+) -> dict[str, float]:
     """Bytes of the first rank at the peak of a step, by term."""
-    size = FP32 if config.train.precision == "fp32" else 2
+    size = number_bytes(config)
     per_row = row_bytes(config.head, config.optimizer.rows, config.model.embedding_dim)
     own_rows = counted.rows_per_rank // config.model.embedding_dim
     memory = {
@@ -213,9 +213,9 @@ def memory_per_rank(config: RunConfig, layout: Layout, sizes: Sizes, counted: Pa
         "average": float(FP32 * counted.trained_per_rank if config.train.ema_decay else 0),
         "class_rows": float(own_rows * per_row["rows"]),
         "row_state": float(own_rows * per_row["state"]),
+        "memory_bank": step.bank,
     }
-    activations, moments = _transient(config, layout, sizes, counted, size)
-    peak = max(moments.values())
+    activations, peak = _transient(config, layout, sizes, counted, step)
     # Beyond the activations: what else the moment of the peak holds, which may be one without them.
     return memory | _images(config, layout, size) | {"activations": activations, "working": peak - activations}
 
@@ -231,38 +231,33 @@ def row_bytes(head: ClassHeadConfig, rows: RowOptimizerConfig, width: int) -> di
     }  # an int32 counts updates, a float64 the weight decay paid
 
 
-def checkpoint_bytes(config: RunConfig, sizes: Sizes, counted: Parameters) -> float:
+def checkpoint_bytes(config: RunConfig, sizes: Sizes, counted: Parameters, step: Step) -> float:
     """Bytes of a checkpoint folder, without what does not grow with the model: the class map and the text files."""
-    weights = FP32 if config.train.precision == "fp32" else 2
     per_row = row_bytes(config.head, config.optimizer.rows, config.model.embedding_dim)
     # AdamW's state holds the fp32 weights too, so that a run goes on exactly in either precision.
     average = FP32 if config.train.ema_decay else 0
-    towers = weights * counted.towers + (3 * FP32 + average) * counted.trained
-    return float(towers + sizes.num_classes * sum(per_row.values()))
+    towers = number_bytes(config) * counted.towers + (3 * FP32 + average) * counted.trained
+    return float(towers + sizes.num_classes * sum(per_row.values()) + step.bank)
 
 
-def sent(config: RunConfig, layout: Layout, counted: Parameters) -> dict[str, float]:
+def sent(config: RunConfig, layout: Layout, counted: Parameters, step: Step) -> dict[str, float]:
     """Bytes that a rank sends in a step in a ring's algorithm: (n - 1) / n of the tensor, twice for an all-reduce."""
-    size = FP32 if config.train.precision == "fp32" else 2
-    dp, tp = layout.data_parallel, layout.tensor_parallel
-    queries, documents = _samples(config)
-    local = (queries + documents) / dp
-    model = config.model
+    size, dp, tp = number_bytes(config), layout.data_parallel, layout.tensor_parallel
     # Two all-reduces of the tokens forward and two backward in each layer, one of the words.
-    towers = ((model.vision, local * _tokens(model.vision), 0), (model.text, documents / dp * model.text.max_length, 1))
     # Sequence-parallel, each is a gather and a scatter, and backward gathers the inputs of two linear layers once more.
-    passes = 10 if layout.sequence_parallel else 8
+    per_layer = 10 if layout.sequence_parallel else 8
     hidden = sum(
-        tokens * shape.hidden_size * (passes * shape.num_layers + 2 * words) for shape, tokens, words in towers
+        one.sequences / dp * one.tokens * one.shape.hidden_size * per_layer * one.shape.num_layers
+        + one.sequences / dp * one.word_tokens * one.shape.hidden_size * 2
+        for one in step.passes
     )
-    vectors = (queries + documents) * model.embedding_dim * FP32
-    classifies = METHODS[config.method].classifies(model)
+    classifies = METHODS[config.method].classifies(config.model)
     return {
         "gradients": _ring(dp) * FP32 * counted.trained_per_rank,
         "weights": _ring(dp) * size * counted.trained_per_rank,
         "tensor_parallel": _ring(tp) * size * hidden,
         # embeddings to all ranks, their gradient back; of a class head also the sums over its shards
-        "head": vectors * (_ring(dp) + 2 * _ring(layout.world if classifies else dp)),
+        "head": step.gathered * (_ring(dp) + 2 * _ring(layout.world if classifies else dp)) + step.labels * _ring(dp),
     }
 
 
@@ -297,147 +292,42 @@ def table(figures: Mapping[str, Any]) -> str:
     return f"{head}\n{format_table(rows)}"
 
 
-def _transient(
-    config: RunConfig, layout: Layout, sizes: Sizes, counted: Parameters, size: int
-) -> tuple[float, dict[str, float]]:
-    """Bytes that backward finds of one micro-batch, and all transient bytes at each moment of a step, these included.
+def _transient(config: RunConfig, layout: Layout, sizes: Sizes, counted: Parameters, step: Step) -> tuple[float, float]:
+    """Bytes that backward finds of one micro-batch, and all transient bytes at the peak of a step, these included.
 
-    The towers' backward runs from the last to the first, and each lets go of what it kept: at a tower's turn there are its own activations, those of
-    the towers before it, and its working memory.
+    Backward runs through the passes from the last to the first, and each lets go of what it kept: at a pass's turn there are its own activations,
+    those of the passes before it, and its working memory.
     """
-    model, cuda = config.model, layout.device == "cuda"
-    queries, documents = _samples(config)
-    pieces = layout.data_parallel * config.data.micro_batches
-    images, texts = (-(-n // pieces) for n in (queries + documents, documents))
-    vision, text = model.vision, model.text
-    seen, words = _tokens(vision), text.max_length
-    stem = stem_elements(vision) if counted.reach_vision > vision.num_layers else 0.0
-    towers = (
-        (
-            size * images * (stem + block_elements(vision, seen, layout, size, counted.reach_vision)),
-            _working(vision, seen, layout, size) * images * seen * size * min(1, counted.reach_vision),
-        ),
-        (
-            size * texts * block_elements(text, words, layout, size, counted.reach_text),
-            _working(text, words, layout, size) * texts * words * size * min(1, counted.reach_text),
-        ),
-        (size * (texts * fusion_elements(model) + images * vision.num_patches * vision.hidden_size), 0.0),
-    )
-    d = model.embedding_dim
-    own = counted.rows_per_rank // d
-    active = (
-        active_rows(sizes.num_classes, config.head.sample_rate, queries + documents) * own / max(1, sizes.num_classes)
-    )
+    size, d = number_bytes(config), config.model.embedding_dim
+    own, samples_of_step = counted.rows_per_rank // d, sum(samples(config))
+    active = active_rows(sizes.num_classes, config.head.sample_rate, samples_of_step) * own / max(1, sizes.num_classes)
     row_grad = FP32 * d * active
-    tile = FP32 * min(active, config.head.tile) * (3 * d + (queries + documents) / config.data.micro_batches)
-    kept, moments = 0.0, {}
-    for name, (activations, working) in zip(("vision", "text", "fusion"), towers, strict=True):
-        kept += activations
-        moments[f"{name} backward"] = kept + working + row_grad
-    moments["head"] = kept + row_grad + tile
+    kept, moments = 0.0, []
+    for one in step.passes:
+        count, reach = per_rank(one.sequences, config, layout), counted.reach[one.tower]
+        before = one.before if reach > one.shape.num_layers else 0.0
+        kept += size * count * (before + block_elements(one.shape, one.tokens, layout, size, reach))
+        moments.append(kept + working(one.shape, one.tokens, layout, size) * count * one.tokens * size * min(1, reach))
+        for behind in one.behind:
+            kept += behind.kept
+            moments.append(kept + behind.working)
+    tile = FP32 * min(active, config.head.tile) * (3 * d + samples_of_step / config.data.micro_batches)
+    moments.append(kept + tile)
     # gloo reduces a copy of the whole buffer
-    moments["reduction"] = row_grad + (0.0 if cuda else FP32 * counted.trained_per_rank)
+    cuda = layout.device == "cuda"
+    moments.append(0.0 if cuda else FP32 * counted.trained_per_rank)
     # AdamW's denominators, of all parameters at once on a GPU
     at_once = counted.trained_per_rank if cuda else 2 * counted.largest_per_rank
-    moments["update"] = row_grad + FP32 * at_once / layout.data_parallel
-    return kept, moments
-
-
-def _working(shape: TransformerShape, tokens: int, layout: Layout, size: int) -> float:
-    """Numbers for a token that the backward of a layer holds: gradients of the MLP's inside and of the stream, and what it computes again."""
-    once = 2 * shape.fc1_size / layout.tensor_parallel + 2 * shape.hidden_size
-    again = {
-        "none": 0.0,
-        "selective": _maps(shape, tokens, layout),
-        "full": _layer_elements(shape, tokens, layout, size),
-    }
-    return once + again[layout.recompute]
-
-
-def block_elements(shape: TransformerShape, tokens: int, layout: Layout, size: int, reach: int) -> float:
-    """Numbers of `size` bytes that a tower keeps of one sequence for its backward (reach: see Parameters), on one rank, up to the final norm."""
-    layer = _layer_elements(shape, tokens, layout, size)
-    if layout.recompute == "selective":
-        layer -= _maps(shape, tokens, layout)
-    h, ranges = shape.hidden_size, layout.tensor_parallel if layout.sequence_parallel else 1
-    if layout.recompute == "full":
-        layer = h / ranges
-    kept = min(reach, shape.num_layers) * layer + h * (1 if shape.post_norm else 2) / ranges
-    if (
-        ranges > 1
-    ):  # all of the input instead of a range of it, all of the output, and megatron-core's buffer of gathered tokens
-        kept += h * (3 - 1 / ranges)
-    if reach > shape.num_layers:
-        kept += getattr(shape, "embedding_norm", False) * h + _mask(shape, layout, size)
-    return tokens * kept
-
-
-def _layer_elements(shape: TransformerShape, tokens: int, layout: Layout, size: int) -> float:
-    """Numbers that one layer keeps of one of so many tokens.
-
-    Inputs and outputs of two norms; queries, keys and values; the attention's result; the input of the activation and what it keeps.
-    """
-    h, tp = shape.hidden_size, layout.tensor_parallel
-    mlp = (3 if shape.activation in ("quick_gelu", *GATED) else 2) * shape.mlp_size
-    mlp += shape.mlp_size if shape.activation in GATED else 0
-    stream = 4 * h + (2 * h if shape.layer_scale else 0) + 2 * _mask(shape, layout, size)
-    inside = (
-        4 * h + (2 * h if shape.qk_norm else 0) + (2 * h if getattr(shape, "positions", "") == "rotary" else 0) + mlp
-    )
-    return stream / (tp if layout.sequence_parallel else 1) + inside / tp + _maps(shape, tokens, layout)
-
-
-def _maps(shape: TransformerShape, tokens: int, layout: Layout) -> float:
-    """Numbers that attention keeps of one token as a map: none, but on a CPU, whose fast attention has no dropout, with one of those.
-
-    Weights, mask and weights after dropout, and scaled copies of query and key.
-    """
-    if layout.device == "cuda" or not shape.attention_dropout:
-        return 0.0
-    return (3 * shape.num_attention_heads * tokens + 2 * shape.hidden_size) / layout.tensor_parallel
-
-
-def _mask(shape: TransformerShape, layout: Layout, size: int) -> float:
-    """Numbers of `size` bytes that one dropout keeps of one token: a factor each on a CPU, a byte each on a GPU."""
-    if not shape.dropout:
-        return 0.0
-    return shape.hidden_size * (1 / size if layout.device == "cuda" else 1)
-
-
-def stem_elements(config: VisionConfig) -> float:
-    """Numbers that the stem keeps of one image for its backward, beside the image: of each convolution the norm's input and the activation."""
-    total, side, before = 0.0, config.image_size, 3
-    for stage, (width, blocks) in enumerate(zip(config.stem_channels, config.stem_blocks, strict=True)):
-        total += 2 * before * side**2 if stage else 0
-        side //= 2
-        total += 4 * blocks * width * side**2
-        before = width
-    return total + (2 * before * side**2 if config.stem_channels else 0)
-
-
-def fusion_elements(model: Any) -> float:
-    """Numbers that OCLEAR's fusion keeps of one document: of its two contexts norms, keys, values and
-    attention maps."""
-    patches, h = model.vision.num_patches, model.vision.hidden_size
-    maps = 2 * model.fusion_heads * model.concept_slots * (patches + model.text.max_length)
-    return model.text.max_length * (2 * model.text.hidden_size + 2 * h) + patches * 3 * h + maps
+    moments.append(FP32 * at_once / layout.data_parallel)
+    return kept, row_grad + max(moments)
 
 
 def _images(config: RunConfig, layout: Layout, size: int) -> dict[str, float]:
     """The images of a step, and those read ahead, on the device that decodes."""
-    count = sum(_samples(config)) / layout.data_parallel
+    count = sum(samples(config)) / layout.data_parallel
     step = count * 3 * config.model.vision.image_size**2
     ahead = min(config.data.read_ahead * FP32 * step, max(config.data.read_ahead_bytes, FP32 * step))
     return {"images": size * step, "read_ahead": ahead}
-
-
-def _samples(config: RunConfig) -> tuple[int, int]:
-    """Queries and documents of one step over all ranks."""
-    return METHODS[config.method].reads(config.model).samples(config.data)
-
-
-def _tokens(config: VisionConfig) -> int:
-    return config.num_prefix + config.num_patches
 
 
 def _ring(ranks: int) -> float:
@@ -448,7 +338,7 @@ def _bytes(count: float) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
-def _asked(flag: str, ask: Callable[[], int]) -> int:
+def _asked(flag: str, ask: Callable[[], T]) -> T:
     """What the catalogue says; without one the error names the flag that says it instead."""
     try:
         return ask()

@@ -14,6 +14,10 @@ from typing import Any
 import torch
 
 from harness.config import RunConfig
+from harness.data.masking import MaskConfig
+from models.heads.contrastive import ContrastiveConfig
+from models.item import ItemConfig
+from models.make import MakeConfig
 from models.oclear import OclearConfig
 from models.shape import TransformerShape
 from models.text import TextConfig
@@ -73,12 +77,22 @@ def stem(config: VisionConfig) -> Work:
 
 def vision(config: VisionConfig) -> Work:
     """The image tower on one image. Left out: the one query of attention pooling, which serves a whole batch."""
-    tokens, h = config.num_prefix + config.num_patches, config.hidden_size
-    total = stem(config) + block(config, tokens)
+    tokens, h = vision_tokens(config), config.hidden_size
+    total = patches(config)
     if config.pooling == "attention":
         total += linear(tokens, h, 2 * h) + attention(1, tokens, h) + linear(1, h, h)
         total += linear(1, h, config.fc1_size) + linear(1, config.mlp_size, h)
     return total + linear(1, h, config.projection_dim)
+
+
+def patches(config: VisionConfig) -> Work:
+    """The image tower on one image up to its patches' final states, which is all that masked patches ask for."""
+    return stem(config) + block(config, vision_tokens(config))
+
+
+def vision_tokens(config: VisionConfig) -> int:
+    """Tokens of one image: patches, class token and registers."""
+    return config.num_prefix + config.num_patches
 
 
 def text(config: TextConfig, tokens: int = 0) -> Work:
@@ -120,17 +134,105 @@ def _oclear(model: OclearConfig, config: RunConfig, num_classes: int) -> dict[st
     }
 
 
+def masked(config: MaskConfig, words: int, patches: int) -> tuple[float, float]:
+    """Masked words and patches to expect in a document with room for so many: rate x max_length and the mean rate x patches, as if titles
+    filled their room with ordinary pieces (padding is never masked, so there are fewer); with one_heavy the mean of its two ways."""
+    rate, share = config.word_rate, sum(config.patch_rates) / 2
+    if config.one_heavy:
+        rate, share = (rate + config.heavy_word_rate) / 2, share / 2
+    return rate * words, share * patches
+
+
+def contrast(config: ContrastiveConfig, pairs: float, candidates: float, width: int) -> Work:
+    """Cosines of the pairs with all candidates: of one direction, or of both."""
+    return linear(pairs, width, 1) * (candidates * (2 if config.symmetric else 1))
+
+
+def word_head(words: float, width: int, vocab_size: int) -> Work:
+    """models.masking.WordHead on so many masked words."""
+    return linear(words, width, width) + linear(words, width, vocab_size)
+
+
+def cross_modal(model: MakeConfig) -> Work:
+    """MAKE's fusion transformer on one product, with the linear layers before it."""
+    words, seen, h = model.text.max_length, model.vision.num_patches, model.fusion.hidden_size
+    before = linear(words, model.text.hidden_size, h) + linear(seen, model.vision.hidden_size, h)
+    return before + block(model.fusion, 1 + words + seen)
+
+
+def _make(model: MakeConfig, config: RunConfig, num_classes: int) -> dict[str, Work]:
+    products, use, d, h = config.data.documents_per_step, model.weights, model.embedding_dim, model.fusion.hidden_size
+    batch = products / config.data.micro_batches
+    words, _ = masked(config.data.masking, model.text.max_length, model.vision.num_patches)
+    parts = {
+        "query": (text(model.query) + linear(1, model.query.projection_dim or model.query.hidden_size, d)) * products,
+        "vision": vision(model.vision) * products,
+        "text": text(model.text) * products,
+        "fusion": cross_modal(model) * products,
+    }
+    project = linear(1, model.text.projection_dim or model.text.hidden_size, d) + linear(1, h, d)
+    project += linear(1, model.vision.pooled_size, d)
+    if model.modalities == "learned":
+        project += linear(1, 3 * d, d) + linear(1, d, 3)
+    parts["projections"] = project * products
+    if use.qic:
+        parts["qic"] = contrast(model.qic, products, batch + model.memory_bank, d)
+    if use.qim:
+        search = Work(linear(products, d, 1).forward) * batch  # for the hardest negatives, without gradients
+        parts["qim"] = search + (linear(1, 3 * d, d) + linear(1, d, 1)) * (2 * products)
+    if use.query_image:
+        parts["query_image"] = contrast(model.qic, products, batch, d)
+    if use.keywords:
+        parts["keywords"] = linear(products, d, model.num_keywords)
+    if use.mlm:
+        again = block(model.text, model.text.max_length) + cross_modal(model)
+        parts["mlm"] = (again + word_head(words, h, model.text.vocab_size)) * products
+    if use.mpm:
+        chosen = model.mpm_patches * products
+        heads = linear(chosen, h, d) + linear(chosen, 3 * model.vision.patch_size**2, d, input_grad=False)
+        heads += contrast(model.mpm, chosen, model.mpm_patches * batch, d)
+        parts["mpm"] = (patches(model.vision) + cross_modal(model)) * products + heads
+    return parts
+
+
+def _item(model: ItemConfig, config: RunConfig, num_classes: int) -> dict[str, Work]:
+    products, use, h = config.data.documents_per_step, model.weights, model.text.hidden_size
+    image = VisionConfig(**vars(model.vision), hidden_size=h)
+    one = (stem(image) + block(model.text, 1 + model.text.max_length + image.num_patches)) * products
+    words, seen = (products * n for n in masked(config.data.masking, model.text.max_length, image.num_patches))
+    pixels, parts = 3 * image.patch_size**2, {}
+
+    def global_head(places: float, outputs: int) -> Work:
+        return linear(places, h, 2 * h) + linear(places, 2 * h, h) + linear(places, h, outputs)
+
+    if use.mlm or use.mim or use.gmlm or use.gmim:
+        parts["masked"] = one
+    if use.mlm:
+        parts["mlm"] = word_head(words, h, model.text.vocab_size)
+    if use.gmlm:
+        parts["gmlm"] = global_head(words, model.text.vocab_size)
+    if use.mim:
+        parts["mim"] = linear(seen, h, h) + linear(seen, h, pixels)
+    if use.gmim:
+        parts["gmim"] = global_head(seen, pixels)
+    if use.itm:
+        parts["itm"] = one + linear(products, h, 1)
+    if use.contrast:
+        parts["contrast"] = one * 2 + contrast(model.contrast, products, products / config.data.micro_batches, h)
+    return parts
+
+
 # method -> the parts of its step over all ranks, from (its configuration, the run's, classes)
-PARTS: dict[str, Callable[[Any, RunConfig, int], dict[str, Work]]] = {"oclear": _oclear}
+PARTS: dict[str, Callable[[Any, RunConfig, int], dict[str, Work]]] = {"oclear": _oclear, "make": _make, "item": _item}
 
 
 def step_parts(config: RunConfig, num_classes: int) -> dict[str, Work]:
-    """Model FLOPs of one optimizer step over all ranks, by part of the method; empty for a method that has no formula here."""
-    return PARTS[config.method](config.model, config, num_classes) if config.method in PARTS else {}
+    """Model FLOPs of one optimizer step over all ranks, by part of the method; of a vocabulary or keyword table of size 0 none."""
+    return PARTS[config.method](config.model, config, num_classes)
 
 
 def flops_per_step(config: RunConfig, num_classes: int) -> float:
-    """Model FLOPs of one optimizer step, forward and backward, over all ranks; 0 for a method that has no formula here."""
+    """Model FLOPs of one optimizer step, forward and backward, over all ranks."""
     return sum(part.total for part in step_parts(config, num_classes).values())
 
 

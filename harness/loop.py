@@ -97,7 +97,7 @@ class Trainer:
         )
         self.projector = Projector(config.run_dir / "tensorboard", self.loader.catalogue, config.data.threads)
         self.clock = StepClock(mesh)
-        self._flops = flops_per_step(config, order.num_classes)
+        self._flops = flops_per_step(replace(config, model=self.model_config), order.num_classes)
         self.step = 0
         self.ledger = 0  # of all steps up to the last checkpoint, over all ranks
         self._own_ledger = 0  # of this rank's share since then

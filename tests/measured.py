@@ -22,6 +22,8 @@ from harness.bench.ranks import Memory, on_ranks
 from harness.config import parse
 from harness.data.loader import StepData
 from harness.estimate import estimate
+from harness.flops import masked
+from harness.methods import METHODS
 from models.batch import Batch
 
 TINY = {
@@ -62,6 +64,32 @@ SMALL: dict[str, dict[str, Any]] = {
         "model.vision.dropout": 0.1,
         "data.queries_per_step": 16,
         "data.documents_per_step": 16,
+        "num_classes": 1000,
+    },
+    "make": TINY
+    | {
+        "method": "make",
+        "evaluation.query_attributes": ["colour"],
+        "model.vision.patch_size": 8,
+        "model.text.vocab_size": 8192,
+        "model.text.max_length": 24,
+        "model.num_keywords": 100,
+        "model.memory_bank": 20_000,
+        "data.masking.word_rate": 0.25,
+        "data.documents_per_step": 32,
+        "num_classes": 1000,
+    },
+    "item": TINY
+    | {
+        "method": "item",
+        "model.vision.patch_size": 8,
+        "model.vision.stem_channels": [16, 32, 64],
+        "model.vision.stem_blocks": [0, 1, 1],
+        "model.text.vocab_size": 8192,
+        "model.text.max_length": 24,
+        "model.weights.contrast": 1.0,
+        "data.masking.word_rate": 0.25,
+        "data.documents_per_step": 32,
         "num_classes": 1000,
     },
 }
@@ -122,23 +150,57 @@ def trainer(recipe: dict[str, Any], num_classes: int, mesh: Any) -> Any:
         precision=config.train.precision,
     )
     made.towers = TowerOptimizer(made.method.towers, config.optimizer, mesh)
-    made.rows = RowAdamW.for_head(made.method.head, config.optimizer.rows)
+    fill_banks(made.method)
+    head = made.method.head
+    made.rows = None if head is None else RowAdamW.for_head(head, config.optimizer.rows)
     decay = config.train.ema_decay
     made.ema = Ema(made.method.towers, decay) if decay else None
     return made
 
 
 def step_of(config: Any, num_classes: int, ranks: int) -> StepData:
-    """A drawn step: this rank's part of it in one micro-batch."""
-    side = config.model.vision.image_size
-    q, n = config.data.queries_per_step // ranks, config.data.documents_per_step // ranks
-    tokens = torch.randint(5, config.model.text.vocab_size, (n, config.model.text.max_length))
-    query, document = torch.randint(num_classes, (q,)), torch.randint(num_classes, (n,))
-    images = torch.randn(q, 3, side, side), torch.randn(n, 3, side, side)
+    """A drawn step with all that any method reads: this rank's part of it in one micro-batch, as much of it masked as is to be expected."""
+    model, reads = config.model, METHODS[config.method].reads(config.model)
+    photos, n = (count // ranks for count in reads.samples(config.data))
+    side, length, keywords = model.vision.image_size, reads.text_length, getattr(model, "product_keywords", 0)
+    words, patches = masked(config.data.masking, length, reads.num_patches)
+    hidden = torch.rand(n, length).argsort(1) < round(words)
+    tokens = torch.randint(5, model.text.vocab_size, (n, length))
+    document = torch.randint(num_classes, (n,))
+    query = document if reads.query_length else torch.randint(num_classes, (photos,))
     batch = Batch(
-        images[0], query, torch.ones(q), torch.arange(q), images[1], tokens, document, torch.ones(n), torch.arange(n)
+        torch.randn(photos, 3, side, side),
+        query,
+        torch.ones(len(query)),
+        torch.arange(len(query)),
+        torch.randn(n, 3, side, side),
+        tokens,
+        document,
+        torch.ones(n),
+        torch.arange(n),
+        query_tokens=torch.randint(5, model.text.vocab_size, (n, reads.query_length)),
+        categories=torch.randint(9, (n,)),
+        keywords=torch.randint(getattr(model, "num_keywords", 1), (n, keywords)),
+        query_keywords=torch.randint(getattr(model, "num_keywords", 1), (n, keywords)),
+        masked_tokens=tokens.masked_fill(hidden, 4),
+        masked_words=hidden,
+        masked_patches=torch.rand(n, reads.num_patches).argsort(1) < round(patches),
+        masked_titles=torch.zeros(n, dtype=torch.bool),
+        other_tokens=tokens.flip(0),
     )
     return StepData([batch], 0, [], 1, 0.0)
+
+
+def fill_banks(method: Any) -> None:
+    """Takes what the memory banks hold for embeddings of earlier steps, as after many of them."""
+    for bank in method.memory.values() if method.memory is not None else ():
+        bank.pushed.fill_(len(bank.labels))
+
+
+def numbers(method: Any) -> int:
+    """Parameters and class rows of this rank."""
+    rows = 0 if method.head is None else method.head.rows.numel()
+    return sum(p.numel() for p in method.towers.parameters()) + rows
 
 
 def _measure(device: torch.device, name: str, folder: str) -> dict[str, Any]:
@@ -156,23 +218,21 @@ def _measure(device: torch.device, name: str, folder: str) -> dict[str, Any]:
     mesh = Mesh(config_of(recipe, world).mesh)
     torch.manual_seed(mesh.dp.rank())
     small = TINY | {"data.queries_per_step": 2 * world, "data.documents_per_step": 2 * world}
-    small |= {
-        key: value for key, value in recipe.items() if key.startswith(("mesh.", "head.", "optimizer.rows.", "train."))
-    }
+    alike = ("method", "mesh.", "head.", "optimizer.rows.", "train.", "evaluation.", "model.num_keywords")
+    small |= {key: value for key, value in recipe.items() if key.startswith(alike)}
     steps(trainer(small, 50, mesh), 50)  # brings the libraries their code and buffers
     memory = Memory(device)
     before = memory.start()
     made = trainer(recipe, recipe["num_classes"], mesh)
-    head = made.method.head
-    count = sum(p.numel() for p in made.method.towers.parameters()) + head.rows.numel()
     steps(made, recipe["num_classes"])
     peak = memory.peak() - before
     classes = Path(folder) / "classes.parquet"
     classes.touch()
-    parts = checkpoint.Trainable(made.method.towers, head, made.towers, made.rows, made.ema)
+    method = made.method
+    parts = checkpoint.Trainable(method.towers, method.head, made.towers, made.rows, made.ema, method.memory)
     saved = checkpoint.save(Path(folder), 1, parts, {}, classes, mesh, 1)
     size = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
-    return {"parameters": count, "peak": peak, "saving": memory.peak() - before, "checkpoint": size}
+    return {"parameters": numbers(method), "peak": peak, "saving": memory.peak() - before, "checkpoint": size}
 
 
 def measured(name: str, folder: Path) -> dict[str, Any]:

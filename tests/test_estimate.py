@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,16 +19,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from harness.bench.ranks import Traffic
 from harness.config import parse
 from harness.errors import UserError
-from harness.estimate import Layout, block_elements, estimate, reach, stem_elements
+from harness.estimate import estimate
 from harness.flops import Work, active_rows, flops_per_step, step_parts, vision
 from harness.groups import freeze
+from harness.methods import METHODS
+from harness.passes import Layout, block_elements, reach, stem_elements
 from models.oclear import OclearTowers
 from models.plain.transformer import PlainBuilder
 from models.recompute import RECOMPUTE
 from models.text import TextConfig, TextTower
 from models.transformer import MegatronBuilder
 from models.vision import VisionConfig, VisionTower
-from tests.measured import RECIPES, TINY, estimated, flags, measured, step_of, trainer
+from tests.measured import RECIPES, TINY, config_of, estimated, fill_banks, flags, measured, numbers, step_of, trainer
 from tests.pool import layout, ranks
 
 
@@ -39,8 +42,7 @@ def traffic_of_a_step(recipe: dict[str, Any], tensor_parallel: int, num_classes:
         data, traffic = step_of(made.config, num_classes, mesh.dp.size()), Traffic()
         with traffic.counted():
             made.train_step(data)
-        head = made.method.head
-        return sum(p.numel() for p in made.method.towers.parameters()) + head.rows.numel(), traffic.bytes
+        return numbers(made.method), traffic.bytes
 
 
 # One of them in every run: each is a process or two that train and save.
@@ -186,15 +188,67 @@ def test_flops_of_a_step_are_what_torch_counts():
     assert flops_per_step(config, 77) == sum(part.total for part in parts.values())
 
 
+# All terms of MAKE and ITEm, every size different from every other.
+TERMS: dict[str, dict[str, Any]] = {
+    "make": {
+        "evaluation.query_attributes": ["colour"],
+        "model.vision.hidden_size": 48,
+        "model.text.hidden_size": 64,
+        "model.text.projection_dim": 20,
+        "model.text.max_length": 12,
+        "model.query.hidden_size": 32,
+        "model.query.max_length": 5,
+        "model.fusion.hidden_size": 80,
+        "model.embedding_dim": 24,
+        "model.num_keywords": 70,
+        "model.memory_bank": 90,
+        "model.qic.symmetric": True,
+        "model.mpm_patches": 3,
+    },
+    "item": {"model.text.max_length": 12, "model.weights.contrast": 1.0},
+}
+for _name, _recipe in TERMS.items():
+    _recipe |= TINY | {"method": _name, "data.masking.word_rate": 0.25, "data.documents_per_step": 6}
+    _recipe |= {"model.vision.stem_channels": [8, 16, 32, 32], "model.vision.stem_blocks": [0, 1, 0, 1]}
+
+
+def flops_of_a_loss(recipe: dict[str, Any]) -> Work:
+    """In a pool of one: what torch counts of the loss of a step on plain towers, with full memory banks."""
+    config = config_of(recipe, 1)
+    spec = METHODS[config.method]
+    with layout() as mesh:
+        torch.manual_seed(0)
+        method: Any = spec.assemble(config.model, spec.towers(config.model, PlainBuilder()), None, mesh.dp)
+        fill_banks(method)
+        batch = step_of(config, 40, 1).batches[0]
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            (loss,) = (loss for loss, _ in method.losses([batch]))
+            forward = counter.get_total_flops()
+            loss.backward()
+        return Work(forward, counter.get_total_flops() - forward)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_flops_of_all_terms_are_what_torch_counts(name):
+    """MAKE and ITEm: every term, with as many masked words and patches as the formula expects."""
+    found = ranks(1).run(flops_of_a_loss, TERMS[name])[0]
+    parts = step_parts(config_of(TERMS[name], 1), 0)
+    assert sum(part.forward for part in parts.values()) == pytest.approx(found.forward, rel=1e-9)
+    assert sum(part.backward for part in parts.values()) == pytest.approx(found.backward, rel=1e-9)
+
+
 def test_sampling_counts_each_active_class_once():
     assert active_rows(1000, 1.0, 50) == 1000
     assert active_rows(1000, 0.1, 50) == pytest.approx(100 + 0.9 * 50)
 
 
+CLASSES = TINY | {"model.vision.class_token": True, "data.queries_per_step": 4, "data.documents_per_step": 4}
+
+
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_a_rank_holds_and_sends_what_the_estimate_says(tensor_parallel):
+@pytest.mark.parametrize("recipe", [CLASSES, *TERMS.values()], ids=["oclear", *TERMS])
+def test_a_rank_holds_and_sends_what_the_estimate_says(recipe, tensor_parallel):
     """Two real ranks: parameters of each exactly, and the bytes of one step as torch.distributed is asked for them."""
-    recipe = TINY | {"model.vision.class_token": True, "data.queries_per_step": 4, "data.documents_per_step": 4}
     found = ranks(2).run(traffic_of_a_step, recipe | {"mesh.tensor_parallel": tensor_parallel}, tensor_parallel, 40)
     words = [*flags(recipe), "--num-classes", "40", "--world=2", f"--tensor-parallel={tensor_parallel}"]
     figures = estimate(words)
@@ -212,6 +266,7 @@ def test_a_rank_holds_and_sends_what_the_estimate_says(tensor_parallel):
         (["--world", "3", "--tensor-parallel", "2"], "mesh.tensor_parallel is 2, but 3"),
         (["--num-classes", "9"], "--vocab-size"),
         (["--vocab-size", "9"], "--num-classes"),
+        (["--method=make", "--evaluation.query_attributes=[colour]", "--vocab-size", "9"], "--model.num_keywords"),
         (["--wrold", "3"], "unknown key"),
     ],
 )

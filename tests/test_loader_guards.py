@@ -89,6 +89,7 @@ def rewrite_state(run: Path, step: int, change: dict[str, Any]) -> None:
     checksums.write_manifest(folder)
 
 
+@pytest.mark.full
 def test_a_sound_ledger_passes_at_any_number_of_ranks(catalogue: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for world, end in ((1, 3), (2, 5), (3, 6), (1, 9)):

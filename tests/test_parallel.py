@@ -149,7 +149,9 @@ def check_same_bits(tensor_parallel: int) -> None:
                 assert all(map(torch.equal, first, again)), f"{sequence=} {recompute=}"
 
 
-@pytest.mark.parametrize(("world", "tensor_parallel"), [(1, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(
+    ("world", "tensor_parallel"), [(2, 2), *(pytest.param(*x, marks=pytest.mark.full) for x in ((1, 1), (4, 2)))]
+)
 def test_two_passes_are_bit_equal_with_dropout_and_however_much_is_recomputed(world: int, tensor_parallel: int) -> None:
     ranks(world).run(check_same_bits, tensor_parallel)
 

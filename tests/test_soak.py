@@ -66,7 +66,7 @@ SCRIPT = """
 """
 
 
-@pytest.mark.parametrize("backend", ["dali", "reference"])
+@pytest.mark.parametrize("backend", ["dali", pytest.param("reference", marks=pytest.mark.full)])
 def test_ctrl_c_ends_a_reader(catalogue: Path, backend: str) -> None:
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(catalogue), backend]
     child = subprocess.Popen(

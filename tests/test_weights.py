@@ -240,7 +240,7 @@ def test_plain_tower_equals_transformers(name: str, folders: dict[str, Path]) ->
     compare(tower, case, name)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=pytest.mark.full) for size in (1, 4))])
 def test_tensor_parallel_towers_equal_transformers(size: int, folders: dict[str, Path]) -> None:
     ranks(size).run(check_parity, folders, size)
 

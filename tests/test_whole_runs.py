@@ -65,7 +65,7 @@ def plain(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tup
 
 @pytest.mark.parametrize(
     ("world", "mesh"),
-    [pytest.param(2, SEQUENCE, marks=pytest.mark.full), pytest.param(2, FULL, marks=pytest.mark.full), (4, FULL)],
+    [pytest.param(2, SEQUENCE, marks=pytest.mark.full), (2, FULL), pytest.param(4, FULL, marks=pytest.mark.full)],
 )
 def test_a_sequence_parallel_run_equals_that_of_one_rank(
     world: int, mesh: Any, plain: list[tuple[float, float]], catalogue: Path, tmp_path: Path
