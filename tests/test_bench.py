@@ -153,6 +153,7 @@ def report_of(module, flags, file):
     return report
 
 
+@pytest.mark.full
 def test_head_reports_what_the_issue_asks_for(tmp_path):
     """Real ranks, every measurement once; and what a step must do whatever the machine."""
     flags = "--num-classes 4000 --embedding-dim 16 --ranks 2 --batch 16 --pairs 1"

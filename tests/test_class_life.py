@@ -172,7 +172,10 @@ def test_state_of_every_format_moves_with_its_row(catalogues: Catalogues, tmp_pa
     assert not held["exp_avg_codes"][new].any()
 
 
-@pytest.mark.parametrize(("world", "tensor_parallel"), [(1, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize(
+    ("world", "tensor_parallel"),
+    [(2, 2), *(pytest.param(*x, marks=pytest.mark.full) for x in ((1, 1), (3, 1)))],
+)
 def test_rows_follow_their_class_and_new_ones_start_from_their_samples(
     world: int,
     tensor_parallel: int,

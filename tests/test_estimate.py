@@ -45,10 +45,8 @@ def traffic_of_a_step(recipe: dict[str, Any], tensor_parallel: int, num_classes:
         return numbers(made.method), traffic.bytes
 
 
-# One of them in every run: each is a process or two that train and save.
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "weights" else pytest.mark.full) for name in RECIPES]
-)
+# Each is a process or two that train and save.
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.full) for name in RECIPES])
 def test_an_estimate_is_what_a_process_measures(name, tmp_path):
     """Parameters of a rank exactly; memory and checkpoint within a tenth."""
     found, said = measured(name, tmp_path), estimated(name)

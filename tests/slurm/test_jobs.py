@@ -125,6 +125,7 @@ def test_a_job_writes_one_readable_log(trained: tuple[int, str], project: Path, 
     assert not re.search(r"Traceback|[Ww]arn|[Ee]rror|srun|\[[WE]\d{4}", text), text
 
 
+@pytest.mark.full
 def test_eval_and_export_jobs(trained: tuple[int, str], slurm: Cluster, project: Path, tmp_path: Path) -> None:
     run = f"runs/tiny-{trained[0]}"
     options = ("--slices", "colour", "--json")
@@ -159,6 +160,7 @@ def test_an_array_of_ingest_jobs_and_a_merge_give_what_one_ingest_gives(
             assert parts.read_bytes(sample) == whole.read_bytes(sample)
 
 
+@pytest.mark.full
 def test_an_array_shares_the_cells_of_an_ablation(
     slurm: Cluster, project: Path, recipe: Path, catalogue: Path, tmp_path: Path
 ) -> None:
