@@ -45,8 +45,8 @@ def traffic_of_a_step(recipe: dict[str, Any], tensor_parallel: int, num_classes:
         return numbers(made.method), traffic.bytes
 
 
-# Each is a process or two that train and save.
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.full) for name in RECIPES])
+@pytest.mark.full  # each is a process or two that train and save
+@pytest.mark.parametrize("name", RECIPES)
 def test_an_estimate_is_what_a_process_measures(name, tmp_path):
     """Parameters of a rank exactly; memory and checkpoint within a tenth."""
     found, said = measured(name, tmp_path), estimated(name)
