@@ -27,6 +27,8 @@ part() { # NAME COMMAND...
 part kernels "$python" -m pytest -p no:cacheprovider --noconftest tests/test_gpu.py
 part head_1m "$python" -m harness.bench.head --num-classes 1000000 --embedding-dim 512 --ranks 1 --batch 1024 --pairs 9 --json "$out/head_1m.json"
 part head_10m "$python" -m harness.bench.head --num-classes 10000000 --embedding-dim 512 --ranks 1 --batch 1024 --pairs 5 --json "$out/head_10m.json"
+part towers_vision "$python" -m harness.bench.towers --model vit_b16,vit_l14 --batch 256 --dtype bf16 --json "$out/towers_vision.json"
+part towers_text "$python" -m harness.bench.towers --model bert_base --batch 256 --tokens 128 --dtype bf16 --json "$out/towers_text.json"
 if ((${#failed[@]})); then
     echo "failed, or what they need is missing: ${failed[*]} (logs in $out)"
     exit 1
