@@ -4,8 +4,10 @@ PYTHON ?= python3
 RUN := .venv/bin/python -m
 INSTALLED := .venv/installed
 
-# Tests start many ranks on few cores: threads of their own would only fight for them.
+# Tests start many ranks on few cores: threads of their own would only fight for them. Files run side by side on WORKERS processes.
 export OMP_NUM_THREADS := 1
+WORKERS ?= 2
+PYTEST := pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-full lint .venv
 
@@ -13,10 +15,10 @@ demo: $(INSTALLED)
 	@.venv/bin/python jobs/demo.py
 
 test: lint
-	$(RUN) pytest -m "not full"
+	$(RUN) $(PYTEST) -m "not full"
 
 test-full: lint
-	$(RUN) pytest
+	$(RUN) $(PYTEST)
 
 lint: $(INSTALLED)
 	$(RUN) ruff check
