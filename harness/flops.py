@@ -185,7 +185,9 @@ def _make(model: MakeConfig, config: RunConfig, num_classes: int) -> dict[str, W
     if use.keywords:
         parts["keywords"] = linear(products, d, model.num_keywords)
     if use.mlm:
-        again = block(model.text, model.text.max_length) + cross_modal(model)
+        again = cross_modal(model)
+        if not model.hide_words:  # else the products' own pass has seen the masked title
+            again += block(model.text, model.text.max_length)
         parts["mlm"] = (again + word_head(words, h, model.text.vocab_size)) * products
     if use.mpm:
         chosen = model.mpm_patches * products
@@ -201,6 +203,9 @@ def _item(model: ItemConfig, config: RunConfig, num_classes: int) -> dict[str, W
     one = (stem(image) + block(model.text, 1 + model.text.max_length + image.num_patches)) * products
     words, seen = (products * n for n in masked(config.data.masking, model.text.max_length, image.num_patches))
     pixels, parts = 3 * image.patch_size**2, {}
+    told, built = words, seen
+    if model.global_targets == "all":
+        told, built = products * model.text.max_length, products * image.num_patches
 
     def global_head(places: float, outputs: int) -> Work:
         return linear(places, h, 2 * h) + linear(places, 2 * h, h) + linear(places, h, outputs)
@@ -210,11 +215,11 @@ def _item(model: ItemConfig, config: RunConfig, num_classes: int) -> dict[str, W
     if use.mlm:
         parts["mlm"] = word_head(words, h, model.text.vocab_size)
     if use.gmlm:
-        parts["gmlm"] = global_head(words, model.text.vocab_size)
+        parts["gmlm"] = global_head(told, model.text.vocab_size)
     if use.mim:
         parts["mim"] = linear(seen, h, h) + linear(seen, h, pixels)
     if use.gmim:
-        parts["gmim"] = global_head(seen, pixels)
+        parts["gmim"] = global_head(built, pixels)
     if use.itm:
         parts["itm"] = one + linear(products, h, 1)
     if use.contrast:

@@ -91,7 +91,7 @@ def _oclear_reads(config: OclearConfig) -> Reads:
 
 
 def _make_reads(config: MakeConfig) -> Reads:
-    masks = config.weights.mlm or config.weights.mpm
+    masks = config.hide_words or config.weights.mlm or config.weights.mpm
     return Reads(
         kind="texts",
         text_length=config.text.max_length,

@@ -150,7 +150,8 @@ def _make(model: MakeConfig, config: RunConfig, layout: Layout) -> Step:
     if use.mlm:
         words, _ = masked(config.data.masking, text.max_length, vision.num_patches)
         head = _words(own * words, 4 * fusion.hidden_size, fusion.hidden_size, text.vocab_size, size)
-        passes += [titles, replace(fused, before=vision.num_patches * vision.hidden_size, behind=(head,))]
+        passes += [] if model.hide_words else [titles]
+        passes += [replace(fused, before=vision.num_patches * vision.hidden_size, behind=(head,))]
     if use.mpm:
         image = 3 * vision.image_size**2
         compared = _contrast(model.mpm, own * k, everyone * k, d, 0)
@@ -171,15 +172,18 @@ def _item(model: ItemConfig, config: RunConfig, layout: Layout) -> Step:
     stem = stem_elements(VisionConfig(**vars(vision), hidden_size=h))
     one = Pass("", text, tokens, products, text.max_length, before=stem + tokens * h)  # the norm's input
     words, patches = (own * n for n in masked(config.data.masking, text.max_length, vision.num_patches))
+    told, built = words, patches
+    if model.global_targets == "all":
+        told, built = own * text.max_length, own * vision.num_patches
     passes, heads, gathered, labels = [], [], 0.0, 0.0
     # What the heads keep of a place: WordHead and `mim` 4 h, GlobalHead 8 h, of patches also the difference from the pixels.
     if use.mlm:
         heads.append(_words(words, 4 * h, h, text.vocab_size, size))
     if use.gmlm:
-        heads.append(_words(words, 8 * h, h, text.vocab_size, size))
-    for weight, inside in ((use.mim, 4 * h), (use.gmim, 8 * h)):
+        heads.append(_words(told, 8 * h, h, text.vocab_size, size))
+    for weight, places, inside in ((use.mim, patches, 4 * h), (use.gmim, built, 8 * h)):
         if weight:
-            heads.append(Behind(patches * (inside * size + pixels * FP32), 3 * FP32 * own * image))
+            heads.append(Behind(places * (inside * size + pixels * FP32), 3 * FP32 * own * image))
     if heads:
         passes.append(replace(one, before=one.before + image, behind=tuple(heads)))
     if use.itm:

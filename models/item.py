@@ -91,11 +91,14 @@ class ItemConfig:
         vision: patches of the image.
         text: the transformer over title and patches.
         weights: weights of the terms.
+        global_targets: what the global vector must tell: masked (the masked words and patches, as published) or all (every word and
+            patch; ours: so that the global vector of a whole product, where nothing is masked, tells what is in it).
         contrast: the loss of the baseline.
     """
 
     vision: PatchConfig = field(default_factory=PatchConfig)
     text: StreamConfig = field(default_factory=StreamConfig)
+    global_targets: str = "masked"
     weights: ItemWeights = field(default_factory=ItemWeights)
     contrast: ContrastiveConfig = field(default_factory=ContrastiveConfig)
 
@@ -111,6 +114,8 @@ class ItemConfig:
         errors += [f"model.weights.{k} is {v}; it must not be negative" for k, v in vars(self.weights).items() if v < 0]
         if not any(vars(self.weights).values()):
             errors.append("model.weights are all 0: there is no loss")
+        if self.global_targets not in ("masked", "all"):
+            errors.append(f"model.global_targets is '{self.global_targets}'; it can be 'masked' or 'all'")
         return errors + self.contrast.errors("model.contrast")
 
 
@@ -251,25 +256,29 @@ class Item:
         use, heads, group = self.config.weights, self.towers, self.data_group
         length = batch.masked_words.shape[1]
         whole, words, patches = states[:, 0], states[:, 1 : 1 + length], states[:, 1 + length :]
+        everything = self.config.global_targets == "all"
         terms = {}
-        if use.mlm or use.gmlm:
-            rows, places = batch.masked_words.nonzero(as_tuple=True)
-            truth, weights = batch.document_tokens[rows, places], batch.document_weights[rows]
-            if use.mlm:
-                told = weights * ~batch.masked_titles[rows]  # a title that is not seen has no states
-                terms["mlm"] = global_mean(word_terms(heads.mlm(words[rows, places]), truth), told, group)
-            if use.gmlm:
-                terms["gmlm"] = global_mean(word_terms(heads.gmlm(whole[rows], places), truth), weights, group)
+        if use.mlm:
+            untold = batch.masked_titles[:, None]  # a title that is not seen has no states
+            rows, places = (batch.masked_words & ~untold).nonzero(as_tuple=True)
+            losses = word_terms(heads.mlm(words[rows, places]), batch.document_tokens[rows, places])
+            terms["mlm"] = global_mean(losses, batch.document_weights[rows], group)
+        if use.gmlm:
+            told = batch.document_tokens != self.config.text.pad_id if everything else batch.masked_words
+            rows, places = told.nonzero(as_tuple=True)
+            losses = word_terms(heads.gmlm(whole[rows], places), batch.document_tokens[rows, places])
+            terms["gmlm"] = global_mean(losses, batch.document_weights[rows], group)
         if use.mim or use.gmim:
+            pixels = patch_pixels(batch.document_images, self.config.vision.patch_size)
+        if use.mim:
             rows, places = batch.masked_patches.nonzero(as_tuple=True)
-            pixels = patch_pixels(batch.document_images, self.config.vision.patch_size)[rows, places]
-            weights = batch.document_weights[rows]
-            if use.mim:
-                built = heads.mim(patches[rows, places]).to(pixels.dtype)
-                terms["mim"] = global_mean((built - pixels).square().mean(1), weights, group)
-            if use.gmim:
-                built = heads.gmim(whole[rows], places).to(pixels.dtype)
-                terms["gmim"] = global_mean((built - pixels).square().mean(1), weights, group)
+            losses = (heads.mim(patches[rows, places]).to(pixels.dtype) - pixels[rows, places]).square().mean(1)
+            terms["mim"] = global_mean(losses, batch.document_weights[rows], group)
+        if use.gmim:
+            told = torch.ones_like(batch.masked_patches) if everything else batch.masked_patches
+            rows, places = told.nonzero(as_tuple=True)
+            losses = (heads.gmim(whole[rows], places).to(pixels.dtype) - pixels[rows, places]).square().mean(1)
+            terms["gmim"] = global_mean(losses, batch.document_weights[rows], group)
         return terms
 
     def _itm(self, batch: Batch) -> tuple[Tensor, Tensor]:

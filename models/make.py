@@ -4,7 +4,7 @@ Known: separate encoders for query, title and image; Modal Adaptation, a cross-m
 own; Keyword Enhancement, also against false negatives; the objectives' names: query-item classification (QIC) by AM-softmax, query-item matching
 (QIM), query-image matching, masked language modelling (MLM), masked patch modelling (MPM) as contrastive; negatives of all devices and of a
 memory bank. Ours: every form that these take below. Pre-training and fine-tuning differ by `model.weights` alone; with all weights but QIC's at
-0, no margin, no bank and no false-negative mask it is plain in-batch InfoNCE on the same towers.
+0, no margin, no bank, no hidden words and no false-negative mask it is plain in-batch InfoNCE on the same towers.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class MakeConfig:
         query: the query tower; vocab_size 0 takes the title's.
         fusion: the transformer over title and patches together.
         embedding_dim: width of the embeddings.
+        hide_words: in training a product's title lacks the words that masked modelling hides (data.masking), so that the image must tell what a
+            title does not say.
         modalities: weights of title, image and fused vector: learned (of the product's own), equal, or title or image alone (ablations).
         num_keywords: size of the keyword table; 0 takes the catalogue's.
         product_keywords: keywords of one product, and of one query, at most.
@@ -81,6 +83,7 @@ class MakeConfig:
     query: TextConfig = field(default_factory=lambda: TextConfig(pooling="class", max_length=16))
     fusion: TransformerShape = field(default_factory=lambda: TransformerShape(num_layers=2))
     embedding_dim: int = 256
+    hide_words: bool = False
     modalities: str = "learned"
     num_keywords: int = 0
     product_keywords: int = 8
@@ -220,7 +223,8 @@ class Make:
         weights = batch.query_weights * batch.document_weights  # a pair counts where both its samples were readable
         known = batch.document_labels[:, None], batch.categories[:, None]
         labels = torch.cat([*known, batch.keywords, batch.query_keywords], 1)
-        queries, products = towers(batch.query_tokens, batch.document_images, batch.document_tokens)
+        titles = batch.masked_tokens if self.config.hide_words else batch.document_tokens
+        queries, products = towers(batch.query_tokens, batch.document_images, titles)
         terms: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         if use.qic:
@@ -317,14 +321,14 @@ class Make:
 
     def _mlm(self, products: Products, batch: Batch) -> Tensor:
         """Masked words of the title, from the rest of it and the whole image."""
-        words = self.towers.text(batch.masked_tokens)
+        words = products.words if self.config.hide_words else self.towers.text(batch.masked_tokens)
         _, states, _ = self.towers.fusion(words, self._padding(batch), products.patches)
         rows, places = batch.masked_words.nonzero(as_tuple=True)
         terms = word_terms(self.towers.masked_words(states[rows, places]), batch.document_tokens[rows, places])
         return global_mean(terms, batch.document_weights[rows], self.data_group)
 
     def _mpm(self, products: Products, batch: Batch) -> Tensor:
-        """Masked patches of the image, from the rest of it and the whole title: which of the patches of all images is it?
+        """Masked patches of the image, from the rest of it and the title: which of the patches of all images is it?
 
         Ours: the candidates are `mpm_patches` masked patches of every image of all ranks, evenly spaced among its masked ones, each a linear map
         of its normalised pixels: nothing in them tells their place. An image with fewer masked patches takes no part.

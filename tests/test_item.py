@@ -36,7 +36,12 @@ PATCHED = ItemConfig(
     text=StreamConfig(num_layers=2, hidden_size=16, num_attention_heads=2, vocab_size=VOCAB, max_length=LENGTH),
     weights=ItemWeights(itm=1.0, mlm=0.9, mim=0.8, gmlm=0.7, gmim=0.6, contrast=0.5),
 )
-STEM = replace(PATCHED, vision=replace(PATCHED.vision, stem_channels=(4, 8), stem_blocks=(0, 1)), weights=ItemWeights())
+STEM = replace(
+    PATCHED,
+    vision=replace(PATCHED.vision, stem_channels=(4, 8), stem_blocks=(0, 1)),
+    weights=ItemWeights(),
+    global_targets="all",
+)
 MASKS = MaskConfig(word_rate=0.4, one_heavy=True)
 
 
@@ -60,15 +65,19 @@ def dense(towers: ItemTowers, config: ItemConfig, batch: Batch) -> dict[str, Ten
                 hidden[i, :, y : y + PATCH, x : x + PATCH] = 0
     states = towers(hidden, batch.masked_tokens.masked_fill(batch.masked_titles[:, None], 0))  # padding is not seen
     whole, words, patches = states[:, 0], states[:, 1 : 1 + LENGTH], states[:, 1 + LENGTH :]
-    for i, place in batch.masked_words.nonzero().tolist():
+    everything = config.global_targets == "all"
+    for i, place in (batch.document_tokens != 0).nonzero().tolist():
         true = batch.document_tokens[i, place]
-        if not batch.masked_titles[i]:
+        if batch.masked_words[i, place] and not batch.masked_titles[i]:
             add("mlm", -F.log_softmax(towers.mlm(words[i, place]), 0)[true], weights[i])
-        add("gmlm", -F.log_softmax(towers.gmlm(whole[i], torch.tensor(place)), 0)[true], weights[i])
-    for i, place in batch.masked_patches.nonzero().tolist():
-        pixels = (cut[i, place] - cut[i, place].mean()) / (cut[i, place].var(unbiased=False) + 1e-6).sqrt()
-        add("mim", (towers.mim(patches[i, place]) - pixels).square().mean(), weights[i])
-        add("gmim", (towers.gmim(whole[i], torch.tensor(place)) - pixels).square().mean(), weights[i])
+        if batch.masked_words[i, place] or everything:
+            add("gmlm", -F.log_softmax(towers.gmlm(whole[i], torch.tensor(place)), 0)[true], weights[i])
+    for (i, place), pixels in cut.items():
+        pixels = (pixels - pixels.mean()) / (pixels.var(unbiased=False) + 1e-6).sqrt()
+        if batch.masked_patches[i, place]:
+            add("mim", (towers.mim(patches[i, place]) - pixels).square().mean(), weights[i])
+        if batch.masked_patches[i, place] or everything:
+            add("gmim", (towers.gmim(whole[i], torch.tensor(place)) - pixels).square().mean(), weights[i])
     logits = towers.itm(towers(batch.document_images, batch.other_tokens)[:, 0])[:, 0]
     for i, logit in enumerate(logits):
         own = torch.equal(batch.other_tokens[i], batch.document_tokens[i])
@@ -226,6 +235,7 @@ def test_configuration_errors_name_the_key() -> None:
     bad = {
         "model.weights": replace(PATCHED, weights=none),
         "model.weights.gmim": replace(PATCHED, weights=ItemWeights(gmim=-1)),
+        "model.global_targets": replace(PATCHED, global_targets="none"),
         "model.vision.patch_size": replace(PATCHED, vision=PatchConfig(image_size=IMAGE, patch_size=5)),
         "model.text.num_attention_heads": replace(PATCHED, text=replace(PATCHED.text, num_attention_heads=1)),
     }

@@ -40,6 +40,7 @@ AM_SOFTMAX = MakeConfig(
 )
 SYMMETRIC = replace(
     AM_SOFTMAX,
+    hide_words=True,
     modalities="equal",
     related_category=False,
     related_keywords=1,
@@ -65,9 +66,13 @@ def related(a: Tensor, b: Tensor, config: MakeConfig) -> bool:
     )
 
 
+def seen_title(batch: Batch, config: MakeConfig) -> Tensor:
+    return batch.masked_tokens if config.hide_words else batch.document_tokens
+
+
 def dense(towers: MakeTowers, config: MakeConfig, batch: Batch, old: Old) -> dict[str, Tensor]:
     """Every term over the whole batch, sample by sample."""
-    raw, found = towers(batch.query_tokens, batch.document_images, batch.document_tokens)
+    raw, found = towers(batch.query_tokens, batch.document_images, seen_title(batch, config))
     query, document, image = (F.normalize(x, dim=-1) for x in (raw, found.embedding, found.image))
     labels, weights = labels_of(batch), batch.document_weights.double()
     live = [i for i in range(len(weights)) if weights[i] > 0]
@@ -128,9 +133,9 @@ def dense(towers: MakeTowers, config: MakeConfig, batch: Batch, old: Old) -> dic
     return {name: x / totals[name] for name, x in sums.items()}
 
 
-def earlier(towers: MakeTowers, batch: Batch) -> Old:
+def earlier(towers: MakeTowers, config: MakeConfig, batch: Batch) -> Old:
     with torch.no_grad():
-        raw, found = towers(batch.query_tokens, batch.document_images, batch.document_tokens)
+        raw, found = towers(batch.query_tokens, batch.document_images, seen_title(batch, config))
     pairs = zip(F.normalize(raw, dim=-1), F.normalize(found.embedding, dim=-1), labels_of(batch), strict=True)
     return [pair for pair, weight in zip(pairs, batch.document_weights, strict=True) if weight > 0]
 
@@ -154,7 +159,7 @@ def check_dense(tensor_parallel: int, sizes: list[int]) -> None:
             assert torch.equal(loss, again), "the banks are not all of the state"
             assert all(torch.equal(x, resumed.banks.state_dict()[name]) for name, x in make.banks.state_dict().items())
 
-            wanted = dense(plain, config, second, earlier(plain, first))
+            wanted = dense(plain, config, second, earlier(plain, config, first))
             for name, value in wanted.items():
                 torch.testing.assert_close(metrics[name][0], value.detach(), rtol=1e-10, atol=0, msg=name)
             total = torch.stack([getattr(config.weights, name) * value for name, value in wanted.items()]).sum()
