@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 from models.batch import Batch
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss
-from models.heads.mean import averaged, global_mean
+from models.heads.mean import averaged, global_mean, weight_errors, weighted_sum
 from models.masking import WordHead, hide_patches, patch_pixels, word_terms
 from models.shape import TransformerBuilder, TransformerShape, padded_vocab, shape_errors
 from models.stem import conv_stem, patch_stem
@@ -111,12 +111,9 @@ class ItemConfig:
         """What does not fit together, as sentences that name the key."""
         errors = VisionConfig(**vars(self.vision)).errors("model.vision")
         errors += shape_errors(self.text, tensor_parallel, "model.text")
-        errors += [f"model.weights.{k} is {v}; it must not be negative" for k, v in vars(self.weights).items() if v < 0]
-        if not any(vars(self.weights).values()):
-            errors.append("model.weights are all 0: there is no loss")
         if self.global_targets not in ("masked", "all"):
             errors.append(f"model.global_targets is '{self.global_targets}'; it can be 'masked' or 'all'")
-        return errors + self.contrast.errors("model.contrast")
+        return errors + weight_errors(self.weights) + self.contrast.errors("model.contrast")
 
 
 class ItemTowers(nn.Module):
@@ -244,9 +241,8 @@ class Item:
                 weights=batch.document_weights,
             )
             metrics |= more
-        total = torch.stack([getattr(use, name) * value for name, value in terms.items()]).sum()
-        one = torch.ones_like(total)
-        return total, metrics | {name: torch.stack([value.detach(), one]) for name, value in terms.items()}
+        total, more = weighted_sum(use, terms)
+        return total, metrics | more
 
     def masked_terms(self, states: Tensor, batch: Batch) -> dict[str, Tensor]:
         """MLM, MIM, GMLM and GMIM, those of them that have a weight, of the final states [n, 1 + L + P, h] of the masked batch.

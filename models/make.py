@@ -22,7 +22,7 @@ from models.batch import Batch
 from models.comm import gather_shards, gather_with_grad, own_slice, shard_sizes
 from models.cross_modal import MODALITIES, CrossModal, Match, ModalAdaptation
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss, same_product
-from models.heads.mean import averaged, global_mean
+from models.heads.mean import averaged, global_mean, weight_errors, weighted_sum
 from models.heads.memory_bank import MemoryBank
 from models.masking import WordHead, hide_patches, patch_pixels, word_terms
 from models.shape import TransformerBuilder, TransformerShape, shape_errors
@@ -99,6 +99,7 @@ class MakeConfig:
     def errors(self, tensor_parallel: int) -> list[str]:
         """What does not fit together, as sentences that name the key."""
         errors = self.vision.errors("model.vision") + self.qic.errors("model.qic") + self.mpm.errors("model.mpm")
+        errors += weight_errors(self.weights)
         for name in ("vision", "text", "query", "fusion"):
             errors += shape_errors(getattr(self, name), tensor_parallel, f"model.{name}")
         for name in ("text", "query"):
@@ -111,9 +112,6 @@ class MakeConfig:
             errors.append(
                 f"model.mpm_patches is {self.mpm_patches}, but an image has {self.vision.num_patches} patches"
             )
-        errors += [f"model.weights.{k} is {v}; it must not be negative" for k, v in vars(self.weights).items() if v < 0]
-        if not any(vars(self.weights).values()):
-            errors.append("model.weights are all 0: there is no loss")
         return errors
 
 
@@ -241,9 +239,8 @@ class Make:
             terms["mlm"] = self._mlm(products, batch)
         if use.mpm:
             terms["mpm"] = self._mpm(products, batch)
-        total = torch.stack([getattr(use, name) * value for name, value in terms.items()]).sum()
-        one = torch.ones_like(total)
-        metrics |= {name: torch.stack([value.detach(), one]) for name, value in terms.items()}
+        total, more = weighted_sum(use, terms)
+        metrics |= more
         for i, name in enumerate(("title", "image", "fused")):
             local = torch.stack([products.weights.detach()[:, i].to(weights) @ weights, weights.sum()])
             metrics[f"weight_{name}"] = local.to(total)

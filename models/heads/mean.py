@@ -1,4 +1,4 @@
-"""Means of a loss: of its terms over all ranks, and of its micro-batches, in the form that every loss here takes."""
+"""What every loss of several terms needs: means over all ranks, the weighted sum of its terms, and the mean of its micro-batches."""
 
 from __future__ import annotations
 
@@ -23,6 +23,20 @@ def global_mean(terms: Tensor, weights: Tensor, group: ProcessGroup) -> Tensor:
     weight = sums[1].clamp_min(torch.finfo(terms.dtype).tiny)
     local = terms @ weights / weight
     return sums[0] / weight + (local - local.detach())
+
+
+def weight_errors(weights: object) -> list[str]:
+    """What is wrong with the weights of a loss's terms, the fields of `weights`, as sentences that name the key under model.weights."""
+    values = vars(weights)
+    if not any(values.values()):
+        return ["model.weights are all 0: there is no loss"]
+    return [f"model.weights.{name} is {v}; it must not be negative" for name, v in values.items() if v < 0]
+
+
+def weighted_sum(weights: object, terms: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The terms, each times the field of `weights` of its name, and each of them as a metric, local [value, 1]."""
+    total = torch.stack([getattr(weights, name) * value for name, value in terms.items()]).sum()
+    return total, {name: torch.stack([value.detach(), torch.ones_like(total)]) for name, value in terms.items()}
 
 
 def averaged(
