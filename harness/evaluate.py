@@ -50,6 +50,7 @@ class EvaluationConfig:
         bare_titles: attributes whose values' words are also tried without, in the titles of the task text.
         category: attribute that the task category predicts, and by whose values MAKE's weights are reported.
         learn_split: split of the documents that the task category learns from; those that are also in `split` do not teach.
+        align_documents: at most so many documents of learn_split that a method's alignment of its views is fitted to (model.aligned).
         slices: attribute columns of the catalogue whose values get figures of their own.
         distractors: other catalogues whose documents join the gallery, relevant to nothing.
         panel: queries shown with their best documents in TensorBoard.
@@ -65,6 +66,7 @@ class EvaluationConfig:
     bare_titles: tuple[str, ...] = ()
     category: str = ""
     learn_split: str = "train"
+    align_documents: int = 8192
     slices: tuple[str, ...] = ()
     distractors: tuple[Path, ...] = ()
     panel: int = 8
@@ -75,6 +77,8 @@ class EvaluationConfig:
         errors, spec = [], METHODS[method]
         if self.batch_size < 1:
             errors.append("evaluation.batch_size must be at least 1")
+        if self.align_documents < 2:
+            errors.append("evaluation.align_documents must be at least 2")
         errors += [
             f"evaluation.{name} must be at least 0" for name in ("panel", "projector") if getattr(self, name) < 0
         ]
@@ -166,7 +170,7 @@ class Evaluation:
         self._keys: dict[str, int] = {}
         named = dict.fromkeys([*FIELDS, *config.slices, *config.query_attributes, *config.bare_titles, config.category])
         self._columns = [name for name in named if name]
-        self.documents = [self._side("document", config.split)]
+        self.documents = [self.side("document", config.split)]
         offset = catalogue.num_samples
         usual = config.tasks or METHODS[method].tasks[:1]
         self.tasks = [self._task(name) for name in usual]
@@ -194,25 +198,30 @@ class Evaluation:
     def _task(self, name: str) -> Task:
         config, documents = self.config, self.documents[0]
         if name == "photo":
-            queries, kinds = self._side("query", config.split), head_and_tail(self.classes, self._keys)
+            queries, kinds = self.side("query", config.split), head_and_tail(self.classes, self._keys)
             return PhotoTask(queries, documents, config.slices, kinds, config.panel, self.embedder, self.mesh)
         if name == "same_product":
             return SameProductTask(documents, config.slices, self.mesh)
         if name == "category":
-            learned = self._side("document", config.learn_split)
+            learned = self.side("document", config.learn_split)
             if config.learn_split != config.split:  # documents of split 'all' are asked, so they may not teach
                 learned = learned.select(~np.isin(learned.ids, documents.ids))
             return CategoryTask(learned, documents, config.category, self.embedder, self.mesh)
         texts = AttributeQueries(documents, config.query_attributes)
         return TextTask(texts, config.bare_titles, config.category, config.panel, self.embedder, self.mesh)
 
-    def _side(self, kind: str, split: str) -> Side:
+    def side(self, kind: str, split: str) -> Side:
+        """The catalogue's queries or documents of a split.
+
+        Raises:
+            UserError: there are none.
+        """
         side = side_of(self.catalogue, kind, split, self._columns, self._keys, 0)
         if not len(side.ids):
             splits = ", ".join(self.catalogue.meta["counts"]["splits"])
             raise UserError(
                 f"split '{split}' of {self.catalogue.path} has no {kind}",
-                f"The splits are {splits} (evaluation.split)",
+                f"The splits are {splits} (evaluation.split, evaluation.learn_split)",
             )
         return side
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor
 
 from harness import checkpoint, phases
+from harness.alignment import align, documents_to_align, wants_alignment
 from harness.board import Projector
 from harness.class_map import ClassMap, class_map, keep_classes
 from harness.config import RunConfig, difference, identity_changes
@@ -95,6 +96,11 @@ class Trainer:
             self.classes,
             mesh,
         )
+        self.align_on = None
+        if wants_alignment(self.method):
+            documents = self.evaluation.side("document", config.evaluation.learn_split)
+            self.align_on = documents_to_align(documents, config.evaluation.align_documents)
+        self._aligned_at = -1
         self.projector = Projector(config.run_dir / "tensorboard", self.loader.catalogue, config.data.threads)
         self.clock = StepClock(mesh)
         self._flops = flops_per_step(replace(config, model=self.model_config), order.num_classes)
@@ -202,6 +208,8 @@ class Trainer:
                 paused += time.perf_counter() - pause
                 window += time.perf_counter() - pause
                 self.clock.start(exact=self.step % train.log_every == train.log_every - 1)
+            if report is None and self.step == train.steps:  # a run that was stopped before it had been evaluated
+                report = self.evaluate(log)
             if self.mesh.rank == 0 and self.step == train.steps:
                 log.board.finish()
         finally:
@@ -219,6 +227,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of the present step; collective."""
+        self._align()
         own = [number % 2**64 for number in (self._own_ledger, sum(self._last_ledgers))]
         halves = [[number >> 32, number & 0xFFFFFFFF] for number in own]  # a sum of 64-bit words would not fit int64
         summed = torch.tensor(halves, dtype=torch.int64, device=self.mesh.device)
@@ -256,7 +265,8 @@ class Trainer:
 
     def evaluate(self, log: RunLog) -> Report:
         """Evaluates the present weights, or their average if there is one; logs metrics, retrieval panel and projector; collective."""
-        with nullcontext() if self.ema is None else self.ema.applied():
+        self._align()
+        with self._evaluated():
             report = self.evaluation.run(self.method, final=self.step == self.config.train.steps)
         named = {name if "/" in name else f"retrieval/{name}": value for name, value in report.figures.items()}
         log.scalars(self.step, named)
@@ -266,6 +276,18 @@ class Trainer:
                 self.projector.write(self.step, report.sample)
             write_json(self.config.run_dir / f"eval-{self.step:08d}.json", {**report.figures, "slices": report.rows})
         return report
+
+    def _evaluated(self) -> AbstractContextManager[None]:
+        """Inside, the towers have the weights that are evaluated: their average, if there is one."""
+        return nullcontext() if self.ema is None else self.ema.applied()
+
+    def _align(self) -> None:
+        """Fits the method's alignment, if it has one, to the weights that are evaluated; once a step; collective."""
+        if self.align_on is None or self._aligned_at == self.step:
+            return
+        with self._evaluated():
+            align(self.method, self.align_on, self.evaluation.embedder)
+        self._aligned_at = self.step
 
     def _figures(self, result: StepResult, rate: float) -> dict[str, float]:
         """What is logged of a step; collective."""
@@ -413,7 +435,7 @@ class Trainer:
         parameters, groups = list(self.method.towers.parameters()), self.towers.optimizer.param_groups
         frozen = sum(not parameter.requires_grad for parameter in parameters)
         rates = sorted({group["lr_mult"] for group in groups})
-        notes = [f"frozen: {frozen} of the towers' {len(parameters)} tensors"] if frozen else []
+        notes = [f"frozen: {frozen} of the towers' {len(parameters)} tensors"] if self.config.optimizer.frozen else []
         if rates != [1.0]:
             notes.append(f"learning rates of the towers' parts: {rates[0]:.3g} to {rates[-1]:.3g} x optimizer.lr")
         if self.ema is not None:

@@ -183,7 +183,10 @@ def build(
         layer_norm=mesh.accelerators.layer_norm,
     )
     towers = spec.towers(model, builder)
-    towers.to(mesh.device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    towers.to(mesh.device)
+    for parameter in towers.parameters():
+        if parameter.requires_grad:  # what is fitted, never trained, stays float32
+            parameter.data = parameter.data.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     rows = None
     if num_classes and spec.classifies(model):
         settings = replace(head, num_classes=num_classes, embedding_dim=model.embedding_dim)

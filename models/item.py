@@ -2,8 +2,8 @@
 
 Known: one single-stream transformer, no regions of interest; five objectives: image-text matching (ITM), masked language modelling (MLM), masked
 image modelling (MIM), and GMLM and GMIM, in which the global representation alone predicts the masked words and builds the masked patches. Ours:
-every form that these take below, and which modality is hidden (one_heavy in harness/data/masking.py). Ours too, and no part of ITEm: `contrast`,
-the baseline on the same towers.
+every form that these take below, and which modality is hidden (one_heavy in harness/data/masking.py). Ours too, and no part of ITEm: `aligned`
+embeddings, and `contrast`, the baseline on the same towers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from models.alignment import Alignment
 from models.batch import Batch
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss
 from models.heads.mean import averaged, global_mean, weight_errors, weighted_sum
@@ -91,6 +92,8 @@ class ItemConfig:
         vision: patches of the image.
         text: the transformer over title and patches.
         weights: weights of the terms.
+        aligned: what embeds a product: false, the global vector of all that is seen of it; true, the global vectors of its image alone and of its
+            title alone, brought into one space (models/alignment.py).
         global_targets: what the global vector must tell: masked (the masked words and patches, as published) or all (every word and
             patch; ours: so that the global vector of a whole product, where nothing is masked, tells what is in it).
         contrast: the loss of the baseline.
@@ -98,6 +101,7 @@ class ItemConfig:
 
     vision: PatchConfig = field(default_factory=PatchConfig)
     text: StreamConfig = field(default_factory=StreamConfig)
+    aligned: bool = False
     global_targets: str = "masked"
     weights: ItemWeights = field(default_factory=ItemWeights)
     contrast: ContrastiveConfig = field(default_factory=ContrastiveConfig)
@@ -142,6 +146,7 @@ class ItemTowers(nn.Module):
         self.mim = nn.Sequential(nn.Linear(h, h), nn.GELU(), nn.LayerNorm(h), nn.Linear(h, pixels))
         self.gmlm = GlobalHead(h, text.max_length, text.vocab_size)
         self.gmim = GlobalHead(h, vision.num_patches, pixels)
+        self.alignment = Alignment(h) if config.aligned else None
 
     def forward(self, images: Tensor, tokens: Tensor, seen: str = "both", untitled: Tensor | None = None) -> Tensor:
         """images [b, 3, S, S], tokens [b, L] -> final states [b, 1 + L + P, h], the global vector first.
@@ -162,6 +167,20 @@ class ItemTowers(nn.Module):
     def embed(self, images: Tensor, tokens: Tensor, seen: str = "both") -> Tensor:
         """The global vector [b, h], not normalised."""
         return self(images, tokens, seen)[:, 0]
+
+    def embedding(self, images: Tensor, tokens: Tensor, seen: str = "both") -> Tensor:
+        """What a search compares: unit vectors float32 [b, h]."""
+        if self.alignment is None:
+            return self.view(images, tokens, seen)
+        image, title = (
+            self.view(images, tokens, name) if seen in (name, "both") else None for name in ("image", "title")
+        )
+        titled = (tokens != self.config.text.pad_id).any(1)
+        return F.normalize(self.alignment(image, title, titled).float(), dim=-1)
+
+    def view(self, images: Tensor, tokens: Tensor, seen: str) -> Tensor:
+        """The global vector as a unit vector, float32 [b, h]."""
+        return F.normalize(self.embed(images, tokens, seen).float(), dim=-1)
 
 
 class GlobalHead(nn.Module):
@@ -196,7 +215,7 @@ class ItemQuery(nn.Module):
         """images [n, 3, S, S] -> unit embeddings float32 [n, h]."""
         # .shape, not len(): torch.export would take that for a constant
         tokens = torch.full((images.shape[0], 1), self.towers.config.text.pad_id, device=images.device)
-        return F.normalize(self.towers.embed(images, tokens, "image").float(), dim=-1)
+        return self.towers.embedding(images, tokens, "image")
 
 
 class Item:
@@ -294,4 +313,14 @@ class Item:
 
     def embed_document(self, batch: Batch, seen: str = "both") -> Tensor:
         """Unit embeddings of the batch's documents, float32 [n, h]; `seen` both, title or image: a modality drop."""
-        return F.normalize(self.towers.embed(batch.document_images, batch.document_tokens, seen).float(), dim=-1)
+        return self.towers.embedding(batch.document_images, batch.document_tokens, seen)
+
+    @property
+    def alignment(self) -> Alignment | None:
+        """What harness/alignment.py fits; None without model.aligned."""
+        return self.towers.alignment
+
+    def both_views(self, batch: Batch) -> Tensor:
+        """Image and title of each document, each alone: [n, 2 h] float32."""
+        views = (self.towers.view(batch.document_images, batch.document_tokens, seen) for seen in ("image", "title"))
+        return torch.cat(list(views), 1)

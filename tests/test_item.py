@@ -202,9 +202,22 @@ def test_a_term_of_weight_0_has_no_gradient() -> None:
         assert any(key.startswith("block.") for key in found), name
 
 
-def test_a_view_does_not_see_what_is_left_out() -> None:
-    item, batch = build_item(PATCHED, PlainBuilder(), None), products(4, 3)
+def fitted(aligned: bool) -> Item:
+    """With an alignment of its views to products of another seed, if there is one."""
+    item = build_item(replace(PATCHED, aligned=aligned), PlainBuilder(), None)
     item.towers.eval()
+    if item.alignment is not None:
+        vectors = item.both_views(products(9, 8)).double()
+        item.alignment.fit(torch.tensor(9.0).double(), vectors.sum(0), vectors.T @ vectors, 1e-3)
+    return item
+
+
+ALIGNED = pytest.mark.parametrize("aligned", [False, True])
+
+
+@ALIGNED
+def test_a_view_does_not_see_what_is_left_out(aligned: bool) -> None:
+    item, batch = fitted(aligned), products(4, 3)
     pixels = replace(batch, document_images=batch.document_images + 1)
     words = replace(batch, document_tokens=batch.document_tokens.flip(0))
     for seen, blind, sharp in (("title", pixels, words), ("image", words, pixels)):
@@ -221,10 +234,12 @@ def test_padding_is_not_seen() -> None:
     torch.testing.assert_close(short, long, rtol=1e-12, atol=1e-12)
 
 
-def test_a_query_photo_is_a_product_without_title() -> None:
-    item, batch = build_item(PATCHED, PlainBuilder(), None), products(4, 3)
-    item.towers.eval()
+@ALIGNED
+def test_a_query_photo_is_a_product_without_title(aligned: bool) -> None:
+    item, batch = fitted(aligned), products(4, 3)
     batch = replace(batch, query_images=batch.document_images)
+    untitled = replace(batch, document_tokens=torch.zeros_like(batch.document_tokens))
+    torch.testing.assert_close(item.embed_query(batch), item.embed_document(untitled), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(item.embed_query(batch), item.embed_document(batch, "image"), atol=1e-6, rtol=1e-6)
     assert torch.equal(item.embed_query(batch), ItemQuery(item.towers)(batch.query_images))
 

@@ -31,14 +31,19 @@ from tests.pool import ranks
 from tests.runs import tiny_config, trainer
 
 STEPS = 6
+SETTINGS: dict[str, Any] = {
+    "train.steps": STEPS,
+    "train.evaluate_every": 3,
+    "train.checkpoint_every": 2,
+    "evaluation.slices": ["colour"],
+}
 
 
 @pytest.fixture(scope="module")
 def finished(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[float]]:
     """A finished run: its folder, its figures, and the learning rate that the optimizer held after the last step."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    settings = {"train.steps": STEPS, "train.evaluate_every": 3, "train.checkpoint_every": 2}
-    with trainer(tiny_config(catalogue, run, **settings, **{"evaluation.slices": ["colour"]})) as t:
+    with trainer(tiny_config(catalogue, run, **SETTINGS)) as t:
         figures = t.fit()
         rates = [group["lr"] / group["lr_mult"] for group in t.towers.optimizer.param_groups]
     return run, figures, rates
@@ -120,6 +125,22 @@ def test_the_share_of_waiting_is_that_of_the_slowest_rank(catalogue: Path, tmp_p
     training = [line for line in log_lines(tmp_path / "run") if "train/loss" in line]
     assert [line["speed/data_wait_share"] for line in training] == pytest.approx([6 / 7, 6 / 7])
     assert [line["step_seconds/data"] for line in training] == [3.0, 3.0]  # of rank 0 in that step
+
+
+def test_a_run_stopped_before_its_last_evaluation_is_evaluated(
+    finished: tuple[Path, dict[str, Any], list[float]], catalogue: Path, tmp_path: Path
+) -> None:
+    run, figures, _ = finished
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / f"eval-{STEPS:08d}.json").unlink()
+    with trainer(tiny_config(catalogue, copy, **SETTINGS)) as t:
+        again = t.fit()
+    assert (
+        again["loss"] is None
+        and again["recall_at_1"] == figures["recall_at_1"]
+        and again["slices"] == figures["slices"]
+    )
+    assert (copy / f"eval-{STEPS:08d}.json").is_file()
 
 
 def test_the_learning_rate_follows_its_schedule(finished: tuple[Path, dict[str, Any], list[float]]) -> None:

@@ -227,7 +227,8 @@ def test_other_methods_search_as_they_were_trained(
         sizes = [(int(index[int(i)]["width"]), int(index[int(i)]["height"])) for i in names]
         photos = [Photo(Catalogue(products).read_bytes(int(i)), (0, 0, *s)) for i, s in zip(names, sizes, strict=True)]
         ours = opened.embed(photos, 5)
-    torch.testing.assert_close(ours, vectors, rtol=0, atol=1e-6)
+    # An alignment fitted to 12 documents enlarges what rounding does to directions in which they hardly differ.
+    torch.testing.assert_close(ours, vectors, rtol=0, atol=1e-6 if kind == "make" else 2e-5)
     rows = torch.cat([opened.vector(row) for row in range(12)])
     torch.testing.assert_close(rows, gallery, rtol=0, atol=1e-6)
     assert [[hit.row for hit in found] for found in opened.search(vectors, 4)] == best

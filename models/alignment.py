@@ -1,0 +1,72 @@
+"""Two views of a product, each embedded alone, in one space: probabilistic canonical correlation analysis (Bach & Jordan 2005), in closed form.
+
+One latent vector y ~ N(0, I) explains both views: in whitened coordinates along the canonical directions a view is sqrt(rho) y plus noise of
+variance 1 - rho, rho being the direction's canonical correlation. An embedding is what y is expected to be, given the views that are there: a photo
+alone, a title alone, or both. No labels are needed. Ours; no part of ITEm.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Alignment(nn.Module):
+    """Vectors of the two views to the latent's expectation. Before `fit` views are taken as they are, and two are averaged.
+
+    Its parameters are fitted, never trained, and stay float32.
+
+    Args:
+        width: of the vectors of either view.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(2, width), requires_grad=False)
+        self.map = nn.Parameter(torch.eye(width).repeat(2, 1, 1), requires_grad=False)
+        self.correlation = nn.Parameter(torch.ones(width), requires_grad=False)
+
+    def forward(self, image: Tensor | None, title: Tensor | None, titled: Tensor | None = None) -> Tensor:
+        """Vectors [n, width] of the views that are there, at least one -> [n, width].
+
+        Where both are given, the title of a product with `titled` false (bool [n]) is not counted.
+        """
+        whitened = [
+            (vectors.to(self.mean) - self.mean[view]) @ self.map[view]
+            for view, vectors in enumerate((image, title))
+            if vectors is not None
+        ]
+        expected = whitened[0]
+        if len(whitened) == 2:
+            expected = (whitened[0] + whitened[1]) / (1 + self.correlation)
+            if titled is not None:
+                expected = torch.where(titled[:, None], expected, whitened[0])
+        return self.correlation.sqrt() * expected
+
+    @torch.no_grad()
+    def fit(self, count: Tensor, total: Tensor, products: Tensor, ridge: float) -> None:
+        """Fits to the moments of n products' vectors v = [image, title], of 2 width.
+
+        Args:
+            count: n [], float64 like all of them.
+            total: sum of v [2 width].
+            products: sum of v v^T [2 width, 2 width].
+            ridge: added to each direction's variance, as a part of the view's mean variance; n may be smaller than 2 width.
+        """
+        width = len(self.correlation)
+        mean = total / count
+        covariance = products / count - mean[:, None] * mean
+        own = [covariance[:width, :width], covariance[width:, width:]]
+        whiten = [_inverse_root(c + ridge * c.diagonal().mean() * torch.eye(width).to(c)) for c in own]
+        left, correlation, right = torch.linalg.svd(whiten[0] @ covariance[:width, width:] @ whiten[1])
+        # A direction's sign is free; its largest part is made positive, so that it does not depend on the machine.
+        sign = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
+        self.mean.copy_(mean.view(2, width))
+        self.map.copy_(torch.stack([whiten[0] @ left * sign, whiten[1] @ right.T * sign]))
+        self.correlation.copy_(correlation.clamp(0, 1))
+
+
+def _inverse_root(matrix: Tensor) -> Tensor:
+    """Of a positive definite matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp_min(1e-30).rsqrt() @ vectors.T  # 0 where all vectors are equal
