@@ -70,7 +70,6 @@ def predicted(x: np.ndarray, y: np.ndarray, asked: np.ndarray, truth: np.ndarray
         truth: [m].
     """
     from sklearn.linear_model import LogisticRegression  # here: it takes a second to load
-    from sklearn.metrics import accuracy_score, f1_score
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -79,9 +78,13 @@ def predicted(x: np.ndarray, y: np.ndarray, asked: np.ndarray, truth: np.ndarray
     nearest = KNeighborsClassifier(min(NEIGHBOURS, len(x)), metric="cosine", weights="distance")
     figures = {"queries": float(len(truth)), "documents": float(len(y))}
     for prefix, model in (("", probe), ("knn_", nearest)):
-        said = model.fit(x, y).predict(asked)
-        figures[f"{prefix}accuracy"] = float(accuracy_score(truth, said))
-        figures[f"{prefix}macro_f1"] = float(
-            f1_score(truth, said, average="macro", labels=np.unique(truth), zero_division=0)
-        )
+        figures |= scores(truth, model.fit(x, y).predict(asked), prefix)
     return figures
+
+
+def scores(truth: np.ndarray, said: np.ndarray, prefix: str = "") -> dict[str, float]:
+    """Accuracy and macro-F1 over the categories [m] that there are, of those that were said [m]."""
+    from sklearn.metrics import accuracy_score, f1_score
+
+    macro = f1_score(truth, said, average="macro", labels=np.unique(truth), zero_division=0)
+    return {f"{prefix}accuracy": float(accuracy_score(truth, said)), f"{prefix}macro_f1": float(macro)}

@@ -19,6 +19,7 @@ from harness.data import ingest
 from harness.errors import UserError
 from models.heads.row_optimizer import RowAdamW, RowOptimizerConfig
 from tests.catalogues import draw_rows, write_manifest
+from tests.test_tasks import side
 
 TINY = {"images": 5, "image_size": 16, "source_size": 40, "threads": 1, "pairs": 2}
 FIELDS = {
@@ -291,6 +292,20 @@ def test_bm25_ranks_titles_as_by_hand(tmp_path):
     assert report["headline"]["queries"] == 4 and report["headline"]["recall_at_1"] == 0.25
     assert report["headline"]["mrr"] == pytest.approx(sum(1 / (1 + place) for place in first) / 4)
     assert report["headline"]["bare_mrr"] != report["headline"]["mrr"]
+
+
+def test_bm25_predicts_categories_of_the_nearest_titles():
+    """A rare word outweighs two votes of a common one; documents without category neither teach nor are asked; those asked do not teach."""
+    pytest.importorskip("bm25s")
+    learned = {"title": ["blue sari", "blue shirt", "blue shirt", "red cap", None, "navy sari"]}
+    learned["kind"] = ["Saree", "Shirt", "Shirt", "Cap", "Cap", ""]
+    asked = {"title": ["blue saris", "a cap", "red shirt", "shirts of navy", "red shirt"]}
+    asked["kind"] = ["Saree", "Cap", "Shirt", None, "Cap"]
+    found = bm25.nearest(side(learned), side(asked, [10, 11, 12, 13, 14]), "kind")
+    assert found["asked"] == 4 and found["knn_accuracy"] == 0.75
+    assert found["knn_macro_f1"] == pytest.approx((1 + 2 / 3 + 2 / 3) / 3)
+    themselves = {"title": ["blue shirt", "blue shirt"], "kind": ["Saree", "Saree"]}
+    assert bm25.nearest(side(learned), side(themselves, [1, 2]), "kind")["knn_accuracy"] == 1.0
 
 
 def test_a_tower_that_transformers_does_not_read_is_one_line():

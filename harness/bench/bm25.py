@@ -1,8 +1,10 @@
-"""How well the words of titles alone answer text queries: BM25 by the bm25s library on the queries of the evaluation task `text`."""
+"""How well the words of titles alone do: BM25 by the bm25s library on the queries of the task `text`, and as neighbours in the task `category`."""
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ from harness.data.catalogue import Catalogue
 from harness.data.product_queries import words_of
 from harness.data.tokenizer import FIELDS
 from harness.embed import Side, side_of
+from harness.errors import UserError
 from harness.metrics import summarise
+from harness.probe import NEIGHBOURS, scores
 from harness.tasks import require_attributes
 
 MODULE = "harness.bench.bm25"
@@ -24,33 +28,48 @@ EXAMPLE = f"python -m {MODULE} --catalogue catalogues/fashion --query-attributes
 
 @dataclass(frozen=True, kw_only=True)
 class Bm25Config:
-    """Ranks the titles of a split by BM25 (k1 1.5, b 0.75, lower-case words without plural s) for the queries of the task `text`.
+    """Ranks titles by BM25 (k1 1.5, b 0.75, lower-case words without plural s) for the queries of the task `text`, or for other titles.
 
     Args:
         catalogue: the catalogue folder.
         split: split of the documents.
-        query_attributes: as evaluation.query_attributes.
+        query_attributes: as evaluation.query_attributes; none: no text queries.
         bare_titles: as evaluation.bare_titles.
+        category: attribute that is predicted from the titles nearest to a document's; empty: none is.
+        learn_split: split of the documents whose category is known.
     """
 
     catalogue: Path
     split: str = "test"
-    query_attributes: tuple[str, ...]
+    query_attributes: tuple[str, ...] = ()
     bare_titles: tuple[str, ...] = ()
+    category: str = ""
+    learn_split: str = "train"
 
 
 def run(config: Bm25Config) -> dict[str, Any]:
-    """Ranks, prints and returns the report (see `harness/bench/report.py`): the metrics of the task, and bare_… of titles without those words."""
+    """Ranks, prints and returns the report (see `harness/bench/report.py`): the metrics of the task, bare_… of titles without those words, and knn_…
+    of the category."""
     catalogue = Catalogue(config.catalogue)
-    attributes = [*config.query_attributes, *config.bare_titles]
-    require_attributes(catalogue, attributes, "--query-attributes or --bare-titles")
-    documents = side_of(catalogue, "document", config.split, [*dict.fromkeys([*FIELDS, *attributes])], None, 0)
-    queries = AttributeQueries(documents, config.query_attributes)
-    found = {"": ranked(documents, queries)}
-    if config.bare_titles:
-        found["bare_"] = ranked(without_words(documents, config.bare_titles), queries)
+    attributes = [*config.query_attributes, *config.bare_titles, *([config.category] if config.category else [])]
+    if not (config.query_attributes or config.category):
+        raise UserError("nothing to rank for", "Name --query-attributes or --category")
+    require_attributes(catalogue, attributes, "--query-attributes, --bare-titles or --category")
+    columns = [*dict.fromkeys([*FIELDS, *attributes])]
+    documents = side_of(catalogue, "document", config.split, columns, None, 0)
+    found: dict[str, dict[str, float]] = {}
+    if config.query_attributes:
+        queries = AttributeQueries(documents, config.query_attributes)
+        found[""] = ranked(documents, queries)
+        if config.bare_titles:
+            found["bare_"] = ranked(without_words(documents, config.bare_titles), queries)
     headline = {prefix + name: value for prefix, figures in found.items() for name, value in figures.items()}
     rows = [{"titles": "bare" if prefix else "whole", **figures} for prefix, figures in found.items()]
+    if config.category:
+        figures = nearest(
+            side_of(catalogue, "document", config.learn_split, columns, None, 0), documents, config.category
+        )
+        headline, rows = headline | figures, rows or [figures]
     report = make_report("bm25", command_line(MODULE, config), headline, rows)
     print_report(report)
     return report
@@ -58,24 +77,48 @@ def run(config: Bm25Config) -> dict[str, Any]:
 
 def ranked(documents: Side, queries: AttributeQueries) -> dict[str, float]:
     """The metrics of the titles of `documents` under BM25; ties by ascending id, as everywhere."""
-    import bm25s  # here: it is no dependency of a run
-
-    engine = bm25s.BM25()
-    engine.index([words_of(title or "") for title in documents.columns["title"]], show_progress=False)
+    score = scorer(documents)
     labels, ranks, offsets, graded = queries.labels_of(documents.ids), [], [0], []
     for query, text in enumerate(queries.texts):
-        words = words_of(text)
-        scores = engine.get_scores(words) if words else np.zeros(len(documents.ids))
-        order = np.argsort(-scores, kind="stable")
+        order = np.argsort(-score(text), kind="stable")
         ranks.append(np.flatnonzero(labels[order] == query))
         offsets.append(offsets[-1] + len(ranks[-1]))
         graded.append(queries.graded_ndcg(query, documents.ids[order].tolist()))
     return {**summarise(np.concatenate(ranks), np.array(offsets)), GRADED: float(np.mean(graded))}
 
 
+def nearest(learned: Side, asked: Side, category: str) -> dict[str, float]:
+    """Scores of the category that the nearest titles of `learned` have, each counting by its BM25; those of documents in `asked` do not teach."""
+    known = learned.select(~np.isin(learned.ids, asked.ids) & np.array([bool(v) for v in learned.columns[category]]))
+    said, truth, score = [], [], scorer(known)
+    for title, value in zip(asked.columns["title"], asked.columns[category], strict=True):
+        if value:
+            found, votes = score(title or ""), Counter[str]()
+            for row in np.argsort(-found, kind="stable")[:NEIGHBOURS]:
+                votes[known.columns[category][row]] += found[row]
+            said.append(votes.most_common(1)[0][0])
+            truth.append(value)
+    return {"asked": float(len(truth)), **scores(np.array(truth), np.array(said), "knn_")}
+
+
+def scorer(documents: Side) -> Callable[[str], np.ndarray]:
+    """A function from a text to the BM25 [n] of the titles of `documents`."""
+    import bm25s  # here: it is no dependency of a run
+
+    engine = bm25s.BM25()
+    engine.index([words_of(title or "") for title in documents.columns["title"]], show_progress=False)
+    nothing = np.zeros(len(documents.ids))
+
+    def score(text: str) -> np.ndarray:
+        words = words_of(text)
+        return engine.get_scores(words) if words else nothing
+
+    return score
+
+
 def main() -> int:
     """Entry point of `python -m harness.bench.bm25`."""
-    return bench_main(MODULE, Bm25Config, run, "Text search by BM25 on titles.", EXAMPLE)
+    return bench_main(MODULE, Bm25Config, run, "Search and categories by BM25 on titles.", EXAMPLE)
 
 
 if __name__ == "__main__":
