@@ -64,7 +64,9 @@ def run(config: Bm25Config) -> dict[str, Any]:
         if config.bare_titles:
             found["bare_"] = ranked(without_words(documents, config.bare_titles), queries)
     headline = {prefix + name: value for prefix, figures in found.items() for name, value in figures.items()}
-    rows = [{"titles": "bare" if prefix else "whole", **figures} for prefix, figures in found.items()]
+    rows: list[dict[str, Any]] = [
+        {"titles": "bare" if prefix else "whole", **figures} for prefix, figures in found.items()
+    ]
     if config.category:
         figures = nearest(
             side_of(catalogue, "document", config.learn_split, columns, None, 0), documents, config.category
