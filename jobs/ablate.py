@@ -118,10 +118,12 @@ def ablate(config: AblationConfig) -> None:
         print(f"\n[{cell}, seed {seed}]\n$ {shlex.join(line)}", flush=True)
         if code := subprocess.run(line).returncode:
             failed.append(f"[{cell}, seed {seed}] ended with exit code {code}")
-    rows = [(cell, finished(config, ablation, cell)) for cell in ablation.cells]
-    text = table(config, ablation, rows)
-    (config.out / "table.md").write_text(text, encoding="utf-8")
-    write_json(config.out / "table.json", {"cells": dict(rows), "versions": versions()})
+    rows: list[tuple[str, list[dict[str, float]]]] = []
+    while rows != (found := [(cell, finished(config, ablation, cell)) for cell in ablation.cells]):
+        rows = found  # again where another task has ended since: it may have written its table before this one
+        text = table(config, ablation, rows)
+        (config.out / "table.md").write_text(text, encoding="utf-8")
+        write_json(config.out / "table.json", {"cells": dict(rows), "versions": versions()})
     print(f"\n{text}\n{config.out}/table.md", flush=True)
     if failed:
         raise UserError("; ".join(failed), "The reasons stand above; start again to go on")

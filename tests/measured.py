@@ -93,6 +93,10 @@ SMALL: dict[str, dict[str, Any]] = {
         "num_classes": 1000,
     },
 }
+SMALL |= {
+    "make, hidden words": SMALL["make"] | {"model.hide_words": True, "data.masking.one_heavy": True},
+    "item, all targets": SMALL["item"] | {"model.global_targets": "all", "model.aligned": True},
+}
 _WHOLE = {
     "model.vision.preset": "vit_s16",
     "data.preprocess.image_size": 224,

@@ -62,7 +62,8 @@ def test_every_cell_of_every_ablation_is_a_valid_run(file: Path, catalogue: Path
         del differing["seed"], differing["run_dir"]
         settings[cell] = json.dumps(differing, sort_keys=True)
     assert len(set(settings.values())) == len(ablation.cells), "two cells are the same run"
-    assert len({json.loads(text)["train"]["steps"] for text in settings.values()}) == 1, "budgets differ"
+    if file.stem != "item_baselines":  # its budget is time
+        assert len({json.loads(text)["train"]["steps"] for text in settings.values()}) == 1, "budgets differ"
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "jobs/recipes").glob("*.yaml")), ids=lambda file: file.stem)

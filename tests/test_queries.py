@@ -97,6 +97,17 @@ def test_keywords_are_words_of_attributes_and_the_rarest_of_a_title_that_are_not
     assert of(max_share=1.0).meta["keywords"] == [*colours, "acme", *order[4:]], "24 is a number"
 
 
+def test_a_synonym_names_the_keywords_of_its_value(catalogue: Path, tmp_path: Path) -> None:
+    synonyms = tmp_path / "synonyms.yaml"
+    synonyms.write_text("Blue: [Navy, colours of the sky]\nred: [navy]\ncross: [box]\n")
+    queries = made(catalogue, attributes="colour,shape", synonyms=synonyms)
+    blue, box, cross, disc, _, red, _ = queries.meta["keywords"][:7]
+    assert (blue, box, cross, disc, red) == ("blue", "box", "cross", "disc", "red")
+    texts = ["disc, colour of the sky", "disc of the sky", "a box", "navy"]
+    found = [[queries.meta["keywords"][code] for code in row if code >= 0] for row in queries.keywords_of(texts)]
+    assert found == [["disc", "blue"], ["disc"], ["box", "cross"], ["blue", "red"]]
+
+
 def test_with_clicks_keywords_of_titles_are_those_of_clicked_documents(catalogue: Path, tmp_path: Path) -> None:
     # d0 and d1 are clicked and of the split; what was clicked of d2 has no text.
     clicks = write(tmp_path / "clicks.tsv", CLICKS)
@@ -205,7 +216,7 @@ def of(**files: Any) -> Any:
         (of(category="kind"), "no attribute 'kind'"),
         (of(min_count=0), "--min-count"),
         (of(max_share=0.0), "--max-share"),
-        (of(split="nowhere", attributes="shape"), "no document of split 'nowhere'"),
+        (of(split="nowhere", attributes="shape"), "has no split 'nowhere'"),
         (of(clicks=[("text", "document"), ("red", "d0")]), r"no column 'clicks' \(--clicks\)"),
         (of(clicks=[*CLICKS, ("red", "d0", "many")]), "row 9: clicks is 'many', no whole number"),
         (of(clicks=[*CLICKS, ("red", "d0", "-1")]), "row 9: clicks is '-1'"),

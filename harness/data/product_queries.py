@@ -61,6 +61,11 @@ class ProductQueries:
         self._texts = texts.column("text")
         self._code = {word: code for code, word in enumerate(self.meta["keywords"])}
         self._wordings = [values["wordings"] for values in self.meta["attributes"]]
+        # Another wording names the keywords of the value itself: 'navy' those of 'blue'.
+        self._synonyms: dict[tuple[str, ...], list[str]] = {}
+        for own, *others in (wordings for column in self._wordings for wordings in column):
+            for wording in others:
+                self._synonyms.setdefault(tuple(words_of(wording)), []).extend(words_of(own))
 
     def draw(self, sample_ids: Ints, epochs: Ints, seed: int, least: int, most: int) -> list[str]:
         """A query for each document; empty where nothing is known of it.
@@ -82,10 +87,14 @@ class ProductQueries:
         return [self._texts[int(t)].as_py() if n else m for t, n, m in zip(text, end - first, made, strict=True)]
 
     def keywords_of(self, texts: list[str]) -> Ints:
-        """Keywords that texts name, as codes int64 [n, K], -1 behind the last."""
+        """Keywords that texts name, themselves or by a synonym of an attribute's value, as codes int64 [n, K], -1 behind the last."""
         found = np.full((len(texts), self.keywords.shape[1]), -1, np.int64)
+        longest = max(map(len, self._synonyms), default=0)
         for row, text in enumerate(texts):
-            codes = list(dict.fromkeys(self._code[word] for word in words_of(text) if word in self._code))
+            words = words_of(text)
+            stretches = (tuple(words[i : i + n]) for i in range(len(words)) for n in range(1, longest + 1))
+            meant = [word for stretch in stretches for word in self._synonyms.get(stretch, [])]
+            codes = list(dict.fromkeys(self._code[word] for word in [*words, *meant] if word in self._code))
             found[row, : len(codes)] = codes[: found.shape[1]]
         return found
 

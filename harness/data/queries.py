@@ -68,6 +68,11 @@ def run(config: QueriesConfig) -> dict[str, Any]:
     """
     catalogue = Catalogue(config.catalogue)
     attributes = _columns(catalogue, config)
+    splits = catalogue.meta["counts"]["splits"]
+    if config.split not in splits:
+        raise UserError(
+            f"{catalogue.path} has no split {config.split!r}", f"The splits are {', '.join(splits)} (--split)"
+        )
     extra = [config.category] if config.category and config.category not in attributes else []
     table = catalogue.table(["kind", "split", "item", "title", *attributes, *extra])
     documents = np.array([kind == "document" for kind in table["kind"].to_pylist()])
