@@ -109,7 +109,7 @@ def aligned(catalogue: Path, run: Path, overrides: dict[str, Any]) -> tuple[dict
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_a_fit_over_ranks_equals_one_of_all_vectors(world: int, catalogue: Path, tmp_path: Path) -> None:
-    found = ranks(world).run(aligned, catalogue, tmp_path / "run", {})
+    found = ranks(world).run(aligned, catalogue, tmp_path / "run", {"model.text.dropout": 0.5})
     vectors = torch.cat([vectors for _, vectors in found]).double()
     assert len(vectors) == 11, "one of the 12 has no title"
     wanted = fitted(vectors, RIDGE).float()
