@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from harness.config import RunConfig, parse
 from tests.catalogues import make_catalogue
 
+UNUSED = Path(tempfile.gettempdir()) / "shelfmark-unused-run"  # the run folder where a test looks at nothing of it
 # fp32, 4 heads for tensor parallelism up to 4, dropout 0: what layout comparisons need.
 RECIPE: dict[str, Any] = {
     "seed": 1,

@@ -23,7 +23,7 @@ from harness.config import check, parse
 from harness.errors import UserError
 from harness.train import train
 from tests.catalogues import make_catalogue
-from tests.runs import arguments, tiny_config
+from tests.runs import UNUSED, arguments, tiny_config
 
 
 class Answer(NamedTuple):
@@ -274,7 +274,7 @@ def changed(config: Any, key: str, value: float) -> Any:
 
 
 def test_zero_and_negative_numbers_are_refused_or_taken_but_never_crash(catalogue: Path) -> None:
-    config = tiny_config(catalogue, Path("unused"))
+    config = tiny_config(catalogue, UNUSED)
     keys = list(numbers(config))
     assert len(keys) > 50
     taken = []

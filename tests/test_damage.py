@@ -13,7 +13,7 @@ import torch
 
 from harness.data.catalogue import Catalogue
 from harness.data.loader import Reads, StepLoader
-from tests.runs import prepared_catalogue, tiny_config
+from tests.runs import UNUSED, prepared_catalogue, tiny_config
 
 Random = np.random.Generator
 # Bytes of a member -> as many others.
@@ -56,7 +56,7 @@ def damaged(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 
 def open_loader(catalogue: Path, backend: str) -> closing[StepLoader]:
-    config = tiny_config(catalogue, Path("unused"), **{"data.backend": backend})
+    config = tiny_config(catalogue, UNUSED, **{"data.backend": backend})
     reads = Reads(text_length=config.model.text.max_length)
     return closing(StepLoader(config.data, config.seed, reads, 0, 1, torch.device("cpu")))
 

@@ -18,7 +18,7 @@ from harness.errors import UserError
 from harness.evaluate import Evaluation, Report
 from tests.catalogues import make_catalogue
 from tests.pool import ranks
-from tests.runs import tiny_config, trainer
+from tests.runs import UNUSED, tiny_config, trainer
 
 METRICS = ("recall_at_1", "recall_at_5", "recall_at_10", "map", "ndcg_at_10", "mrr")
 
@@ -27,7 +27,7 @@ def evaluated(
     catalogue: Path, settings: dict[str, Any], tensor_parallel: int = 1
 ) -> tuple[Report, dict[int, np.ndarray]]:
     """Evaluates the weights that the seed gives; also each rank's query vectors by sample id."""
-    with trainer(tiny_config(catalogue, Path("unused"), **settings), ready=False) as t:
+    with trainer(tiny_config(catalogue, UNUSED, **settings), ready=False) as t:
         report = t.evaluation.run(t.method)
         queries = t.evaluation.embedder.embed(t.method, t.evaluation.tasks[0].queries)
         vectors = dict(zip(queries.ids.tolist(), queries.vectors.numpy(), strict=True))
@@ -129,7 +129,7 @@ def test_text_of_distractors_is_read_by_the_runs_tokenizer(catalogue: Path, nois
     """The noise catalogue has no tokenizer of its own, and the catalogue as its own distractor gives its own vectors."""
     assert not (noise / "tokenizer").exists()
     settings = {**SHARDED, "evaluation.distractors": [str(catalogue), str(noise)]}
-    with trainer(tiny_config(catalogue, Path("unused"), **settings), ready=False) as t:
+    with trainer(tiny_config(catalogue, UNUSED, **settings), ready=False) as t:
         own, copy, other = (t.evaluation.embedder.embed(t.method, side) for side in t.evaluation.documents)
     assert torch.equal(own.vectors, copy.vectors) and torch.equal(own.ids + 36, copy.ids)
     assert (own.labels >= 0).all() and (copy.labels == -1).all() and (other.labels == -1).all()
@@ -140,7 +140,7 @@ def test_text_of_distractors_is_read_by_the_runs_tokenizer(catalogue: Path, nois
 def test_head_tail_and_never_trained_classes(catalogue: Path, tmp_path: Path) -> None:
     classes = pq.read_table(catalogue / "classes" / "classes.parquet").to_pylist()[:4]  # c4 and c5 are in no class map
     changed = [{**row, "tail": row["class_key"] in ("c0", "c2", "c3")} for row in classes]
-    with trainer(tiny_config(catalogue, Path("unused"), **SHARDED), ready=False) as t:
+    with trainer(tiny_config(catalogue, UNUSED, **SHARDED), ready=False) as t:
         pq.write_table(pa.Table.from_pylist(changed), tmp_path / "classes.parquet")
         evaluation = Evaluation(
             t.config.evaluation,
@@ -183,7 +183,7 @@ def test_the_panel_marks_nothing_relevant_to_a_query_without_class(catalogue: Pa
         return {**row, "class_key": row["class_key"] if row["split"] == "train" or row["item"] == "d0" else None}
 
     folder = rewritten(catalogue, tmp_path / "changed", change)
-    with trainer(tiny_config(folder, Path("unused"), **SHARDED), ready=False) as t:
+    with trainer(tiny_config(folder, UNUSED, **SHARDED), ready=False) as t:
         rows = t._panel_rows(t.evaluation.run(t.method))
     assert len(rows) == 4 and all(len(documents) == 5 for _, documents in rows)
     assert not any(relevant for _, documents in rows for _, _, relevant in documents)
@@ -192,7 +192,7 @@ def test_the_panel_marks_nothing_relevant_to_a_query_without_class(catalogue: Pa
 def refusal(catalogue: Path, **settings: Any) -> str:
     with (
         pytest.raises(UserError) as error,
-        trainer(tiny_config(catalogue, Path("unused"), **{f"evaluation.{k}": v for k, v in settings.items()})),
+        trainer(tiny_config(catalogue, UNUSED, **{f"evaluation.{k}": v for k, v in settings.items()})),
     ):
         pass
     return str(error.value)

@@ -28,7 +28,7 @@ from harness.errors import UserError
 from harness.optimizer import OptimizerConfig, learning_rate
 from models.batch import Batch
 from tests.pool import ranks
-from tests.runs import tiny_config, trainer
+from tests.runs import UNUSED, tiny_config, trainer
 
 STEPS = 6
 SETTINGS: dict[str, Any] = {
@@ -301,7 +301,7 @@ def open_loader(
 ) -> closing[StepLoader]:
     """The loader of one rank; no rank is needed for it."""
     settings = {"data.backend": backend, "data.micro_batches": micro_batches, **overrides}
-    config = tiny_config(catalogue, Path("unused"), **settings)
+    config = tiny_config(catalogue, UNUSED, **settings)
     reads = Reads(kind="pairs" if paired else "photos", text_length=config.model.text.max_length)
     return closing(StepLoader(config.data, config.seed, reads, rank, world, torch.device("cpu")))
 

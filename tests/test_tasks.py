@@ -26,7 +26,7 @@ from harness.methods import with_keywords
 from harness.probe import predicted
 from tests.catalogues import draw_rows, make_catalogue, write_manifest
 from tests.pool import ranks
-from tests.runs import tiny_config, trainer
+from tests.runs import UNUSED, tiny_config, trainer
 from tests.test_two_methods import MAKE
 
 TASKS: dict[str, Any] = {
@@ -128,7 +128,7 @@ def config_of(catalogue: Path, run: Path, **overrides: Any) -> RunConfig:
 
 def evaluated(catalogue: Path, settings: dict[str, Any]) -> tuple[Report, dict[str, Any]]:
     """In a pool: the report on the weights that the seed gives, and vectors by sides and views."""
-    with trainer(config_of(catalogue, Path("unused"), **settings), ready=False) as t:
+    with trainer(config_of(catalogue, UNUSED, **settings), ready=False) as t:
         evaluation, method = t.evaluation, t.method
         report = evaluation.run(method)
         assert method.towers.training
@@ -266,7 +266,7 @@ def test_documents_that_are_asked_do_not_teach(catalogue: Path) -> None:
     settings = {"evaluation.tasks": ["category"], "evaluation.category": "shape"}
     with (
         pytest.raises(UserError, match="fewer than two values to learn"),
-        trainer(tiny_config(catalogue, Path("unused"), **settings), ready=False),
+        trainer(tiny_config(catalogue, UNUSED, **settings), ready=False),
     ):
         pass
 
@@ -300,7 +300,7 @@ def test_configuration_errors_name_the_key(method: str, settings: dict[str, Any]
     ],
 )
 def test_what_the_catalogue_lacks_is_refused(products: Path, settings: dict[str, Any], message: str) -> None:
-    config = config_of(products, Path("unused"), **{f"evaluation.{key}": value for key, value in settings.items()})
+    config = config_of(products, UNUSED, **{f"evaluation.{key}": value for key, value in settings.items()})
     with pytest.raises(UserError, match=message), trainer(config, ready=False):
         pass
 

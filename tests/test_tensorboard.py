@@ -31,7 +31,7 @@ from harness.evaluate import Report
 from harness.panel import draw_panel, picture
 from models.plain.transformer import PlainBuilder
 from tests.pool import ranks
-from tests.runs import tiny_config, trainer
+from tests.runs import UNUSED, tiny_config, trainer
 
 # 4 of the 6 documents, which are samples 0, 6, .. 30.
 SETTINGS = {"train.steps": 6, "train.log_every": 2, "train.evaluate_every": 3, "evaluation.projector": 4}
@@ -229,7 +229,7 @@ def test_any_number_of_projected_documents(catalogue: Path, tmp_path: Path, want
 
 def sample_of(catalogue: Path, tensor_parallel: int) -> Any:
     settings = {"evaluation.projector": 4, "evaluation.batch_size": 4}
-    with trainer(tiny_config(catalogue, Path("unused"), **settings), tensor_parallel, ready=False) as t:
+    with trainer(tiny_config(catalogue, UNUSED, **settings), tensor_parallel, ready=False) as t:
         report: Report = t.evaluation.run(t.method)
         return None if report.sample is None else (report.sample.ids.tolist(), report.sample.vectors)
 

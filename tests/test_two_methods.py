@@ -26,7 +26,7 @@ from harness.methods import METHODS, with_keywords
 from models.batch import Batch
 from models.merge import merged_state_dict
 from tests.pool import ranks
-from tests.runs import trainer
+from tests.runs import UNUSED, trainer
 from tests.test_layouts import same
 from tests.test_loop import log_lines
 from tests.twins import documents_alone
@@ -113,7 +113,7 @@ def test_a_step_holds_the_same_however_it_is_cut(kind: str, catalogue: Path) -> 
     for world in (1, 2, 3, 4):
         for micro_batches in (1, 2):
             settings = {"data.micro_batches": micro_batches, "data.backend": "reference"}
-            config = config_of(kind, catalogue, Path("unused"), **settings)
+            config = config_of(kind, catalogue, UNUSED, **settings)
             parts = []
             for rank in range(world):
                 with open_loader(config, rank, world) as loader:
@@ -142,7 +142,7 @@ def test_a_step_holds_the_same_however_it_is_cut(kind: str, catalogue: Path) -> 
 
 
 def test_queries_and_masks_are_those_of_the_documents(catalogue: Path) -> None:
-    config = config_of("make", catalogue, Path("unused"))
+    config = config_of("make", catalogue, UNUSED)
     with open_loader(config) as loader:
         batch = loader.load(1).batches[0]
         ids = batch.document_ids.numpy()
@@ -161,14 +161,14 @@ def test_queries_and_masks_are_those_of_the_documents(catalogue: Path) -> None:
     assert batch.keywords.tolist() == keywords.tolist() and batch.categories.tolist() == shapes.tolist()
     for name, mask in zip(("masked_tokens", "masked_words", "masked_patches", "masked_titles"), masks, strict=True):
         assert np.array_equal(getattr(batch, name).numpy(), mask), name
-    without = config_of("make", catalogue, Path("unused"), **{"model.weights.mlm": 0, "model.weights.mpm": 0})
+    without = config_of("make", catalogue, UNUSED, **{"model.weights.mlm": 0, "model.weights.mpm": 0})
     with open_loader(without) as loader:
         assert not loader.load(1).batches[0].masked_patches.numel()
 
 
 def test_other_titles_are_those_of_governed_documents(catalogue: Path) -> None:
     settings = {"data.masking.mismatched": 1.0, "model.text.max_length": 40}
-    with open_loader(config_of("item", catalogue, Path("unused"), **settings)) as loader:
+    with open_loader(config_of("item", catalogue, UNUSED, **settings)) as loader:
         known = loader.tokens.batch(np.arange(12), 40).tolist()
         batches = [loader.load(step).batches[0] for step in range(40)]
     titles = [known.index(row) for batch in batches for row in batch.other_tokens.tolist()]
@@ -181,7 +181,7 @@ def test_other_titles_are_those_of_governed_documents(catalogue: Path) -> None:
 def test_a_document_without_a_query_counts_nothing(catalogue: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(catalogue, tmp_path / "catalogue")
     queries(copy, attributes="shape", category="")
-    with open_loader(config_of("make", copy, Path("unused"))) as loader:
+    with open_loader(config_of("make", copy, UNUSED)) as loader:
         batches = [loader.load(step).batches[0] for step in range(4)]
     for batch in batches:
         assert torch.equal(batch.query_weights == 0, batch.document_ids == 0)
