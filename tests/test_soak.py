@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -10,11 +11,13 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import psutil
 import pytest
 
+from harness.data.loader import StepLoader
 from harness.errors import UserError
 from tests.test_loop import open_loader
 
@@ -42,8 +45,12 @@ def read(catalogue: Path, backend: str, steps: int, fails: bool) -> None:
 
 @pytest.mark.parametrize("backend", ["dali", "reference"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_nothing_is_left_after_close_or_an_error(catalogue: Path, backend: str, fails: bool) -> None:
+def test_nothing_is_left_after_close_or_an_error(
+    catalogue: Path, backend: str, fails: bool, request: pytest.FixtureRequest
+) -> None:
     counts = []
+    gc.disable()  # what only its rounds would free may stay for long
+    request.addfinalizer(gc.enable)
     for _ in range(6):
         if fails:
             with pytest.raises(UserError, match="gone"):
@@ -86,6 +93,47 @@ def test_ctrl_c_ends_a_reader(catalogue: Path, backend: str) -> None:
     finally:
         child.kill()
         child.wait()
+
+
+def test_an_interrupt_leaves_no_lock_held_wherever_it_comes(catalogue: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C raises between any two bytecodes of the main thread; `close` must never wait for a lock that it left held."""
+    with open_loader(catalogue, backend="reference", **SMALL) as loader:
+        data = loader.load(0)
+    monkeypatch.setattr(StepLoader, "load", lambda *_: data)
+
+    def interrupted_at(nth: int) -> bool:
+        count = 0
+
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal count
+            if not frame.f_code.co_filename.endswith(("loader.py", "queue.py", "threading.py")):
+                return None
+            frame.f_trace_opcodes, frame.f_trace_lines = True, False
+            count += event == "opcode"
+            if event == "opcode" and count == nth:
+                raise KeyboardInterrupt
+            return trace
+
+        loader = open_loader(catalogue, backend="reference", **SMALL).thing
+        steps = loader.steps(0, 6)
+        next(steps)
+        sys.settrace(trace)
+        try:
+            next(steps)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+            closing = threading.Thread(target=loader.close, daemon=True)
+            closing.start()
+            closing.join(30)
+            assert not closing.is_alive(), f"an interrupt at bytecode {nth} leaves a lock held"
+        return False
+
+    places = 0
+    while interrupted_at(places + 1):
+        places += 1
+    assert places > 20
 
 
 @pytest.mark.full

@@ -241,9 +241,12 @@ class StepLoader:
         most = -(-self.queries_per_step // pieces) + -(-self.documents_per_step // pieces)
         self.images = ImageReader(self.catalogue, config.preprocess, config.backend, most, config.threads, device)
         self.depth = max(1, min(config.read_ahead, config.read_ahead_bytes // max(1, self.step_bytes)))
-        self._stop = threading.Event()
-        self._room = threading.Semaphore(self.depth)  # taken before decoding, so that no step waits decoded beyond it
-        self._queue: queue.Queue[StepData | BaseException] = queue.Queue()
+        # SimpleQueue alone: a Ctrl-C amid the Python code of any other queue, semaphore or event leaves its lock held, and `close` waits for ever.
+        self._queue: queue.SimpleQueue[StepData | BaseException] = queue.SimpleQueue()
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # an entry for each step that may be decoded
+        for _ in range(self.depth):
+            self._room.put(None)
+        self._closing = False
         self._thread: threading.Thread | None = None
 
     @property
@@ -359,14 +362,17 @@ class StepLoader:
             ready = self._queue.qsize() / min(self.depth, end - step)  # at the end there is less to read ahead
             item = self._queue.get()
             if isinstance(item, BaseException):
-                raise item
-            self._room.release()
+                try:
+                    raise item
+                finally:
+                    del item  # its traceback holds this frame: a cycle that would keep the catalogue's files open
+            self._room.put(None)
             yield replace(item, ready=ready)
 
     def close(self) -> None:
         """Ends the thread and releases decoder and files."""
-        self._stop.set()
-        self._room.release()  # the thread may wait for it
+        self._closing = True
+        self._room.put(None)  # the thread may wait for it
         if self._thread is not None:
             self._thread.join()
         self.images.close()
@@ -375,8 +381,8 @@ class StepLoader:
     def _read_ahead(self, first: int, end: int) -> None:
         try:
             for step in range(first, end):
-                self._room.acquire()
-                if self._stop.is_set():
+                self._room.get()
+                if self._closing:
                     return
                 self._queue.put(self.load(step))
         except BaseException as error:  # handed to the training thread, which raises it
