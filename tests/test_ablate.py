@@ -168,6 +168,30 @@ def test_a_run_is_trained_once(written: Callable[..., Any], capfd: pytest.Captur
     assert f"| by InfoNCE | 1 | {json.loads(figures)['recall_at_1']:.3f} |" in (config.out / "table.md").read_text()
 
 
+def test_the_last_table_has_what_another_task_ended_meanwhile(
+    written: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = written()
+    ends = iter(ablate.Ablation.read(config.file).runs())
+    table, figures = ablate.table, {"recall_at_1": 0.25, "map": 0.5, "steps": 2, "seconds": 3.0}
+
+    def slow(*args: Any) -> str:
+        """Others' runs end while this task writes."""
+        text = table(*args)
+        for cell, seed in ends:
+            ablate.figures_file(config.out, cell, seed).write_text(json.dumps(figures))
+            break
+        return text
+
+    monkeypatch.setattr(ablate, "table", slow)
+    monkeypatch.setattr(ablate.Ablation, "runs", lambda _: [])  # nothing is left for this task
+    ablate.ablate(config)
+    rows = (config.out / "table.md").read_text().splitlines()[4:]
+    assert [row.split(" | ")[1] for row in rows] == ["2", "2"]
+    found = json.loads((config.out / "table.json").read_text())["cells"]
+    assert found == {cell: [figures, figures] for cell in CELLS}
+
+
 @pytest.mark.full
 def test_a_failing_cell_leaves_the_others_and_a_stopped_one_goes_on(
     written: Callable[..., Any], capfd: pytest.CaptureFixture[str]
