@@ -62,10 +62,11 @@ def test_nothing_is_left_after_close_or_an_error(
 
 
 SCRIPT = """
-    import os, sys
+    import signal, sys
     from pathlib import Path
     from tests.test_loop import open_loader
     from tests.test_soak import SMALL
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts with & is born deaf to it, and so are its children
     with open_loader(Path(sys.argv[1]), backend=sys.argv[2], **SMALL) as loader:
         for step, _ in enumerate(loader.steps(0, 10**6)):
             if step == 5:
