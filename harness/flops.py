@@ -200,12 +200,13 @@ def _make(model: MakeConfig, config: RunConfig, num_classes: int) -> dict[str, W
 def _item(model: ItemConfig, config: RunConfig, num_classes: int) -> dict[str, Work]:
     products, use, h = config.data.documents_per_step, model.weights, model.text.hidden_size
     image = VisionConfig(**vars(model.vision), hidden_size=h)
-    one = (stem(image) + block(model.text, 1 + model.text.max_length + image.num_patches)) * products
-    words, seen = (products * n for n in masked(config.data.masking, model.text.max_length, image.num_patches))
+    length, tiles = model.text.max_length, image.num_patches
+    one = (stem(image) + block(model.text, 1 + length + tiles)) * products
+    words, seen = (products * n for n in masked(config.data.masking, length, tiles))
     pixels, parts = 3 * image.patch_size**2, {}
     told, built = words, seen
     if model.global_targets == "all":
-        told, built = products * model.text.max_length, products * image.num_patches
+        told, built = products * length, products * tiles
 
     def global_head(places: float, outputs: int) -> Work:
         return linear(places, h, 2 * h) + linear(places, 2 * h, h) + linear(places, h, outputs)
@@ -223,7 +224,8 @@ def _item(model: ItemConfig, config: RunConfig, num_classes: int) -> dict[str, W
     if use.itm:
         parts["itm"] = one + linear(products, h, 1)
     if use.contrast:
-        parts["contrast"] = one * 2 + contrast(model.contrast, products, products / config.data.micro_batches, h)
+        apart = (stem(image) + block(model.text, 1 + tiles) + block(model.text, 1 + length)) * products
+        parts["contrast"] = apart + contrast(model.contrast, products, products / config.data.micro_batches, h)
     return parts
 
 

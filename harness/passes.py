@@ -168,9 +168,14 @@ def _make(model: MakeConfig, config: RunConfig, layout: Layout) -> Step:
 def _item(model: ItemConfig, config: RunConfig, layout: Layout) -> Step:
     products, size, use, h = config.data.documents_per_step, number_bytes(config), model.weights, model.embedding_dim
     own, text, vision = per_rank(products, config, layout), model.text, model.vision
-    tokens, image, pixels = 1 + text.max_length + vision.num_patches, 3 * vision.image_size**2, 3 * vision.patch_size**2
+    image, pixels = 3 * vision.image_size**2, 3 * vision.patch_size**2
     stem = stem_elements(VisionConfig(**vars(vision), hidden_size=h))
-    one = Pass("", text, tokens, products, text.max_length, before=stem + tokens * h)  # the norm's input
+
+    def seen(words: int, patches: int) -> Pass:
+        tokens = 1 + words + patches
+        return Pass("", text, tokens, products, words, before=(stem if patches else 0) + tokens * h)  # the norm's input
+
+    one = seen(text.max_length, vision.num_patches)
     words, patches = (own * n for n in masked(config.data.masking, text.max_length, vision.num_patches))
     told, built = words, patches
     if model.global_targets == "all":
@@ -190,7 +195,7 @@ def _item(model: ItemConfig, config: RunConfig, layout: Layout) -> Step:
         passes.append(one)
     if use.contrast:
         compared = _contrast(model.contrast, own, products / config.data.micro_batches, h, 0)
-        passes += [one, replace(one, behind=(compared,))]
+        passes += [seen(text.max_length, 0), replace(seen(0, vision.num_patches), behind=(compared,))]
         gathered, labels = 2 * products * h * FP32, 2 * products * (_ID + FP32)
     return Step(tuple(passes), gathered, labels)
 

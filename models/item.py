@@ -151,18 +151,21 @@ class ItemTowers(nn.Module):
     def forward(self, images: Tensor, tokens: Tensor, seen: str = "both", untitled: Tensor | None = None) -> Tensor:
         """images [b, 3, S, S], tokens [b, L] -> final states [b, 1 + L + P, h], the global vector first.
 
-        What `seen` leaves out is hidden from attention, and meaningless in the states; so are padding and the titles of `untitled`, bool [b].
+        Without L or P where `seen` is image or title. Padding and the titles of `untitled`, bool [b], are hidden from attention, and meaningless in
+        the states.
         """
-        words = self.words(tokens) + self.word_position[: tokens.shape[1]] + self.modality[0]
-        patches = self.stem(images).flatten(2).transpose(1, 2) + self.patch_position + self.modality[1]
-        x = torch.cat([self.first.expand(words.shape[0], 1, -1), words, patches], 1)
-        x = self.dropout(self.norm(x)).transpose(0, 1).contiguous()
-        no_words = (tokens == self.config.text.pad_id) | (seen == "image")
-        if untitled is not None:
-            no_words = no_words | untitled[:, None]
-        no_patches = torch.full(patches.shape[:2], seen == "title", device=tokens.device)
-        hidden = torch.cat([F.pad(no_words, (1, 0)), no_patches], 1)
-        return self.block(x, hidden[:, None, None, :]).transpose(0, 1)
+        parts = [self.first.expand(images.shape[0], 1, -1)]
+        hidden = [torch.zeros(images.shape[0], 1, dtype=torch.bool, device=tokens.device)]
+        if seen != "image":
+            parts.append(self.words(tokens) + self.word_position[: tokens.shape[1]] + self.modality[0])
+            no_words = tokens == self.config.text.pad_id
+            hidden.append(no_words if untitled is None else no_words | untitled[:, None])
+        if seen != "title":
+            patches = self.stem(images).flatten(2).transpose(1, 2)
+            parts.append(patches + self.patch_position + self.modality[1])
+            hidden.append(torch.zeros(patches.shape[:2], dtype=torch.bool, device=tokens.device))
+        x = self.dropout(self.norm(torch.cat(parts, 1))).transpose(0, 1).contiguous()
+        return self.block(x, torch.cat(hidden, 1)[:, None, None, :]).transpose(0, 1)
 
     def embed(self, images: Tensor, tokens: Tensor, seen: str = "both") -> Tensor:
         """The global vector [b, h], not normalised."""

@@ -227,6 +227,23 @@ def test_a_view_does_not_see_what_is_left_out(aligned: bool) -> None:
         assert not torch.equal(item.embed_document(batch), item.embed_document(other))
 
 
+def test_a_view_is_the_whole_sequence_with_the_other_modality_hidden() -> None:
+    towers, batch = ItemTowers(PATCHED, PlainBuilder()).double(), products(4, 3)
+    images, tokens = batch.document_images, batch.document_tokens
+    words = towers.words(tokens) + towers.word_position + towers.modality[0]
+    patches = towers.stem(images).flatten(2).transpose(1, 2) + towers.patch_position + towers.modality[1]
+    x = towers.norm(torch.cat([towers.first.expand(len(images), 1, -1), words, patches], 1)).transpose(0, 1)
+    for seen in ("title", "image"):
+        hidden = torch.ones(len(images), len(x), dtype=torch.bool)
+        hidden[:, 0] = False
+        if seen == "title":
+            hidden[:, 1 : 1 + LENGTH] = tokens == 0
+        else:
+            hidden[:, 1 + LENGTH :] = False
+        whole = towers.block(x, hidden[:, None, None, :])[0]
+        torch.testing.assert_close(towers.embed(images, tokens, seen), whole, rtol=1e-12, atol=1e-12)
+
+
 def test_padding_is_not_seen() -> None:
     towers, batch = ItemTowers(PATCHED, PlainBuilder()).double(), products(4, 3)
     tokens = batch.document_tokens.masked_fill(torch.arange(LENGTH) >= 5, 0)
