@@ -111,7 +111,6 @@ def install() -> None:
     _mend_checkpoint_writer(modules["megatron.core.dist_checkpointing.strategies.filesystem_async"])
     if torch.cuda.is_available():
         return
-    torch._dynamo.config.disable = True  # jit_fuser is torch.compile: on a CPU it needs g++ and gains nothing
     for module in modules.values():
         if not isinstance(module.torch, _CpuTorch):
             module.torch = _CpuTorch()  # type: ignore[attr-defined]
