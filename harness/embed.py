@@ -124,7 +124,8 @@ class Embedder:
             rows = np.arange(block * size, min((block + 1) * size, len(texts)))
             full = np.minimum(np.arange(block * size, (block + 1) * size), len(texts) - 1)
             tokens = torch.from_numpy(store.batch(full, self.model.query.max_length, ["query"]))
-            batch = Batch.of_texts(tokens).to(self.mesh.device, next(method.towers.parameters()).dtype)
+            batch = Batch.of_texts(tokens).with_lengths(store.special.pad)
+            batch = batch.to(self.mesh.device, next(method.towers.parameters()).dtype)
             vectors.append(method.embed_query(batch)[: len(rows)])
             own.append(rows)
         ids = torch.from_numpy(np.concatenate(own)).to(self.mesh.device)
@@ -138,4 +139,6 @@ class Embedder:
         text = torch.zeros(len(rows), length, dtype=torch.int64)
         if tokens is not None:
             text = torch.from_numpy(tokens.batch(rows, length))
-        return Batch(images, labels, weights, ids, images, text, labels, weights, ids)
+        return Batch(images, labels, weights, ids, images, text, labels, weights, ids).with_lengths(
+            self.tokenizer.special.pad
+        )

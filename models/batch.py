@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 
+WIDTH = 8  # trimmed texts are a multiple of it wide: what tensor cores and attention kernels like, and few shapes for torch.compile
+
+
 def _no_ids() -> Tensor:
     return torch.empty(0, 0, dtype=torch.int64)
 
@@ -30,6 +33,9 @@ class Batch:
     masked_tokens int64 [d, L]: the titles with their masked words replaced, and masked_words bool [d, L]: which those are;
     masked_patches bool [d, P]: patches to be hidden, row-major; masked_titles bool [d]: titles that are masked as a whole;
     other_tokens int64 [d, L]: for each document its own title or that of another document.
+
+    Tokens of the texts before padding, always on the host, where they decide on shapes and masks without waiting for a device (with_lengths):
+    query_lengths int64 [q], document_lengths [d], masked_lengths [d] (0 for a title that is masked as a whole), other_lengths [d].
     """
 
     query_images: Tensor
@@ -50,6 +56,10 @@ class Batch:
     masked_patches: Tensor = field(default_factory=_no_masks)
     masked_titles: Tensor = field(default_factory=_no_masks)
     other_tokens: Tensor = field(default_factory=_no_ids)
+    query_lengths: Tensor = field(default_factory=_no_ids)
+    document_lengths: Tensor = field(default_factory=_no_ids)
+    masked_lengths: Tensor = field(default_factory=_no_ids)
+    other_lengths: Tensor = field(default_factory=_no_ids)
 
     @classmethod
     def of_texts(cls, tokens: Tensor) -> Batch:
@@ -71,9 +81,46 @@ class Batch:
         """Weights of the queries, then the documents: [q + d]."""
         return torch.cat([self.query_weights, self.document_weights])
 
+    def with_lengths(self, pad: int) -> Batch:
+        """The same batch, which lies on the host, with the lengths of its texts; `pad` stands behind a text and nowhere else."""
+        found = {
+            name: (tokens != pad).sum(1)
+            for name in ("query", "document", "masked", "other")
+            if (tokens := self._tokens(name)).numel()
+        }
+        if "masked" in found and self.masked_titles.numel():
+            found["masked"] = found["masked"] * ~self.masked_titles
+        return replace(self, **{f"{name}_lengths": lengths for name, lengths in found.items()})
+
+    def trimmed(self, *names: str) -> Batch:
+        """The same batch without the columns that are padding in all texts of `names`, query or document; those of a document stay aligned.
+
+        Widths are multiples of WIDTH, so that few shapes occur. Without lengths nothing is cut.
+        """
+        cut = {}
+        for name in names:
+            of = [name] if name == "query" else [n for n in ("document", "masked", "other") if self._tokens(n).numel()]
+            lengths = [getattr(self, f"{n}_lengths") for n in of if n != "masked"]
+            if all(x.numel() for x in lengths):
+                longest = max(int(x.numpy().max()) for x in lengths)
+                for n in of:
+                    cut[f"{n}_tokens"] = self._tokens(n)[:, : max(1, -(-longest // WIDTH)) * WIDTH]
+                if "masked" in of:
+                    cut["masked_words"] = self.masked_words[:, : cut["masked_tokens"].shape[1]]
+        return replace(self, **cut)
+
+    def padded(self, name: str) -> bool:
+        """Whether attention must be told of padding in the texts of `name` (query, document, masked or other); true where no lengths are known."""
+        lengths, width = getattr(self, f"{name}_lengths"), self._tokens(name).shape[1]
+        return not lengths.numel() or bool((lengths.numpy() < width).any())
+
+    def _tokens(self, name: str) -> Tensor:
+        return getattr(self, f"{name}_tokens")
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
-        """On `device`, images in `dtype`."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
+        """On `device`, images in `dtype`; lengths stay on the host."""
+        names = [f.name for f in fields(self) if not f.name.endswith("_lengths")]
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         for name in ("query_images", "document_images"):
             moved[name] = moved[name].to(dtype)
         return replace(self, **moved)

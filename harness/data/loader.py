@@ -290,7 +290,8 @@ class StepLoader:
                 document_weights=ok[n:].float(),
                 document_ids=torch.from_numpy(d.sample_ids),
             )
-            batches.append(replace(batch, **self._texts(d), **self._masks(d, batch.document_tokens)))
+            batch = replace(batch, **self._texts(d), **self._masks(d, batch.document_tokens))
+            batches.append(batch.with_lengths(self.tokens.special.pad))
             total += _ledger(queries, q.sample_ids, documents, d.sample_ids)
             bad += ids[~ok.numpy()].tolist()
         return StepData(batches, total % 2**64, bad, read, seconds)
