@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from harness.errors import UserError
 from models import megatron_cpu
 from models.accelerators import CHOICES, choose
+from models.compiled import CHOICES as COMPILE
 from models.recompute import RECOMPUTE
 from models.sequence import COMMON_STREAM
 from models.shape import VOCAB_MULTIPLE
@@ -32,6 +33,7 @@ class MeshConfig:
         sequence_parallel: between the towers' linear layers each of them holds a range of the tokens instead of all: less memory, the same result.
         recompute: what backward computes again instead of keeping it: none, selective (attention cores) or full (transformer layers).
         accelerators: auto takes fused kernels of TransformerEngine and apex on a GPU, where they are whole; torch takes none.
+        compile: auto compiles the towers' blocks by torch.compile on a GPU; always on a CPU too (needs a C++ compiler); never.
         timeout_minutes: a collective that takes longer ends the run.
     """
 
@@ -39,6 +41,7 @@ class MeshConfig:
     sequence_parallel: bool = False
     recompute: str = "none"
     accelerators: str = "auto"
+    compile: str = "auto"
     timeout_minutes: float = 10.0
 
 
@@ -127,6 +130,6 @@ def check_layout(config: MeshConfig, world: int) -> None:
             "mesh.sequence_parallel spreads tokens over tensor-parallel ranks, but mesh.tensor_parallel is 1",
             "Raise mesh.tensor_parallel or set mesh.sequence_parallel to false",
         )
-    for key, choices in (("recompute", RECOMPUTE), ("accelerators", CHOICES)):
+    for key, choices in (("recompute", RECOMPUTE), ("accelerators", CHOICES), ("compile", COMPILE)):
         if (value := getattr(config, key)) not in choices:
             raise UserError(f"mesh.{key} is '{value}'", f"It can be {', '.join(choices)}")

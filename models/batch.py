@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
-
 WIDTH = 8  # trimmed texts are a multiple of it wide: what tensor cores and attention kernels like, and few shapes for torch.compile
 
 

@@ -327,7 +327,11 @@ class Make:
 
     def _mlm(self, products: Products, batch: Batch) -> Tensor:
         """Masked words of the title, from the rest of it and the whole image."""
-        words = products.words if self.config.hide_words else self.towers.text(batch.masked_tokens, batch.padded("document"))
+        words = (
+            products.words
+            if self.config.hide_words
+            else self.towers.text(batch.masked_tokens, batch.padded("document"))
+        )
         _, states, _ = self.towers.fusion(words, self._padding(batch), products.patches)
         rows, places = batch.masked_words.nonzero(as_tuple=True)
         terms = word_terms(self.towers.masked_words(states[rows, places]), batch.document_tokens[rows, places])

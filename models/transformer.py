@@ -193,7 +193,9 @@ class SdpaCore(MegatronModule):
 
         attention_mask: bool, broadcastable to [b, heads, s, seen], True = hidden; or `seen` alone: all queries see the first so many keys.
         """
-        if attention_mask is not None:  # fewer keys than queries, not hidden ones: an attention kernel without a mask is faster
+        if (
+            attention_mask is not None
+        ):  # fewer keys than queries, not hidden ones: an attention kernel without a mask is faster
             seen = attention_mask if isinstance(attention_mask, int) else attention_mask.shape[3]
             key, value = key[:seen], value[:seen]
         attention_mask = None if isinstance(attention_mask, int) else attention_mask

@@ -19,7 +19,7 @@ from models.shape import TransformerShape
 from models.text import TextConfig
 from models.vision import VisionConfig
 from tests.pool import layout, ranks
-from tests.twins import IMAGE, LENGTH, PATCH, VOCAB, products
+from tests.twins import IMAGE, PATCH, VOCAB, products
 
 ROOM = 40  # tokens that a text may have; those of tests.twins have LENGTH at most
 SMALL: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
@@ -78,9 +78,7 @@ def full(batch: Batch) -> Batch:
     """The batch with texts that have no padding at all."""
     document = batch.document_tokens.masked_fill(batch.document_tokens == 0, 7)
     masked = torch.where(batch.masked_words, batch.masked_tokens, document)
-    return replace(
-        batch, document_tokens=document, masked_tokens=masked, other_tokens=document.flip(0)
-    )
+    return replace(batch, document_tokens=document, masked_tokens=masked, other_tokens=document.flip(0))
 
 
 def results(config: Any, batch: Batch, mesh: Any) -> tuple[list[Tensor], set[str]]:
@@ -94,7 +92,7 @@ def results(config: Any, batch: Batch, mesh: Any) -> tuple[list[Tensor], set[str
         head = ClassParallelHead(HEAD, mesh.row_group, mesh.dp, dtype=torch.float64)
         batch = replace(batch, query_labels=batch.query_labels.clamp_min(0))
         method = Oclear(config, OclearTowers(config, builder).double(), head, mesh.dp)
-        (loss, _), = method.losses([batch])
+        ((loss, _),) = method.losses([batch])
     else:
         make, towers = (Make, MakeTowers) if isinstance(config, MakeConfig) else (Item, ItemTowers)
         method = make(config, towers(config, builder).double(), None, mesh.dp)
@@ -127,7 +125,7 @@ def check(name: str, tensor_parallel: int) -> None:
 def compare(wanted: list[Tensor], found: list[Tensor], what: str) -> None:
     for i, (a, b) in enumerate(zip(wanted, found, strict=True)):
         largest = max(float(a.abs().max()), 1e-3)
-        assert float((a - b).abs().max()) <= 1e-12 * max(1.0, largest) , f"{what}: tensor {i}"
+        assert float((a - b).abs().max()) <= 1e-12 * max(1.0, largest), f"{what}: tensor {i}"
 
 
 @pytest.mark.parametrize("name", METHODS)

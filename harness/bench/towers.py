@@ -20,12 +20,12 @@ from harness.flops import peak_flops
 from harness.flops import text as text_flops
 from harness.flops import vision as vision_flops
 from harness.mesh import Mesh, MeshConfig
+from harness.methods import builder
 from models.merge import load_merged
 from models.plain.transformer import PlainBuilder
 from models.presets import PRESETS, TEXT, VISION
 from models.shape import TransformerBuilder
 from models.text import TextConfig, TextTower
-from models.transformer import MegatronBuilder
 from models.vision import VisionConfig, VisionTower
 from models.weights.convert import export_tower, save_tensors
 
@@ -43,7 +43,7 @@ AGREE = 1e-4  # largest difference of outputs in fp32, relative to their largest
 
 @dataclass(frozen=True, kw_only=True)
 class TowersConfig:
-    """Times forward and backward of one tower at a time; the sides take turns within a round. Ours is megatron-core's at tensor parallel 1.
+    """Times forward and backward of one tower at a time; the sides take turns within a round. Ours is what a run trains at tensor parallel 1.
 
     All have the same random weights, no dropout, and torch's scaled_dot_product_attention; before anything is timed their outputs must
     agree in fp32. The loss is a weighted sum of all token vectors. Texts have no padding.
@@ -54,6 +54,7 @@ class TowersConfig:
         batch: images or texts; 0: 8 images, 16 texts.
         tokens: length of a text.
         dtype: fp32 or bf16.
+        compile: of ours, as mesh.compile: auto, always or never. The others are never compiled.
         pairs: rounds that count, after one that does not.
     """
 
@@ -61,6 +62,7 @@ class TowersConfig:
     batch: int = 0
     tokens: int = 64
     dtype: str = "fp32"
+    compile: str = "auto"
     pairs: int = 21
 
     def __post_init__(self) -> None:
@@ -90,7 +92,7 @@ def run(config: TowersConfig) -> dict[str, Any]:
     `X_images_per_s` or `X_tokens_per_s`, ours; `matrix_tflops`, the rate of one large matrix product in the same dtype; `X_of_matrix_rate`, our model
     FLOPs by that; on a GPU of harness/flops.py's table `X_model_flops_utilisation`, by the data sheet's peak.
     """
-    mesh = Mesh(MeshConfig())
+    mesh = Mesh(MeshConfig(compile=config.compile))
     try:
         dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
         ceiling = matrix_rate(mesh.device, dtype)
@@ -136,7 +138,7 @@ def make_sides(name: str, config: TowersConfig, mesh: Mesh) -> Sides:
         inputs = torch.randint(5, tower.vocab_size, (batch, config.tokens))
         items, unit, flops = batch * config.tokens, "tokens", batch * text_flops(tower, config.tokens).total
     plain = _tower(tower, PlainBuilder())
-    ours = _tower(tower, MegatronBuilder(mesh.groups))
+    ours = _tower(tower, builder(mesh))
     load_merged(ours, plain.state_dict(), mesh.tp)
     theirs = _transformers(tower, {f"{kind}.{k}": v for k, v in plain.state_dict().items()}, layout)
     modules = {side: module.eval().to(mesh.device) for side, module in zip(SIDES, (ours, theirs, plain), strict=True)}
