@@ -15,6 +15,8 @@ class BranchEnd(nn.Module):
     Source: LayerScale, Touvron et al. 2021; drop path, Huang et al. 2016, its rate rising linearly over the layers; post-norm, Vaswani et al. 2017.
     """
 
+    drop_path: Tensor
+
     def __init__(self, shape: TransformerShape, layer: int) -> None:
         super().__init__()
         self.dropout = shape.dropout

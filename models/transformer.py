@@ -116,7 +116,7 @@ class MegatronBranchEnd(BranchEnd):
 
     def __init__(self, shape: TransformerShape, layer: int, sequence_parallel: bool, backend: str) -> None:
         super().__init__(shape, layer)
-        self.sequence_parallel = sequence_parallel
+        self.sequence_parallel, self.backend = sequence_parallel, backend
         self._joined = compiled(_joined, backend)
 
     def draw(self, samples: int, device: torch.device) -> Tensor:
@@ -134,9 +134,10 @@ class MegatronBranchEnd(BranchEnd):
 
     def joined(self, branch: Tensor, residual: Tensor, bias: Tensor | None, drawn: Tensor | None) -> Tensor:
         """See BranchEnd.joined; one kernel where it is compiled."""
-        may_vary(branch, 0, 1)
-        may_vary(residual, 0, 1)
-        may_vary(drawn, 0)
+        if self.backend:
+            may_vary(branch, 0, 1)
+            may_vary(residual, 0, 1)
+            may_vary(drawn, 0)
         return self._joined(self, branch, residual, bias, drawn)
 
 
@@ -151,12 +152,14 @@ class FusedMLP(MLP):
 
     def __init__(self, *args: Any, backend: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.backend = backend
         self._activated = compiled(_activated, backend)
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         """[s, b, h] -> [s, b, h] without the last bias, and that."""
         hidden, bias = self.linear_fc1(hidden_states)
-        may_vary(hidden, 0, 1)
+        if self.backend:
+            may_vary(hidden, 0, 1)
         return self.linear_fc2(self._activated(self.activation_func, hidden, bias))
 
 
@@ -232,13 +235,13 @@ class Block(TransformerBlock):
         mask = mask.new_zeros(1, *mask.shape[1:]) if mask is not None and not len(mask) else mask
         return self._forward(F.pad(hidden, (0, 0, 0, 1)), mask, rotary_pos_emb)[:, :0]
 
-    def _forward(self, hidden: Tensor, mask: Tensor | int | None, rotary_pos_emb: Tensor | None) -> Tensor:
+    def _forward(self, hidden: Tensor, mask: Tensor | None, rotary_pos_emb: Tensor | None) -> Tensor:
         if not self.config.sequence_parallel:
             return super().forward(hidden, mask, rotary_pos_emb=rotary_pos_emb)
         group, tokens = self.pg_collection.tp, len(hidden)
-        hidden, mask, rotary_pos_emb = padded(hidden, mask, rotary_pos_emb, group.size())
+        hidden, seen, rotary_pos_emb = padded(hidden, mask, rotary_pos_emb, group.size())
         own = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=group)
-        own = super().forward(own, mask, rotary_pos_emb=rotary_pos_emb)
+        own = super().forward(own, seen, rotary_pos_emb=rotary_pos_emb)
         whole = tensor_parallel.gather_from_sequence_parallel_region(
             own, tensor_parallel_output_grad=False, group=group
         )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from harness.data.masking import MaskConfig
@@ -62,6 +66,8 @@ METHODS: dict[str, Any] = {
         vision=PatchConfig(image_size=IMAGE, patch_size=PATCH), text=StreamConfig(**TEXT), global_targets="all"
     ),
 }
+UNTRIMMED = ("oclear, text that sees padding",)
+CAUSAL = ("oclear, causal text that sees padding",)
 MASKS = {"mixed": MaskConfig(word_rate=0.4), "titles hidden": MaskConfig(one_heavy=True, heavy_word_rate=1.0)}
 
 
@@ -70,7 +76,7 @@ def roomy(batch: Batch) -> Batch:
     wide = {}
     for name in ("document_tokens", "masked_tokens", "masked_words", "other_tokens", "query_tokens"):
         tokens = getattr(batch, name)
-        wide[name] = torch.nn.functional.pad(tokens, (0, ROOM - tokens.shape[1]))
+        wide[name] = F.pad(tokens, (0, ROOM - tokens.shape[1]))
     return replace(batch, **wide)
 
 
@@ -81,54 +87,111 @@ def full(batch: Batch) -> Batch:
     return replace(batch, document_tokens=document, masked_tokens=masked, other_tokens=document.flip(0))
 
 
-def results(config: Any, batch: Batch, mesh: Any) -> tuple[list[Tensor], set[str]]:
-    """Loss, embeddings and all gradients from the same weights, and what attention was told: masks or none."""
-    from models.transformer import MegatronBuilder, SdpaCore
+@contextmanager
+def noting() -> Iterator[list[tuple[bool, int]]]:
+    """Inside, each attention leaves whether it was given a mask, and the number of its keys."""
+    attention, seen = F.scaled_dot_product_attention, []
+
+    def note(query: Tensor, key: Tensor, *args: Any, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        seen.append((attn_mask is not None, key.shape[2]))
+        return attention(query, key, *args, attn_mask=attn_mask, **options)
+
+    with mock.patch.object(F, "scaled_dot_product_attention", note):
+        yield seen
+
+
+def results(config: Any, batch: Batch, mesh: Any) -> tuple[list[Tensor], list[tuple[bool, int]]]:
+    """Loss, embeddings and all gradients from the same weights; and what attention was given."""
+    from models.transformer import MegatronBuilder
 
     torch.manual_seed(0)
-    builder = MegatronBuilder(mesh.groups)
-    method: Any
+    builder, method = MegatronBuilder(mesh.groups), None
     if isinstance(config, OclearConfig):
         head = ClassParallelHead(HEAD, mesh.row_group, mesh.dp, dtype=torch.float64)
         batch = replace(batch, query_labels=batch.query_labels.clamp_min(0))
         method = Oclear(config, OclearTowers(config, builder).double(), head, mesh.dp)
-        ((loss, _),) = method.losses([batch])
+    elif isinstance(config, MakeConfig):
+        method = Make(config, MakeTowers(config, builder).double(), None, mesh.dp)
     else:
-        make, towers = (Make, MakeTowers) if isinstance(config, MakeConfig) else (Item, ItemTowers)
-        method = make(config, towers(config, builder).double(), None, mesh.dp)
-        loss, _ = method.loss(batch)
-    told: set[str] = set()
-    for core in method.towers.modules():
-        if isinstance(core, SdpaCore):
-            core.register_forward_pre_hook(lambda _, given: told.add("none" if given[3] is None else "mask"))
-    loss, _ = next(iter(method.losses([batch])))
-    loss.backward()
-    with torch.no_grad():
-        vectors = method.embed_document(batch)
-    zero = torch.zeros(())
-    return [loss.detach(), vectors, *(zero if p.grad is None else p.grad for p in method.towers.parameters())], told
+        method = Item(config, ItemTowers(config, builder).double(), None, mesh.dp)
+    with noting() as seen:
+        ((loss, _),) = method.losses([batch])
+        loss.backward()
+        with torch.no_grad():
+            vectors = [method.embed_document(batch)]
+            if isinstance(config, MakeConfig):
+                vectors += [method.embed_query(batch), method.modal_weights(batch)]
+            if isinstance(config, ItemConfig):
+                vectors.append(method.both_views(batch))
+    none = torch.zeros(())
+    grads = [none if p.grad is None else p.grad for p in method.towers.parameters()]
+    return [loss.detach(), *vectors, *grads], seen
 
 
 def check(name: str, tensor_parallel: int) -> None:
     config = METHODS[name]
+    trims, masked = name not in UNTRIMMED, name in CAUSAL
     with layout(tensor_parallel) as mesh:
         for masks, settings in MASKS.items():
             batch = roomy(products(5, 3, settings))
             known = batch.with_lengths(0)
-            assert known.trimmed("document").document_tokens.shape[1] == WIDTH < ROOM
-            compare(results(config, batch, mesh)[0], results(config, known, mesh)[0], f"{name}, {masks}")
+            assert known.document_tokens.shape == known.to(torch.device("cpu"), torch.float64).document_tokens.shape
+            (wanted, before), (found, after) = (results(config, x, mesh) for x in (batch, known))
+            compare(wanted, found, f"{name}, {masks}")
+            widest = max(keys for _, keys in after)
+            assert max(keys for _, keys in before) - widest == (ROOM - WIDTH if trims else 0)
         batch = full(products(5, 3))
-        wanted, found = results(config, batch, mesh), results(config, batch.with_lengths(0), mesh)
-        compare(wanted[0], found[0], f"{name}, nothing padded")
+        (wanted, before), (found, after) = (results(config, x, mesh) for x in (batch, batch.with_lengths(0)))
+        compare(wanted, found, f"{name}, nothing padded")
+        assert any(m for m, _ in after) == masked and (any(m for m, _ in before) or not trims)
 
 
 def compare(wanted: list[Tensor], found: list[Tensor], what: str) -> None:
     for i, (a, b) in enumerate(zip(wanted, found, strict=True)):
-        largest = max(float(a.abs().max()), 1e-3)
-        assert float((a - b).abs().max()) <= 1e-12 * max(1.0, largest), f"{what}: tensor {i}"
+        assert float((a - b).abs().max()) <= 1e-12 * max(1.0, float(a.abs().max())), f"{what}: tensor {i}"
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("world", [1, 2])
 def test_trimmed_equals_untrimmed(name: str, world: int) -> None:
+    """Also without a mask where nothing is padded; what a tower sees of padding is neither cut nor hidden."""
     ranks(world).run(check, name, world)
+
+
+def test_lengths_decide_on_the_host() -> None:
+    batch = roomy(products(5, 3, MASKS["titles hidden"])).with_lengths(0)
+    assert batch.padded("document") and batch.padded("masked") and batch.masked_titles.any()
+    assert torch.equal(batch.masked_lengths == 0, batch.masked_titles)
+    whole = full(products(5, 3)).with_lengths(0)
+    assert not any(whole.padded(name) for name in ("document", "masked", "other"))
+    longer = replace(batch, other_tokens=torch.full_like(batch.other_tokens, 7)).with_lengths(0)
+    cut = longer.trimmed("document", "query")
+    assert cut.other_tokens.shape == cut.document_tokens.shape == cut.masked_words.shape == (5, ROOM), (
+        "they stay aligned"
+    )
+    assert cut.query_tokens.shape == (5, WIDTH)
+    unknown = roomy(products(5, 3))
+    assert unknown.padded("document") and unknown.trimmed("document").document_tokens.shape == (5, ROOM)
+    empty = replace(batch, document_tokens=batch.document_tokens[:0], document_lengths=batch.document_lengths[:0])
+    assert empty.trimmed("document").document_tokens.shape == (0, ROOM)
+
+
+def odd_tokens() -> tuple[Tensor, Tensor, list[tuple[bool, int]]]:
+    """In a pool: a ViT with a class token without and with sequence parallelism, and what attention was given in the latter."""
+    from models.transformer import MegatronBuilder
+    from models.vision import VisionTower
+
+    with layout(torch.distributed.get_world_size()) as mesh:
+        config, found = replace(VISION, pooling="class", positions="rotary"), []
+        for sequence in (False, True):
+            torch.manual_seed(0)
+            tower = VisionTower(config, MegatronBuilder(mesh.groups, sequence_parallel=sequence)).double()
+            with noting() as seen:
+                found.append(tower(products(3, 1).document_images)[1].detach())
+        return found[0], found[1], seen
+
+
+def test_sequence_parallel_padding_is_cut_from_the_keys_and_needs_no_mask() -> None:
+    for plain, parallel, seen in ranks(2).run(odd_tokens):
+        torch.testing.assert_close(parallel, plain, rtol=1e-12, atol=1e-12)
+        assert seen == [(False, 17)] * 2  # of 18 tokens, two layers

@@ -98,7 +98,7 @@ def _pre_norm(shape: TransformerShape) -> nn.Module:
     return nn.Identity() if shape.post_norm else nn.LayerNorm(shape.hidden_size, eps=shape.layernorm_eps)
 
 
-def _run(layer: PlainLayer, hidden: Tensor, mask: Tensor | None, rotary: Tensor | None) -> Tensor:
+def _run(layer: nn.Module, hidden: Tensor, mask: Tensor | None, rotary: Tensor | None) -> Tensor:
     return layer(hidden, mask, rotary)
 
 
@@ -112,11 +112,10 @@ class PlainBlock(nn.Module):
         self.recompute, self.backend = recompute == "full", backend
         self._run = compiled(_run, backend)
         with torch.random.fork_rng(devices=[]):  # what torch's layers draw for themselves is not used
-            self.layers = nn.ModuleList(
-                PlainLayer(shape, layer, recompute == "selective") for layer in range(shape.num_layers)
-            )
+            layers = [PlainLayer(shape, layer, recompute == "selective") for layer in range(shape.num_layers)]
+            self.layers = nn.ModuleList(layers)
             self.final_layernorm = _pre_norm(shape) if final_norm else nn.Identity()
-        for made in self.layers:
+        for made in layers:
             _draw_weights(made, shape)
 
     def forward(self, hidden: Tensor, mask: Tensor | None, rotary_pos_emb: Tensor | None = None) -> Tensor:
