@@ -100,7 +100,7 @@ class Batch:
         for name in names:
             of = [name] if name == "query" else [n for n in ("document", "masked", "other") if self._tokens(n).numel()]
             lengths = [getattr(self, f"{n}_lengths") for n in of if n != "masked"]
-            if all(x.numel() for x in lengths):
+            if lengths and all(x.numel() for x in lengths):
                 longest = max(int(x.numpy().max()) for x in lengths)
                 for n in of:
                     cut[f"{n}_tokens"] = self._tokens(n)[:, : max(1, -(-longest // WIDTH)) * WIDTH]
