@@ -14,6 +14,10 @@ def _no_ids() -> Tensor:
     return torch.empty(0, 0, dtype=torch.int64)
 
 
+def _no_lengths() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
+
+
 def _no_masks() -> Tensor:
     return torch.empty(0, 0, dtype=torch.bool)
 
@@ -34,7 +38,7 @@ class Batch:
     other_tokens int64 [d, L]: for each document its own title or that of another document.
 
     Tokens of the texts before padding, always on the host, where they decide on shapes and masks without waiting for a device (with_lengths):
-    query_lengths int64 [q], document_lengths [d], masked_lengths [d] (0 for a title that is masked as a whole), other_lengths [d].
+    query_lengths int64 [q], document_lengths [d], masked_lengths [d] (0 for a title that is masked as a whole), other_lengths [d]; [0] where not given.
     """
 
     query_images: Tensor
@@ -55,10 +59,10 @@ class Batch:
     masked_patches: Tensor = field(default_factory=_no_masks)
     masked_titles: Tensor = field(default_factory=_no_masks)
     other_tokens: Tensor = field(default_factory=_no_ids)
-    query_lengths: Tensor = field(default_factory=_no_ids)
-    document_lengths: Tensor = field(default_factory=_no_ids)
-    masked_lengths: Tensor = field(default_factory=_no_ids)
-    other_lengths: Tensor = field(default_factory=_no_ids)
+    query_lengths: Tensor = field(default_factory=_no_lengths)
+    document_lengths: Tensor = field(default_factory=_no_lengths)
+    masked_lengths: Tensor = field(default_factory=_no_lengths)
+    other_lengths: Tensor = field(default_factory=_no_lengths)
 
     @classmethod
     def of_texts(cls, tokens: Tensor) -> Batch:
@@ -85,9 +89,9 @@ class Batch:
         found = {
             name: (tokens != pad).sum(1)
             for name in ("query", "document", "masked", "other")
-            if (tokens := self._tokens(name)).numel()
+            if (tokens := self._tokens(name)).shape[1]
         }
-        if "masked" in found and self.masked_titles.numel():
+        if "masked" in found:
             found["masked"] = found["masked"] * ~self.masked_titles
         return replace(self, **{f"{name}_lengths": lengths for name, lengths in found.items()})
 
