@@ -38,7 +38,7 @@ class Batch:
     other_tokens int64 [d, L]: for each document its own title or that of another document.
 
     Tokens of the texts before padding, always on the host, where they decide on shapes and masks without waiting for a device (with_lengths):
-    query_lengths int64 [q], document_lengths [d], masked_lengths [d] (0 for a title that is masked as a whole), other_lengths [d]; [0] where not given.
+    query_lengths int64 [q], document_lengths [d], masked_lengths [d] (0 for a title that is masked as a whole), other_lengths [d]; [0] if not given.
     """
 
     query_images: Tensor
