@@ -20,7 +20,7 @@ def merge_shards(shard: Tensor, parameter: nn.Parameter, group: ProcessGroup) ->
 
 
 def merged_state_dict(towers: nn.Module, group: ProcessGroup) -> dict[str, Tensor]:
-    """All parameters of the towers on every rank of `group`, under the plain twin's names; collective. They have no buffers."""
+    """All parameters of the towers on every rank of `group`, under the plain twin's names; collective. They keep nothing in buffers."""
     parameters = towers.named_parameters(remove_duplicate=False)
     return {name: merge_shards(parameter.detach(), parameter, group) for name, parameter in parameters}
 

@@ -121,9 +121,8 @@ class PlainBlock(nn.Module):
     def forward(self, hidden: Tensor, mask: Tensor | None, rotary_pos_emb: Tensor | None = None) -> Tensor:
         """hidden [s, b, h]; mask and rotary as in PlainAttention. Returns [s, b, h]."""
         samples = hidden.shape[1]
-        if (
-            self.backend and samples < 2
-        ):  # sizes that graphs take for constants: samples of zeros leave no trace but gradients of 0
+        # Numbers that a graph takes for constants. Samples of zeros beside them leave no trace but gradients of 0.
+        if self.backend and samples < 2:
             hidden = F.pad(hidden, (0, 0, 0, 2 - samples))
             if mask is not None and len(mask) == samples:
                 mask = F.pad(mask, (0, 0) * (mask.dim() - 1) + (0, 2 - samples))
