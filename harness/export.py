@@ -60,6 +60,7 @@ class ExportConfig:
         thumbnail: longest side in pixels of the small picture kept of each document, for contact sheets; 0 keeps none.
         batch_size: images embedded at once.
         tensor_parallel: ranks that share one copy of the towers.
+        device: cuda, cpu, or auto, the GPUs where there are any.
     """
 
     run: Path
@@ -70,6 +71,7 @@ class ExportConfig:
     thumbnail: int = 160
     batch_size: int = 128
     tensor_parallel: int = 1
+    device: str = "auto"
 
 
 def run(config: ExportConfig) -> dict[str, Any]:
@@ -93,8 +95,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     if not len(side.ids) or config.split not in (None, *splits):
         which = "" if config.split is None else f" in split '{config.split}'"
         raise UserError(f"{catalogue.path} has no document{which}", f"The splits are {', '.join(splits)} (--split)")
-    mesh = Mesh(MeshConfig(tensor_parallel=config.tensor_parallel))
-    try:
+    with Mesh(MeshConfig(tensor_parallel=config.tensor_parallel, device=config.device)) as mesh:
         method, model = load_method(settings, path, tokenizer, mesh)
         own = Embedder(settings.data, model, tokenizer, config.batch_size, mesh).embed(method, side)
         encoder = plain_query_encoder(settings.method, model, method.towers, mesh)
@@ -112,8 +113,6 @@ def run(config: ExportConfig) -> dict[str, Any]:
                 shutil.copytree(config.run / "tokenizer", stage / "tokenizer")
                 write_json(stage / "artefact.json", _description(config, settings, path, catalogue, side, model))
                 write_manifest(stage)
-    finally:
-        mesh.close()
     seconds = time.perf_counter() - started
     if mesh.rank == 0:
         print(f"{config.out}: {len(side.ids):,} documents of {catalogue.path} in {seconds:.1f} s")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from harness.data.loader import Reads
 from harness.data.product_queries import read_meta
+from harness.device import set_precision
 from harness.errors import UserError
 from harness.mesh import Mesh
 from models.batch import Batch
@@ -174,6 +175,7 @@ def build(
     """
     spec = METHODS[method]
     model = replace(model, text=replace(model.text, vocab_size=model.text.vocab_size or vocab_size))
+    set_precision(precision)
     mesh.seed_streams(seed, -1)
     torch.manual_seed(seed)  # the same on every rank, unlike the streams
     builder = MegatronBuilder(

@@ -90,8 +90,7 @@ def run(config: TowersConfig) -> dict[str, Any]:
     `X_images_per_s` or `X_tokens_per_s`, ours; `matrix_tflops`, the rate of one large matrix product in the same dtype; `X_of_matrix_rate`, our model
     FLOPs by that; on a GPU of harness/flops.py's table `X_model_flops_utilisation`, by the data sheet's peak.
     """
-    mesh = Mesh(MeshConfig())
-    try:
+    with Mesh(MeshConfig()) as mesh:
         dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
         ceiling = matrix_rate(mesh.device, dtype)
         headline, rows = {"matrix_tflops": ceiling / 1e12}, []
@@ -112,8 +111,6 @@ def run(config: TowersConfig) -> dict[str, Any]:
             if peak := peak_flops(mesh.device, config.dtype):
                 headline[f"{key}_model_flops_utilisation"] = sides.flops / own / peak
             rows += [_row(name, side, sides, statistics.median(seconds[side]), ceiling) for side in SIDES]
-    finally:
-        mesh.close()
     report = make_report("towers", command_line(MODULE, config), headline, rows)
     print_report(report)
     return report
