@@ -25,7 +25,7 @@ from harness.errors import UserError
 USER_ERROR_CODE = 2
 OTHERS_WAIT = 1.0  # seconds; torchrun looks after its ranks ten times in one
 # What gloo and NCCL say when a rank at the other end is gone.
-_FOLLOWS = re.compile(r"by peer|[Rr]emote process exited|NCCL communicator was aborted")
+_FOLLOWS = re.compile(r"by peer|[Rr]emote (process|server)|communicator was aborted")
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -177,7 +177,7 @@ def write_figures(path: Path | None, figures: Mapping[str, Any]) -> None:
 def run_command(body: Callable[[], Any]) -> int:
     """Runs a command's body; a UserError or a full disk becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
 
-    One of several ranks that meets an error leaves the process at once: to end groups, or the objects that hold them, would wait for the others.
+    One of several ranks that meets an error leaves the process at once: the end of its groups, or of what holds them, could wait for the others.
     """
     try:
         body()
@@ -189,7 +189,7 @@ def run_command(body: Callable[[], Any]) -> int:
         code = tell(error)
         if not code:
             raise
-    if _one_of_several():
+    if _has_peers():
         sys.stdout.flush()
         os._exit(code)
     return code
@@ -202,7 +202,7 @@ def tell(error: Exception) -> int:
     which torchrun ends this rank too.
     """
     mistake = _mistake(error)
-    if mistake is None and not _one_of_several():
+    if mistake is None and not _has_peers():
         return 0
     code = 1 if mistake is None else USER_ERROR_CODE
     if getattr(error, "told", False):
@@ -226,18 +226,21 @@ def _mistake(error: Exception) -> UserError | None:
     return error if isinstance(error, UserError) else None
 
 
-def _one_of_several() -> bool:
-    """Whether this process is a rank that a launcher has started beside others; not so one that multiprocessing has, as tests do."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and multiprocessing.parent_process() is None
+def _has_peers() -> bool:
+    """Whether this process is in a group with others that a launcher has started; not so one that multiprocessing has, as tests do."""
+    dist: Any = sys.modules.get("torch.distributed")  # imported by those commands alone that make groups
+    grouped = dist is not None and dist.is_initialized() and dist.get_world_size() > 1
+    return grouped and multiprocessing.parent_process() is None
 
 
 def _first_to_say(what: str) -> bool:
-    """Whether no other rank of this node has said `what`. torchrun gives every rank a folder of its own in one that they share."""
+    """Whether no other rank of this node has said `what`, numbers aside. torchrun gives each a folder of its own in one that they share."""
     own = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not own:
         return True
+    key = hashlib.sha256(re.sub(r"\d", "", what).encode()).hexdigest()[:16]
     try:
-        (Path(own).parent.parent / f"said-{hashlib.sha256(what.encode()).hexdigest()[:16]}").touch(exist_ok=False)
+        (Path(own).parent.parent / f"said-{key}").touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:  # better twice than never

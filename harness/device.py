@@ -13,6 +13,7 @@ import torch
 from harness.errors import UserError
 
 DEVICES = ("auto", "cuda", "cpu")
+PRECISIONS = ("fp32", "tf32", "bf16")  # of train.precision
 DEVICE_FILES = Path("/dev")  # has nvidia0, nvidia1, … where there are GPUs
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
@@ -53,16 +54,20 @@ def _why_no_gpu(machine: bool) -> tuple[str, str]:
         return f"mesh.device is cuda, but CUDA_VISIBLE_DEVICES='{hidden}' hides all GPUs", "Unset it"
     if not machine:
         return "mesh.device is cuda, but this machine has no NVIDIA GPU", "Set mesh.device to auto or cpu"
-    try:
-        version = re.search(r"\b\d{3,}\.[\d.]+", DRIVER_FILE.read_text())
-    except OSError:
-        version = None
-    driver = version[0] if version else "unknown"
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
     return (
-        f"this machine has NVIDIA GPUs (driver {driver}), but torch {torch.__version__}, built for {built}, can use none",
+        f"this machine has NVIDIA GPUs (driver {driver_version()}), but torch {torch.__version__}, built for {built}, can use none",
         "CUDA 13 needs driver 580, CUDA 12 needs 525: install what fits (docs/clusters.md), or say --mesh.device cpu",
     )
+
+
+def driver_version() -> str:
+    """The number of this machine's NVIDIA driver, as the kernel tells it."""
+    try:
+        found = re.search(r"\b\d{3,}\.[\d.]+", DRIVER_FILE.read_text())
+    except OSError:
+        found = None
+    return found[0] if found else "unknown"
 
 
 def allow_many_files() -> None:

@@ -63,7 +63,8 @@ def run(config: EvalConfig) -> dict[str, Any]:
         report = _evaluate(config, settings, path, catalogue, mesh)
     if mesh.rank == 0:
         print_report(report, f"{config.run} at {path.name}: split {config.split} of {catalogue.path}")
-    return {"checkpoint": str(path), "split": config.split, **report.figures, "slices": report.rows}
+    made_by = {"checkpoint": str(path), "split": config.split, "precision": settings.train.precision}
+    return {**made_by, **report.figures, "slices": report.rows}
 
 
 def _evaluate(config: EvalConfig, settings: RunConfig, path: Path, catalogue: Catalogue, mesh: Mesh) -> Any:

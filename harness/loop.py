@@ -17,6 +17,7 @@ from torch import Tensor
 
 from harness import checkpoint, phases
 from harness.alignment import align, documents_to_align, wants_alignment
+from harness.arguments import tell
 from harness.board import Projector
 from harness.class_map import ClassMap, class_map, keep_classes
 from harness.config import RunConfig, difference, identity_changes
@@ -172,7 +173,7 @@ class Trainer:
         """Trains to the last step (or to train.stop_at); returns the final figures."""
         config, train = self.config, self.config.train
         log = RunLog(config.run_dir, self.mesh, self.step, train.steps)
-        for line in [self.mesh.accelerators.line, *self.notes]:
+        for line in [f"{self.mesh.line}, precision {train.precision}", self.mesh.accelerators.line, *self.notes]:
             log.say(line)
         if self.mesh.rank == 0:
             classes = self.loader.order.num_classes
@@ -212,6 +213,10 @@ class Trainer:
                 report = self.evaluate(log)
             if self.mesh.rank == 0 and self.step == train.steps:
                 log.board.finish()
+        except Exception as error:
+            if self.mesh.world_size > 1:  # at once, for what follows may wait for a read
+                tell(error)
+            raise
         finally:
             profiler.close()
             self.loader.close()

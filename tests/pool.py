@@ -104,7 +104,7 @@ def _serve(rank: int, world_size: int, pipe: Any) -> None:
 
     from harness.train import quiet_libraries
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
     quiet_libraries()
     while True:

@@ -146,7 +146,8 @@ def open_pipeline(spec: PreprocessSpec, backend: str, batch_size: int, threads: 
         from harness.data.pipeline import ImagePipeline  # here, so that `reference` runs where DALI has no wheel
     except ImportError as error:
         raise UserError(
-            f"DALI does not import ({error})", "Install nvidia-dali, or choose the backend 'reference'"
+            f"DALI does not import ({error})",
+            "Install shelfmark[cu13] or shelfmark[cu12], as the GPUs' driver has it, or choose the backend 'reference'",
         ) from error
     return ImagePipeline(spec, batch_size, threads, "mixed" if device.type == "cuda" else "cpu", device.index or 0)
 

@@ -127,7 +127,7 @@ class ClassParallelHead(nn.Module):
         if not len(rows):
             return rows
         for block in range(self.start // ID_BLOCK, -(-self.stop // ID_BLOCK)):
-            generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + block)
+            generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + block) % 2**64)
             drawn = self.config.init_std * torch.randn(ID_BLOCK, self.config.embedding_dim, generator=generator)
             first, last = max(self.start, block * ID_BLOCK), min(self.stop, (block + 1) * ID_BLOCK)
             rows[first - self.start : last - self.start] = drawn[first - block * ID_BLOCK : last - block * ID_BLOCK].to(
