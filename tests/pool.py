@@ -90,12 +90,12 @@ def layout(tensor_parallel: int = 1) -> Iterator[Any]:
 _world: dict[str, Any] = {}  # in a rank of a pool: how to join the next process group
 
 
-def _join() -> None:
+def _join(backend: str = "gloo") -> None:
     import torch.distributed as dist
 
     _world["joined"] += 1
     file = f"file://{_world['rendezvous']}-{_world['joined']}"
-    dist.init_process_group("gloo", init_method=file, rank=_world["rank"], world_size=_world["world_size"])
+    dist.init_process_group(backend, init_method=file, rank=_world["rank"], world_size=_world["world_size"])
 
 
 def _serve(rank: int, world_size: int, pipe: Any) -> None:

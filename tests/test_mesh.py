@@ -19,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from harness import device
 from harness.errors import UserError
 from harness.mesh import Mesh, MeshConfig, check_layout, parallel_state
+from tests import pool
 from tests.pool import layout, ranks
 from tests.runs import UNUSED, tiny_config, trainer
 
@@ -112,10 +113,8 @@ def test_groups_are_those_that_megatron_core_makes(
 
 def over_gloo(tensor_parallel: int) -> tuple[list[Any], list[Any], int]:
     """Groups as on a machine with GPUs, but NCCL's part sends nothing."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    store = dist.distributed_c10d._get_default_store()
     dist.destroy_process_group()
-    dist.init_process_group("cpu:gloo,cuda:fake", store=dist.PrefixStore("gpu", store), rank=rank, world_size=world)
+    pool._join("cpu:gloo,cuda:fake")
     with Mesh(MeshConfig(tensor_parallel=tensor_parallel)) as mesh:
         shared = [mesh.rank]
         dist.broadcast_object_list(shared, 3)
