@@ -213,12 +213,14 @@ def test_deterministic_kernels_and_precision_are_switched_on_and_off(monkeypatch
 # --- errors ---
 
 RAISES = """
-import sys, time, torch, torch.distributed as dist
+import atexit, sys, time, torch, torch.distributed as dist
 from harness.arguments import run_command
 from harness.errors import UserError
 from harness.mesh import Mesh, MeshConfig
 
-dist.destroy_process_group = lambda *_: time.sleep(3600)  # as NCCL's, which waits for ranks that sit in a collective
+# As the end of NCCL's groups, asked for or at the interpreter's end, which waits for ranks that sit in a collective.
+dist.destroy_process_group = lambda *_: time.sleep(3600)
+atexit.register(time.sleep, 3600)
 errors = {"mistake": UserError("sample 5 is missing", "Restore it"), "crash": torch.OutOfMemoryError("no memory")}
 
 def body():
