@@ -94,6 +94,13 @@ def _inner_products(
 
 
 @triton.jit
+def _load_whole(pointers, inside, D: tl.constexpr, K: tl.constexpr):
+    """[M, K] vectors of D entries, 0 outside."""
+    entry = tl.arange(0, K)
+    return tl.load(pointers[:, None] + entry[None, :], mask=inside[:, None] & (entry < D)[None, :], other=0.0)
+
+
+@triton.jit
 def _negatives(cosine, own, inside, filter_above, FILTER: tl.constexpr):
     """Cosines with targets, filtered negatives and what lies past the last row at -inf."""
     hidden = own | (inside == 0)
@@ -173,6 +180,8 @@ def _embeddings_gradient_kernel(
     target_slope = tl.load(grad_target + sample, mask=here, other=0.0)
     entry = tl.program_id(2) * W + tl.arange(0, W)
     exists = entry < D
+    if K >= D:
+        whole = _load_whole(left, here, D, K)
     gradient = tl.zeros((SAMPLES, W), tl.float32)
     first = tl.program_id(1) * rows_per_split
     for start in range(first, tl.minimum(first + rows_per_split, a), ROWS):
@@ -180,12 +189,19 @@ def _embeddings_gradient_kernel(
         inside = position < a
         right = _row_pointers(table, index, stride, position, inside)
         inverse = tl.load(inverse_length + position, mask=inside, other=0.0)[None, :]
-        cosine = _inner_products(left, here, right, inside, D, SAMPLES, ROWS, K) * inverse
+        if K >= D:
+            other = _load_whole(right, inside, D, K)
+            cosine = _dot(whole, tl.trans(other), tl.zeros((SAMPLES, ROWS), tl.float32)) * inverse
+        else:
+            cosine = _inner_products(left, here, right, inside, D, SAMPLES, ROWS, K) * inverse
         coefficient = _coefficients(
             cosine, own[:, None] == position[None, :], inside[None, :],
             log_sum[:, None], slope[:, None], target_slope[:, None], scale, filter_above, FILTER,
         )  # fmt: skip
-        rows = tl.load(right[:, None] + entry[None, :], mask=inside[:, None] & exists[None, :], other=0.0)
+        if K >= D and W >= D:
+            rows = other
+        else:
+            rows = tl.load(right[:, None] + entry[None, :], mask=inside[:, None] & exists[None, :], other=0.0)
         gradient = _dot((coefficient * inverse).to(table.dtype.element_ty), rows, gradient)
     to = out + (tl.program_id(1).to(tl.int64) * n + sample)[:, None] * D + entry[None, :]
     tl.store(to, gradient, mask=here[:, None] & exists[None, :])
@@ -204,6 +220,8 @@ def _rows_gradient_kernel(
     inverse = tl.load(inverse_length + position, mask=inside, other=0.0)
     entry = tl.program_id(1) * W + tl.arange(0, W)
     exists = entry < D
+    if K >= D:
+        whole = _load_whole(left, inside, D, K)
     gradient = tl.zeros((ROWS, W), tl.float32)  # with respect to the unit rows
     along = tl.zeros((ROWS,), tl.float32)  # its part along the row: needs no other entries than the cosines
     for start in range(0, n, SAMPLES):
@@ -214,18 +232,25 @@ def _rows_gradient_kernel(
         log_sum = tl.load(lse + sample, mask=here, other=0.0)
         slope = scale * tl.load(grad_lse + sample, mask=here, other=0.0)
         target_slope = tl.load(grad_target + sample, mask=here, other=0.0)
-        cosine = _inner_products(left, inside, right, here, D, ROWS, SAMPLES, K) * inverse[:, None]
+        if K >= D:
+            other = _load_whole(right, here, D, K)
+            cosine = _dot(whole, tl.trans(other), tl.zeros((ROWS, SAMPLES), tl.float32)) * inverse[:, None]
+        else:
+            cosine = _inner_products(left, inside, right, here, D, ROWS, SAMPLES, K) * inverse[:, None]
         coefficient = _coefficients(
             cosine, own[None, :] == position[:, None], inside[:, None],
             log_sum[None, :], slope[None, :], target_slope[None, :], scale, filter_above, FILTER,
         )  # fmt: skip
-        coefficient = coefficient.to(table.dtype.element_ty)
+        coefficient = (coefficient * inverse[:, None]).to(table.dtype.element_ty)
         along += tl.sum(coefficient.to(tl.float32) * cosine, axis=1)
-        vectors = tl.load(right[:, None] + entry[None, :], mask=here[:, None] & exists[None, :], other=0.0)
+        if K >= D and W >= D:
+            vectors = other
+        else:
+            vectors = tl.load(right[:, None] + entry[None, :], mask=here[:, None] & exists[None, :], other=0.0)
         gradient = _dot(coefficient, vectors, gradient)
     mask = inside[:, None] & exists[None, :]
-    unit = tl.load(left[:, None] + entry[None, :], mask=mask, other=0.0).to(tl.float32) * inverse[:, None]
-    gradient = (gradient - along[:, None] * unit) * inverse[:, None]
+    row = tl.load(left[:, None] + entry[None, :], mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    gradient -= (along * inverse)[:, None] * row
     tl.store(out + position.to(tl.int64)[:, None] * D + entry[None, :], gradient, mask=mask)
 
 
@@ -288,7 +313,7 @@ def cosine_lse(
     splits, rows_per_split = _splits(n, a, blocks.owned, blocks.looped)
     largest, sums = embeddings.new_empty(2, splits, n)
     _forward_kernel[(triton.cdiv(n, blocks.owned), splits)](
-        embeddings.to(table.dtype).contiguous(), table, index, _inverse_length(table, index, a), target.contiguous(), largest, sums,
+        embeddings.to(table.dtype).contiguous(), table, index, _inverse_length(table, index, a), target.int(), largest, sums,
         n, a, table.stride(0), rows_per_split, scale, filter_above,
         d, blocks.owned, blocks.looped, blocks.inner, filter_above < 1.0,
         num_warps=blocks.num_warps, num_stages=blocks.num_stages,
@@ -330,7 +355,7 @@ def cosine_lse_backward(
         return torch.zeros_like(embeddings), embeddings.new_zeros(a, d)
     blocks = _blocks(_BACKWARD, table.dtype, d)
     shared = (
-        embeddings.to(table.dtype).contiguous(), table, index, _inverse_length(table, index, a), target.contiguous(),
+        embeddings.to(table.dtype).contiguous(), table, index, _inverse_length(table, index, a), target.int(),
         torch.where(lse.isfinite(), lse, 0.0),  # no negatives anywhere: their terms are exp(-inf) = 0, not nan
         grad_lse.contiguous(), grad_target.contiguous(),
     )  # fmt: skip
