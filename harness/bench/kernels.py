@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import re
@@ -28,18 +29,21 @@ WARPS_OF_PROCESSOR = 64
 PRODUCTS = {"wgmma": r"wgmma\.mma_async", "mma": r"\bmma\.sync", "tcgen05": r"tcgen05\.mma"}
 
 
-def _cosine_lse(dtype: torch.dtype, d: int) -> None:
+def _cosine_lse(dtype: torch.dtype, d: int, filter_above: float = 1.0) -> None:
     from kernels.cosine_lse_triton import cosine_lse, cosine_lse_backward
 
     n, a = 256, 4096
     embeddings, table = torch.zeros(n, d), torch.zeros(2 * a, d, dtype=dtype)
     index, target, slope = torch.arange(a), torch.zeros(n, dtype=torch.int64), torch.zeros(n)
-    cosine_lse(embeddings, table, index, target, 64.0)
-    cosine_lse_backward(embeddings, table, index, target, 64.0, slope, slope, slope)
+    cosine_lse(embeddings, table, index, target, 64.0, filter_above)
+    cosine_lse_backward(embeddings, table, index, target, 64.0, slope, slope, slope, filter_above)
 
 
 # A module's name -> calls its launchers on CPU tensors of a table of that type and width; each compiles where it would launch.
-LAUNCHES: dict[str, Callable[[torch.dtype, int], None]] = {"cosine_lse": _cosine_lse}
+LAUNCHES: dict[str, Callable[[torch.dtype, int], None]] = {
+    "cosine_lse": _cosine_lse,
+    "cosine_lse_filtered": functools.partial(_cosine_lse, filter_above=0.5),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
