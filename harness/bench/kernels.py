@@ -26,7 +26,7 @@ SHARED_OF_PROCESSOR = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 RESERVED_SHARED = 1 << 10  # of every block, for the driver
 REGISTERS_OF_PROCESSOR = 65536
 WARPS_OF_PROCESSOR = 64
-PRODUCTS = {"wgmma": r"wgmma\.mma_async", "mma": r"\bmma\.sync", "tcgen05": r"tcgen05\.mma"}
+TENSOR_CORE = r"wgmma\.mma_async|\bmma\.sync|tcgen05\.mma"
 
 
 def _cosine_lse(dtype: torch.dtype, d: int, filter_above: float = 1.0) -> None:
@@ -51,7 +51,7 @@ class KernelsConfig:
     """Compiles every kernel as its launcher does, for GPUs that need not be here, and reads the assembler's account of it.
 
     Args:
-        kernels: modules (cosine_lse).
+        kernels: what to launch (LAUNCHES).
         dtype: types of the table, fp32 or bf16.
         dim: entries of a vector.
         capability: compute capabilities: 80 (A100), 90 (H100, H200), 100 (B200).
@@ -91,7 +91,7 @@ def compile_launches(launch: Callable[[], None], capability: int) -> list[dict[s
 
 
 class _Driver:
-    """As much of a GPU's driver as Triton asks for before it launches. Every one is a device of its own: Triton remembers what it compiled for one."""
+    """As much of a GPU's driver as Triton asks for before it launches. Each is a device of its own, for Triton remembers what it compiled for one."""
 
     _number = itertools.count()
 
@@ -139,7 +139,7 @@ def _compiling(capability: int, seen: Callable[[Any, str], object]) -> Iterator[
 
 
 def _row(kernel: Any, log: str, capability: int) -> dict[str, Any]:
-    """Figures of a compiled kernel. serialized: the assembler found that asynchronous products must wait for each other."""
+    """Figures of a compiled kernel. tensor_core: such instructions; serialized: the assembler made asynchronous products wait for each other."""
 
     def number(pattern: str) -> int:
         found = re.search(pattern, log)
@@ -155,11 +155,19 @@ def _row(kernel: Any, log: str, capability: int) -> dict[str, Any]:
         "registers": registers,
         "spill_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
         "shared_bytes": shared,
-        **{name: len(re.findall(pattern, kernel.asm["ptx"])) for name, pattern in PRODUCTS.items()},
-        "serialized": "wgmma" in log and "serialized" in log,
+        "multiplies": "tt.dot" in kernel.asm["ttir"],
+        "tensor_core": len(re.findall(TENSOR_CORE, kernel.asm["ptx"])),
+        "serialized": "serialized" in log,
         "blocks_per_sm": blocks,
         "occupancy": blocks * warps / WARPS_OF_PROCESSOR,
     }
+
+
+def _assembler(capability: int) -> str:
+    """Version of the assembler that Triton brings for that capability."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return str(get_ptxas(capability).version)
 
 
 def blocks_of_processor(capability: int, registers: int, warps: int, shared: int) -> int:
@@ -168,3 +176,34 @@ def blocks_of_processor(capability: int, registers: int, warps: int, shared: int
     by_registers = REGISTERS_OF_PROCESSOR // of_warp // warps
     by_shared = SHARED_OF_PROCESSOR[capability] // (-(-shared // 128) * 128 + RESERVED_SHARED)
     return min(by_registers, by_shared, WARPS_OF_PROCESSOR // warps, 32)
+
+
+def run(config: KernelsConfig) -> dict[str, Any]:
+    """Compiles, prints and returns the report (see `harness/bench/report.py`).
+
+    Headline, all of them bars that tests hold for capability 90: bytes spilled in all kernels together, the most shared memory of a block in KiB, and
+    the number of kernels without a tensor-core product, among those that multiply.
+    """
+    rows: list[dict[str, Any]] = []
+    cases = list(itertools.product(config.kernels, config.dtype, config.dim, config.capability))
+    for name, dtype, d, capability in tqdm(cases, desc="compile", unit=" launches"):
+        launch = functools.partial(LAUNCHES[name], DTYPES[dtype], d)
+        case = {"launch": name, "dtype": dtype, "d": d, "sm": capability, "ptxas": _assembler(capability)}
+        rows += [case | row for row in compile_launches(launch, capability)]
+    headline = {
+        "spill_bytes": sum(row["spill_bytes"] for row in rows),
+        "shared_kib_max": max(row["shared_bytes"] for row in rows) / 1024,
+        "products_without_tensor_cores": sum(row["multiplies"] and not row["tensor_core"] for row in rows),
+    }
+    report = make_report("kernels", command_line(MODULE, config), headline, rows)
+    print_report(report)
+    return report
+
+
+def main() -> int:
+    """Entry point of `python -m harness.bench.kernels`."""
+    return bench_main(MODULE, KernelsConfig, run, "What the Triton kernels become on a GPU; needs none.", EXAMPLE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
