@@ -181,8 +181,8 @@ def blocks_of_processor(capability: int, registers: int, warps: int, shared: int
 def run(config: KernelsConfig) -> dict[str, Any]:
     """Compiles, prints and returns the report (see `harness/bench/report.py`).
 
-    Headline, all of them bars that tests hold for capability 90: bytes spilled in all kernels together, the most shared memory of a block in KiB, and
-    the number of kernels without a tensor-core product, among those that multiply.
+    Headline, per capability: bytes spilled in all kernels together, the most shared memory of a block, and how many kernels multiply without
+    tensor cores.
     """
     rows: list[dict[str, Any]] = []
     cases = list(itertools.product(config.kernels, config.dtype, config.dim, config.capability))
@@ -190,11 +190,14 @@ def run(config: KernelsConfig) -> dict[str, Any]:
         launch = functools.partial(LAUNCHES[name], DTYPES[dtype], d)
         case = {"launch": name, "dtype": dtype, "d": d, "sm": capability, "ptxas": _assembler(capability)}
         rows += [case | row for row in compile_launches(launch, capability)]
-    headline = {
-        "spill_bytes": sum(row["spill_bytes"] for row in rows),
-        "shared_kib_max": max(row["shared_bytes"] for row in rows) / 1024,
-        "products_without_tensor_cores": sum(row["multiplies"] and not row["tensor_core"] for row in rows),
-    }
+    headline = {}
+    for capability in config.capability:
+        of = [row for row in rows if row["sm"] == capability]
+        headline |= {
+            f"sm_{capability}_spill_bytes": sum(row["spill_bytes"] for row in of),
+            f"sm_{capability}_shared_kib": max(row["shared_bytes"] for row in of) / 1024,
+            f"sm_{capability}_without_tensor_cores": sum(row["multiplies"] and not row["tensor_core"] for row in of),
+        }
     report = make_report("kernels", command_line(MODULE, config), headline, rows)
     print_report(report)
     return report
