@@ -190,7 +190,7 @@ def run(config: KernelsConfig) -> dict[str, Any]:
         launch = functools.partial(LAUNCHES[name], DTYPES[dtype], d)
         case = {"launch": name, "dtype": dtype, "d": d, "sm": capability, "ptxas": _assembler(capability)}
         rows += [case | row for row in compile_launches(launch, capability)]
-    headline = {}
+    headline: dict[str, float] = {}
     for capability in config.capability:
         of = [row for row in rows if row["sm"] == capability]
         headline |= {
