@@ -355,8 +355,8 @@ class Trainer:
 
     def _panel_rows(self, report: Report) -> list[Any]:
         catalogue = self.loader.catalogue
-        side = self.evaluation.documents[0]
-        titles = dict(zip(side.ids.tolist(), side.columns["title"], strict=True))
+        found = sorted({i for _, best, _ in report.panel for i in best if i < catalogue.num_samples})
+        titles = {row["sample_id"]: row["title"] for row in catalogue.rows(found, ["title"])}
         rows = []
         for query, best, relevant in report.panel:
             shown = text_picture(query) if isinstance(query, str) else picture(catalogue, query)
