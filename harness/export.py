@@ -106,13 +106,13 @@ def run(config: ExportConfig) -> dict[str, Any]:
             stage = _shared_stage(config.out, mesh, stack)
             part = stage / "documents" / f"part-{mesh.rank:05d}.parquet"
             in_own_time(
-                lambda: _write_documents(part, side, _shared_with(own, mesh), config.thumbnail, settings.data.threads),
+                lambda: write_documents(part, side, _shared_with(own, mesh), config.thumbnail, settings.data.threads),
                 mesh,
                 "writing the documents",
             )
 
             def describe() -> None:
-                _write_index(stage, model.embedding_dim)
+                write_index(stage, model.embedding_dim)
                 _write_encoder(encoder, _example(settings), stage / "encoder.pt2")
                 write_json(stage / "preprocess.json", settings.data.preprocess.to_dict())
                 shutil.copytree(config.run / "tokenizer", stage / "tokenizer")
@@ -144,7 +144,7 @@ def _shared_with(own: Embedded, mesh: Mesh) -> Embedded:
     return Embedded(*(column[mine.start : mine.stop] for column in (own.vectors, own.ids, own.labels)))
 
 
-def _write_documents(file: Path, side: Side, own: Embedded, thumbnail: int, threads: int) -> None:
+def write_documents(file: Path, side: Side, own: Embedded, thumbnail: int, threads: int) -> None:
     """This rank's rows, in the order of the side: consecutive ones, so that the parts follow each other."""
     width, catalogue = own.vectors.shape[1], side.catalogue
     texts = ["class_key", "item", *FIELDS, *catalogue.attributes]
@@ -179,17 +179,17 @@ def _thumbnail(catalogue: Catalogue, sample_id: int, size: int) -> bytes | None:
     return buffer.getvalue()
 
 
-def _write_index(stage: Path, width: int) -> None:
+def write_index(stage: Path, width: int) -> None:
     """The index, from the parts in their order; no more than _ROWS vectors are in memory at once, as FAISS itself would hold them all."""
     parts = [pq.ParquetFile(part) for part in sorted((stage / "documents").glob("part-*.parquet"))]
     with (stage / "index.faiss").open("wb") as index:
-        index.write(_index_head(width, sum(part.metadata.num_rows for part in parts)))
+        index.write(index_head(width, sum(part.metadata.num_rows for part in parts)))
         for part in parts:
             for batch in part.iter_batches(_ROWS, columns=["embedding"]):
                 index.write(batch.column(0).flatten().to_numpy())
 
 
-def _index_head(width: int, count: int) -> bytes:
+def index_head(width: int, count: int) -> bytes:
     """The bytes before the vectors in a file of `count` of them: FAISS's own for one, with the two numbers that differ.
 
     Raises:
