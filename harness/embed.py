@@ -115,16 +115,10 @@ def side_of(
             for name in names:
                 pieces[name].append(encoded(batch.column(name)))
     samples = np.concatenate(found)
-    coded = {name: Coded.of(pieces.pop(name)) for name in names}
+    coded = {name: Coded.of(pieces.pop(name)) for name in names}  # pieces go as their numbers come
     labels = np.full(len(samples), -1) if keys is None else keys.numbers(coded["class_key"])
-    return Side(
-        catalogue,
-        kind,
-        samples + offset,
-        samples,
-        labels,
-        {name: column for name, column in coded.items() if name in columns},
-    )
+    ids = samples + offset if offset else samples
+    return Side(catalogue, kind, ids, samples, labels, {name: coded[name] for name in columns})
 
 
 class Embedder:
