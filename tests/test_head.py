@@ -71,7 +71,7 @@ def check_head(
 ) -> None:
     """`sizes` are the batch sizes of the data-parallel ranks; every rank cuts its batch into `micro` calls."""
     with layout(tensor_parallel) as mesh, sharded(shards):
-        head = ClassParallelHead(config, mesh.row_group, mesh.dp, dtype=torch.float64)
+        head = ClassParallelHead(config, mesh.row_group, mesh.dp, dtype=torch.float64, copy_group=mesh.tp)
         rows = head.full_weight().clone().requires_grad_()
         embeddings, labels, weights = samples(sum(sizes), config.num_classes, one_shard)
         dense_in = embeddings.clone().requires_grad_()

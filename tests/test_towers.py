@@ -116,7 +116,7 @@ def check_against_plain(name: str, tensor_parallel: int) -> None:
         towers = OclearTowers(config, MegatronBuilder(mesh.groups)).double()
         plain = OclearTowers(config, PlainBuilder()).double()
         plain.load_state_dict(merged_state_dict(towers, mesh.tp))
-        head = ClassParallelHead(HEAD, mesh.row_group, mesh.dp, dtype=torch.float64)
+        head = ClassParallelHead(HEAD, mesh.row_group, mesh.dp, dtype=torch.float64, copy_group=mesh.tp)
         rows = head.full_weight().clone().requires_grad_()
 
         whole = global_batch()
