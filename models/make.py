@@ -296,7 +296,7 @@ class Make:
         return loss
 
     def _matching(
-        self, queries: Tensor, documents: Tensor, labels: Tensor, weights: Tensor, sizes: list[int] | None
+        self, queries: Tensor, documents: Tensor, labels: Tensor, weights: Tensor, sizes: list[int] | None = None
     ) -> Tensor:
         """QIM: binary cross entropy of each pair and of the query with its hardest negative.
 

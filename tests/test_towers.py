@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.batch import Batch
+from models.batch import TENSORS, Batch
 from models.branch import BranchEnd
 from models.fusion import ConceptFusion
 from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
@@ -96,7 +96,7 @@ def global_batch(queries: int = 5, documents: int = 4) -> Batch:
 
 
 def part(batch: Batch, rank: int, size: int) -> Batch:
-    cut = {name: value.tensor_split(size)[rank] for name, value in vars(batch).items()}
+    cut = {name: getattr(batch, name).tensor_split(size)[rank] for name in TENSORS}
     return replace(batch, **cut)
 
 
