@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ class Batch:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
         """On `device`, images in `dtype`."""
-        moved = {name: send(getattr(self, name), device) for name in TENSORS}
+        moved: dict[str, Any] = {name: send(getattr(self, name), device) for name in TENSORS}
         for name in ("query_images", "document_images"):
             moved[name] = moved[name].to(dtype)
         return replace(self, **moved, origin=self.host)

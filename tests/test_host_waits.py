@@ -40,9 +40,7 @@ def waits(name: str, tensor_parallel: int, known: bool, added: str = "") -> list
 
 
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize(
-    ("world", "tensor_parallel"), [(1, 1), (2, 1), pytest.param(2, 2, marks=pytest.mark.full)]
-)
+@pytest.mark.parametrize(("world", "tensor_parallel"), [(1, 1), (2, 1), pytest.param(2, 2, marks=pytest.mark.full)])
 def test_a_step_waits_for_the_finite_gate_and_for_the_number_of_active_rows(
     name: str, world: int, tensor_parallel: int
 ) -> None:
@@ -67,7 +65,9 @@ ADDED: dict[str, Callable[[torch.Tensor], object]] = {
     "mask": lambda x: x[x > 0],
     "tensor from numbers": lambda x: torch.tensor([1.0], device=x.device),
     "copy of pageable memory": lambda x: torch.ones(3).to(x.device, non_blocking=True),
-    "one number into places": lambda x: x.detach().clone().__setitem__(torch.zeros(1, dtype=torch.int64, device=x.device), 1.0),
+    "one number into places": lambda x: (
+        x.detach().clone().__setitem__(torch.zeros(1, dtype=torch.int64, device=x.device), 1.0)
+    ),
     "repeats from a tensor": lambda x: x.repeat_interleave(torch.ones(len(x), dtype=torch.int64, device=x.device)),
 }
 

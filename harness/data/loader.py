@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -291,7 +291,8 @@ class StepLoader:
                 document_ids=torch.from_numpy(d.sample_ids),
                 sizes=self._sizes(micro),
             )
-            batches.append(replace(batch, **self._texts(d), **self._masks(d, batch.document_tokens)))
+            more: dict[str, Any] = {**self._texts(d), **self._masks(d, batch.document_tokens)}
+            batches.append(replace(batch, **more))
             total += _ledger(queries, q.sample_ids, documents, d.sample_ids)
             bad += ids[~ok.numpy()].tolist()
         return StepData(batches, total % 2**64, bad, read, seconds)

@@ -124,7 +124,9 @@ class ClassParallelHead(nn.Module):
         copies = 1 if copy_group is None else copy_group.size()
         self.copy_group = copy_group if copies > 1 else None
         if data_group.size() * copies != row_group.size():
-            raise ValueError(f"{row_group.size()} ranks share the rows, but {data_group.size()} x {copies} bring samples")
+            raise ValueError(
+                f"{row_group.size()} ranks share the rows, but {data_group.size()} x {copies} bring samples"
+            )
         self.start, self.stop = class_range(config.num_classes, row_group.rank(), row_group.size())
         self.rows = self._initial_rows(torch.device(device), dtype or ROW_DTYPES[config.row_dtype])
         # Without sampling every step has the same active rows: one list for all of them.
