@@ -5,7 +5,7 @@ torch's private-use backend, filled in Python. Inside `Pretend()`
     a CPU tensor in a collective raises, as with NCCL; tensors of the device go through the group's gloo;
     what makes the host wait for the device is listed in `waits`.
 Of the kernels only the class-parallel head's are launched by hand: their twin stands in for them (`launched`).
-It changes its process for good, so it runs in ranks of its own: tests.pool.ranks(n, "pretend").
+It changes its process for good, and must be there before the first backward, so it runs in ranks of its own: tests.pool.ranks(n, "pretend").
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -71,6 +72,17 @@ RECIPES |= {
     "make, hidden words, equal weights": RECIPES["make"] | {"model.hide_words": True, "model.modalities": "equal"},
     "item, all targets": RECIPES["item"] | {"model.global_targets": "all", "model.aligned": True},
 }
+
+
+def cases(*layouts: tuple[int, int]) -> list[Any]:
+    """(world, tensor_parallel, name of a recipe): all recipes on the first layout, the three methods on the second, the rest in the full run."""
+    found = []
+    for number, layout in enumerate(layouts):
+        for place, name in enumerate(RECIPES):
+            quick = number == 0 or (number == 1 and place < 3)
+            found.append(pytest.param(*layout, name, marks=() if quick else pytest.mark.full))
+    return found
+
 
 # The host asks for a number, or for a shape, that only the device knows.
 _ASKING = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "bincount", "histc", "_unique2", "unique_dim")
