@@ -36,6 +36,7 @@ from harness.profile import StepProfiler
 from harness.text_fit import require_fit
 from harness.waiting import on_first_rank
 from harness.weights import init_towers
+from models.batch import rank_sizes
 from models.heads.row_optimizer import RowAdamW
 
 # So many samples must have been read before their damage can stop a run: a few at its start say nothing of the rest.
@@ -130,9 +131,10 @@ class Trainer:
         self.mesh.seed_streams(config.seed, self.step)
         self.towers.zero_grad()
         if head is not None and self.rows is not None:
-            labels, weights = torch.cat([b.labels for b in batches]), torch.cat([b.weights for b in batches])
+            labels, weights = torch.cat([b.labels for b in data.batches]), torch.cat([b.weights for b in data.batches])
             margin_part = min(1.0, (self.step + 1) / max(1, config.train.margin_warmup))
-            self.rows.catch_up(head.begin_step(labels, weights, self.step, margin_part))
+            sizes = rank_sizes(data.batches, "query", "document")
+            self.rows.catch_up(head.begin_step(labels, weights, self.step, margin_part, sizes))
 
         total, sums, names = torch.zeros((), device=self.mesh.device), None, []
         for i, (loss, metrics) in enumerate(self.method.losses(batches)):
@@ -149,10 +151,12 @@ class Trainer:
         if head is not None:
             active, row_grad = head.row_grad
             squared += sum_of_squares(row_grad)
-        norm = math.sqrt(self.mesh.sum(squared).item())
-        self._require_finite(total, norm, data)
+        # The one wait of every step: what tells whether it may touch the weights.
+        squared_norm, loss_value = torch.stack([self.mesh.sum(squared), total.to(squared.dtype)]).tolist()
+        norm = math.sqrt(squared_norm)
+        self._require_finite(loss_value, norm, data)
         if config.optimizer.clip_norm and norm > config.optimizer.clip_norm:
-            factor = torch.tensor(config.optimizer.clip_norm / (norm + 1e-6), device=self.mesh.device)
+            factor = torch.full((), config.optimizer.clip_norm / (norm + 1e-6), device=self.mesh.device)
             self.towers.scale(factor)
             if head is not None:
                 row_grad *= factor
@@ -319,15 +323,15 @@ class Trainer:
             **{f"step_seconds/{part}": seconds for part, seconds in self.clock.seconds.items()},
         }
 
-    def _require_finite(self, loss: Tensor, norm: float, data: StepData) -> None:
+    def _require_finite(self, loss: float, norm: float, data: StepData) -> None:
         """Ends the run before a loss or gradient that is not finite reaches the weights; the newest checkpoint stays good."""
-        if math.isfinite(norm) and math.isfinite(loss.item()):
+        if math.isfinite(norm) and math.isfinite(loss):
             return
         ids = torch.cat([torch.cat([b.query_ids, b.document_ids]) for b in data.batches]).tolist()
         file = self.config.run_dir / f"nonfinite-step-{self.step}-rank-{self.mesh.rank}.json"
-        write_json(file, {"step": self.step, "loss": str(loss.item()), "gradient_norm": str(norm), "sample_ids": ids})
+        write_json(file, {"step": self.step, "loss": str(loss), "gradient_norm": str(norm), "sample_ids": ids})
         raise UserError(
-            f"step {self.step}: loss {loss.item()} or gradient norm {norm} is not finite; nothing was updated",
+            f"step {self.step}: loss {loss} or gradient norm {norm} is not finite; nothing was updated",
             f"The samples are in {file}. Lower optimizer.lr or the margin, then start again: the run resumes",
         )
 
