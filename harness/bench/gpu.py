@@ -1,0 +1,84 @@
+"""What the programs of jobs/gpu share: their flags, the device, and a report that grows on the disk row by row.
+
+Such a program proves or measures one thing on one GPU; with --tiny the same code runs small on a CPU, which the tests do. Exit codes: 0, 1 where a
+row says ok = false, 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from harness.bench.report import Scalar, make_report
+
+
+class Program:
+    """One program: reads the command line, then collects rows.
+
+    Args:
+        name: of its report.
+        purpose: one sentence for --help.
+        flags: flag -> default; a list makes a flag that takes several values. OUT and --tiny there are always.
+
+    Attributes:
+        given: values of the flags.
+        out: file of the report (harness/bench/report.py), whole after every row, so that a crash keeps what was found before it.
+        tiny: whether to run small on a CPU.
+        device: the GPU, or the CPU with --tiny.
+    """
+
+    def __init__(self, name: str, purpose: str, flags: dict[str, str | int | list[str]] | None = None) -> None:
+        parser = argparse.ArgumentParser(description=purpose)
+        parser.add_argument("out", type=Path, help="file for the report")
+        parser.add_argument("--tiny", action="store_true", help="small, on a CPU")
+        for flag, default in (flags or {}).items():
+            kind = int if isinstance(default, int) else str
+            parser.add_argument(f"--{flag}", type=kind, default=default, nargs="*" if isinstance(default, list) else None)
+        self.given = parser.parse_args()
+        self.out, self.tiny = self.given.out, self.given.tiny
+        if not self.tiny and not torch.cuda.is_available():
+            print("error: torch sees no GPU here. --tiny runs small on the CPU", file=sys.stderr)
+            sys.exit(2)
+        self.device = torch.device("cpu" if self.tiny else "cuda")
+        self.failed = 0
+        self._report = make_report(name, shlex.join(["python", *sys.argv]), {}, [])
+        self._write()
+
+    def add(self, **row: Scalar) -> None:
+        """One more row, printed and written; `ok` false makes the program fail."""
+        self.failed += row.get("ok") is False
+        self._report["rows"].append(row)
+        print(", ".join(f"{key} {f'{x:.4g}' if isinstance(x, float) else x}" for key, x in row.items()), flush=True)
+        self._write()
+
+    def cite(self, **figures: float) -> None:
+        """Figures for the headline, by names that carry the unit."""
+        self._report["headline"] |= {key: float(value) for key, value in figures.items()}
+        self._write()
+
+    def bar(self, what: str, value: float, bar: float, at_least: bool = True) -> None:
+        """A row that holds a figure against the bar that is set for one H100 (docs/gpu.md), and the figure for the headline. It never fails."""
+        self.cite(**{what: value})
+        self.add(bar_of=what, value=value, bar=bar, ratio=value / bar, met=value >= bar if at_least else value <= bar)
+
+    def exit(self) -> None:
+        """Ends the process: by 1 where a row was not ok."""
+        sys.exit(int(self.failed > 0))
+
+    def synchronize(self) -> float:
+        """Waits for the device and reads the clock, in seconds."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _write(self) -> None:
+        temporary = self.out.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self._report, indent=1, default=str) + "\n")
+        os.replace(temporary, self.out)
