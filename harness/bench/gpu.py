@@ -43,6 +43,8 @@ class Program:
             parser.add_argument(f"--{flag}", type=kind, default=default, nargs="*" if isinstance(default, list) else None)
         self.given = parser.parse_args()
         self.out, self.tiny = self.given.out, self.given.tiny
+        if self.tiny:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for all that chooses a device by itself, and for processes of its own
         if not self.tiny and not torch.cuda.is_available():
             print("error: torch sees no GPU here. --tiny runs small on the CPU", file=sys.stderr)
             sys.exit(2)
@@ -57,6 +59,11 @@ class Program:
         self._report["rows"].append(row)
         print(", ".join(f"{key} {f'{x:.4g}' if isinstance(x, float) else x}" for key, x in row.items()), flush=True)
         self._write()
+
+    @property
+    def rows(self) -> list[dict[str, Scalar]]:
+        """All rows so far."""
+        return list(self._report["rows"])
 
     def cite(self, **figures: float) -> None:
         """Figures for the headline, by names that carry the unit."""
@@ -82,3 +89,31 @@ class Program:
         temporary = self.out.with_suffix(".tmp")
         temporary.write_text(json.dumps(self._report, indent=1, default=str) + "\n")
         os.replace(temporary, self.out)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product, the best of several: what a kernel of this machine can reach."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        c = a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    del c
+    return 2 * n**3 / best
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes/s read and written in copying a large tensor, the best of several."""
+    a = torch.ones(1 << (29 if device.type == "cuda" else 22), device=device)
+    b, best = torch.empty_like(a), float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        b.copy_(a)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * a.nbytes / best

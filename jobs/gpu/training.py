@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ BASE: dict[str, Any] = {
     "data.queries_per_step": 16,
     "data.documents_per_step": 16,
     "data.threads": 2,
-    "optimizer.lr": 2e-3,
+    "optimizer.lr": 5e-4,
     "optimizer.warmup_steps": 1,
     "train.steps": STEPS,
     "evaluation.split": "train",
@@ -54,7 +54,7 @@ MAKE = BASE | VISION | {
     "model.qic.temperature": 0.2,
     "evaluation.query_attributes": ["category", "colour"],
 }
-ITEM = BASE | {"method": "item", "model.aligned": True, "evaluation.category": "category"}
+ITEM = BASE | {"method": "item", "model.aligned": True, "evaluation.tasks": ["category"], "evaluation.category": "category"}
 EIGHT_BIT = {"head.row_dtype": "bf16", "optimizer.rows.state": "8bit", "optimizer.rows.bf16_rows": "stochastic"}
 CASES: dict[str, dict[str, Any]] = {
     "oclear": OCLEAR | {"head.sample_rate": 0.5, "optimizer.rows.weight_decay": 0.01, "data.micro_batches": 2},
@@ -70,7 +70,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 TINY = ("oclear", "make, some weights 0")
 # Largest relative difference of losses, and of gradient norms. Moments of 8 bits and stochastic rows turn the last bit of a sum into another code.
-BOUNDS = {"fp32": (1e-3, 5e-3), "bf16": (1e-2, 1e-1)}
+BOUNDS = {"fp32": (1e-3, 5e-3), "bf16": (2e-2, 1e-1)}
 EXPORT = 1e-3  # largest difference of an entry of a unit vector
 Found = dict[str, Any]
 
@@ -130,12 +130,10 @@ class Side:
         """The loop's Trainer, which resumes by itself what lies in `run`."""
         from harness.config import parse
         from harness.loop import Trainer
-        from harness.mesh import Mesh, MeshConfig
+        from harness.mesh import Mesh
         from harness.methods import with_keywords
 
         values = {**recipe, "data.catalogue": self.catalogue, "run_dir": run}
-        if "device" in {field.name for field in fields(MeshConfig)}:
-            values["mesh.device"] = "cuda" if self.cuda else "cpu"
         flags = [f"--{key}={x if isinstance(x, str | Path) else json.dumps(x)}" for key, x in values.items()]
         config, _ = parse(flags, 1)
         config = replace(config, model=with_keywords(config.method, config.model, config.data.catalogue))
