@@ -40,11 +40,15 @@ class Program:
         parser.add_argument("--tiny", action="store_true", help="small, on a CPU")
         for flag, default in (flags or {}).items():
             kind = int if isinstance(default, int) else str
-            parser.add_argument(f"--{flag}", type=kind, default=default, nargs="*" if isinstance(default, list) else None)
+            parser.add_argument(
+                f"--{flag}", type=kind, default=default, nargs="*" if isinstance(default, list) else None
+            )
         self.given = parser.parse_args()
         self.out, self.tiny = self.given.out, self.given.tiny
         if self.tiny:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for all that chooses a device by itself, and for processes of its own
+            os.environ["CUDA_VISIBLE_DEVICES"] = (
+                ""  # for all that chooses a device by itself, and for processes of its own
+            )
         if not self.tiny and not torch.cuda.is_available():
             print("error: torch sees no GPU here. --tiny runs small on the CPU", file=sys.stderr)
             sys.exit(2)

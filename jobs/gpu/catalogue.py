@@ -22,10 +22,10 @@ from harness.synth import command as synth
 LONG_SIDE = 500  # pixels; as ImageNet's photos, on which the published rates were taken
 
 
-def drawn(folder: Path, products: int) -> None:
+def drawn(folder: Path, products: int, photos: int) -> None:
     """Products with photos, texts and attributes, ready for all three methods."""
     source, catalogue = folder / "products", folder / "drawn"
-    synth.run(synth.SynthConfig(out=source, products=products, photos=3, held_out=1))
+    synth.run(synth.SynthConfig(out=source, products=products, photos=photos, held_out=1))
     attributes = "category,colour,pattern,brand"
     ingest.run(
         ingest.IngestConfig(
@@ -54,7 +54,7 @@ def photos(folder: Path, classes: int, side: int) -> None:
             table.writerow([f"{number}.jpg", f"p{number}", kind, f"c{number // 2}", title, split])
     ingest.run(ingest.IngestConfig(manifest=source / "manifest.csv", images=source, out=catalogue))
     govern.run(govern.GovernConfig(catalogue=catalogue))
-    tokenizer.run(tokenizer.TokenizerConfig(catalogue=catalogue, vocab_size=20))
+    tokenizer.run(tokenizer.TokenizerConfig(catalogue=catalogue, keep_from=folder / "drawn"))
     shutil.rmtree(source)
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     folder = Path(program.given.folder)
     shutil.rmtree(folder, ignore_errors=True)
     for name, make in (
-        ("drawn", lambda: drawn(folder, 8 if program.tiny else 64)),
+        ("drawn", lambda: drawn(folder, *((8, 1) if program.tiny else (64, 4)))),
         ("photos", lambda: photos(folder, *((8, 64) if program.tiny else (512, LONG_SIDE)))),
     ):
         began = program.synchronize()

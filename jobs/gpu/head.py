@@ -18,10 +18,19 @@ from harness.bench.head import PHASES, SIDES, Setting, draw, make_side
 from harness.bench.head_memory import MIB, PER_VALUE, HeadMemoryConfig, computed_mib
 
 MEASURED = ["ours_bf16_8bit", "partial_fc_fused", "ours", "ours_bf16", "full_softmax"]
-COMPUTED = {"ours": "ours_fp32", "ours_bf16": "ours_fp32", "partial_fc_fused": "partial_fc_adamw", "full_softmax": "full_softmax_adamw"}
+COMPUTED = {
+    "ours": "ours_fp32",
+    "ours_bf16": "ours_fp32",
+    "partial_fc_fused": "partial_fc_adamw",
+    "full_softmax": "full_softmax_adamw",
+}
 # Bytes that a step must move for each entry of an active row: rows are read by forward, backward and update and written by it, their gradient is
 # written and read, moments are read and written. With a master copy the update reads and writes that, and writes the row.
-MOVED = {"ours": 4 * 4 + 2 * 4 + 2 * 8, "ours_bf16": 3 * 2 + 2 * 4 + 2 * 4 + 2 * 8, "ours_bf16_8bit": 4 * 2 + 2 * 4 + 2 * 2}
+MOVED = {
+    "ours": 4 * 4 + 2 * 4 + 2 * 8,
+    "ours_bf16": 3 * 2 + 2 * 4 + 2 * 4 + 2 * 8,
+    "ours_bf16_8bit": 4 * 2 + 2 * 4 + 2 * 2,
+}
 
 
 def measure(program: Program, name: str, setting: Setting, steps: int, rates: tuple[float, float]) -> float:
@@ -68,7 +77,9 @@ def main() -> None:
     program.add(side="device", bandwidth_gb_per_s=rates[0] / 1e9, matrix_tflops=rates[1] / 1e12)
     found = {}
     for name in given.sides:
-        need = computed_mib(COMPUTED.get(name, name), HeadMemoryConfig(embedding_dim=width, batch=batch), classes, 1) * MIB
+        need = (
+            computed_mib(COMPUTED.get(name, name), HeadMemoryConfig(embedding_dim=width, batch=batch), classes, 1) * MIB
+        )
         assert name in SIDES and COMPUTED.get(name, name) in PER_VALUE
         free = torch.cuda.mem_get_info()[0] if cuda else float("inf")
         if need > 0.97 * free:
@@ -83,7 +94,9 @@ def main() -> None:
         if cuda:
             torch.cuda.empty_cache()
     if {"ours_bf16_8bit", "partial_fc_fused"} <= found.keys():
-        program.bar("step_by_partial_fc_fused", found["ours_bf16_8bit"] / found["partial_fc_fused"], 0.25, at_least=False)
+        program.bar(
+            "step_by_partial_fc_fused", found["ours_bf16_8bit"] / found["partial_fc_fused"], 0.25, at_least=False
+        )
     for row in program.rows:
         if row.get("side") == "ours_bf16_8bit" and "by_memory_limit" in row:
             program.bar("ours_bf16_8bit_step_by_memory_limit", float(row["by_memory_limit"] or 0), 3.0, at_least=False)

@@ -84,9 +84,17 @@ def stepper(tower: nn.Module, images: Tensor, mesh: Mesh | None) -> Callable[[],
 def build(side: str, name: str, state: dict[str, Tensor], mesh: Mesh) -> nn.Module:
     """The side's module on the device in fp32, with the weights `state`: images -> token vectors, and of `a step` the pooled vectors too."""
     if side in ("as trained", "a step"):
-        small = [f"--model.text.{key}={value}" for key, value in (("hidden_size", 64), ("num_attention_heads", 1), ("num_layers", 1))]
+        small = [
+            f"--model.text.{key}={value}"
+            for key, value in (("hidden_size", 64), ("num_attention_heads", 1), ("num_layers", 1))
+        ]
         size = VISION[name]["image_size"]
-        flags = [f"--model.vision.preset={name}", f"--data.preprocess.image_size={size}", "--model.fusion_heads=1", *small]
+        flags = [
+            f"--model.vision.preset={name}",
+            f"--data.preprocess.image_size={size}",
+            "--model.fusion_heads=1",
+            *small,
+        ]
         model = parse(flags, 1)[0].model
         method, _ = make_method(
             "oclear", model, ClassHeadConfig(), mesh, num_classes=0, vocab_size=512, seed=0, precision="fp32"
@@ -98,11 +106,22 @@ def build(side: str, name: str, state: dict[str, Tensor], mesh: Mesh) -> nn.Modu
     if side == "plain, compiled":
         for part in module.modules():
             if isinstance(part, PlainLayer):
-                part.compile(fullgraph=True, dynamic=False, backend="inductor" if mesh.device.type == "cuda" else "aot_eager")
+                part.compile(
+                    fullgraph=True, dynamic=False, backend="inductor" if mesh.device.type == "cuda" else "aot_eager"
+                )
     return module
 
 
-def measure(program: Program, side: str, name: str, batch: int, state: dict[str, Tensor], expected: list[Tensor], ceiling: float, mesh: Mesh) -> None:
+def measure(
+    program: Program,
+    side: str,
+    name: str,
+    batch: int,
+    state: dict[str, Tensor],
+    expected: list[Tensor],
+    ceiling: float,
+    mesh: Mesh,
+) -> None:
     """Adds one row; the plain twin's outputs go into the empty list `expected`, the others are compared with them."""
     config = VisionConfig(**VISION[name])
     cuda = program.device.type == "cuda"
@@ -125,7 +144,13 @@ def measure(program: Program, side: str, name: str, batch: int, state: dict[str,
     step = stepper(module, images, mesh if side == "a step" else None)
     first, middle = seconds_of(step, program, 2 if program.tiny else 8)
     rate = batch / middle * vision_flops(config).total
-    row: dict[str, Any] = {"model": name, "side": side, "batch": batch, "ms": 1e3 * middle, "images_per_s": batch / middle}
+    row: dict[str, Any] = {
+        "model": name,
+        "side": side,
+        "batch": batch,
+        "ms": 1e3 * middle,
+        "images_per_s": batch / middle,
+    }
     row |= {"model_tflops": rate / 1e12, "of_matrix_rate": rate / ceiling, "difference": difference, "first_s": first}
     if cuda:
         row["model_flops_utilisation"] = rate / (peak_flops(program.device, "bf16") or H100_BF16)
@@ -141,7 +166,14 @@ def main() -> None:
     ceiling = matrix_rate(program.device, torch.bfloat16 if cuda else torch.float32)
     program.add(side="device", matrix_tflops=ceiling / 1e12)
     if program.tiny:
-        VISION["vit_tiny"] = {**VISION["vit_s16"], "image_size": 32, "num_layers": 1, "hidden_size": 64, "num_attention_heads": 1, "ffn_hidden_size": 64}
+        VISION["vit_tiny"] = {
+            **VISION["vit_s16"],
+            "image_size": 32,
+            "num_layers": 1,
+            "hidden_size": 64,
+            "num_attention_heads": 1,
+            "ffn_hidden_size": 64,
+        }
     batch = 2 if program.tiny else program.given.batch
     if cuda:
         total = torch.cuda.get_device_properties(program.device).total_memory / 2**30
@@ -163,7 +195,9 @@ def main() -> None:
             except Failed as error:
                 program.add(model=name, side=side, ok=False, why=str(error))
             except Exception as error:
-                program.add(model=name, side=side, ok=False, why=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+                program.add(
+                    model=name, side=side, ok=False, why=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                )
             gc.collect()
             if cuda:
                 torch.cuda.empty_cache()

@@ -46,15 +46,24 @@ BASE: dict[str, Any] = {
 }
 VISION = {f"model.vision.{key}": value for key, value in TOWER.items()}
 OCLEAR = BASE | VISION | {"model.embedding_dim": 64, "head.scale": 16.0}
-MAKE = BASE | VISION | {
-    "method": "make",
-    "model.embedding_dim": 64,
-    "model.query.max_length": 8,
-    **{f"model.{tower}.{key}": value for tower in ("query", "fusion") for key, value in TOWER.items()},
-    "model.qic.temperature": 0.2,
-    "evaluation.query_attributes": ["category", "colour"],
+MAKE = (
+    BASE
+    | VISION
+    | {
+        "method": "make",
+        "model.embedding_dim": 64,
+        "model.query.max_length": 8,
+        **{f"model.{tower}.{key}": value for tower in ("query", "fusion") for key, value in TOWER.items()},
+        "model.qic.temperature": 0.2,
+        "evaluation.query_attributes": ["category", "colour"],
+    }
+)
+ITEM = BASE | {
+    "method": "item",
+    "model.aligned": True,
+    "evaluation.tasks": ["category"],
+    "evaluation.category": "category",
 }
-ITEM = BASE | {"method": "item", "model.aligned": True, "evaluation.tasks": ["category"], "evaluation.category": "category"}
 EIGHT_BIT = {"head.row_dtype": "bf16", "optimizer.rows.state": "8bit", "optimizer.rows.bf16_rows": "stochastic"}
 CASES: dict[str, dict[str, Any]] = {
     "oclear": OCLEAR | {"head.sample_rate": 0.5, "optimizer.rows.weight_decay": 0.01, "data.micro_batches": 2},
@@ -63,9 +72,13 @@ CASES: dict[str, dict[str, Any]] = {
     "oclear, 8 bit, average": OCLEAR | EIGHT_BIT | {"head.sample_rate": 0.5, "train.ema_decay": 0.9},
     "make": MAKE | {"model.memory_bank": 32, "model.memory_after": 16},
     "item": ITEM,
-    "oclear, conv stem": OCLEAR | {"model.vision.stem_channels": [16, 32, 64, 64], "model.vision.stem_blocks": [0, 1, 1, 0]},
+    "oclear, conv stem": OCLEAR
+    | {"model.vision.stem_channels": [16, 32, 64, 64], "model.vision.stem_blocks": [0, 1, 1, 0]},
     "oclear, rotary, recompute": OCLEAR
-    | {f"model.vision.{key}": value for key, value in (("positions", "rotary"), ("qk_norm", True), ("pooling", "attention"))}
+    | {
+        f"model.vision.{key}": value
+        for key, value in (("positions", "rotary"), ("qk_norm", True), ("pooling", "attention"))
+    }
     | {"mesh.recompute": "selective"},
 }
 TINY = ("oclear", "make, some weights 0")
@@ -95,7 +108,9 @@ def compare(here: Found, twin: Found, precision: str) -> Found:
     }
     wrong = []
     for name, (ours, theirs, bound) in pairs.items():
-        row[name] = max((abs(a - b) / max(abs(b), 1e-12) for a, b in zip(ours, theirs, strict=True)), default=float("inf"))
+        row[name] = max(
+            (abs(a - b) / max(abs(b), 1e-12) for a, b in zip(ours, theirs, strict=True)), default=float("inf")
+        )
         if not row[name] <= bound:  # also NaN
             wrong.append(f"{name} differ by {row[name]:.2g}, at most {bound:g} is allowed")
     if "export" in twin:
@@ -236,7 +251,9 @@ def watch(program: Program, work: Path, sides: Mapping[str, Any], keys: Mapping[
     left = dict(keys)
     while left:
         running = any(process.poll() is None for process in sides.values())
-        found = {side: json.loads(file.read_text()) if (file := work / f"{side}.json").exists() else {} for side in sides}
+        found = {
+            side: json.loads(file.read_text()) if (file := work / f"{side}.json").exists() else {} for side in sides
+        }
         for key, (case, precision) in list(left.items()):
             here, twin = (found[side].get(key, {}) for side in ("here", "twin"))
             through = all("crossed" in one or "error" in one for one in (here, twin))
@@ -269,7 +286,18 @@ def main() -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // 2))}
         if not cuda:
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        command = [sys.executable, "-W", "ignore", __file__, "--side", side, "cuda" if cuda else "cpu", work, catalogue, *cases]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            __file__,
+            "--side",
+            side,
+            "cuda" if cuda else "cpu",
+            work,
+            catalogue,
+            *cases,
+        ]
         with (program.out.parent / f"{program.out.stem}-{side}.log").open("w") as log:
             sides[side] = subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=log)
     try:
