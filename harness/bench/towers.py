@@ -122,7 +122,7 @@ def run(config: TowersConfig) -> dict[str, Any]:
 
 def make_sides(name: str, config: TowersConfig, mesh: Mesh) -> Sides:
     """The three modules of the preset `name`, in fp32 with the same random weights, and their inputs."""
-    kind, layout = _layout(name)
+    kind, _ = _layout(name)
     preset = PRESETS[kind][name]
     torch.manual_seed(0)
     tower: VisionConfig | TextConfig

@@ -8,6 +8,7 @@ One side in memory at a time: one that does not fit costs its own row. World 1; 
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 
 import torch
@@ -47,7 +48,7 @@ def measure(program: Program, name: str, setting: Setting, steps: int, rates: tu
         stamps = [program.synchronize()]
         for _ in side.step(embeddings, labels, number):
             stamps.append(program.synchronize())
-        seconds.append([later - earlier for earlier, later in zip(stamps, stamps[1:], strict=False)])
+        seconds.append([later - earlier for earlier, later in itertools.pairwise(stamps)])
     middle = [statistics.median(phase) for phase in zip(*seconds[1:], strict=True)]
     step = statistics.median(map(sum, seconds[1:]))
     row = {"side": name, "classes": setting.num_classes, "active_rows": side.active_rows, "step_ms": 1e3 * step}

@@ -2,8 +2,8 @@
 
 python jobs/gpu/line.py OUT.json --catalogues FOLDER --work FOLDER
 
-One row for each command, with its exit code; then the figures that must agree: recall of the same checkpoint on GPU and CPU, and the photos that search
-finds on the CPU in the catalogue vectors that the GPU made.
+One row for each command, with its exit code; then what must agree: recall of one checkpoint on GPU and CPU; and how many photos search finds
+on the CPU among the vectors that the GPU made.
 """
 
 from __future__ import annotations

@@ -91,8 +91,8 @@ Found = dict[str, Any]
 def compare(here: Found, twin: Found, precision: str) -> Found:
     """One row of one case from what both sides found: the largest differences, `ok`, and `why` not.
 
-    Losses and gradient norms of all steps, GPU by CPU; losses after a load from the own and from the other side's checkpoint, by those of the run that
-    went on; the exported encoder against the towers.
+    Losses and gradient norms of all steps, GPU by CPU; losses after a load from the own and from the other side's checkpoint, by those of the run
+    that went on; the exported encoder against the towers.
     """
     row: Found = {}
     for side, found in (("here", here), ("twin", twin)):
