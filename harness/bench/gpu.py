@@ -12,7 +12,9 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +36,7 @@ class Program:
         device: the GPU, or the CPU with --tiny.
     """
 
-    def __init__(self, name: str, purpose: str, flags: dict[str, str | int | list[str]] | None = None) -> None:
+    def __init__(self, name: str, purpose: str, flags: Mapping[str, Any] | None = None) -> None:
         parser = argparse.ArgumentParser(description=purpose)
         parser.add_argument("out", type=Path, help="file for the report")
         parser.add_argument("--tiny", action="store_true", help="small, on a CPU")

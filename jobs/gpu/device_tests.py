@@ -6,6 +6,7 @@ python jobs/gpu/device_tests.py OUT.json [--tests FILE ...]
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ class Recorder:
         """Called by pytest after each phase of a test; also for those that other processes ran."""
         if report.when == "call" or not report.passed:
             self.passed += report.passed and report.when == "call"
-            row = {"test": report.nodeid, "state": report.outcome, "seconds": round(report.duration, 2)}
+            row: dict[str, Any] = {"test": report.nodeid, "state": report.outcome, "seconds": round(report.duration, 2)}
             if report.failed:
                 self.program.add(**row, ok=False, why=str(report.longrepr).strip().splitlines()[-1][:300])
             else:

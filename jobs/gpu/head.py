@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import itertools
 import statistics
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,7 +52,12 @@ def measure(program: Program, name: str, setting: Setting, steps: int, rates: tu
         seconds.append([later - earlier for earlier, later in itertools.pairwise(stamps)])
     middle = [statistics.median(phase) for phase in zip(*seconds[1:], strict=True)]
     step = statistics.median(map(sum, seconds[1:]))
-    row = {"side": name, "classes": setting.num_classes, "active_rows": side.active_rows, "step_ms": 1e3 * step}
+    row: dict[str, Any] = {
+        "side": name,
+        "classes": setting.num_classes,
+        "active_rows": side.active_rows,
+        "step_ms": 1e3 * step,
+    }
     row |= {f"{phase}_ms": 1e3 * value for phase, value in zip(PHASES, middle, strict=True)}
     entries = side.active_rows * setting.embedding_dim
     row["head_tflops"] = 10 * setting.batch * entries / sum(middle[:2]) / 1e12

@@ -99,7 +99,7 @@ def build(side: str, name: str, state: dict[str, Tensor], mesh: Mesh) -> nn.Modu
         method, _ = make_method(
             "oclear", model, ClassHeadConfig(), mesh, num_classes=0, vocab_size=512, seed=0, precision="fp32"
         )
-        tower = method.towers.vision
+        tower: Any = method.towers.vision
         load_merged(tower, state, mesh.tp)
         return tower
     module = build_side(OURS.get(side, side), name, VisionConfig(**VISION[name]), state, mesh).to(mesh.device)
@@ -206,7 +206,7 @@ def main() -> None:
             what, bar = BARS[name]
             program.bar(f"{name}_{what}", float(rows["a step"][what] or 0), bar)
         for other in set(rows) - {"as trained", "a step"} if "as trained" in rows else ():
-            key = other.replace(", ", "_").replace("-", "_")
+            key = str(other).replace(", ", "_").replace("-", "_")
             program.cite(**{f"{name}_vs_{key}": float(rows[other]["ms"] or 0) / float(rows["as trained"]["ms"] or 1)})
     mesh.close()
     program.exit()

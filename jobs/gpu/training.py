@@ -170,7 +170,7 @@ class Side:
                 first.save()
             result = first.train_step(first.loader.load(step))
             losses.append(result.loss.item())
-            norms.append(result.norm)
+            norms.append(float(result.norm))
         if recipe["train.precision"] == "fp32":
             export(first, run)
         first.loader.close()
@@ -261,45 +261,37 @@ def watch(program: Program, work: Path, sides: Mapping[str, Any], keys: Mapping[
                 continue
             bounds = "bf16" if "8 bit" in case else precision
             ended = {"error": "ended before this case; see its log"}
-            row = compare(*(one if "crossed" in one or "error" in one else ended for one in (here, twin)), bounds)
-            program.add(case=case, precision=precision, **row)
+            here, twin = (one if "crossed" in one or "error" in one else ended for one in (here, twin))
+            program.add(case=case, precision=precision, **compare(here, twin, bounds))
             del left[key]
         if running:
             time.sleep(0.3)
 
 
+def start(side: str, program: Program, work: Path, catalogue: Path, cases: list[str]) -> subprocess.Popen[bytes]:
+    """The process of a side; the twin does not see the GPU, and each takes half of the cores."""
+    cuda = side == "here" and not program.tiny
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // 2))}
+    if not cuda:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    words = [__file__, "--side", side, "cuda" if cuda else "cpu", str(work), str(catalogue), *cases]
+    with (program.out.parent / f"{program.out.stem}-{side}.log").open("w") as log:
+        return subprocess.Popen([sys.executable, "-W", "ignore", *words], env=environment, stdout=log, stderr=log)
+
+
 def main() -> None:
     """Entry point: of the process that compares, or of a side (--side)."""
-    flags = {"catalogues": "catalogues", "work": "work", "side": "", "cases": list[str]()}
-    if "--side" in sys.argv:
-        side, cuda, work, catalogue, *cases = sys.argv[2:]
-        Side(side, cuda == "cuda", Path(work), Path(catalogue)).run({case: CASES[case] for case in cases})
+    if sys.argv[1:2] == ["--side"]:
+        name, place, folder, data, *chosen = sys.argv[2:]
+        Side(name, place == "cuda", Path(folder), Path(data)).run({case: CASES[case] for case in chosen})
         return
+    flags = {"catalogues": "catalogues", "work": "work", "cases": list[str]()}
     program = Program("gpu training", "Training steps on the GPU against the same on a CPU.", flags)
     work, catalogue = Path(program.given.work), Path(program.given.catalogues) / "drawn"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     cases = program.given.cases or list(TINY if program.tiny else CASES)
-    sides = {}
-    for side in ("here", "twin"):
-        cuda = side == "here" and not program.tiny
-        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // 2))}
-        if not cuda:
-            environment["CUDA_VISIBLE_DEVICES"] = ""
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            __file__,
-            "--side",
-            side,
-            "cuda" if cuda else "cpu",
-            work,
-            catalogue,
-            *cases,
-        ]
-        with (program.out.parent / f"{program.out.stem}-{side}.log").open("w") as log:
-            sides[side] = subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=log)
+    sides = {side: start(side, program, work, catalogue, cases) for side in ("here", "twin")}
     try:
         watch(program, work, sides, {key_of(case, kind): (case, kind) for case in cases for kind in BOUNDS})
     finally:
