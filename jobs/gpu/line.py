@@ -2,14 +2,15 @@
 
 python jobs/gpu/line.py OUT.json --catalogues FOLDER --work FOLDER
 
-One row for each command, with its exit code; then what must agree: recall of one checkpoint on GPU and CPU; and how many photos search finds
-on the CPU among the vectors that the GPU made.
+One row for each command, with its exit code; then what must agree: recall of one checkpoint on GPU and CPU, and of search on the CPU among the
+catalogue vectors that the GPU made.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -57,6 +58,11 @@ def losses(run: Path) -> list[float]:
     return [line["train/loss"] for line in lines if "train/loss" in line]
 
 
+def recall(file: Path) -> float:
+    """What an evaluation wrote."""
+    return json.loads(file.read_text())["recall_at_5"]
+
+
 def main() -> None:
     """Entry point."""
     program = Program("gpu line", "The commands of a run.", {"catalogues": "catalogues", "work": "work"})
@@ -102,48 +108,36 @@ def main() -> None:
             ok=len(found) == steps and found[-1] < found[0],
         )
     evaluate = ["harness", "eval", run, "--split", "test", "--json"]
-    if line.run("eval", *evaluate, work / "gpu.json") and line.run(
-        "eval-on-cpu", *evaluate, work / "cpu.json", cpu=True
-    ):
-        gpu, cpu = (json.loads((work / name).read_text())["recall_at_5"] for name in ("gpu.json", "cpu.json"))
+    gpu = recall(work / "gpu.json") if line.run("eval", *evaluate, work / "gpu.json") else math.nan
+    if line.run("eval-on-cpu", *evaluate, work / "cpu.json", cpu=True):
+        cpu = recall(work / "cpu.json")
         program.add(what="recall_at_5", gpu=gpu, cpu=cpu, ok=abs(gpu - cpu) <= RECALL)
     artefact = work / "artefact"
     if importlib.util.find_spec("faiss") is None:
         program.add(command="export", skipped="faiss is not installed")
     elif line.run("export", "harness", "export", run, "--out", artefact):
-        photos, right = pictures(catalogue, work, 16)
-        if line.run(
-            "search-on-cpu",
-            "harness",
-            "search",
-            artefact,
-            *photos,
-            "--top",
-            5,
-            "--json",
-            work / "search.json",
-            cpu=True,
-        ):
-            rows = pq.read_table(artefact / "documents").column("class_key").to_pylist()
-            hits = [
-                truth in [rows[hit["row"]] for hit in query["found"]]
-                for query, truth in zip(json.loads((work / "search.json").read_text())["queries"], right, strict=True)
-            ]
-            program.add(what="photos found by search among 5", found=sum(hits), of=len(hits))
+        photos, right = pictures(catalogue, work)
+        words = ["harness", "search", artefact, *photos, "--top", 5, "--json", work / "search.json"]
+        if line.run("search-on-cpu", *words, cpu=True):
+            classes = pq.read_table(artefact / "documents").column("class_key").to_pylist()
+            queries = json.loads((work / "search.json").read_text())["queries"]
+            found = [[classes[hit["row"]] for hit in query["found"]] for query in queries]
+            hits = sum(truth in keys for truth, keys in zip(right, found, strict=True)) / len(right)
+            program.add(what="recall_at_5 of search", gpu=gpu, cpu=hits, ok=abs(gpu - hits) <= RECALL)
     shutil.rmtree(work, ignore_errors=True)
     program.exit()
 
 
-def pictures(catalogue: Path, work: Path, count: int) -> tuple[list[Path], list[str]]:
-    """Files of some test photos, and their classes."""
+def pictures(catalogue: Path, work: Path) -> tuple[list[Path], list[str]]:
+    """Files of the test photos, and their classes."""
     opened = Catalogue(catalogue)
     table = opened.table(["class_key"], kind="query", split="test").to_pydict()
     files = []
-    for number in table["sample_id"][:count]:
+    for number in table["sample_id"]:
         files.append(work / f"photo-{number}.jpg")
         files[-1].write_bytes(opened.read_bytes(number))
     opened.close()
-    return files, table["class_key"][:count]
+    return files, table["class_key"]
 
 
 if __name__ == "__main__":

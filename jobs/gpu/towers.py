@@ -182,7 +182,9 @@ def main() -> None:
     for name in ["vit_tiny"] if program.tiny else program.given.models:
         torch.manual_seed(0)
         with torch.device(program.device):
-            state = VisionTower(VisionConfig(**VISION[name]), PlainBuilder()).state_dict()
+            drawn = VisionTower(VisionConfig(**VISION[name]), PlainBuilder()).state_dict()
+        state = {key: value.cpu() for key, value in drawn.items()}
+        del drawn
         expected: list[Tensor] = []
         for side in SIDES:  # the first one's outputs are the measure of the others
             if side == "transformers" and importlib.util.find_spec("transformers") is None:
