@@ -43,7 +43,7 @@ def documents_to_align(documents: Side, limit: int) -> Side:
     Raises:
         UserError: fewer than two have one.
     """
-    titled = np.flatnonzero([bool(title) for title in documents.columns["title"]])
+    titled = np.flatnonzero(documents.filled("title"))
     if len(titled) < 2:
         raise UserError(
             f"{documents.catalogue.path}: model.aligned needs documents with a title, and there are {len(titled)}",

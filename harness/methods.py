@@ -192,7 +192,7 @@ def build(
     rows = None
     if num_classes and spec.classifies(model):
         settings = replace(head, num_classes=num_classes, embedding_dim=model.embedding_dim)
-        rows = ClassParallelHead(settings, mesh.row_group, mesh.dp, mesh.device)
+        rows = ClassParallelHead(settings, mesh.row_group, mesh.dp, mesh.device, copy_group=mesh.tp)
     return spec.assemble(model, towers, rows, mesh.dp), model
 
 

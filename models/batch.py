@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from models.transfer import send
 
 
 def _no_ids() -> Tensor:
@@ -30,6 +34,10 @@ class Batch:
     masked_tokens int64 [d, L]: the titles with their masked words replaced, and masked_words bool [d, L]: which those are;
     masked_patches bool [d, P]: patches to be hidden, row-major; masked_titles bool [d]: titles that are masked as a whole;
     other_tokens int64 [d, L]: for each document its own title or that of another document.
+
+    Beside the tensors, so that nobody has to ask the device for it:
+    sizes: "query" and "document" to how many of them each rank brings that has other samples, in rank order; None: to be exchanged;
+    origin: the batch that this one was moved from.
     """
 
     query_images: Tensor
@@ -50,6 +58,8 @@ class Batch:
     masked_patches: Tensor = field(default_factory=_no_masks)
     masked_titles: Tensor = field(default_factory=_no_masks)
     other_tokens: Tensor = field(default_factory=_no_ids)
+    sizes: Mapping[str, Sequence[int]] | None = None
+    origin: Batch | None = None
 
     @classmethod
     def of_texts(cls, tokens: Tensor) -> Batch:
@@ -71,9 +81,23 @@ class Batch:
         """Weights of the queries, then the documents: [q + d]."""
         return torch.cat([self.query_weights, self.document_weights])
 
+    @property
+    def host(self) -> Batch:
+        """The batch as it came, whose labels and masks can be read without a wait for the device."""
+        return self if self.origin is None else self.origin
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
         """On `device`, images in `dtype`."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
+        moved: dict[str, Any] = {name: send(getattr(self, name), device) for name in TENSORS}
         for name in ("query_images", "document_images"):
             moved[name] = moved[name].to(dtype)
-        return replace(self, **moved)
+        return replace(self, **moved, origin=self.host)
+
+
+TENSORS = tuple(f.name for f in fields(Batch) if f.name not in ("sizes", "origin"))
+
+
+def rank_sizes(batches: Sequence[Batch], *sides: str) -> list[int] | None:
+    """Queries, documents, or both together, of all `batches` of every rank, in rank order; None where they are not known."""
+    counts = [batch.sizes[side] for batch in batches if batch.sizes is not None for side in sides]
+    return [sum(of_rank) for of_rank in zip(*counts, strict=True)] if len(counts) == len(batches) * len(sides) else None

@@ -50,6 +50,8 @@ _TYPE_NAMES = {
     torch.bfloat16: "torch.cuda.BFloat16Tensor",
     torch.float16: "torch.cuda.HalfTensor",
 }
+device = torch.device("cpu")
+"""What megatron-core's 'cuda' means here; a test's pretend device takes its place."""
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like")
 
 
@@ -61,7 +63,7 @@ class _CpuCuda(types.ModuleType):
 
     @staticmethod
     def current_device() -> torch.device:
-        return torch.device("cpu")
+        return device
 
     @staticmethod
     def synchronize(*_: Any) -> None:
@@ -96,7 +98,7 @@ class _CpuTorch(types.ModuleType):
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def build(*args: Any, **kwargs: Any) -> torch.Tensor:
         if "cuda" in str(kwargs.get("device", "")):
-            kwargs["device"] = "cpu"
+            kwargs["device"] = device
         return factory(*args, **kwargs)
 
     return build

@@ -64,8 +64,8 @@ class Ranks:
 
 
 @functools.cache
-def ranks(world_size: int) -> Ranks:
-    """The pool of that world size."""
+def ranks(world_size: int, purpose: str = "") -> Ranks:
+    """The pool of that world size; one of its own for a purpose that changes its processes for good."""
     pool = Ranks(world_size)
     atexit.register(pool.stop)
     return pool

@@ -21,7 +21,7 @@ from harness.data.catalogue import Catalogue
 from harness.data.ingest import IngestConfig
 from harness.data.ingest import run as ingest
 from harness.data.order import ClassOrder
-from harness.embed import Embedder, side_of
+from harness.embed import ClassKeys, Embedder, side_of
 from harness.errors import UserError
 from models.comm import gather_shards
 from models.merge import merged_state_dict
@@ -131,14 +131,14 @@ def means(trained: tuple[Path, dict[str, Any]], catalogues: Catalogues) -> dict[
     with trainer(config, ready=False) as t:
         t.method.towers.eval()
         embedder = Embedder(config.data, config.model, t.tokenizer, 3, t.mesh)
-        labels: dict[str, int] = {}
+        labels = ClassKeys()
         sides = [side_of(catalogue, k, "train", ["title", "description"], labels, 0) for k in ("query", "document")]
         found = [embedder.embed(t.method, side) for side in sides]
         vectors, ids, label = (
             torch.cat([getattr(e, name) for e in found]).double() for name in ("vectors", "ids", "labels")
         )
     result = {}
-    for key, number in labels.items():
+    for number, key in enumerate(labels.keys.to_pylist()):
         own = (label == number).nonzero()[:, 0]
         result[key] = vectors[own[ids[own].argsort()[:16]]].mean(0)
         if key == "c7":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from harness.data.masking import MaskConfig, draw_masks
 from harness.data.special_tokens import SpecialTokens
-from models.batch import Batch
+from models.batch import TENSORS, Batch
 from models.merge import merge_shards
 from tests.catalogues import draw_rows, write_manifest
 from tests.pool import layout
@@ -95,7 +95,8 @@ def documents_alone(folder: Path) -> Path:
 
 def part(batch: Batch, sizes: list[int], rank: int) -> Batch:
     """The rows of one of the ranks, which have `sizes` of them."""
-    return replace(batch, **{name: value.split(sizes)[rank] for name, value in vars(batch).items()})
+    own = {name: getattr(batch, name).split(sizes)[rank] for name in TENSORS}
+    return replace(batch, **own, sizes={"query": sizes, "document": sizes})
 
 
 def require_equal_gradients(towers: nn.Module, plain: nn.Module, mesh: Any) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -290,11 +290,22 @@ class StepLoader:
                 document_labels=torch.from_numpy(d.class_ids),
                 document_weights=ok[n:].float(),
                 document_ids=torch.from_numpy(d.sample_ids),
+                sizes=self._sizes(micro),
             )
-            batches.append(replace(batch, **self._texts(d), **self._masks(d, batch.document_tokens)))
+            more: dict[str, Any] = {**self._texts(d), **self._masks(d, batch.document_tokens)}
+            batches.append(replace(batch, **more))
             total += _ledger(queries, q.sample_ids, documents, d.sample_ids)
             bad += ids[~ok.numpy()].tolist()
         return StepData(batches, total % 2**64, bad, read, seconds)
+
+    def _sizes(self, micro: int) -> dict[str, list[int]]:
+        """What every rank brings to a micro-batch."""
+        places = range(micro * self.world_size, (micro + 1) * self.world_size)
+        texts = self.products is not None  # a query for each document
+        queries = self.documents_per_step if texts else self.queries_per_step
+        per_step = {"query": queries, "document": self.documents_per_step}
+        pieces = self.world_size * self.config.micro_batches
+        return {side: [len(share(size, pieces, place)) for place in places] for side, size in per_step.items()}
 
     def ledgers(self, first: int, end: int) -> list[int]:
         """The ledger of each of the steps first .. end - 1 over all ranks, from the order alone: no sample is read."""
