@@ -31,6 +31,7 @@ class MeshConfig:
         tensor_parallel: ranks that share one copy of the towers (inside a node), a power of two; the rest of the world is data-parallel.
         sequence_parallel: between the towers' linear layers each of them holds a range of the tokens instead of all: less memory, the same result.
         recompute: what backward computes again instead of keeping it: none, selective (attention cores) or full (transformer layers).
+        device: cuda, one GPU for each rank of a node; cpu; or auto, the GPUs unless the machine has none or CUDA_VISIBLE_DEVICES hides them.
         accelerators: auto takes fused kernels of TransformerEngine and apex on a GPU, where they are whole; torch takes none.
         timeout_minutes: a collective that takes longer ends the run.
     """
@@ -38,6 +39,7 @@ class MeshConfig:
     tensor_parallel: int = 1
     sequence_parallel: bool = False
     recompute: str = "none"
+    device: str = "auto"
     accelerators: str = "auto"
     timeout_minutes: float = 10.0
 
