@@ -2,7 +2,7 @@
 
 Parameters are counted on the plain twin, built without memory; everything else follows from shapes. Memory is what a step of training holds beside
 the process itself (libraries, decoder) and evaluation; writing a checkpoint needs more, which is
-a figure of its own. Texts are taken to be as long as their towers allow: real ones leave memory, and FLOPs, which --text-length tells. MB and GB are 10^6 and 10^9 bytes.
+a figure of its own. Texts are taken to be as long as their towers allow (for FLOPs see --text-length). MB and GB are 10^6 and 10^9 bytes.
 """
 
 from __future__ import annotations
