@@ -97,6 +97,7 @@ class Embedder:
             size,
             self.data.threads,
             self.mesh.device,
+            self.mesh.tp,
         )
         tokens = None
         if side.kind == "document":

@@ -54,7 +54,7 @@ class ImagePipeline:
         self.batch_size = batch_size
         self._pipeline: Any = _build(spec.image_size, batch_size, num_threads, device, device_id)
         target = torch.device("cpu") if device == "cpu" else torch.device("cuda", device_id)
-        self.line = f"DALI on {target}, {num_threads} threads"
+        self.line = f"DALI on {target}, {num_threads} thread(s)"
         if device == "mixed":
             self.line += f", nvJPEG {require_nvjpeg()}"
         self._mixed = device == "mixed"
