@@ -1,6 +1,6 @@
 """`shelfmark export RUN --out ARTEFACT`: a checkpoint and a catalogue become what a search service loads. Under torchrun the work is shared.
 
-artefact.json             format, method, run, checkpoint, catalogue, versions
+artefact.json             format, method, run, checkpoint, catalogue, decoders, versions
 encoder.pt2               the query encoder (torch.export): images [n, 3, S, S] or tokens [n, L] -> unit embeddings [n, d]; needs torch alone
 preprocess.json           from a photo to the encoder's input
 tokenizer/                the run's tokenizer
@@ -33,6 +33,7 @@ from harness.config import RunConfig
 from harness.data.catalogue import Catalogue
 from harness.data.staging import staged_folder
 from harness.data.tokenizer import FIELDS, Tokenizer
+from harness.decoder_check import compare_decoders
 from harness.embed import Embedder, Side, side_of
 from harness.errors import UserError
 from harness.mesh import Mesh, MeshConfig
@@ -76,7 +77,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     """Exports, prints a line on rank 0 and returns documents, embedding_dim and seconds.
 
     Raises:
-        UserError: no run or checkpoint there, `out` exists, no document, a layout that does not divide, no faiss.
+        UserError: no run or checkpoint there, `out` exists, no document, a layout that does not divide, no faiss, decoders that differ.
     """
     started = time.perf_counter()
     if config.out.exists():  # on every rank, and before the work
@@ -96,6 +97,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     mesh = Mesh(MeshConfig(tensor_parallel=config.tensor_parallel))
     try:
         method, model = load_method(settings, path, tokenizer, mesh)
+        decoders = compare_decoders(method, settings, catalogue, config.split, tokenizer, mesh)
         own = Embedder(settings.data, model, tokenizer, config.batch_size, mesh).embed(method, side)
         encoder = plain_query_encoder(settings.method, model, method.towers, mesh)
         with ExitStack() as stack:
@@ -110,7 +112,8 @@ def run(config: ExportConfig) -> dict[str, Any]:
                 _write_encoder(encoder, _example(settings), stage / "encoder.pt2")
                 write_json(stage / "preprocess.json", settings.data.preprocess.to_dict())
                 shutil.copytree(config.run / "tokenizer", stage / "tokenizer")
-                write_json(stage / "artefact.json", _description(config, settings, path, catalogue, side, model))
+                description = _description(config, settings, path, catalogue, side, model)
+                write_json(stage / "artefact.json", {**description, "decoders": decoders})
                 write_manifest(stage)
     finally:
         mesh.close()
