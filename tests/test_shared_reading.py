@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -187,3 +188,28 @@ def test_real_tokens_are_counted_and_padding_is_not(catalogue: Path) -> None:
         lengths = [[*row, pad].index(pad) for b in data.batches for row in b.document_tokens.tolist()]
         assert min(lengths) > 2 and max(lengths) < 60 and len(set(lengths)) > 1
         assert data.texts == TextTokens(sum(lengths), sum(n * n for n in lengths))
+
+
+def flops_of_a_run(catalogue: Path, run: Path, tensor_parallel: int) -> list[float]:
+    """In a pool: the FLOPs a step that each line of log counts, and those that the steps' own texts cost."""
+    logged: list[float] = []
+
+    def utilisation(flops: float, *_: Any) -> dict[str, float]:
+        logged.append(flops)
+        return {}
+
+    config = tiny_config(catalogue, run, **{"train.log_every": 2, "model.text.max_length": 60})
+    with trainer(config, tensor_parallel) as t, mock.patch("harness.loop.utilisation", utilisation):
+        t.fit()
+        reads = Reads(text_length=config.model.text.max_length)
+        with closing(StepLoader(config.data, config.seed, reads, 0, 1, CPU)) as loader:
+            own = [t._flops.fixed + t._flops.texts(loader.load(step).texts) for step in range(4)]
+    assert logged == pytest.approx([sum(own[:2]) / 2, sum(own[2:]) / 2], rel=1e-12)
+    return logged
+
+
+def test_utilisation_counts_the_tokens_that_are_there(catalogue: Path, tmp_path: Path) -> None:
+    """The same for any layout, and other lines for steps of other texts."""
+    found = [ranks(n).run(flops_of_a_run, catalogue, tmp_path / f"{n}-{tp}", tp) for n, tp in ((1, 1), (2, 1), (2, 2))]
+    assert len({tuple(round(x) for x in rank) for layout in found for rank in layout}) == 1
+    assert len(set(found[0][0])) == 2
