@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -242,7 +243,10 @@ class ImageReader:
         own = self.own(len(ids))
         mine = ids[own.start : own.stop]
         cut = {name: array[own.start : own.stop] for name, array in parameters.items()}
-        return Request(len(ids), mine, cut, self._reads.map(self._bytes, mine.tolist()))
+        parts = np.array_split(
+            mine, max(1, min(READS, len(mine)))
+        )  # a task for each sample would cost as much as a read from memory
+        return Request(len(ids), mine, cut, chain.from_iterable(self._reads.map(self._part, parts)))
 
     def decode(self, request: Request) -> Pixels:
         """This rank's part of what was requested, once it has been read."""
@@ -277,6 +281,9 @@ class ImageReader:
         """Ends the decoder's threads, and those that read."""
         self._pipeline.close()
         self._reads.shutdown(cancel_futures=True)
+
+    def _part(self, ids: Ints) -> list[bytes]:
+        return [self._bytes(sample_id) for sample_id in ids.tolist()]
 
     def _bytes(self, sample_id: int) -> bytes:
         try:
