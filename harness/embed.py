@@ -186,8 +186,10 @@ class Embedder:
 
     def reader(self, catalogue: Catalogue) -> ImageReader:
         """What reads a catalogue's images; to be closed."""
-        data = self.data
-        return ImageReader(catalogue, data.preprocess, data.backend, self.batch_size, data.threads, self.mesh.device)
+        data, mesh = self.data, self.mesh
+        return ImageReader(
+            catalogue, data.preprocess, data.backend, self.batch_size, data.threads, mesh.device, mesh.tp
+        )
 
     def _own(self, rows: int) -> range:
         """This rank's share of so many rows: whole blocks, but for the end."""

@@ -1,6 +1,6 @@
 """`shelfmark export RUN --out ARTEFACT`: a checkpoint and a catalogue become what a search service loads. Under torchrun the work is shared.
 
-artefact.json             format, method, run, checkpoint, catalogue, versions
+artefact.json             format, method, run, checkpoint, catalogue, decoders, versions
 encoder.pt2               the query encoder (torch.export): images [n, 3, S, S] or tokens [n, L] -> unit embeddings [n, d]; needs torch alone
 preprocess.json           from a photo to the encoder's input
 tokenizer/                the run's tokenizer
@@ -36,6 +36,7 @@ from harness.data.catalogue import Catalogue
 from harness.data.loader import share
 from harness.data.staging import staged_folder
 from harness.data.tokenizer import FIELDS, Tokenizer
+from harness.decoder_check import compare_decoders
 from harness.embed import Embedder, Side, side_of
 from harness.errors import UserError
 from harness.mesh import Mesh, MeshConfig
@@ -82,7 +83,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     """Exports, prints a line on rank 0 and returns documents, embedding_dim and seconds.
 
     Raises:
-        UserError: no run or checkpoint there, `out` exists, no document, a layout that does not divide, no faiss.
+        UserError: no run or checkpoint there, `out` exists, no document, a layout that does not divide, no faiss, decoders that differ.
     """
     started = time.perf_counter()
     if config.out.exists():  # on every rank, and before the work
@@ -101,6 +102,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
         raise UserError(f"{catalogue.path} has no document{which}", f"The splits are {', '.join(splits)} (--split)")
     with Mesh(MeshConfig(tensor_parallel=config.tensor_parallel, device=config.device)) as mesh:
         method, model = load_method(settings, path, tokenizer, mesh)
+        decoders = compare_decoders(method, settings, catalogue, config.split, tokenizer, mesh)
         own = Embedder(settings.data, model, tokenizer, config.batch_size, mesh).embed(method, side)
         encoder = plain_query_encoder(settings.method, model, method.towers, mesh)
         with ExitStack() as stack:
@@ -117,7 +119,8 @@ def run(config: ExportConfig) -> dict[str, Any]:
                 _write_encoder(encoder, _example(settings), stage / "encoder.pt2")
                 write_json(stage / "preprocess.json", settings.data.preprocess.to_dict())
                 shutil.copytree(config.run / "tokenizer", stage / "tokenizer")
-                write_json(stage / "artefact.json", _description(config, settings, path, catalogue, side, model))
+                description = _description(config, settings, path, catalogue, side, model)
+                write_json(stage / "artefact.json", {**description, "decoders": decoders})
 
             on_first_rank(describe, mesh, "writing index and encoder")
             write_manifest(stage, mesh)

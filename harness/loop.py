@@ -21,12 +21,12 @@ from harness.arguments import tell
 from harness.board import Projector
 from harness.class_map import ClassMap, class_map, keep_classes
 from harness.config import RunConfig, difference, identity_changes
-from harness.data.loader import StepData, StepLoader
+from harness.data.loader import StepData, StepLoader, decoding_threads
 from harness.data.tokenizer import copy_tokenizer
 from harness.ema import Ema
 from harness.errors import UserError
 from harness.evaluate import Evaluation, Report
-from harness.flops import flops_per_step, utilisation
+from harness.flops import StepFlops, utilisation
 from harness.mesh import Mesh
 from harness.meters import RunLog, StepClock, write_json
 from harness.methods import METHODS, build
@@ -62,7 +62,7 @@ class Trainer:
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
         reads = METHODS[config.method].reads(config.model)
-        self.loader = StepLoader(config.data, config.seed, reads, mesh.dp.rank(), mesh.dp.size(), mesh.device)
+        self.loader = StepLoader(config.data, config.seed, reads, mesh.dp.rank(), mesh.dp.size(), mesh.device, mesh.tp)
         self.tokenizer = self.loader.tokenizer
         require_fit(self.tokenizer.special, config.model.text, "model.text")
         if METHODS[config.method].query == "text":
@@ -104,9 +104,11 @@ class Trainer:
             documents = self.evaluation.side("document", config.evaluation.learn_split)
             self.align_on = documents_to_align(documents, config.evaluation.align_documents)
         self._aligned_at = -1
-        self.projector = Projector(config.run_dir / "tensorboard", self.loader.catalogue, config.data.threads)
+        threads = decoding_threads(config.data.threads)
+        self.projector = Projector(config.run_dir / "tensorboard", self.loader.catalogue, threads)
         self.clock = StepClock(mesh)
-        self._flops = flops_per_step(replace(config, model=self.model_config), order.num_classes)
+        sized = replace(config, model=self.model_config)
+        self._flops = StepFlops.of(sized, order.num_classes, self.loader.documents_per_step)
         self.step = 0
         self.ledger = 0  # of all steps up to the last checkpoint, over all ranks
         self._own_ledger = 0  # of this rank's share since then
@@ -114,8 +116,8 @@ class Trainer:
         self._last_ledgers: deque[int] = deque(maxlen=LEDGER_STEPS)
         self.bad_samples = 0  # of this rank
         self._bad_ids: set[int] = set()  # of this rank
-        # Images, seconds and readiness of the steps since the last line of log.
-        self._reading: list[tuple[int, float, float]] = []
+        # Images, seconds and readiness of the steps since the last line of log, and what their texts cost.
+        self._reading: list[tuple[float, ...]] = []
         self.phases: list[phases.Phase] = []
         self._resume()
         self.classes = on_first_rank(
@@ -178,7 +180,8 @@ class Trainer:
         """Trains to the last step (or to train.stop_at); returns the final figures."""
         config, train = self.config, self.config.train
         log = RunLog(config.run_dir, self.mesh, self.step, train.steps)
-        for line in [f"{self.mesh.line}, precision {train.precision}", self.mesh.accelerators.line, *self.notes]:
+        where = f"{self.mesh.line}, precision {train.precision}"
+        for line in [where, self.mesh.accelerators.line, f"images: {self.loader.images.line}", *self.notes]:
             log.say(line)
         if self.mesh.rank == 0:
             classes = self.loader.order.num_classes
@@ -196,13 +199,16 @@ class Trainer:
                 result = self.train_step(data)
                 profiler.after(self.step - 1)
                 self._note_bad(data, log)
-                self._reading.append((data.images, data.read_seconds, data.ready))
+                self._reading.append((data.images, data.read_seconds, data.ready, self._flops.texts(data.texts)))
                 last = self.step == end
                 log.advance({"loss": f"{losses[-1]:.3f}" if losses else "-"})
                 if self.step % train.log_every == 0 or last:
                     rate = images * (self.step - logged) / (time.perf_counter() - window)
                     figures = self._figures(result, rate)
                     losses.append(figures["train/loss"])
+                    if len(losses) == 1:
+                        decoded = figures["speed/decode_images_per_second"]
+                        log.say(f"step {self.step}: a rank reads and decodes {decoded:,.0f} images a second")
                     log.scalars(self.step, figures)
                     self._require_whole(int(figures["data/bad_samples"]), images * (self.step - first))
                     window, logged = time.perf_counter(), self.step
@@ -303,13 +309,14 @@ class Trainer:
 
     def _figures(self, result: StepResult, rate: float) -> dict[str, float]:
         """What is logged of a step; collective."""
-        images, seconds, ready = (sum(column) for column in zip(*self._reading, strict=True))
+        images, seconds, ready, texts = (sum(column) for column in zip(*self._reading, strict=True))
         steps, self._reading = len(self._reading), []
-        local = result.sums.new_tensor([[images, seconds], [ready, steps], [self.bad_samples, 0]], dtype=torch.float64)
-        sums = torch.cat([result.sums.double(), local])
-        dist.all_reduce(sums, group=self.mesh.dp)
+        local = [[images, seconds], [ready, steps], [texts, steps], [self.bad_samples, 0]]
+        # Over the world: tensor-parallel ranks read different samples of the same step; what they have in common cancels out.
+        sums = self.mesh.sum(torch.cat([result.sums.double(), result.sums.new_tensor(local, dtype=torch.float64)]))
         bad = sums[-1, 0]
-        *means, decode_rate, fill = (sums[:-1, 0] / sums[:-1, 1].clamp_min(1e-12)).tolist()
+        *means, decode_rate, fill, texts = (sums[:-1, 0] / sums[:-1, 1].clamp_min(1e-12)).tolist()
+        flops = self._flops.fixed + texts * self.mesh.dp.size()
         images_per_step = self.loader.queries_per_step + self.loader.documents_per_step
         precision = self.config.train.precision
         wait = sums.new_tensor(self.clock.take_share("data"))
@@ -320,7 +327,7 @@ class Trainer:
             "train/gradient_norm": result.norm,
             "train/learning_rate": learning_rate(self.config.optimizer, self.step - 1, self.config.train.steps),
             "speed/images_per_second": rate,
-            **utilisation(self._flops, images_per_step / rate, self.mesh.world_size, self.mesh.device, precision),
+            **utilisation(flops, images_per_step / rate, self.mesh.world_size, self.mesh.device, precision),
             "speed/data_wait_share": wait.item(),
             "data/bad_samples": bad.item(),
             "speed/read_ahead_fill": fill,
@@ -351,8 +358,8 @@ class Trainer:
         most = self.config.data.max_bad_fraction
         if read < LEAST_READ or bad <= most * read:
             return
-        of_ranks: list[Any] = [None] * self.mesh.dp.size()
-        dist.all_gather_object(of_ranks, self._bad_ids, group=self.mesh.dp)
+        of_ranks: list[Any] = [None] * self.mesh.world_size
+        dist.all_gather_object(of_ranks, self._bad_ids)
         ids = sorted(set().union(*of_ranks))
         more = f" and {len(ids) - SHOWN_IDS} more" if len(ids) > SHOWN_IDS else ""
         raise UserError(

@@ -55,6 +55,7 @@ def start_new_rows(
         batch_size,
         loader.config.threads,
         mesh.device,
+        mesh.tp,
     )
     training = method.towers.training
     method.towers.eval()
