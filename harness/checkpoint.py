@@ -192,8 +192,12 @@ def load(checkpoint: Path, parts: Trainable, mesh: Mesh, classes: ClassMap | Non
 
 
 def _model_state(towers: nn.Module, mesh: Mesh) -> dict[str, Any]:
-    """The towers' parameters as megatron-core ShardedTensors; keys are the state names of the plain twin."""
-    return _sharded(towers.state_dict(keep_vars=True), "", towers, mesh)
+    """The towers' parameters as megatron-core ShardedTensors; keys are the state names of the plain twin.
+
+    Without the `_extra_state` of megatron-core's linear layers, which is empty and which plain ones do not have.
+    """
+    state = towers.state_dict(keep_vars=True)
+    return _sharded({k: v for k, v in state.items() if not k.endswith("_extra_state")}, "", towers, mesh)
 
 
 def _average_state(parts: Trainable, mesh: Mesh) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from harness.device import DEVICES, allow_many_files, choose_device, gpus_hidden
 from harness.errors import UserError
 from models import megatron_cpu
 from models.accelerators import CHOICES, choose
+from models.compiled import CHOICES as COMPILE
 from models.recompute import RECOMPUTE
 from models.sequence import COMMON_STREAM
 from models.shape import VOCAB_MULTIPLE
@@ -36,6 +37,7 @@ class MeshConfig:
         device: cuda, one GPU for each rank of a node; cpu; or auto, the GPUs unless the machine has none or CUDA_VISIBLE_DEVICES hides them.
         deterministic: on a GPU, kernels whose results do not change from run to run, where torch has them, and an error where not; slower.
         accelerators: auto takes fused kernels of TransformerEngine and apex on a GPU, where they are whole; torch takes none.
+        compile: auto compiles the towers' blocks by torch.compile on a GPU; always on a CPU too (needs a C++ compiler); never.
         timeout_minutes: a collective that takes longer ends the run.
     """
 
@@ -45,6 +47,7 @@ class MeshConfig:
     device: str = "auto"
     deterministic: bool = False
     accelerators: str = "auto"
+    compile: str = "auto"
     timeout_minutes: float = 10.0
 
 
@@ -174,6 +177,7 @@ def check_layout(config: MeshConfig, world: int) -> None:
             "mesh.sequence_parallel spreads tokens over tensor-parallel ranks, but mesh.tensor_parallel is 1",
             "Raise mesh.tensor_parallel or set mesh.sequence_parallel to false",
         )
-    for key, choices in (("recompute", RECOMPUTE), ("device", DEVICES), ("accelerators", CHOICES)):
+    chosen = (("recompute", RECOMPUTE), ("device", DEVICES), ("accelerators", CHOICES), ("compile", COMPILE))
+    for key, choices in chosen:
         if (value := getattr(config, key)) not in choices:
             raise UserError(f"mesh.{key} is '{value}'", f"It can be {', '.join(choices)}")

@@ -150,22 +150,29 @@ class MakeTowers(nn.Module):
         self.masked_patches = nn.Linear(config.fusion.hidden_size, d)
         self.patch_content = nn.Linear(3 * vision.patch_size**2, d)
 
-    def query(self, tokens: Tensor) -> Tensor:
-        """tokens [q, L] -> [q, d], not normalised."""
-        return self.query_project(self.query_text.pool(tokens, self.query_text(tokens)))
+    def query(self, tokens: Tensor, padded: bool = True) -> Tensor:
+        """tokens [q, L] -> [q, d], not normalised; padded: see TextTower."""
+        return self.query_project(self.query_text.pool(tokens, self.query_text(tokens, padded)))
 
-    def products(self, images: Tensor, tokens: Tensor, modalities: str) -> Products:
+    def products(self, images: Tensor, tokens: Tensor, modalities: str, padded: bool = True) -> Products:
         """images [n, 3, S, S], tokens [n, L]; `modalities` as in MakeConfig."""
         patches, pooled = self.vision(images)
-        words = self.text(tokens)
+        words = self.text(tokens, padded)
         title, image = self.text_project(self.text.pool(tokens, words)), self.image_project(pooled)
-        fused = self.fused_project(self.fusion(words, tokens == self.text.config.pad_id, patches)[0])
+        fused = self.fused_project(self.fusion(words, self.padding(tokens, padded), patches)[0])
         embedding, weights = self.adaptation(title, image, fused, modalities)
         return Products(embedding, image, weights, words, patches)
 
-    def forward(self, query_tokens: Tensor, images: Tensor, tokens: Tensor) -> tuple[Tensor, Products]:
-        """Queries [q, d], not normalised, and products."""
-        return self.query(query_tokens), self.products(images, tokens, self.config.modalities)
+    def padding(self, tokens: Tensor, padded: bool) -> Tensor | None:
+        """What the fusion hides of titles [n, L]: bool [n, L], or None."""
+        return tokens == self.text.config.pad_id if padded else None
+
+    def forward(
+        self, query_tokens: Tensor, images: Tensor, tokens: Tensor, padded: tuple[bool, bool] = (True, True)
+    ) -> tuple[Tensor, Products]:
+        """Queries [q, d], not normalised, and products; padded: whether there may be padding in queries, and in titles."""
+        queries = self.query(query_tokens, padded[0])
+        return queries, self.products(images, tokens, self.config.modalities, padded[1])
 
 
 class MakeQuery(nn.Module):
@@ -219,13 +226,15 @@ class Make:
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one micro-batch (the same on every rank), and metrics as local [sum, weight]: each term, the mean weights of title, image and
         fused vector, and of QIC positive_cosine and accuracy. In training the batch then joins the memory bank."""
-        use, towers = self.config.weights, self.towers
+        use, towers, batch = self.config.weights, self.towers, self._trimmed(batch)
         weights = batch.query_weights * batch.document_weights  # a pair counts where both its samples were readable
         known = batch.document_labels[:, None], batch.categories[:, None]
         labels = torch.cat([*known, batch.keywords, batch.query_keywords], 1)
         sizes = rank_sizes([batch], "document")
         titles = batch.masked_tokens if self.config.hide_words else batch.document_tokens
-        queries, products = towers(batch.query_tokens, batch.document_images, titles)
+        queries, products = towers(
+            batch.query_tokens, batch.document_images, titles, (batch.padded("query"), batch.padded("document"))
+        )
         terms: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         if use.qic:
@@ -330,7 +339,11 @@ class Make:
 
     def _mlm(self, products: Products, batch: Batch) -> Tensor:
         """Masked words of the title, from the rest of it and the whole image."""
-        words = products.words if self.config.hide_words else self.towers.text(batch.masked_tokens)
+        words = (
+            products.words
+            if self.config.hide_words
+            else self.towers.text(batch.masked_tokens, batch.padded("document"))
+        )
         _, states, _ = self.towers.fusion(words, self._padding(batch), products.patches)
         rows, columns = places(batch.host.masked_words, states.device)
         terms = word_terms(self.towers.masked_words(states[rows, columns]), batch.document_tokens[rows, columns])
@@ -365,12 +378,17 @@ class Make:
         )
         return loss
 
-    def _padding(self, batch: Batch) -> Tensor:
-        return batch.document_tokens == self.config.text.pad_id
+    def _padding(self, batch: Batch) -> Tensor | None:
+        return self.towers.padding(batch.document_tokens, batch.padded("document"))
+
+    def _trimmed(self, batch: Batch) -> Batch:
+        sides = {"document": self.config.text, "query": self.config.query}
+        return batch.trimmed(*(name for name, text in sides.items() if text.trims))
 
     def embed_query(self, batch: Batch) -> Tensor:
         """Unit embeddings of the batch's text queries, float32 [q, d]."""
-        return F.normalize(self.towers.query(batch.query_tokens).float(), dim=-1)
+        batch = self._trimmed(batch)
+        return F.normalize(self.towers.query(batch.query_tokens, batch.padded("query")).float(), dim=-1)
 
     def embed_document(self, batch: Batch, seen: str = "both") -> Tensor:
         """Unit embeddings of the batch's documents, float32 [n, d]; `seen` both, title or image: a modality drop."""
@@ -382,4 +400,6 @@ class Make:
 
     def _products(self, batch: Batch, seen: str) -> Products:
         modalities = self.config.modalities if seen == "both" else seen
-        return self.towers.products(batch.document_images, batch.document_tokens, modalities)
+        batch = self._trimmed(batch)
+        padded = batch.padded("document")
+        return self.towers.products(batch.document_images, batch.document_tokens, modalities, padded)

@@ -128,13 +128,11 @@ def use_cpu(cpu: bool) -> None:
         return
     rng: Any = sys.modules["megatron.core.tensor_parallel.random"]
     if cpu:
-        _replaced.update(get=rng._get_cuda_rng_state, set=rng._set_cuda_rng_state, dynamo=torch._dynamo.config.disable)
+        _replaced.update(get=rng._get_cuda_rng_state, set=rng._set_cuda_rng_state)
         rng._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
         rng._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-        torch._dynamo.config.disable = True  # jit_fuser is torch.compile: on a CPU it needs g++ and gains nothing
     else:
         rng._get_cuda_rng_state, rng._set_cuda_rng_state = _replaced["get"], _replaced["set"]
-        torch._dynamo.config.disable = _replaced["dynamo"]
         _replaced.clear()
     for name in PATCHED:
         sys.modules[name].torch = _CpuTorch() if cpu else torch  # type: ignore[attr-defined]

@@ -114,20 +114,22 @@ class OclearTowers(nn.Module):
         """images [q, 3, S, S] -> [q, d], not normalised."""
         return self.query_transform(self.vision(images)[1])
 
-    def document(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """images [n, 3, S, S], tokens [n, L] -> (embeddings [n, d], not normalised; gates [n])."""
+    def document(self, images: Tensor, tokens: Tensor, padded: bool = True) -> tuple[Tensor, Tensor]:
+        """images [n, 3, S, S], tokens [n, L] -> (embeddings [n, d], not normalised; gates [n]); padded: see TextTower."""
         patches, pooled = self.vision(images)
-        return self._fuse(patches, pooled, tokens)
+        return self._fuse(patches, pooled, tokens, padded)
 
-    def forward(self, query_images: Tensor, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, query_images: Tensor, images: Tensor, tokens: Tensor, padded: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Both in one pass of the shared image tower -> (queries [q, d], documents [n, d], gates [n])."""
         patches, pooled = self.vision(torch.cat([query_images, images]))
         q = len(query_images)
-        documents, gate = self._fuse(patches[q:], pooled[q:], tokens)
+        documents, gate = self._fuse(patches[q:], pooled[q:], tokens, padded)
         return self.query_transform(pooled[:q]), documents, gate
 
-    def _fuse(self, patches: Tensor, pooled: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        fused = self.fusion(pooled, patches, self.text(tokens), words_hidden(tokens, self.pad_id))
+    def _fuse(self, patches: Tensor, pooled: Tensor, tokens: Tensor, padded: bool) -> tuple[Tensor, Tensor]:
+        fused = self.fusion(pooled, patches, self.text(tokens, padded), words_hidden(tokens, self.pad_id))
         return self.document_transform(fused.vector), fused.gate
 
 
@@ -188,8 +190,14 @@ class Oclear:
             yield loss, {**metrics, "gate": gates}
 
     def _encode(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        queries, documents, gate = self.towers(batch.query_images, batch.document_images, batch.document_tokens)
+        tokens, padded = self._texts(batch)
+        queries, documents, gate = self.towers(batch.query_images, batch.document_images, tokens, padded)
         return (queries, documents), gate
+
+    def _texts(self, batch: Batch) -> tuple[Tensor, bool]:
+        """The documents' tokens, trimmed, and whether there is padding among them."""
+        batch = batch.trimmed(*["document"] * self.config.text.trims)
+        return batch.document_tokens, batch.padded("document")
 
     def _classify(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         embeddings, gate = self._encode(batch)
@@ -204,4 +212,4 @@ class Oclear:
 
     def embed_document(self, batch: Batch, seen: str = "both") -> Tensor:
         """Unit embeddings of the batch's documents, float32 [d, dim]; they are always seen as image and text."""
-        return F.normalize(self.towers.document(batch.document_images, batch.document_tokens)[0].float(), dim=-1)
+        return F.normalize(self.towers.document(batch.document_images, *self._texts(batch))[0].float(), dim=-1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from harness.data.masking import MaskConfig, draw_masks
 from harness.data.special_tokens import SpecialTokens
-from models.batch import TENSORS, Batch
+from models.batch import Batch
 from models.merge import merge_shards
 from tests.catalogues import draw_rows, write_manifest
 from tests.pool import layout
@@ -66,7 +66,7 @@ def products(n: int, seed: int, masks: MaskConfig | None = None) -> Batch:
         masked_patches=masked[2],
         masked_titles=masked[3],
         other_tokens=others,
-    )
+    ).with_lengths(SPECIAL.pad)
 
 
 def documents_alone(folder: Path) -> Path:
@@ -95,7 +95,8 @@ def documents_alone(folder: Path) -> Path:
 
 def part(batch: Batch, sizes: list[int], rank: int) -> Batch:
     """The rows of one of the ranks, which have `sizes` of them."""
-    own = {name: getattr(batch, name).split(sizes)[rank] for name in TENSORS}
+    rows = [name for name in vars(batch) if name not in ("sizes", "origin") and len(getattr(batch, name))]
+    own = {name: getattr(batch, name).split(sizes)[rank] for name in rows}
     return replace(batch, **own, sizes={"query": sizes, "document": sizes})
 
 

@@ -21,12 +21,12 @@ from harness.flops import peak_flops
 from harness.flops import text as text_flops
 from harness.flops import vision as vision_flops
 from harness.mesh import Mesh, MeshConfig
+from harness.methods import builder
 from models.merge import load_merged
 from models.plain.transformer import PlainBuilder
 from models.presets import PRESETS, TEXT, VISION
 from models.shape import TransformerBuilder
 from models.text import TextConfig, TextTower
-from models.transformer import MegatronBuilder
 from models.vision import VisionConfig, VisionTower
 from models.weights.convert import export_tower, save_tensors
 
@@ -44,7 +44,7 @@ AGREE = 1e-4  # largest difference of outputs in fp32, relative to their largest
 
 @dataclass(frozen=True, kw_only=True)
 class TowersConfig:
-    """Times forward and backward of one tower at a time; the sides take turns within a round. Ours is megatron-core's at tensor parallel 1.
+    """Times forward and backward of one tower at a time; the sides take turns within a round. Ours is what a run trains at tensor parallel 1.
 
     All have the same random weights, no dropout, and torch's scaled_dot_product_attention; before anything is timed their outputs must
     agree in fp32. The loss is a weighted sum of all token vectors. Texts have no padding.
@@ -55,6 +55,7 @@ class TowersConfig:
         batch: images or texts; 0: 8 images, 16 texts.
         tokens: length of a text.
         dtype: fp32 or bf16.
+        compile: of ours, as mesh.compile: auto, always or never. The others are never compiled.
         pairs: rounds that count, after one that does not.
     """
 
@@ -62,6 +63,7 @@ class TowersConfig:
     batch: int = 0
     tokens: int = 64
     dtype: str = "fp32"
+    compile: str = "auto"
     pairs: int = 21
 
     def __post_init__(self) -> None:
@@ -91,7 +93,7 @@ def run(config: TowersConfig) -> dict[str, Any]:
     `X_images_per_s` or `X_tokens_per_s`, ours; `matrix_tflops`, the rate of one large matrix product in the same dtype; `X_of_matrix_rate`, our model
     FLOPs by that; on a GPU of harness/flops.py's table `X_model_flops_utilisation`, by the data sheet's peak.
     """
-    with Mesh(MeshConfig()) as mesh:
+    with Mesh(MeshConfig(compile=config.compile)) as mesh:
         dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
         ceiling = matrix_rate(mesh.device, dtype)
         headline, rows = {"matrix_tflops": ceiling / 1e12}, []
@@ -145,7 +147,7 @@ def build_side(
     kind, layout = _layout(name)
     if side == "transformers":
         return _Tokens(_transformers(config, {f"{kind}.{key}": value for key, value in state.items()}, layout))
-    tower = _tower(config, MegatronBuilder(mesh.groups) if side == "ours" else PlainBuilder())
+    tower = _tower(config, builder(mesh) if side == "ours" else PlainBuilder())
     load_merged(tower, state, mesh.tp)
     return _Tokens(tower)
 

@@ -122,10 +122,9 @@ class TextTokens(NamedTuple):
     queries_squared: int = 0
 
     @classmethod
-    def of(cls, documents: torch.Tensor, queries: torch.Tensor, pad: int) -> TextTokens:
-        """Of int64 [n, L] with padding."""
-        lengths = [(tokens != pad).sum(1) for tokens in (documents, queries)]
-        return cls(*(int((length**power).sum()) for length in lengths for power in (1, 2)))
+    def of(cls, documents: torch.Tensor, queries: torch.Tensor) -> TextTokens:
+        """Of the texts' lengths, int64 [n]."""
+        return cls(*(int((length**power).sum()) for length in (documents, queries) for power in (1, 2)))
 
 
 @dataclass(frozen=True)
@@ -402,10 +401,10 @@ class StepLoader:
                 sizes=self._sizes(micro),
             )
             more: dict[str, Any] = {**self._texts(d), **self._masks(d, batch.document_tokens)}
-            batch = replace(batch, **more)
+            batch = replace(batch, **more).with_lengths(self.tokens.special.pad)
             batches.append(batch)
             pixels.append(own)
-            found = TextTokens.of(batch.document_tokens, batch.query_tokens, self.tokens.special.pad)
+            found = TextTokens.of(batch.document_lengths, batch.query_lengths)
             texts = TextTokens(*map(sum, zip(texts, found, strict=True)))
             total += _ledger(queries, q.sample_ids, documents, d.sample_ids)
             read += len(request.ids)
