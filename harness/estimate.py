@@ -2,7 +2,7 @@
 
 Parameters are counted on the plain twin, built without memory; everything else follows from shapes. Memory is what a step of training holds beside
 the process itself (libraries, decoder) and evaluation; writing a checkpoint needs more, which is
-a figure of its own. MB and GB are 10^6 and 10^9 bytes.
+a figure of its own. Texts are taken to be as long as their towers allow (for FLOPs see --text-length). MB and GB are 10^6 and 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from harness.config import RunConfig, parse
 from harness.data.order import ClassOrder
 from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError
-from harness.flops import active_rows, step_parts
+from harness.flops import active_rows, step_parts, with_length
 from harness.groups import freeze
 from harness.methods import METHODS, with_keywords
 from harness.passes import (
@@ -50,6 +50,7 @@ FLAGS = {
     "tensor-parallel": "as --mesh.tensor_parallel",
     "num-classes": "classes (default: the catalogue's)",
     "vocab-size": "word pieces of a text tower that gives none (default: the catalogue's)",
+    "text-length": "tokens of a document's text that FLOPs count (default: model.text.max_length, the most)",
 }
 # Bytes for each trained number that the first rank of a copy needs beside all else while it writes a checkpoint: measured with megatron-core 0.16
 # (weights and two moments in fp32, three times: gathered, cut by parameter, copied for the writer).
@@ -103,15 +104,16 @@ def estimate(argv: list[str]) -> dict[str, Any]:
     config, json_file = parse(rest, world)
     check_figures(json_file)
     config = with_table(config)
-    figures = figures_of(config, layout_of(config, world), sizes_of(config, given))
+    figures = figures_of(config, layout_of(config, world), sizes_of(config, given), given.get("text-length", 0))
     print(table(figures))
     write_figures(json_file, figures)
     return figures
 
 
 def layout_of(config: RunConfig, world: int) -> Layout:
-    """The layout that a recipe asks for, over `world` ranks, on what this machine has: GPUs or a CPU."""
-    mesh, device = config.mesh, "cuda" if torch.cuda.is_available() else "cpu"
+    """The layout that a recipe asks for, over `world` ranks: on GPUs, whatever this machine has, unless mesh.device is cpu."""
+    mesh = config.mesh
+    device = "cpu" if mesh.device == "cpu" else "cuda"
     return Layout(world, mesh.tensor_parallel, mesh.sequence_parallel, mesh.recompute, device)
 
 
@@ -143,15 +145,16 @@ def with_table(config: RunConfig) -> RunConfig:
     return replace(config, model=model)
 
 
-def figures_of(config: RunConfig, layout: Layout, sizes: Sizes) -> dict[str, Any]:
-    """All figures of `config` on `layout`; counts, bytes and FLOPs."""
+def figures_of(config: RunConfig, layout: Layout, sizes: Sizes, text_length: int = 0) -> dict[str, Any]:
+    """All figures of `config` on `layout`; counts, bytes and FLOPs, these with texts of `text_length` tokens (0: of the most)."""
     model = replace(
         config.model, text=replace(config.model.text, vocab_size=config.model.text.vocab_size or sizes.vocab_size)
     )
     config = replace(config, model=model)
     step = step_of(config, layout)
     counted = parameters(config, layout, sizes, step)
-    parts = step_parts(config, sizes.num_classes)
+    length = min(text_length or model.text.max_length, model.text.max_length)
+    parts = step_parts(with_length(config, "text", length), sizes.num_classes)
     memory = memory_per_rank(config, layout, sizes, counted, step)
     return {
         "world": layout.world,
@@ -159,6 +162,7 @@ def figures_of(config: RunConfig, layout: Layout, sizes: Sizes) -> dict[str, Any
         "device": layout.device,
         "num_classes": sizes.num_classes,
         "vocab_size": model.text.vocab_size,
+        "text_length": length,
         "parameters": counted.towers + counted.rows,
         "parameters_towers": counted.towers,
         "parameters_rows": counted.rows,
@@ -251,13 +255,15 @@ def sent(config: RunConfig, layout: Layout, counted: Parameters, step: Step) -> 
         + one.sequences / dp * one.word_tokens * one.shape.hidden_size * 2
         for one in step.passes
     )
+    # Embeddings to all ranks, their gradient back to their own. Those of a class head travel in their own type, and tensor-parallel ranks, which
+    # have the same samples but other rows, add up their parts.
     classifies = METHODS[config.method].classifies(config.model)
+    forth, copies = (size / FP32, 2 * _ring(tp) / dp) if classifies else (1.0, 0.0)
     return {
         "gradients": _ring(dp) * FP32 * counted.trained_per_rank,
         "weights": _ring(dp) * size * counted.trained_per_rank,
         "tensor_parallel": _ring(tp) * size * hidden,
-        # embeddings to all ranks, their gradient back; of a class head also the sums over its shards
-        "head": step.gathered * (_ring(dp) + 2 * _ring(layout.world if classifies else dp)) + step.labels * _ring(dp),
+        "head": step.gathered * ((forth + 1) * _ring(dp) + copies) + step.labels * _ring(dp),
     }
 
 
@@ -289,6 +295,7 @@ def table(figures: Mapping[str, Any]) -> str:
     rows.append({"what": "checkpoint", "figure": _bytes(figures["checkpoint_bytes"])})
     ranks = f"{figures['world']} rank(s) on {figures['device']}, tensor_parallel {figures['tensor_parallel']}"
     head = f"{ranks}, {figures['num_classes']:,} classes, {figures['vocab_size']:,} word pieces"
+    head += f", FLOPs with texts of {figures['text_length']} tokens"
     return f"{head}\n{format_table(rows)}"
 
 
@@ -323,10 +330,11 @@ def _transient(config: RunConfig, layout: Layout, sizes: Sizes, counted: Paramet
 
 
 def _images(config: RunConfig, layout: Layout, size: int) -> dict[str, float]:
-    """The images of a step, and those read ahead, on the device that decodes."""
+    """The images of a step, and those read ahead, on the device that decodes; tensor-parallel ranks share the reading."""
     count = sum(samples(config)) / layout.data_parallel
     step = count * 3 * config.model.vision.image_size**2
-    ahead = min(config.data.read_ahead * FP32 * step, max(config.data.read_ahead_bytes, FP32 * step))
+    own = FP32 * step / layout.tensor_parallel
+    ahead = min(config.data.read_ahead * own, max(config.data.read_ahead_bytes, own))
     return {"images": size * step, "read_ahead": ahead}
 
 

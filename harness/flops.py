@@ -2,18 +2,20 @@
 
 Counted: matrix products and convolutions, a multiplication and an addition being two operations, as torch.utils.flop_counter counts them.
 Model FLOPs: what the mathematics needs. What is computed again to save memory (attention, recomputation, tiles of the head) does not count, so a
-utilisation made of them compares between systems. Source: Narayanan et al. 2021 (arXiv 2104.04473), by part instead of in one formula.
+utilisation made of them compares between systems. Nor does padding: what texts cost follows from their own lengths (`StepFlops`).
+Source: Narayanan et al. 2021 (arXiv 2104.04473), by part instead of in one formula.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from harness.config import RunConfig
+from harness.data.loader import TextTokens
 from harness.data.masking import MaskConfig
 from models.heads.contrastive import ContrastiveConfig
 from models.item import ItemConfig
@@ -96,7 +98,7 @@ def vision_tokens(config: VisionConfig) -> int:
 
 
 def text(config: TextConfig, tokens: int = 0) -> Work:
-    """The text tower on one text of `tokens` tokens, padding included; 0: of max_length."""
+    """The text tower on one text of `tokens` tokens; 0: of max_length."""
     return block(config, tokens or config.max_length) + linear(1, config.hidden_size, config.projection_dim)
 
 
@@ -234,13 +236,52 @@ PARTS: dict[str, Callable[[Any, RunConfig, int], dict[str, Work]]] = {"oclear": 
 
 
 def step_parts(config: RunConfig, num_classes: int) -> dict[str, Work]:
-    """Model FLOPs of one optimizer step over all ranks, by part of the method; of a vocabulary or keyword table of size 0 none."""
+    """Model FLOPs of one optimizer step over all ranks, by part of the method, with texts of max_length tokens; of a vocabulary or keyword
+    table of size 0 none."""
     return PARTS[config.method](config.model, config, num_classes)
 
 
 def flops_per_step(config: RunConfig, num_classes: int) -> float:
-    """Model FLOPs of one optimizer step, forward and backward, over all ranks."""
+    """Model FLOPs of one optimizer step, forward and backward, over all ranks, with texts of max_length tokens."""
     return sum(part.total for part in step_parts(config, num_classes).values())
+
+
+def with_length(config: RunConfig, tower: str, tokens: int) -> RunConfig:
+    """The recipe with texts of `tokens` tokens in the tower text (documents) or query (MAKE's)."""
+    model = replace(config.model, **{tower: replace(getattr(config.model, tower), max_length=tokens)})
+    return replace(config, model=model)
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Model FLOPs of one optimizer step by the texts that are in it: all that its formulas say of a text's length is a polynomial of degree 2.
+
+    Args:
+        fixed: over all ranks, of all but the texts' tokens.
+        factors: of each of the sums in TextTokens.
+    """
+
+    fixed: float
+    factors: tuple[float, ...]
+
+    @classmethod
+    def of(cls, config: RunConfig, num_classes: int, documents: int) -> StepFlops:
+        """For steps of so many documents over all ranks, each, in MAKE, with a text query. ITEm's other titles count as long as the own."""
+        towers = [tower for tower in ("text", "query") if hasattr(config.model, tower)]
+        empty, factors = config, []
+        for tower in towers:
+            empty = with_length(empty, tower, 0)
+        fixed = flops_per_step(empty, num_classes)
+        for tower in towers:
+            n = getattr(config.model, tower).max_length
+            once, twice = (flops_per_step(with_length(empty, tower, t), num_classes) - fixed for t in (n, 2 * n))
+            square = (twice - 2 * once) / (2 * n**2)
+            factors += [(once / n - square * n) / documents, square / documents]
+        return cls(fixed, tuple(factors))
+
+    def texts(self, tokens: TextTokens) -> float:
+        """What texts cost beyond `fixed`."""
+        return sum(factor * count for factor, count in zip(self.factors, tokens, strict=False))
 
 
 # Part of the device's name -> dense peak in TFLOP/s of (bf16 tensor cores, fp32 without them), from NVIDIA's data sheets. The first that fits counts.
@@ -262,7 +303,7 @@ _PEAKS: dict[str, tuple[float, float]] = {
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak FLOP/s of `device` in `precision` (fp32 or bf16) by its data sheet; None for a CPU and for GPUs that are not in the table.
+    """Peak FLOP/s of `device` in `precision` (of train.precision) by its data sheet; None for a CPU and for GPUs that are not in the table.
 
     A CPU has no such figure: its clock depends on the instructions and on what else runs, so a utilisation would mislead.
     """
@@ -273,7 +314,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     words = name.replace("-", " ").split()
     for key, (bf16, fp32) in _PEAKS.items():
         if all(word in words for word in key.split()):
-            return 1e12 * (bf16 if precision == "bf16" else fp32)
+            # tensor cores multiply TF32 at half the rate of bf16, on all of these
+            return 1e12 * {"bf16": bf16, "tf32": bf16 / 2}.get(precision, fp32)
     return None
 
 

@@ -17,15 +17,16 @@ from torch import Tensor
 
 from harness import checkpoint, phases
 from harness.alignment import align, documents_to_align, wants_alignment
+from harness.arguments import tell
 from harness.board import Projector
 from harness.class_map import ClassMap, class_map, keep_classes
 from harness.config import RunConfig, difference, identity_changes
-from harness.data.loader import StepData, StepLoader
+from harness.data.loader import StepData, StepLoader, decoding_threads
 from harness.data.tokenizer import copy_tokenizer
 from harness.ema import Ema
 from harness.errors import UserError
 from harness.evaluate import Evaluation, Report
-from harness.flops import flops_per_step, utilisation
+from harness.flops import StepFlops, utilisation
 from harness.mesh import Mesh
 from harness.meters import RunLog, StepClock, write_json
 from harness.methods import METHODS, build
@@ -34,7 +35,9 @@ from harness.optimizer import TowerOptimizer, learning_rate, sum_of_squares
 from harness.panel import draw_panel, picture, text_picture
 from harness.profile import StepProfiler
 from harness.text_fit import require_fit
+from harness.waiting import on_first_rank
 from harness.weights import init_towers
+from models.batch import rank_sizes
 from models.heads.row_optimizer import RowAdamW
 
 # So many samples must have been read before their damage can stop a run: a few at its start say nothing of the rest.
@@ -59,7 +62,7 @@ class Trainer:
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
         reads = METHODS[config.method].reads(config.model)
-        self.loader = StepLoader(config.data, config.seed, reads, mesh.dp.rank(), mesh.dp.size(), mesh.device)
+        self.loader = StepLoader(config.data, config.seed, reads, mesh.dp.rank(), mesh.dp.size(), mesh.device, mesh.tp)
         self.tokenizer = self.loader.tokenizer
         require_fit(self.tokenizer.special, config.model.text, "model.text")
         if METHODS[config.method].query == "text":
@@ -101,9 +104,11 @@ class Trainer:
             documents = self.evaluation.side("document", config.evaluation.learn_split)
             self.align_on = documents_to_align(documents, config.evaluation.align_documents)
         self._aligned_at = -1
-        self.projector = Projector(config.run_dir / "tensorboard", self.loader.catalogue, config.data.threads)
+        threads = decoding_threads(config.data.threads)
+        self.projector = Projector(config.run_dir / "tensorboard", self.loader.catalogue, threads)
         self.clock = StepClock(mesh)
-        self._flops = flops_per_step(replace(config, model=self.model_config), order.num_classes)
+        sized = replace(config, model=self.model_config)
+        self._flops = StepFlops.of(sized, order.num_classes, self.loader.documents_per_step)
         self.step = 0
         self.ledger = 0  # of all steps up to the last checkpoint, over all ranks
         self._own_ledger = 0  # of this rank's share since then
@@ -111,12 +116,12 @@ class Trainer:
         self._last_ledgers: deque[int] = deque(maxlen=LEDGER_STEPS)
         self.bad_samples = 0  # of this rank
         self._bad_ids: set[int] = set()  # of this rank
-        # Images, seconds and readiness of the steps since the last line of log.
-        self._reading: list[tuple[int, float, float]] = []
+        # Images, seconds and readiness of the steps since the last line of log, and what their texts cost.
+        self._reading: list[tuple[float, ...]] = []
         self.phases: list[phases.Phase] = []
         self._resume()
-        self.classes = phases.on_first_rank(
-            lambda: keep_classes(config.data.catalogue, order.order_id, config.run_dir), self.mesh
+        self.classes = on_first_rank(
+            lambda: keep_classes(config.data.catalogue, order.order_id, config.run_dir), mesh, "copying the classes"
         )
 
     def train_step(self, data: StepData) -> StepResult:
@@ -129,9 +134,10 @@ class Trainer:
         self.mesh.seed_streams(config.seed, self.step)
         self.towers.zero_grad()
         if head is not None and self.rows is not None:
-            labels, weights = torch.cat([b.labels for b in batches]), torch.cat([b.weights for b in batches])
+            labels, weights = torch.cat([b.labels for b in data.batches]), torch.cat([b.weights for b in data.batches])
             margin_part = min(1.0, (self.step + 1) / max(1, config.train.margin_warmup))
-            self.rows.catch_up(head.begin_step(labels, weights, self.step, margin_part))
+            sizes = rank_sizes(data.batches, "query", "document")
+            self.rows.catch_up(head.begin_step(labels, weights, self.step, margin_part, sizes))
 
         total, sums, names = torch.zeros((), device=self.mesh.device), None, []
         for i, (loss, metrics) in enumerate(self.method.losses(batches)):
@@ -148,10 +154,12 @@ class Trainer:
         if head is not None:
             active, row_grad = head.row_grad
             squared += sum_of_squares(row_grad)
-        norm = math.sqrt(self.mesh.sum(squared).item())
-        self._require_finite(total, norm, data)
+        # The one wait of every step: what tells whether it may touch the weights.
+        squared_norm, loss_value = torch.stack([self.mesh.sum(squared), total.to(squared.dtype)]).tolist()
+        norm = math.sqrt(squared_norm)
+        self._require_finite(loss_value, norm, data)
         if config.optimizer.clip_norm and norm > config.optimizer.clip_norm:
-            factor = torch.tensor(config.optimizer.clip_norm / (norm + 1e-6), device=self.mesh.device)
+            factor = torch.full((), config.optimizer.clip_norm / (norm + 1e-6), device=self.mesh.device)
             self.towers.scale(factor)
             if head is not None:
                 row_grad *= factor
@@ -172,7 +180,8 @@ class Trainer:
         """Trains to the last step (or to train.stop_at); returns the final figures."""
         config, train = self.config, self.config.train
         log = RunLog(config.run_dir, self.mesh, self.step, train.steps)
-        for line in [self.mesh.accelerators.line, *self.notes]:
+        where = f"{self.mesh.line}, precision {train.precision}"
+        for line in [where, self.mesh.accelerators.line, f"images: {self.loader.images.line}", *self.notes]:
             log.say(line)
         if self.mesh.rank == 0:
             classes = self.loader.order.num_classes
@@ -190,13 +199,16 @@ class Trainer:
                 result = self.train_step(data)
                 profiler.after(self.step - 1)
                 self._note_bad(data, log)
-                self._reading.append((data.images, data.read_seconds, data.ready))
+                self._reading.append((data.images, data.read_seconds, data.ready, self._flops.texts(data.texts)))
                 last = self.step == end
                 log.advance({"loss": f"{losses[-1]:.3f}" if losses else "-"})
                 if self.step % train.log_every == 0 or last:
                     rate = images * (self.step - logged) / (time.perf_counter() - window)
                     figures = self._figures(result, rate)
                     losses.append(figures["train/loss"])
+                    if len(losses) == 1:
+                        decoded = figures["speed/decode_images_per_second"]
+                        log.say(f"step {self.step}: a rank reads and decodes {decoded:,.0f} images a second")
                     log.scalars(self.step, figures)
                     self._require_whole(int(figures["data/bad_samples"]), images * (self.step - first))
                     window, logged = time.perf_counter(), self.step
@@ -212,6 +224,10 @@ class Trainer:
                 report = self.evaluate(log)
             if self.mesh.rank == 0 and self.step == train.steps:
                 log.board.finish()
+        except Exception as error:
+            if self.mesh.world_size > 1:  # at once, for what follows may wait for a read
+                tell(error)
+            raise
         finally:
             profiler.close()
             self.loader.close()
@@ -270,12 +286,14 @@ class Trainer:
             report = self.evaluation.run(self.method, final=self.step == self.config.train.steps)
         named = {name if "/" in name else f"retrieval/{name}": value for name, value in report.figures.items()}
         log.scalars(self.step, named)
-        if self.mesh.rank == 0:
-            log.board.image("retrieval/panel", draw_panel(self._panel_rows(report)), self.step)
-            if report.sample is not None and len(report.sample.ids):
-                self.projector.write(self.step, report.sample)
-            write_json(self.config.run_dir / f"eval-{self.step:08d}.json", {**report.figures, "slices": report.rows})
+        on_first_rank(lambda: self._show(report, log), self.mesh, "drawing the panel")
         return report
+
+    def _show(self, report: Report, log: RunLog) -> None:
+        log.board.image("retrieval/panel", draw_panel(self._panel_rows(report)), self.step)
+        if report.sample is not None and len(report.sample.ids):
+            self.projector.write(self.step, report.sample)
+        write_json(self.config.run_dir / f"eval-{self.step:08d}.json", {**report.figures, "slices": report.rows})
 
     def _evaluated(self) -> AbstractContextManager[None]:
         """Inside, the towers have the weights that are evaluated: their average, if there is one."""
@@ -291,13 +309,14 @@ class Trainer:
 
     def _figures(self, result: StepResult, rate: float) -> dict[str, float]:
         """What is logged of a step; collective."""
-        images, seconds, ready = (sum(column) for column in zip(*self._reading, strict=True))
+        images, seconds, ready, texts = (sum(column) for column in zip(*self._reading, strict=True))
         steps, self._reading = len(self._reading), []
-        local = result.sums.new_tensor([[images, seconds], [ready, steps], [self.bad_samples, 0]], dtype=torch.float64)
-        sums = torch.cat([result.sums.double(), local])
-        dist.all_reduce(sums, group=self.mesh.dp)
+        local = [[images, seconds], [ready, steps], [texts, steps], [self.bad_samples, 0]]
+        # Over the world: tensor-parallel ranks read different samples of the same step; what they have in common cancels out.
+        sums = self.mesh.sum(torch.cat([result.sums.double(), result.sums.new_tensor(local, dtype=torch.float64)]))
         bad = sums[-1, 0]
-        *means, decode_rate, fill = (sums[:-1, 0] / sums[:-1, 1].clamp_min(1e-12)).tolist()
+        *means, decode_rate, fill, texts = (sums[:-1, 0] / sums[:-1, 1].clamp_min(1e-12)).tolist()
+        flops = self._flops.fixed + texts * self.mesh.dp.size()
         images_per_step = self.loader.queries_per_step + self.loader.documents_per_step
         precision = self.config.train.precision
         wait = sums.new_tensor(self.clock.take_share("data"))
@@ -308,7 +327,7 @@ class Trainer:
             "train/gradient_norm": result.norm,
             "train/learning_rate": learning_rate(self.config.optimizer, self.step - 1, self.config.train.steps),
             "speed/images_per_second": rate,
-            **utilisation(self._flops, images_per_step / rate, self.mesh.world_size, self.mesh.device, precision),
+            **utilisation(flops, images_per_step / rate, self.mesh.world_size, self.mesh.device, precision),
             "speed/data_wait_share": wait.item(),
             "data/bad_samples": bad.item(),
             "speed/read_ahead_fill": fill,
@@ -316,15 +335,15 @@ class Trainer:
             **{f"step_seconds/{part}": seconds for part, seconds in self.clock.seconds.items()},
         }
 
-    def _require_finite(self, loss: Tensor, norm: float, data: StepData) -> None:
+    def _require_finite(self, loss: float, norm: float, data: StepData) -> None:
         """Ends the run before a loss or gradient that is not finite reaches the weights; the newest checkpoint stays good."""
-        if math.isfinite(norm) and math.isfinite(loss.item()):
+        if math.isfinite(norm) and math.isfinite(loss):
             return
         ids = torch.cat([torch.cat([b.query_ids, b.document_ids]) for b in data.batches]).tolist()
         file = self.config.run_dir / f"nonfinite-step-{self.step}-rank-{self.mesh.rank}.json"
-        write_json(file, {"step": self.step, "loss": str(loss.item()), "gradient_norm": str(norm), "sample_ids": ids})
+        write_json(file, {"step": self.step, "loss": str(loss), "gradient_norm": str(norm), "sample_ids": ids})
         raise UserError(
-            f"step {self.step}: loss {loss.item()} or gradient norm {norm} is not finite; nothing was updated",
+            f"step {self.step}: loss {loss} or gradient norm {norm} is not finite; nothing was updated",
             f"The samples are in {file}. Lower optimizer.lr or the margin, then start again: the run resumes",
         )
 
@@ -339,8 +358,8 @@ class Trainer:
         most = self.config.data.max_bad_fraction
         if read < LEAST_READ or bad <= most * read:
             return
-        of_ranks: list[Any] = [None] * self.mesh.dp.size()
-        dist.all_gather_object(of_ranks, self._bad_ids, group=self.mesh.dp)
+        of_ranks: list[Any] = [None] * self.mesh.world_size
+        dist.all_gather_object(of_ranks, self._bad_ids)
         ids = sorted(set().union(*of_ranks))
         more = f" and {len(ids) - SHOWN_IDS} more" if len(ids) > SHOWN_IDS else ""
         raise UserError(
@@ -352,8 +371,8 @@ class Trainer:
 
     def _panel_rows(self, report: Report) -> list[Any]:
         catalogue = self.loader.catalogue
-        side = self.evaluation.documents[0]
-        titles = dict(zip(side.ids.tolist(), side.columns["title"], strict=True))
+        found = sorted({i for _, best, _ in report.panel for i in best if i < catalogue.num_samples})
+        titles = {row["sample_id"]: row["title"] for row in catalogue.rows(found, ["title"])}
         rows = []
         for query, best, relevant in report.panel:
             shown = text_picture(query) if isinstance(query, str) else picture(catalogue, query)
@@ -365,7 +384,7 @@ class Trainer:
     def _resume(self) -> None:
         """Continues the newest complete checkpoint; without one starts from train.init_from, or anew. Says what it did."""
         config, order = self.config, self.loader.order
-        path, passed_over = phases.on_first_rank(lambda: checkpoint.newest(config.run_dir / "checkpoints"), self.mesh)
+        path, passed_over = checkpoint.newest(config.run_dir / "checkpoints", self.mesh)
         self.notes = [*self._notes_on_training(), *(f"passed over checkpoint {line}" for line in passed_over)]
         if path is None:
             self.phases = [phases.first(order) if config.train.init_from is None else self._warm_start()]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from harness.data.loader import Reads
 from harness.data.product_queries import read_meta
+from harness.device import set_precision
 from harness.errors import UserError
 from harness.mesh import Mesh
 from models.batch import Batch
@@ -176,6 +177,7 @@ def build(
     """
     spec = METHODS[method]
     model = replace(model, text=replace(model.text, vocab_size=model.text.vocab_size or vocab_size))
+    set_precision(precision)
     mesh.seed_streams(seed, -1)
     torch.manual_seed(seed)  # the same on every rank, unlike the streams
     towers = spec.towers(model, builder(mesh))
@@ -186,7 +188,7 @@ def build(
     rows = None
     if num_classes and spec.classifies(model):
         settings = replace(head, num_classes=num_classes, embedding_dim=model.embedding_dim)
-        rows = ClassParallelHead(settings, mesh.row_group, mesh.dp, mesh.device)
+        rows = ClassParallelHead(settings, mesh.row_group, mesh.dp, mesh.device, copy_group=mesh.tp)
     return spec.assemble(model, towers, rows, mesh.dp), model
 
 

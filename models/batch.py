@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from models.transfer import send
 
 WIDTH = 8  # trimmed texts are a multiple of it wide: what tensor cores and attention kernels like, and few shapes for torch.compile
 
@@ -37,8 +41,11 @@ class Batch:
     masked_patches bool [d, P]: patches to be hidden, row-major; masked_titles bool [d]: titles that are masked as a whole;
     other_tokens int64 [d, L]: for each document its own title or that of another document.
 
-    Tokens of the texts before padding, always on the host, where they decide on shapes and masks without waiting for a device (with_lengths):
-    query_lengths int64 [q], document_lengths [d], masked_lengths [d] (0 for a title that is masked as a whole), other_lengths [d]; [0] if not given.
+    Beside them, so that nobody has to ask the device for it:
+    query_lengths int64 [q], document_lengths [d], masked_lengths [d] (0 for a title that is masked as a whole), other_lengths [d]: tokens of the
+    texts before padding, always on the host (with_lengths); [0] if not given;
+    sizes: "query" and "document" to how many of them each rank brings that has other samples, in rank order; None: to be exchanged;
+    origin: the batch that this one was moved from.
     """
 
     query_images: Tensor
@@ -63,6 +70,8 @@ class Batch:
     document_lengths: Tensor = field(default_factory=_no_lengths)
     masked_lengths: Tensor = field(default_factory=_no_lengths)
     other_lengths: Tensor = field(default_factory=_no_lengths)
+    sizes: Mapping[str, Sequence[int]] | None = None
+    origin: Batch | None = None
 
     @classmethod
     def of_texts(cls, tokens: Tensor) -> Batch:
@@ -84,6 +93,11 @@ class Batch:
         """Weights of the queries, then the documents: [q + d]."""
         return torch.cat([self.query_weights, self.document_weights])
 
+    @property
+    def host(self) -> Batch:
+        """The batch as it came, whose labels and masks can be read without a wait for the device."""
+        return self if self.origin is None else self.origin
+
     def with_lengths(self, pad: int) -> Batch:
         """The same batch, which lies on the host, with the lengths of its texts; `pad` stands behind a text and nowhere else."""
         found = {
@@ -93,14 +107,15 @@ class Batch:
         }
         if "masked" in found:
             found["masked"] = found["masked"] * ~self.masked_titles
-        return replace(self, **{f"{name}_lengths": lengths for name, lengths in found.items()})
+        known: dict[str, Any] = {f"{name}_lengths": lengths for name, lengths in found.items()}
+        return replace(self, **known)
 
     def trimmed(self, *names: str) -> Batch:
         """The same batch without the columns that are padding in all texts of `names`, query or document; those of a document stay aligned.
 
         Widths are multiples of WIDTH, so that few shapes occur. Without lengths nothing is cut.
         """
-        cut = {}
+        cut: dict[str, Any] = {}
         for name in names:
             of = [name] if name == "query" else [n for n in ("document", "masked", "other") if self._tokens(n).numel()]
             lengths = [getattr(self, f"{n}_lengths") for n in of if n != "masked"]
@@ -122,8 +137,16 @@ class Batch:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
         """On `device`, images in `dtype`; lengths stay on the host."""
-        names = [f.name for f in fields(self) if not f.name.endswith("_lengths")]
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        moved: dict[str, Any] = {name: send(getattr(self, name), device) for name in TENSORS}
         for name in ("query_images", "document_images"):
             moved[name] = moved[name].to(dtype)
-        return replace(self, **moved)
+        return replace(self, **moved, origin=self.host)
+
+
+TENSORS = tuple(f.name for f in fields(Batch) if not f.name.endswith(("_lengths", "sizes", "origin")))
+
+
+def rank_sizes(batches: Sequence[Batch], *sides: str) -> list[int] | None:
+    """Queries, documents, or both together, of all `batches` of every rank, in rank order; None where they are not known."""
+    counts = [batch.sizes[side] for batch in batches if batch.sizes is not None for side in sides]
+    return [sum(of_rank) for of_rank in zip(*counts, strict=True)] if len(counts) == len(batches) * len(sides) else None

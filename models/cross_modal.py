@@ -56,7 +56,7 @@ class ModalAdaptation(nn.Module):
         if modalities == "learned":
             weights = self.body(units.flatten(1)).softmax(-1)
         else:
-            weights = units.new_tensor(_FIXED[modalities]).expand(len(units), -1)
+            weights = torch.stack([units.new_full((len(units),), weight) for weight in _FIXED[modalities]], 1)
         return (weights[:, :, None] * units).sum(1), weights
 
 

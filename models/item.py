@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from models.alignment import Alignment
-from models.batch import Batch
+from models.batch import Batch, rank_sizes
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss
 from models.heads.mean import averaged, global_mean, weight_errors, weighted_sum
 from models.masking import WordHead, hide_patches, patch_pixels, word_terms
 from models.shape import TransformerBuilder, TransformerShape, padded_vocab, shape_errors
 from models.stem import conv_stem, patch_stem
+from models.transfer import places
 from models.vision import VisionConfig
 
 
@@ -274,6 +275,7 @@ class Item:
                 self.config.contrast,
                 self.data_group,
                 weights=batch.document_weights,
+                sizes=rank_sizes([batch], "document"),
             )
             metrics |= more
         total, more = weighted_sum(use, terms)
@@ -284,31 +286,31 @@ class Item:
 
         Means over masked words: cross entropy; over masked patches: squared error of the normalised pixels (He et al. 2022).
         """
-        use, heads, group = self.config.weights, self.towers, self.data_group
+        use, heads, group, host, device = self.config.weights, self.towers, self.data_group, batch.host, states.device
         length = batch.masked_words.shape[1]
         whole, words, patches = states[:, 0], states[:, 1 : 1 + length], states[:, 1 + length :]
         everything = self.config.global_targets == "all"
         terms = {}
         if use.mlm:
-            untold = batch.masked_titles[:, None]  # a title that is not seen has no states
-            rows, places = (batch.masked_words & ~untold).nonzero(as_tuple=True)
-            losses = word_terms(heads.mlm(words[rows, places]), batch.document_tokens[rows, places])
+            untold = host.masked_titles[:, None]  # a title that is not seen has no states
+            rows, columns = places(host.masked_words & ~untold, device)
+            losses = word_terms(heads.mlm(words[rows, columns]), batch.document_tokens[rows, columns])
             terms["mlm"] = global_mean(losses, batch.document_weights[rows], group)
         if use.gmlm:
-            told = batch.document_tokens != self.config.text.pad_id if everything else batch.masked_words
-            rows, places = told.nonzero(as_tuple=True)
-            losses = word_terms(heads.gmlm(whole[rows], places), batch.document_tokens[rows, places])
+            told = host.document_tokens != self.config.text.pad_id if everything else host.masked_words
+            rows, columns = places(told, device)
+            losses = word_terms(heads.gmlm(whole[rows], columns), batch.document_tokens[rows, columns])
             terms["gmlm"] = global_mean(losses, batch.document_weights[rows], group)
         if use.mim or use.gmim:
             pixels = patch_pixels(batch.document_images, self.config.vision.patch_size)
         if use.mim:
-            rows, places = batch.masked_patches.nonzero(as_tuple=True)
-            losses = (heads.mim(patches[rows, places]).to(pixels.dtype) - pixels[rows, places]).square().mean(1)
+            rows, columns = places(host.masked_patches, device)
+            losses = (heads.mim(patches[rows, columns]).to(pixels.dtype) - pixels[rows, columns]).square().mean(1)
             terms["mim"] = global_mean(losses, batch.document_weights[rows], group)
         if use.gmim:
-            told = torch.ones_like(batch.masked_patches) if everything else batch.masked_patches
-            rows, places = told.nonzero(as_tuple=True)
-            losses = (heads.gmim(whole[rows], places).to(pixels.dtype) - pixels[rows, places]).square().mean(1)
+            told = torch.ones_like(host.masked_patches) if everything else host.masked_patches
+            rows, columns = places(told, device)
+            losses = (heads.gmim(whole[rows], columns).to(pixels.dtype) - pixels[rows, columns]).square().mean(1)
             terms["gmim"] = global_mean(losses, batch.document_weights[rows], group)
         return terms
 

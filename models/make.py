@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from models.batch import Batch
+from models.batch import Batch, rank_sizes
 from models.comm import gather_shards, gather_with_grad, own_slice, shard_sizes
 from models.cross_modal import MODALITIES, CrossModal, Match, ModalAdaptation
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss, same_product
@@ -27,6 +27,7 @@ from models.heads.memory_bank import MemoryBank
 from models.masking import WordHead, hide_patches, patch_pixels, word_terms
 from models.shape import TransformerBuilder, TransformerShape, shape_errors
 from models.text import TextConfig, TextTower
+from models.transfer import places
 from models.vision import VisionConfig, VisionTower
 
 
@@ -214,7 +215,8 @@ class Make:
             like = next(towers.parameters())
             kind, labels = torch.promote_types(like.dtype, torch.float32), (2 + 2 * config.product_keywords,)
             for name in ("documents", "queries") if config.qic.symmetric else ("documents",):
-                self.banks[name] = MemoryBank(config.memory_bank, config.embedding_dim, labels, like.device, kind)
+                size, d, after = config.memory_bank, config.embedding_dim, config.memory_after
+                self.banks[name] = MemoryBank(size, d, labels, like.device, kind, after)
         self.memory = self.banks if config.memory_bank else None
 
     def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
@@ -228,6 +230,7 @@ class Make:
         weights = batch.query_weights * batch.document_weights  # a pair counts where both its samples were readable
         known = batch.document_labels[:, None], batch.categories[:, None]
         labels = torch.cat([*known, batch.keywords, batch.query_keywords], 1)
+        sizes = rank_sizes([batch], "document")
         titles = batch.masked_tokens if self.config.hide_words else batch.document_tokens
         queries, products = towers(
             batch.query_tokens, batch.document_images, titles, (batch.padded("query"), batch.padded("document"))
@@ -235,12 +238,19 @@ class Make:
         terms: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         if use.qic:
-            terms["qic"], metrics = self._qic(queries, products.embedding, labels, weights)
+            terms["qic"], metrics = self._qic(queries, products.embedding, labels, weights, sizes)
         if use.qim:
-            terms["qim"] = self._matching(queries, products.embedding, labels, weights)
+            terms["qim"] = self._matching(queries, products.embedding, labels, weights, sizes)
         if use.query_image:
             terms["query_image"], _ = contrastive_loss(
-                queries, products.image, labels, self.config.qic, self.data_group, weights=weights, related=self.related
+                queries,
+                products.image,
+                labels,
+                self.config.qic,
+                self.data_group,
+                weights=weights,
+                related=self.related,
+                sizes=sizes,
             )
         if use.keywords:
             terms["keywords"] = self._keywords(queries, batch.keywords, weights)
@@ -274,10 +284,9 @@ class Make:
         return found
 
     def _qic(
-        self, queries: Tensor, documents: Tensor, labels: Tensor, weights: Tensor
+        self, queries: Tensor, documents: Tensor, labels: Tensor, weights: Tensor, sizes: list[int] | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         banks: dict[str, MemoryBank] = dict(self.banks.items())  # type: ignore[arg-type]
-        ready = {name: bank for name, bank in banks.items() if bank.pushed >= self.config.memory_after}
         loss = contrastive_loss(
             queries,
             documents,
@@ -285,22 +294,25 @@ class Make:
             self.config.qic,
             self.data_group,
             weights=weights,
-            document_bank=ready.get("documents"),
-            query_bank=ready.get("queries"),
+            document_bank=banks.get("documents"),
+            query_bank=banks.get("queries"),
             related=self.related,
+            sizes=sizes,
         )
         if self.towers.training:
             for name, bank in banks.items():
-                bank.push({"documents": documents, "queries": queries}[name], labels, self.data_group, weights)
+                bank.push({"documents": documents, "queries": queries}[name], labels, self.data_group, weights, sizes)
         return loss
 
-    def _matching(self, queries: Tensor, documents: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    def _matching(
+        self, queries: Tensor, documents: Tensor, labels: Tensor, weights: Tensor, sizes: list[int] | None = None
+    ) -> Tensor:
         """QIM: binary cross entropy of each pair and of the query with its hardest negative.
 
         Ours: that is the product of highest QIC cosine over the batches of all ranks that is not related. Only vectors are gathered.
         """
         group = self.data_group
-        sizes = shard_sizes(len(queries), group, queries.device)
+        sizes = sizes or shard_sizes(len(queries), group, queries.device)
         everyone = gather_with_grad(documents, group, sizes)
         hidden = self.related(labels, gather_shards(labels, group, sizes))
         hidden |= gather_shards(weights, group, sizes) == 0
@@ -333,8 +345,8 @@ class Make:
             else self.towers.text(batch.masked_tokens, batch.padded("document"))
         )
         _, states, _ = self.towers.fusion(words, self._padding(batch), products.patches)
-        rows, places = batch.masked_words.nonzero(as_tuple=True)
-        terms = word_terms(self.towers.masked_words(states[rows, places]), batch.document_tokens[rows, places])
+        rows, columns = places(batch.host.masked_words, states.device)
+        terms = word_terms(self.towers.masked_words(states[rows, columns]), batch.document_tokens[rows, columns])
         return global_mean(terms, batch.document_weights[rows], self.data_group)
 
     def _mpm(self, products: Products, batch: Batch) -> Tensor:
@@ -354,6 +366,7 @@ class Make:
         wanted = pixels.gather(1, chosen.expand(-1, -1, pixels.shape[2])).flatten(0, 1).to(found.dtype)
         weights = (batch.document_weights * (count[:, 0] >= k)).repeat_interleave(k)
         unknown = torch.full((len(found),), -1, device=found.device)  # of no product: each patch is like no other
+        sizes = rank_sizes([batch], "document")
         loss, _ = contrastive_loss(
             self.towers.masked_patches(found),
             self.towers.patch_content(wanted),
@@ -361,6 +374,7 @@ class Make:
             self.config.mpm,
             group,
             weights=weights,
+            sizes=sizes and [k * n for n in sizes],
         )
         return loss
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from models.batch import Batch
+from models.batch import Batch, rank_sizes
 from models.fusion import ConcatFusion, ConceptFusion, ResidualTransform
 from models.heads.cached import cached_losses
 from models.heads.class_parallel import ClassParallelHead
@@ -175,15 +175,18 @@ class Oclear:
             labels = torch.cat([b.query_labels for b in batches])
             weights = torch.cat([b.query_weights * b.document_weights for b in batches])
             settings = ContrastiveConfig(temperature=self.config.temperature)
+            sizes = rank_sizes(batches, "query")
 
             def loss_of(queries: Tensor, documents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-                return contrastive_loss(queries, documents, labels, settings, self.data_group, weights=weights)
+                return contrastive_loss(
+                    queries, documents, labels, settings, self.data_group, weights=weights, sizes=sizes
+                )
 
             parts: Iterator[tuple[Tensor, dict[str, Tensor], Tensor]] = cached_losses(self._encode, batches, loss_of)
         else:
             parts = map(self._classify, batches)
         for loss, metrics, gate in parts:
-            gates = torch.stack([gate.detach().to(loss.dtype).sum(), loss.new_tensor(len(gate))])
+            gates = torch.stack([gate.detach().to(loss.dtype).sum(), loss.new_full((), len(gate))])
             yield loss, {**metrics, "gate": gates}
 
     def _encode(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -199,7 +202,8 @@ class Oclear:
     def _classify(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         embeddings, gate = self._encode(batch)
         assert self.head is not None, "the caller looked"
-        loss, metrics = self.head(torch.cat(embeddings), batch.labels, batch.weights)
+        sizes = rank_sizes([batch], "query", "document")
+        loss, metrics = self.head(torch.cat(embeddings), batch.labels, batch.weights, sizes)
         return loss, metrics, gate
 
     def embed_query(self, batch: Batch) -> Tensor:

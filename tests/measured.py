@@ -258,7 +258,7 @@ def estimated(name: str) -> dict[str, Any]:
     """What `shelfmark estimate` says of RECIPES[name]; `peak` without the images read ahead, since nothing reads in a measurement."""
     words = flags({key.replace("num_classes", "num-classes"): value for key, value in RECIPES[name].items()})
     with redirect_stdout(sys.stderr):
-        figures = estimate(words)
+        figures = estimate([*words, "--mesh.device=cpu"])
     return figures | {"peak": figures["peak_memory_per_rank"] - figures["memory_per_rank"]["read_ahead"]}
 
 

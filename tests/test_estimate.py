@@ -19,9 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness.bench.ranks import Traffic
 from harness.config import parse
+from harness.data.loader import TextTokens
 from harness.errors import UserError
 from harness.estimate import estimate
-from harness.flops import Work, active_rows, flops_per_step, step_parts, vision
+from harness.flops import StepFlops, Work, active_rows, flops_per_step, step_parts, vision, with_length
 from harness.groups import freeze
 from harness.methods import METHODS
 from harness.passes import Layout, block_elements, reach, stem_elements
@@ -188,6 +189,32 @@ def test_flops_of_a_step_are_what_torch_counts():
     assert flops_per_step(config, 77) == sum(part.total for part in parts.values())
 
 
+def test_a_step_costs_what_its_own_texts_cost():
+    """Documents of 5 and of 40 tokens against what torch counts of each without padding."""
+    recipe = TINY | {
+        "model.vision.hidden_size": 64,
+        "model.text.max_length": 40,
+        "data.queries_per_step": 3,
+        "data.documents_per_step": 2,
+    }
+    config = parse(flags(recipe))[0]
+    rows = torch.empty(77, config.model.embedding_dim, device="meta", requires_grad=True)
+
+    def one(queries: int, length: int) -> Work:
+        images = torch.empty(queries + 1, 3, 64, 64, device="meta")
+        tokens = torch.empty(1, length, dtype=torch.int64, device="meta")
+
+        def call(towers: nn.Module) -> Tensor:
+            return torch.cat(towers(images[:queries], images[queries:], tokens)[:2]) @ rows.T
+
+        return counted(lambda: OclearTowers(config.model, PlainBuilder()), call=call)
+
+    found, flops = one(2, 5) + one(1, 40), StepFlops.of(config, 77, 2)
+    assert flops.fixed + flops.texts(TextTokens(45, 25 + 1600)) == pytest.approx(found.total, rel=0.01)
+    padded = flops.fixed + flops.texts(TextTokens(80, 3200))
+    assert padded == pytest.approx(flops_per_step(config, 77), rel=1e-12) and found.total < 0.97 * padded
+
+
 # All terms of MAKE and ITEm, every size different from every other.
 TERMS: dict[str, dict[str, Any]] = {
     "make": {
@@ -239,6 +266,34 @@ def test_flops_of_all_terms_are_what_torch_counts(name, more):
     parts = step_parts(config_of(recipe, 1), 0)
     assert sum(part.forward for part in parts.values()) == pytest.approx(found.forward, rel=1e-9)
     assert sum(part.backward for part in parts.values()) == pytest.approx(found.backward, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_step_of_other_lengths_costs_what_the_formulas_say(name):
+    config = config_of(TERMS[name], 1)
+    flops, n = StepFlops.of(config, 0, 6), 6
+    for length, query in ((12, 5), (3, 2), (7, 4), (1, 1)):
+        tokens = TextTokens(n * length, n * length**2, n * query, n * query**2)
+        shorter = with_length(config, "text", length)
+        shorter = with_length(shorter, "query", query) if name == "make" else shorter
+        assert flops.fixed + flops.texts(tokens) == pytest.approx(flops_per_step(shorter, 0), rel=1e-12)
+
+
+def test_a_shorter_text_costs_an_estimate_no_memory():
+    words = [*flags(TINY), "--vocab-size", "99", "--num-classes", "9"]
+    whole, short = estimate(words), estimate([*words, "--text-length", "7"])
+    assert (whole["text_length"], short["text_length"]) == (64, 7)
+    assert 0 < short["flops_per_step_total"] < whole["flops_per_step_total"]
+    changed = {key for key in whole if whole[key] != short[key]}
+    assert changed == {"text_length", "flops_per_step", "flops_per_step_total"}
+
+
+def test_an_estimate_does_not_depend_on_this_machine(monkeypatch):
+    words = [*flags(TINY), "--vocab-size", "99", "--num-classes", "9"]
+    for here in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=here: found)
+        assert estimate(words)["device"] == estimate([*words, "--mesh.device=cuda"])["device"] == "cuda"
+        assert estimate([*words, "--mesh.device=cpu"])["device"] == "cpu"
 
 
 def test_sampling_counts_each_active_class_once():

@@ -16,7 +16,7 @@ import pytest
 
 from harness import checkpoint, checksums, loop, train
 from harness.data.catalogue import Catalogue
-from harness.data.loader import StepData, StepLoader
+from harness.data.loader import StepLoader
 from harness.errors import UserError
 from tests.pool import ranks
 from tests.runs import arguments, tiny_config, trainer
@@ -145,14 +145,14 @@ def test_an_altered_ledger_is_refused_and_a_missing_one_is_noted(catalogue: Path
 def test_the_read_ahead_is_bounded_in_bytes(
     catalogue: Path, steps: float, depth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, waiting, load = 0, threading.Event(), StepLoader.load
+    begun, waiting, decode = 0, threading.Event(), StepLoader._decode
 
-    def counted(self: StepLoader, step: int) -> StepData:
+    def counted(self: StepLoader, planned: Any) -> Any:
         nonlocal begun
         begun += 1
-        return load(self, step)
+        return decode(self, planned)
 
-    monkeypatch.setattr(StepLoader, "load", counted)
+    monkeypatch.setattr(StepLoader, "_decode", counted)
     with open_loader(catalogue, 1, 3, micro_batches=2) as loader:
         batches = loader.load(0).batches
         size = sum(b.query_images.nbytes + b.document_images.nbytes for b in batches)

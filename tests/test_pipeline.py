@@ -1,16 +1,22 @@
 """Images: drawn parameters, DALI against its Pillow twin, orientation, bad files, independence of the batch."""
 
+import ctypes
 import io
 import json
 import os
+import weakref
 from contextlib import closing
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 
+from harness.data import nvjpeg
+from harness.data.loader import open_pipeline
 from harness.data.pipeline import ImagePipeline
 from harness.data.preprocess import PreprocessSpec, draw_parameters
 from harness.data.reference import ReferencePipeline
@@ -355,3 +361,136 @@ def test_close_ends_the_threads():
 def test_device_is_checked():
     with pytest.raises(ValueError, match="'cpu' or 'mixed'"):
         ImagePipeline(PreprocessSpec(), 4, device="gpu")
+
+
+# ---------------------------------------------------------------- a GPU, pretended
+
+
+class Queue:
+    """A stream that runs nothing before someone waits for it, as a busy GPU's."""
+
+    def __init__(self):
+        self.work, self.done = [], 0
+
+    def run(self, upto):
+        while self.done < upto:
+            self.work[self.done]()
+            self.done += 1
+
+
+class Memory:
+    """DALI's: a buffer that nobody holds any more is written over by the next run, whatever is still queued to read it."""
+
+    def __init__(self, pipeline):
+        self.pipeline, self.buffers, self.streams = pipeline, [], []
+
+    def run(self, stream, **inputs):
+        self.streams.append(stream)
+        for buffer, holder in self.buffers:
+            if holder() is None:
+                buffer.fill(np.nan)
+        (batch,) = self.pipeline.run(**inputs)
+        buffer = np.array(batch.as_tensor())
+        lent = torch.from_numpy(buffer)
+        self.buffers.append((buffer, weakref.ref(lent)))
+        return (SimpleNamespace(as_tensor=lambda: lent),)
+
+
+def test_a_buffer_lives_until_the_colour_step_has_read_it(monkeypatch):
+    """In a GPU's order: a colour step reads its buffer when its stream gets there, long after decode has returned."""
+    queue, spec = Queue(), PreprocessSpec(image_size=16)
+    encoded = [[encode(drawing(40, 30, 3 * step + row)) for row in range(3)] for step in range(6)]
+    params = parameters(spec, [(40, 30)] * 3)
+
+    class Event:
+        def record(self, stream):
+            self.upto = len(stream.work)
+
+        def synchronize(self):
+            queue.run(self.upto)
+
+    with closing(ImagePipeline(spec, 4)) as pipeline:
+        wanted = [pipeline.decode(step, params)[0].clone() for step in encoded]
+    pipeline = ImagePipeline(spec, 4)
+    memory, colour = Memory(pipeline._pipeline), pipeline._colour
+
+    def later(planes, params):
+        found, shape = torch.empty(planes.shape), tuple(planes.shape)
+        place = ctypes.cast(planes.data_ptr(), ctypes.POINTER(ctypes.c_float))  # does not keep the buffer
+        queue.work.append(lambda: found.copy_(colour(torch.from_numpy(np.ctypeslib.as_array(place, shape)), params)))
+        return found
+
+    for owner, name, value in (
+        (torch.cuda, "current_stream", lambda device=None: queue),
+        (torch.cuda, "Event", Event),
+        (torch, "from_dlpack", lambda lent: lent),
+        (pipeline, "_pipeline", memory),
+        (pipeline, "_colour", later),
+        (pipeline, "_mixed", True),
+    ):
+        monkeypatch.setattr(owner, name, value)
+    found = []
+    for number, step in enumerate(encoded):
+        found.append(pipeline.decode(step, params)[0])
+        assert queue.done == number, "the host is one batch ahead of the device and no more"
+    assert all(stream is queue for stream in memory.streams), "DALI brings its result on the stream that reads it"
+    pipeline.close()
+    for step, (images, right) in enumerate(zip(found, wanted, strict=True)):
+        assert torch.equal(images, right), f"batch {step}"
+    assert all(holder() is None for _, holder in memory.buffers), "nor does a buffer live for ever"
+    before, bad = len(memory.buffers), encoded[0][0][:150] + bytes(100) + encoded[0][0][250:]
+    monkeypatch.setattr(pipeline, "_pipeline", memory)
+    pipeline.decode([*encoded[0], bad], parameters(spec, [(40, 30)] * 4))
+    assert len(memory.buffers) > before + 1, "a bad image makes several runs of a call"
+    assert all(holder() is not None for _, holder in memory.buffers[before:]), (
+        "whose buffers are read by what is queued"
+    )
+
+
+# ---------------------------------------------------------------- which nvJPEG
+
+
+def test_the_nvjpeg_in_this_process_tells_its_version():
+    """Run for real where DALI's wheels bring one: its functions that ask nothing of a GPU work without one."""
+    with closing(ImagePipeline(PreprocessSpec(image_size=16), 1)):
+        found = nvjpeg.loaded_nvjpeg()
+    if found is None:
+        pytest.skip("no nvJPEG is installed")
+    (major, minor, patch), file = found
+    installed = metadata.version("nvidia-nvjpeg")  # the wheel's, unless another CUDA is on the library path
+    assert f"{major}.{minor}.{patch}." in f"{installed}." or "site-packages" not in file
+    assert Path(file).is_file() and Path(file).name.startswith("libnvjpeg.so")
+    assert nvjpeg.require_nvjpeg() == f"{major}.{minor}.{patch} ({file})"
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (((13, 1, 9), "/cuda-13.0/libnvjpeg.so.13"), "/cuda-13.0/libnvjpeg.so.13 is nvJPEG 13.1.9; before 13.2 DALI"),
+        (((12, 4, 0), "libnvjpeg.so.12"), "libnvjpeg.so.12 is nvJPEG 12.4.0"),
+        (None, "DALI has loaded no nvJPEG"),
+        (((13, 2, 0), "a"), ""),
+        (((14, 0, 0), "a"), ""),
+    ],
+)
+def test_an_old_nvjpeg_is_refused_on_a_gpu(found, said, monkeypatch):
+    monkeypatch.setattr(nvjpeg, "loaded_nvjpeg", lambda: found)
+    if not said:
+        assert nvjpeg.require_nvjpeg() == f"{found[0][0]}.{found[0][1]}.0 (a)"
+        return
+    with pytest.raises(UserError) as error:
+        nvjpeg.require_nvjpeg()
+    text = str(error.value)
+    assert text.startswith(said) and "\n" not in text
+    for remedy in ("LD_LIBRARY_PATH", "module unload cuda", "data.backend dali_cpu"):
+        assert remedy in text
+
+
+def test_only_dali_on_a_gpu_asks_for_an_nvjpeg(monkeypatch):
+    """`dali` there is refused with an old one; `dali_cpu` never decodes there."""
+    asked = []
+    spec, cuda = PreprocessSpec(image_size=16), torch.device("cuda", 3)
+    monkeypatch.setattr("harness.data.pipeline.ImagePipeline", lambda *words: asked.append(words[3:]))
+    for backend, device in (("dali", cuda), ("dali_cpu", cuda), ("dali", torch.device("cpu"))):
+        open_pipeline(spec, backend, 1, 1, device)
+    assert asked == [("mixed", 3), ("cpu", 3), ("cpu", 0)]

@@ -99,8 +99,9 @@ def test_ctrl_c_ends_a_reader(catalogue: Path, backend: str) -> None:
 def test_an_interrupt_leaves_no_lock_held_wherever_it_comes(catalogue: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C raises between any two bytecodes of the main thread; `close` must never wait for a lock that it left held."""
     with open_loader(catalogue, backend="reference", **SMALL) as loader:
-        data = loader.load(0)
-    monkeypatch.setattr(StepLoader, "load", lambda *_: data)
+        decoded = loader._decode(loader._plan(0))
+    monkeypatch.setattr(StepLoader, "_plan", lambda *_: [])
+    monkeypatch.setattr(StepLoader, "_decode", lambda *_: decoded)
 
     def interrupted_at(nth: int) -> bool:
         count = 0

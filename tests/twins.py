@@ -95,7 +95,9 @@ def documents_alone(folder: Path) -> Path:
 
 def part(batch: Batch, sizes: list[int], rank: int) -> Batch:
     """The rows of one of the ranks, which have `sizes` of them."""
-    return replace(batch, **{name: value.split(sizes)[rank] for name, value in vars(batch).items() if len(value)})
+    rows = [name for name in vars(batch) if name not in ("sizes", "origin") and len(getattr(batch, name))]
+    own = {name: getattr(batch, name).split(sizes)[rank] for name in rows}
+    return replace(batch, **own, sizes={"query": sizes, "document": sizes})
 
 
 def require_equal_gradients(towers: nn.Module, plain: nn.Module, mesh: Any) -> None:

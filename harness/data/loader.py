@@ -5,18 +5,21 @@ Nothing here has a state: what step k holds is a function of (order, k), and how
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.distributed import ProcessGroup
 
 from harness.data.catalogue import Catalogue, CorruptSample
 from harness.data.masking import MaskConfig, draw_masks, other_titles
@@ -27,9 +30,11 @@ from harness.data.reference import ReferencePipeline
 from harness.data.tokenizer import Tokenizer, TokenStore
 from harness.errors import UserError
 from models.batch import Batch
+from models.comm import gather_shards
 
 Ints = npt.NDArray[np.int64]
-REMOTE_READS = 16  # requests of a rank under way at once
+READS = 16  # of a rank under way at once: a parallel file system or a server answers late, but many at a time
+BACKENDS = ("dali", "dali_cpu", "reference")
 _LEDGER_KEY = 0x5348_4C46
 _POSITIONS_AT_ONCE = 1 << 18  # bounds the memory of `StepLoader.ledgers`
 
@@ -43,8 +48,8 @@ class DataConfig:
         queries_per_step: query photos in one optimizer step, over all ranks; without effect for a method that trains on documents.
         documents_per_step: documents in one optimizer step, over all ranks; without effect where every query photo brings its own.
         micro_batches: pieces into which a rank cuts its part of the step, to save memory.
-        backend: dali (decodes on the GPU where there is one), or reference (Pillow and numpy, where DALI has no wheel).
-        threads: decoding threads of each rank.
+        backend: dali (decodes on the GPU where there is one), dali_cpu (never there), or reference (Pillow and numpy, where DALI has no wheel).
+        threads: decoding threads of each rank; 0: the process's cores by the ranks of its node, less two, at least 1. Results do not depend on it.
         read_ahead: steps that are read ahead at most.
         read_ahead_bytes: bytes of decoded images that a rank reads ahead at most, on the device that decodes; one step in any case.
         max_bad_fraction: the run stops at a line of log where more than this share of the samples that it has read since it was started
@@ -59,7 +64,7 @@ class DataConfig:
     documents_per_step: int = 64
     micro_batches: int = 1
     backend: str = "dali"
-    threads: int = 2
+    threads: int = 0
     read_ahead: int = 3
     read_ahead_bytes: int = 1 << 30
     max_bad_fraction: float = 0.01
@@ -70,9 +75,11 @@ class DataConfig:
     def errors(self) -> list[str]:
         """What is out of range, as sentences that name the key."""
         errors = []
-        if self.backend not in ("dali", "reference"):
-            errors.append(f"data.backend is '{self.backend}'; it can be 'dali' or 'reference'")
-        positive = "queries_per_step documents_per_step micro_batches threads read_ahead read_ahead_bytes"
+        if self.backend not in BACKENDS:
+            errors.append(f"data.backend is '{self.backend}'; it can be {', '.join(BACKENDS)}")
+        if self.threads < 0:
+            errors.append(f"data.threads is {self.threads}; it must not be negative")
+        positive = "queries_per_step documents_per_step micro_batches read_ahead read_ahead_bytes"
         for name in positive.split():
             if getattr(self, name) < 1:
                 errors.append(f"data.{name} must be at least 1")
@@ -106,12 +113,27 @@ class Reads:
         return queries, config.queries_per_step if self.kind == "pairs" else config.documents_per_step
 
 
+class TextTokens(NamedTuple):
+    """Sums over texts: of their tokens, and of the squares of these, which attention costs; of documents and of text queries."""
+
+    documents: int = 0
+    documents_squared: int = 0
+    queries: int = 0
+    queries_squared: int = 0
+
+    @classmethod
+    def of(cls, documents: torch.Tensor, queries: torch.Tensor) -> TextTokens:
+        """Of the texts' lengths, int64 [n]."""
+        return cls(*(int((length**power).sum()) for length in (documents, queries) for power in (1, 2)))
+
+
 @dataclass(frozen=True)
 class StepData:
-    """One rank's part of a step: its micro-batches, the ledger of its (position, id) pairs, and the ids that could not be decoded.
+    """One rank's part of a step: its micro-batches and the ledger of its (position, id) pairs.
 
-    images: how many were read; read_seconds: what reading and decoding them took; ready: share of the read-ahead that was ready when
-    this step was asked for.
+    bad_ids: of what this rank read of it, the ids that could not be decoded (tensor-parallel ranks share the reading); images: how many it
+    read; read_seconds: what waiting for their bytes and decoding them took; texts: its documents' texts and text queries, padding left out;
+    ready: share of the read-ahead that was ready when this step was asked for.
     """
 
     batches: list[Batch]
@@ -119,11 +141,14 @@ class StepData:
     bad_ids: list[int]
     images: int
     read_seconds: float
+    texts: TextTokens = field(default_factory=TextTokens)
     ready: float = 0.0
 
 
 class Pipeline(Protocol):
-    """Encoded images to the model's input: DALI's and Pillow's, told apart by nothing but speed."""
+    """Encoded images to the model's input: DALI's and Pillow's, told apart by nothing but speed. `line` says what decodes, in words."""
+
+    line: str
 
     def decode(self, encoded: list[bytes], params: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
         """Images float32 [n, 3, S, S], zeros where unreadable, and ok bool [n]."""
@@ -138,7 +163,7 @@ def open_pipeline(spec: PreprocessSpec, backend: str, batch_size: int, threads: 
     """The decoder that `backend` names; see `ImageReader`.
 
     Raises:
-        UserError: DALI is asked for and does not import.
+        UserError: DALI is asked for and does not import, or its nvJPEG is too old for a GPU.
     """
     if backend == "reference":
         return ReferencePipeline(spec, batch_size, threads)
@@ -146,9 +171,33 @@ def open_pipeline(spec: PreprocessSpec, backend: str, batch_size: int, threads: 
         from harness.data.pipeline import ImagePipeline  # here, so that `reference` runs where DALI has no wheel
     except ImportError as error:
         raise UserError(
-            f"DALI does not import ({error})", "Install nvidia-dali, or choose the backend 'reference'"
+            f"DALI does not import ({error})",
+            "Install shelfmark[cu13] or shelfmark[cu12], as the GPUs' driver has it, or choose the backend 'reference'",
         ) from error
-    return ImagePipeline(spec, batch_size, threads, "mixed" if device.type == "cuda" else "cpu", device.index or 0)
+    mixed = device.type == "cuda" and backend == "dali"
+    return ImagePipeline(spec, batch_size, threads, "mixed" if mixed else "cpu", device.index or 0)
+
+
+def decoding_threads(threads: int) -> int:
+    """`threads`; of 0 this rank's share of the cores that its node gives the process, less two: one computes, one reads ahead."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return threads or max(1, len(os.sched_getaffinity(0)) // ranks - 2)
+
+
+class Pixels(NamedTuple):
+    """Images [n, 3, S, S] and ok bool [n]."""
+
+    images: torch.Tensor
+    ok: torch.Tensor
+
+
+class Request(NamedTuple):
+    """Samples that are being read: all that are wanted, and of those that this rank reads their ids, parameters and bytes to come."""
+
+    wanted: int
+    ids: Ints
+    parameters: Parameters
+    encoded: Iterator[bytes]
 
 
 class ImageReader:
@@ -157,10 +206,14 @@ class ImageReader:
     Args:
         catalogue: where the bytes lie.
         spec: preprocessing.
-        backend: 'dali' or 'reference'.
+        backend: one of BACKENDS.
         batch_size: the most images per call.
-        threads: decoding threads.
+        threads: decoding threads; see `DataConfig`.
         device: where the pixels are wanted; DALI decodes there too.
+        tp: ranks that all want the same samples: each reads and decodes a part, `gather` brings the parts together. None: every rank for itself.
+
+    Attributes:
+        line: what decodes, in words.
     """
 
     def __init__(
@@ -171,15 +224,49 @@ class ImageReader:
         batch_size: int,
         threads: int,
         device: torch.device,
+        tp: ProcessGroup | None = None,
     ) -> None:
-        self.catalogue, self.spec = catalogue, spec
-        self._pipeline = open_pipeline(spec, backend, batch_size, threads, device)
-        self._requests = ThreadPoolExecutor(REMOTE_READS, "read") if catalogue.remote else None
+        self.catalogue, self.spec, self.device, self._tp = catalogue, spec, device, tp
+        self._rank, self._ranks = (0, 1) if tp is None else (tp.rank(), tp.size())
+        most = -(-batch_size // self._ranks)
+        self._pipeline = open_pipeline(spec, backend, most, decoding_threads(threads), device)
+        self.line = self._pipeline.line
+        self._reads = ThreadPoolExecutor(READS, "read")
 
-    def read(self, ids: Ints, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images [n, 3, S, S] and ok bool [n] of samples `ids`."""
-        read = map if self._requests is None else self._requests.map
-        return self._pipeline.decode(list(read(self._bytes, ids.tolist())), parameters)
+    def read(self, ids: Ints, parameters: Parameters) -> Pixels:
+        """Samples `ids`; collective over tp."""
+        request = self.request(ids, parameters)
+        return self.gather(self.decode(request), request.wanted)
+
+    def request(self, ids: Ints, parameters: Parameters) -> Request:
+        """Begins to read this rank's part of samples `ids`."""
+        own = self.own(len(ids))
+        mine = ids[own.start : own.stop]
+        cut = {name: array[own.start : own.stop] for name, array in parameters.items()}
+        parts = np.array_split(
+            mine, max(1, min(READS, len(mine)))
+        )  # a task for each sample would cost as much as a read from memory
+        return Request(len(ids), mine, cut, chain.from_iterable(self._reads.map(self._part, parts)))
+
+    def decode(self, request: Request) -> Pixels:
+        """This rank's part of what was requested, once it has been read."""
+        return Pixels(*self._pipeline.decode(list(request.encoded), request.parameters))
+
+    def gather(self, own: Pixels, count: int) -> Pixels:
+        """All `count` samples from the parts of the ranks, on the device where they share; collective over tp.
+
+        Not to be called from a thread beside the training thread: collectives have one order.
+        """
+        if self._tp is None or self._ranks == 1 or not count:
+            return own
+        sizes = [len(share(count, self._ranks, rank)) for rank in range(self._ranks)]
+        parts = (part.to(self.device) for part in (own.images, own.ok.to(torch.uint8)))
+        images, ok = (gather_shards(part, self._tp, sizes) for part in parts)
+        return Pixels(images, ok.bool())
+
+    def own(self, count: int) -> range:
+        """Which of `count` samples this rank reads."""
+        return share(count, self._ranks, self._rank)
 
     def parameters(
         self, ids: Ints, seed: int = 0, epochs: Ints | int = 0, positions: Ints | int = 0, train: bool = False
@@ -193,8 +280,10 @@ class ImageReader:
     def close(self) -> None:
         """Ends the decoder's threads, and those that read."""
         self._pipeline.close()
-        if self._requests is not None:
-            self._requests.shutdown(cancel_futures=True)
+        self._reads.shutdown(cancel_futures=True)
+
+    def _part(self, ids: Ints) -> list[bytes]:
+        return [self._bytes(sample_id) for sample_id in ids.tolist()]
 
     def _bytes(self, sample_id: int) -> bytes:
         try:
@@ -218,6 +307,7 @@ class StepLoader:
         rank: this rank's place among those that bring different samples (dp).
         world_size: their number.
         device: where images are wanted.
+        tp: ranks that bring the same samples and share their reading; None: this one reads them all.
 
     Attributes:
         queries_per_step, documents_per_step: images of one step over all ranks.
@@ -226,7 +316,14 @@ class StepLoader:
     """
 
     def __init__(
-        self, config: DataConfig, seed: int, reads: Reads, rank: int, world_size: int, device: torch.device
+        self,
+        config: DataConfig,
+        seed: int,
+        reads: Reads,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        tp: ProcessGroup | None = None,
     ) -> None:
         self.config, self.seed, self.reads = config, seed, reads
         self.queries_per_step, self.documents_per_step = reads.samples(config)
@@ -239,10 +336,12 @@ class StepLoader:
         self.first_step = 0
         pieces = world_size * config.micro_batches
         most = -(-self.queries_per_step // pieces) + -(-self.documents_per_step // pieces)
-        self.images = ImageReader(self.catalogue, config.preprocess, config.backend, most, config.threads, device)
+        self.images = ImageReader(self.catalogue, config.preprocess, config.backend, most, config.threads, device, tp)
+        # Decoding must not queue behind a training step's kernels, nor those behind the decoding of steps to come.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.depth = max(1, min(config.read_ahead, config.read_ahead_bytes // max(1, self.step_bytes)))
         # SimpleQueue alone: a Ctrl-C amid the Python code of any other queue, semaphore or event leaves its lock held, and `close` waits for ever.
-        self._queue: queue.SimpleQueue[StepData | BaseException] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Decoded | BaseException] = queue.SimpleQueue()
         self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # an entry for each step that may be decoded
         for _ in range(self.depth):
             self._room.put(None)
@@ -251,20 +350,23 @@ class StepLoader:
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of this rank's decoded images of one step, the same in all steps."""
+        """Bytes of the images of one step that this rank decodes, the same in all steps."""
         pieces = self.config.micro_batches * self.world_size
         sizes = self.queries_per_step, self.documents_per_step
         places = range(self.rank, pieces, self.world_size)
-        images = sum(len(share(size, pieces, piece)) for size in sizes for piece in places)
+        images = sum(len(self.images.own(sum(len(share(size, pieces, piece)) for size in sizes))) for piece in places)
         return images * 3 * self.config.preprocess.image_size**2 * torch.float32.itemsize
 
     def load(self, step: int) -> StepData:
-        """This rank's part of `step`; the same whenever and however often it is asked for.
+        """This rank's part of `step`; the same whenever and however often it is asked for; collective over tp.
 
         Not while `steps` reads ahead: there is one decoder, and it serves one thread.
         """
-        batches, total, bad = [], 0, []
-        read, seconds = 0, 0.0
+        return self._whole(self._decode(self._plan(step)))
+
+    def _plan(self, step: int) -> list[_Planned]:
+        """Draws the micro-batches of a step and begins to read their samples."""
+        planned = []
         for micro in range(self.config.micro_batches):
             piece, pieces = micro * self.world_size + self.rank, self.config.micro_batches * self.world_size
             queries = _positions(step - self.first_step, self.queries_per_step, pieces, piece)
@@ -274,27 +376,68 @@ class StepLoader:
             parameters = self.images.parameters(
                 ids, self.seed, np.concatenate([q.epochs, d.epochs]), np.concatenate([queries, documents]), train=True
             )
+            planned.append(_Planned(queries, documents, q, d, self.images.request(ids, parameters)))
+        return planned
+
+    def _decode(self, planned: list[_Planned]) -> _Decoded:
+        """All of a step but what other ranks read of it."""
+        batches, pixels, total, bad = [], [], 0, []
+        read, seconds, texts = 0, 0.0, TextTokens()
+        for micro, (queries, documents, q, d, request) in enumerate(planned):
             started = time.perf_counter()
-            images, ok = self.images.read(ids, parameters)
+            own = self.images.decode(request)
             seconds += time.perf_counter() - started
-            read += len(ids)
-            n = len(queries)
+            none = own.images[:0]
             batch = Batch(
-                query_images=images[:n],
+                query_images=none,
                 query_labels=torch.from_numpy(q.class_ids),
-                query_weights=ok[:n].float(),
+                query_weights=torch.empty(0),
                 query_ids=torch.from_numpy(q.sample_ids),
-                document_images=images[n:],
+                document_images=none,
                 document_tokens=torch.from_numpy(self.tokens.batch(d.sample_ids, self.reads.text_length)),
                 document_labels=torch.from_numpy(d.class_ids),
-                document_weights=ok[n:].float(),
+                document_weights=torch.empty(0),
                 document_ids=torch.from_numpy(d.sample_ids),
+                sizes=self._sizes(micro),
             )
-            batch = replace(batch, **self._texts(d), **self._masks(d, batch.document_tokens))
-            batches.append(batch.with_lengths(self.tokens.special.pad))
+            more: dict[str, Any] = {**self._texts(d), **self._masks(d, batch.document_tokens)}
+            batch = replace(batch, **more).with_lengths(self.tokens.special.pad)
+            batches.append(batch)
+            pixels.append(own)
+            found = TextTokens.of(batch.document_lengths, batch.query_lengths)
+            texts = TextTokens(*map(sum, zip(texts, found, strict=True)))
             total += _ledger(queries, q.sample_ids, documents, d.sample_ids)
-            bad += ids[~ok.numpy()].tolist()
-        return StepData(batches, total % 2**64, bad, read, seconds)
+            read += len(request.ids)
+            bad += request.ids[~own.ok.numpy()].tolist()
+        event = None if self._stream is None else torch.cuda.current_stream().record_event()
+        return _Decoded(StepData(batches, total % 2**64, bad, read, seconds, texts), pixels, event)
+
+    def _whole(self, decoded: _Decoded) -> StepData:
+        """The step as its method takes it, safe for this thread's stream; collective over tp."""
+        if decoded.event is not None:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(decoded.event)
+            for own in decoded.pixels:
+                if own.images.is_cuda:  # else the next decoding may have their memory while they are read
+                    own.images.record_stream(stream)
+        batches = []
+        for batch, own in zip(decoded.data.batches, decoded.pixels, strict=True):
+            n = len(batch.query_ids) if self.products is None else 0
+            images, ok = self.images.gather(own, n + len(batch.document_ids))
+            read: dict[str, Any] = {"query_images": images[:n], "document_images": images[n:]}
+            if self.products is None:
+                read["query_weights"] = ok[:n].float()
+            batches.append(replace(batch, **read, document_weights=ok[n:].float()))
+        return replace(decoded.data, batches=batches)
+
+    def _sizes(self, micro: int) -> dict[str, list[int]]:
+        """What every rank brings to a micro-batch."""
+        places = range(micro * self.world_size, (micro + 1) * self.world_size)
+        texts = self.products is not None  # a query for each document
+        queries = self.documents_per_step if texts else self.queries_per_step
+        per_step = {"query": queries, "document": self.documents_per_step}
+        pieces = self.world_size * self.config.micro_batches
+        return {side: [len(share(size, pieces, place)) for place in places] for side, size in per_step.items()}
 
     def ledgers(self, first: int, end: int) -> list[int]:
         """The ledger of each of the steps first .. end - 1 over all ranks, from the order alone: no sample is read."""
@@ -368,7 +511,7 @@ class StepLoader:
                 finally:
                     del item  # its traceback holds this frame: a cycle that would keep the catalogue's files open
             self._room.put(None)
-            yield replace(item, ready=ready)
+            yield replace(self._whole(item), ready=ready)
 
     def close(self) -> None:
         """Ends the thread and releases decoder and files."""
@@ -381,13 +524,35 @@ class StepLoader:
 
     def _read_ahead(self, first: int, end: int) -> None:
         try:
-            for step in range(first, end):
-                self._room.get()
-                if self._closing:
-                    return
-                self._queue.put(self.load(step))
+            with torch.cuda.stream(self._stream):  # of None none
+                planned = self._plan(first) if first < end else []
+                for step in range(first, end):
+                    self._room.get()
+                    if self._closing:
+                        return
+                    current = planned
+                    planned = self._plan(step + 1) if step + 1 < end else []  # read while `step` is decoded
+                    self._queue.put(self._decode(current))
         except BaseException as error:  # handed to the training thread, which raises it
             self._queue.put(error)
+
+
+class _Planned(NamedTuple):
+    """A micro-batch that is being read: positions and draws of its queries and documents."""
+
+    queries: Ints
+    documents: Ints
+    q: Draw
+    d: Draw
+    request: Request
+
+
+class _Decoded(NamedTuple):
+    """A step without pixels and weights, this rank's part of these for each micro-batch, and the event after which they are there."""
+
+    data: StepData
+    pixels: list[Pixels]
+    event: torch.cuda.Event | None
 
 
 def _positions(step: int, per_step: int, pieces: int, piece: int) -> Ints:

@@ -9,12 +9,14 @@ the rate), and a batched matrix product may round differently in another batch.
 from __future__ import annotations
 
 import io
+from collections import deque
 from typing import Any
 
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
 
+from harness.data.nvjpeg import require_nvjpeg
 from harness.data.preprocess import Parameters, PreprocessSpec
 from harness.data.reference import decode_rgb
 
@@ -35,6 +37,12 @@ class ImagePipeline:
         num_threads: DALI's threads for decoding.
         device: 'cpu', or 'mixed' to decode on the GPU.
         device_id: the GPU; not used on 'cpu'.
+
+    Attributes:
+        line: what decodes, in words, for the log.
+
+    Raises:
+        UserError: 'mixed' with an nvJPEG that would leave the work to the CPU (see `harness/data/nvjpeg.py`).
     """
 
     def __init__(
@@ -46,12 +54,20 @@ class ImagePipeline:
         self.batch_size = batch_size
         self._pipeline: Any = _build(spec.image_size, batch_size, num_threads, device, device_id)
         target = torch.device("cpu") if device == "cpu" else torch.device("cuda", device_id)
+        self.line = f"DALI on {target}, {num_threads} thread(s)"
+        if device == "mixed":
+            self.line += f", nvJPEG {require_nvjpeg()}"
+        self._mixed = device == "mixed"
+        # DALI's buffers that this call reads, and those of the call before with the event after which nothing reads them.
+        self._lent: list[torch.Tensor] = []
+        self._held: deque[tuple[torch.cuda.Event, list[torch.Tensor]]] = deque()
         self._mean = torch.tensor(spec.mean, device=target).view(1, 3, 1, 1)
         self._std = torch.tensor(spec.std, device=target).view(1, 3, 1, 1)
 
     def decode(self, encoded: list[bytes], params: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode, cut, resize, mirror, colour and normalise.
 
+        On a GPU the result is queued on the calling thread's current stream, as any of torch's; another stream that reads it must wait for it.
         A bad image costs itself alone. The result of an image does not depend on the others of the call.
 
         Args:
@@ -78,10 +94,12 @@ class ImagePipeline:
         images = self._colour(planes, params)
         if not ok.all():
             images[~ok.to(images.device)] = 0
+        self._give_back()
         return images, ok
 
     def close(self) -> None:
         """Releases DALI's threads and memory; the pipeline is of no use afterwards."""
+        self._give_back(held=0)
         self._pipeline = None
 
     def _planes(self, encoded: list[bytes], windows: Parameters) -> tuple[torch.Tensor, np.ndarray]:
@@ -101,9 +119,25 @@ class ImagePipeline:
         return torch.cat([planes for planes, _ in halves]), np.concatenate([readable for _, readable in halves])
 
     def _run(self, encoded: list[bytes], windows: Parameters) -> torch.Tensor:
-        (batch,) = self._pipeline.run(encoded=[np.frombuffer(data, np.uint8) for data in encoded], **windows)
+        stream = [torch.cuda.current_stream(self._mean.device)] if self._mixed else []  # else run waits for its result
+        (batch,) = self._pipeline.run(*stream, encoded=[np.frombuffer(data, np.uint8) for data in encoded], **windows)
         # No copy: the dynamic executor gives its outputs away, and _colour makes a new tensor anyway.
-        return torch.from_dlpack(batch.as_tensor())
+        planes = torch.from_dlpack(batch.as_tensor())
+        self._lent.append(planes)
+        return planes
+
+    def _give_back(self, held: int = 1) -> None:
+        """Lets DALI have its buffers again once they have been read. DALI orders their next use behind its own stream only: what torch has
+        queued to read them may not have run when this call returns. At most the `held` newest calls' buffers are kept."""
+        lent, self._lent = self._lent, []
+        if not self._mixed:
+            return
+        read = torch.cuda.Event()
+        read.record(torch.cuda.current_stream(self._mean.device))
+        self._held.append((read, lent))
+        while len(self._held) > held:
+            self._held[0][0].synchronize()
+            self._held.popleft()
 
     def _colour(self, planes: torch.Tensor, params: Parameters) -> torch.Tensor:
         matrix, offset = (

@@ -43,6 +43,7 @@ class ReferencePipeline:
         self.batch_size = batch_size
         self._mean = np.asarray(spec.mean, dtype=np.float32)
         self._std = np.asarray(spec.std, dtype=np.float32)
+        self.line = f"Pillow, {num_threads} thread(s)"
         self._threads = ThreadPoolExecutor(num_threads)
 
     def decode(self, encoded: list[bytes], params: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
