@@ -73,10 +73,12 @@ _ROWS: _Table = {
 def _blocks(table: _Table, dtype: torch.dtype, d: int) -> Blocks:
     """The entry of the type and width, not wider than vectors of d entries need; tl.dot wants at least 16.
 
-    Whole vectors need more shared memory than GPUs other than sm_90 and sm_100 have: those get the last entry of the type.
+    Whole vectors need more shared memory than GPUs other than sm_90 and sm_100 have, and rows that loads of 16 bytes may start at; else it is the last
+    entry of the type.
     """
     large = _INTERPRETED or triton.runtime.driver.active.get_current_target().arch // 10 in (9, 10)
-    blocks = next(b for (kind, most), b in table.items() if kind == dtype and (d <= most if large else most == inf))
+    whole = large and d % 16 == 0
+    blocks = next(b for (kind, most), b in table.items() if kind == dtype and (d <= most if whole else most == inf))
     least = max(16, triton.next_power_of_2(d))
     return blocks._replace(inner=min(blocks.inner, least), width=min(blocks.width, least))
 
