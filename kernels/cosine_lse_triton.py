@@ -1,10 +1,11 @@
 """Fused Triton kernels of `kernels.cosine_lse`: the same results without a [samples, rows] matrix or a copy of the gathered rows in memory.
 
 Four kernels: lengths of the rows; the forward, over (block of samples, split of the rows); the gradient of the embeddings, over the same kind of
-grid; the gradient of the rows, a program per block of them. Both gradients recompute the cosines: 10 n a d operations, where 6 n a d is the least
+grid; the gradient of the rows, a program per block of them. Both gradients recompute the cosines: at least 10 n a d operations, where 6 n a d do
 with all logits in memory. Torch combines the splits' partial results in a fixed order, nothing is added atomically: equal inputs give equal bits.
 
-A float32 table multiplies in float32, a bfloat16 one in bfloat16 (embeddings and coefficients are rounded to it); sums are float32 in both.
+A float32 table multiplies to about float32's precision, a bfloat16 one in bfloat16 (embeddings and coefficients are rounded to it); sums are float32
+in both. On a GPU bfloat16 is the choice: several times fewer operations of a tensor core.
 Triton decides when it is first imported whether it compiles or, with TRITON_INTERPRET=1, interprets. Import this module only where a kernel will run:
 it needs triton. Recomputing tiles in the backward is FlashAttention's idea (arXiv 2205.14135) and, over classes, Cut Cross-Entropy's (arXiv
 2411.09009), which gives the full log-sum-exp where a margin needs that of the negatives.
@@ -73,10 +74,11 @@ _ROWS: _Table = {
 def _blocks(table: _Table, dtype: torch.dtype, d: int) -> Blocks:
     """The entry of the type and width, not wider than vectors of d entries need; tl.dot wants at least 16.
 
-    Whole vectors need more shared memory than GPUs other than sm_90 and sm_100 have: those get the last entry of the type.
+    Whole vectors need the shared memory of sm_90 and sm_100, and rows that loads of 16 bytes may start at; else it is the last entry of the type.
     """
     large = _INTERPRETED or triton.runtime.driver.active.get_current_target().arch // 10 in (9, 10)
-    blocks = next(b for (kind, most), b in table.items() if kind == dtype and (d <= most if large else most == inf))
+    whole = large and d % 16 == 0
+    blocks = next(b for (kind, most), b in table.items() if kind == dtype and (d <= most if whole else most == inf))
     least = max(16, triton.next_power_of_2(d))
     return blocks._replace(inner=min(blocks.inner, least), width=min(blocks.width, least))
 

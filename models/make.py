@@ -278,7 +278,7 @@ class Make:
             named, have = queries[:, 2 + size :], documents[:, 2 : 2 + size]
             shared = torch.zeros(found.shape, dtype=torch.int64, device=found.device)
             for word in named.unbind(1):
-                shared += same_product(word, have.flatten()).view(*found.shape, -1).any(-1)
+                shared += same_product(word, have.flatten()).view(*found.shape, have.shape[1]).any(-1)
             needed = (named >= 0).sum(1, keepdim=True).clamp_max(self.config.related_keywords)
             found = found | ((needed > 0) & (shared >= needed))
         return found

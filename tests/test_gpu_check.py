@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from harness.bench.decode import photo
+from harness.bench.photos import photo
 from harness.data.preprocess import PreprocessSpec, draw_parameters
 from tests.test_bench import check_report
 
@@ -144,6 +144,14 @@ def test_a_smaller_gpu_is_told_what_it_costs(tmp_path: Path) -> None:
     assert planned["tests"].state == "planned" and not planned["tests"].why
     lacking = {name for name, one in planned.items() if one.why == "missing: nvidia-dali-cuda130"}
     assert lacking == {"pixels", "line", "from_jpegs", "decode"}
+
+
+def test_only_parts_that_decode_with_dali_need_it() -> None:
+    others = {part.words[0] for part in check.PARTS if "nvidia.dali" not in part.modules}
+    code = "import runpy, sys; sys.modules['nvidia.dali'] = None; [runpy.run_path(file) for file in sys.argv[1:]]; import harness.loop"
+    command = [sys.executable, "-W", "ignore", "-c", code, *(f"jobs/gpu/{name}" for name in sorted(others))]
+    done = subprocess.run(command, cwd=ROOT, env={**HIDDEN, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which the child could see")
@@ -291,4 +299,21 @@ def test_the_programs_run_small_on_a_cpu(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_the_whole_check_runs_small_on_a_cpu(tmp_path: Path) -> None:
+    """And every case of training, of which the small check takes one."""
     whole(tmp_path)
+    report = tmp_path / "cases.json"
+    words = [
+        report,
+        "--tiny",
+        "--catalogues",
+        tmp_path / "catalogues",
+        "--work",
+        tmp_path / "work",
+        "--cases",
+        *training.CASES,
+    ]
+    command = [sys.executable, "jobs/gpu/training.py", *map(str, words)]
+    subprocess.run(command, cwd=ROOT, env={**HIDDEN, "PYTHONPATH": str(ROOT)}, check=True, timeout=500)
+    rows = json.loads(report.read_text())["rows"]
+    assert len({(row["case"], row["precision"]) for row in rows}) == 2 * len(training.CASES)
+    assert all(row["ok"] for row in rows)

@@ -6,16 +6,12 @@ python jobs/gpu/catalogue.py OUT.json --folder FOLDER      # any machine can mak
 from __future__ import annotations
 
 import csv
-import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor
-from itertools import repeat
-from multiprocessing import get_context
 from pathlib import Path
 
 from harness import govern
-from harness.bench.decode import photo
 from harness.bench.gpu import Program
+from harness.bench.photos import photos as made_up
 from harness.data import ingest, queries, tokenizer
 from harness.synth import command as synth
 
@@ -42,9 +38,8 @@ def photos(folder: Path, classes: int, side: int) -> None:
     """`classes` documents and as many queries, each a JPEG of `side` pixels."""
     source, catalogue = folder / "files", folder / "photos"
     source.mkdir(parents=True)
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
-        for number, data in enumerate(pool.map(photo, repeat(side), range(2 * classes), chunksize=8)):
-            (source / f"{number}.jpg").write_bytes(data)
+    for number, data in enumerate(made_up(side, 2 * classes)):
+        (source / f"{number}.jpg").write_bytes(data)
     with (source / "manifest.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["image", "id", "kind", "class_id", "title", "split"])

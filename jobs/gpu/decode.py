@@ -9,15 +9,12 @@ import importlib.metadata
 import io
 import os
 import statistics
-from concurrent.futures import ProcessPoolExecutor
-from itertools import repeat
-from multiprocessing import get_context
 
 import numpy as np
 from PIL import Image
 
-from harness.bench.decode import photo
 from harness.bench.gpu import Program
+from harness.bench.photos import photos as made_up
 from harness.data.pipeline import ImagePipeline
 from harness.data.preprocess import PreprocessSpec, draw_parameters
 
@@ -34,11 +31,7 @@ def main() -> None:
     """Entry point."""
     program = Program("gpu decode", "Decode rate by threads.")
     count, side, batch, rounds = (8, 64, 8, 2) if program.tiny else (512, 500, 256, 6)
-    if program.tiny:
-        photos = list(map(photo, repeat(side), range(count)))
-    else:
-        with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
-            photos = list(pool.map(photo, repeat(side), range(count), chunksize=8))
+    photos = made_up(side, count)
     found = {}
     for name in PACKAGES:
         try:

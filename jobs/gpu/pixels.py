@@ -9,10 +9,6 @@ the CPU graph stands for the GPU's.
 from __future__ import annotations
 
 import io
-import os
-from concurrent.futures import ProcessPoolExecutor
-from itertools import repeat
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -20,8 +16,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from harness.bench.decode import photo
 from harness.bench.gpu import Program
+from harness.bench.photos import photos as made_up
 from harness.data.pipeline import ImagePipeline
 from harness.data.preprocess import Parameters, PreprocessSpec, draw_parameters
 from harness.data.reference import ReferencePipeline
@@ -144,14 +140,7 @@ def main() -> None:
     """Entry point."""
     program = Program("gpu pixels", "Images decoded on the GPU against two CPU decoders.")
     count, side, threads = (4, 96, 1) if program.tiny else (128, 800, 8)
-    with ProcessPoolExecutor(
-        1 if program.tiny else len(os.sched_getaffinity(0)), mp_context=get_context("spawn")
-    ) as pool:
-        photos = (
-            list(map(photo, repeat(side), range(count)))
-            if program.tiny
-            else list(pool.map(photo, repeat(side), range(count)))
-        )
+    photos = made_up(side, count)
     spec = PreprocessSpec(image_size=64 if program.tiny else 224)
     place = ("cpu", 0) if program.tiny else ("mixed", 0)
     pipelines = {

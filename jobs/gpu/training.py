@@ -81,7 +81,7 @@ CASES: dict[str, dict[str, Any]] = {
     }
     | {"mesh.recompute": "selective"},
 }
-TINY = ("oclear", "make, some weights 0")
+TINY = ("oclear",)
 # Largest relative difference of losses, and of gradient norms. Moments of 8 bits and stochastic rows turn the last bit of a sum into another code.
 BOUNDS = {"fp32": (1e-3, 5e-3), "bf16": (2e-2, 1e-1)}
 EXPORT = 1e-3  # largest difference of an entry of a unit vector
