@@ -135,19 +135,13 @@ def test_a_step_holds_the_same_however_it_is_cut(kind: str, catalogue: Path) -> 
     assert wanted is not None and len(wanted.document_ids) == 6 and not len(wanted.query_images)
     sizes = {name: tuple(getattr(wanted, name).shape) for name in names[9:]}
     shared = {"masked_tokens": (6, 12), "masked_words": (6, 12), "masked_patches": (6, 16), "masked_titles": (6,)}
-    shared |= {"document_lengths": (6,), "masked_lengths": (6,)}
     if kind == "make":
         texts = {"query_tokens": (6, 8), "categories": (6,), "keywords": (6, 12), "query_keywords": (6, 12)}
-        none = {"other_tokens": (0, 0), "other_lengths": (0,)}
-        assert sizes == {**texts, **shared, "query_lengths": (6,), **none}
+        assert sizes == {**texts, **shared, "other_tokens": (0, 0)}
         assert torch.equal(wanted.query_ids, wanted.document_ids)
         assert torch.equal(wanted.query_labels, wanted.document_labels)
     else:
-        assert {name: size for name, size in sizes.items() if size[0]} == {
-            **shared,
-            "other_tokens": (6, 12),
-            "other_lengths": (6,),
-        }
+        assert {name: size for name, size in sizes.items() if size[0]} == {**shared, "other_tokens": (6, 12)}
         assert not len(wanted.query_ids)
 
 
