@@ -72,8 +72,8 @@ def test_plain_blocks_start_from_megatron_cores_weights(name: str) -> None:
 # what is recomputed -> (shape, graphs with a mask or without)
 FEATURES: dict[str, tuple[dict[str, Any], int]] = {
     "selective": ({"dropout": 0.1, "attention_dropout": 0.2}, 1),
-    # the first layer drops no sample, the others do
-    "full": ({"drop_path": 0.5, "layer_scale": 0.3, "qk_norm": True, "key_bias": False}, 2),
+    # the first layer drops no sample, the others do, each at a rate of its own
+    "full": ({"num_layers": 3, "drop_path": 0.5, "layer_scale": 0.3, "qk_norm": True, "key_bias": False}, 2),
     "none": ({"post_norm": True, "activation": "swiglu", "ffn_hidden_size": 48}, 1),
 }
 
@@ -102,7 +102,9 @@ def test_compiled_equals_uncompiled_in_one_graph_for_all_sizes(recompute: str) -
     blocks = []
     for backend in ("", "aot_eager"):
         torch.manual_seed(0)
-        blocks.append(PlainBlock(TransformerShape(**SMALL, **features), recompute=recompute, backend=backend).double())
+        blocks.append(
+            PlainBlock(TransformerShape(**{**SMALL, **features}), recompute=recompute, backend=backend).double()
+        )
     for tokens, samples, masked in ((8, 4, True), (16, 4, False), (8, 8, True), (24, 3, True), (5, 2, False)):
         plain, compiled = (passed(block, tokens, samples, masked, False) for block in blocks)
         assert all(map(torch.equal, compiled, plain)), f"{tokens} tokens of {samples} samples, {masked=}"
