@@ -1,7 +1,7 @@
 """`kernels.row_update` as one Triton kernel: a program gathers a row with its moments, updates, rounds and scatters them. Source: ours.
 
 Bit-equal to its twin given the same factors: FMA where the twin has it and nowhere else, divisions and roots rounded to nearest, the same integer
-arithmetic for random bits and codes. Each entry is read and written once, in one launch for any number of rows.
+arithmetic for random bits and codes. (torch's root on a CPU may be MKL's, the last bit of which is not always the nearest.) Each entry is read and written once, in one launch for any number of rows.
 """
 
 from __future__ import annotations
@@ -130,9 +130,14 @@ def _row_update_kernel(
 
     if master is not None:
         tl.store(master + here, x, mask=inside)
-    if STOCHASTIC:
-        noise = _random_bits(update_key + (0 if grads is None else 2), class_id, column_key) & 0xFFFF
-        x = ((x.to(tl.int32, bitcast=True) + noise) & -0x10000).to(tl.float32, bitcast=True)
+    if rows.dtype.element_ty == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        if STOCHASTIC:
+            noise = _random_bits(update_key + (0 if grads is None else 2), class_id, column_key) & 0xFFFF
+        else:
+            noise = 0x7FFF + ((bits >> 16) & 1)  # to nearest, to even: written out, as the interpreter's cast cuts off
+        rounded = ((bits + noise) & -0x10000).to(tl.float32, bitcast=True)
+        x = tl.where(x != x, x, rounded)  # a nan with all bits set would come out as a number
     tl.store(rows + here, x.to(rows.dtype.element_ty), mask=inside)
 
 
