@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-
 LARGE = 1 << 25
 """Entries that are worth a launch on a GPU, and small beside its memory."""
 
@@ -22,7 +21,9 @@ def mix(x: Tensor) -> Tensor:
 def random_bits(keys: Tensor, columns: int) -> Tensor:
     """32 random bits for each column of each key: keys int64 [n], well mixed -> int32 [n, columns]."""
     row = keys.to(torch.int32)[:, None]
-    bits = (row ^ column_keys(columns, keys.device)) * 0x2C1B3C6D  # int32: these passes over all entries are what the bits cost
+    bits = (
+        row ^ column_keys(columns, keys.device)
+    ) * 0x2C1B3C6D  # int32: these passes over all entries are what the bits cost
     bits ^= (bits >> 15) & 0x1FFFF
     bits *= 0x297A2D39
     bits ^= (bits >> 12) & 0xFFFFF

@@ -1,4 +1,4 @@
-"""AdamW on some rows of a table, in plain torch: the specification of `kernels.row_update_triton`. Source: ours (Loshchilov and Hutter 2019, per row).
+"""AdamW on some rows of a table, in plain torch: the specification of `kernels.row_update_triton`. Source: ours.
 
 All is float32 (float64 for float64 rows), in the order in which it stands here. Of the sums two are fused, as torch's CPU kernels do on a
 processor that has FMA: first + weight * (grad - first), and second + (weight * grad) * grad; no other product is.

@@ -1,7 +1,8 @@
 """`kernels.row_update` as one Triton kernel: a program gathers a row with its moments, updates, rounds and scatters them. Source: ours.
 
 Bit-equal to its twin given the same factors: FMA where the twin has it and nowhere else, divisions and roots rounded to nearest, the same integer
-arithmetic for random bits and codes. (torch's root on a CPU may be MKL's, the last bit of which is not always the nearest.) Each entry is read and written once, in one launch for any number of rows.
+arithmetic for random bits and codes. One difference is the processor's: torch's roots on a CPU may be MKL's, whose last bit is not always the
+nearest. Each entry is read and written once, in one launch for any number of rows.
 """
 
 from __future__ import annotations
@@ -178,10 +179,15 @@ def _encode(x, noise, SIGNED: tl.constexpr):
     LOWEST: tl.constexpr = (0x3F800000 >> SHIFT) - TOP
     magnitude = tl.abs(x)
     largest = tl.max(magnitude, 0).to(tl.int32, bitcast=True)
-    subnormal = 1 << ((largest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126 & 31)
+    subnormal = 1 << (((largest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126) & 31)
     normal = tl.minimum((largest >> 23) + 1, 254) << 23
-    scale = tl.where(largest == 0, 0x3F800000, tl.where(largest < 0x800000, subnormal, normal)).to(tl.float32, bitcast=True)
-    code = tl.div_rn(magnitude, scale).to(tl.int32, bitcast=True) + ((noise & 0xFFFF) << (SHIFT - 16))
+    scale = tl.where(largest == 0, 0x3F800000, tl.where(largest < 0x800000, subnormal, normal)).to(
+        tl.float32, bitcast=True
+    )
+    lift = tl.where(scale < 2.0**-100, 2.0**64, 1.0)  # the inverse of a subnormal scale is no float32
+    code = (magnitude * lift * tl.div_rn(1.0, scale * lift)).to(tl.int32, bitcast=True) + (
+        (noise & 0xFFFF) << (SHIFT - 16)
+    )
     code = tl.minimum((code >> SHIFT) - LOWEST, TOP)
     if SIGNED:
         code = tl.maximum(code, 0) | ((x.to(tl.int32, bitcast=True) >> 24) & 128)

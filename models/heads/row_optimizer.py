@@ -16,7 +16,7 @@ from kernels.row_update import RowTable, row_state
 from models.heads.class_parallel import ClassParallelHead
 
 CHUNK = 1 << 18
-"""Entries that the plain-torch update takes at a time on a CPU: what they need beside the state stays in its cache, and adds nothing to the peak of memory."""
+"""Entries that the plain-torch update takes at a time on a CPU: what they need beside the state stays in its cache, and adds nothing to the peak."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,7 @@ class RowAdamW:
         state = row_state(rows, config.state == "8bit", master)
         state["paid"] = torch.zeros(len(rows), 1, dtype=torch.float64, device=rows.device)
         self._table = RowTable(rows, state, int(mix(torch.tensor([seed]))), first_class)
+        self._dtype = torch.promote_types(rows.dtype, torch.float32)  # in which rows are updated
 
     @classmethod
     def for_head(cls, head: ClassParallelHead, config: RowOptimizerConfig) -> RowAdamW:
@@ -96,7 +97,7 @@ class RowAdamW:
             count = row_step.index_select(0, chunk) + 1
             # in float64: 1 - beta2 ** count loses five digits of float32 in the first steps
             bias1, bias2 = (1 - beta ** count.double() for beta in config.betas)
-            slope, root = ((-lr / bias1).to(self._type), bias2.sqrt().to(self._type))
+            slope, root = (-lr / bias1).to(self._dtype), bias2.sqrt().to(self._dtype)
             factor = self._pay(chunk) if config.weight_decay else None
             kernel.adamw_rows(self._table, chunk, grad[part], factor, slope, root, config.betas, config.eps)
             row_step.index_copy_(0, chunk, count)
@@ -104,14 +105,9 @@ class RowAdamW:
     def _pay(self, chunk: Tensor) -> Tensor:
         """The factor [a, 1] by which rows pay the weight decay that they owe; from now on they owe none."""
         paid = self._table.state["paid"]
-        factor = torch.exp(self.log_decay - paid.index_select(0, chunk)).to(self._type)
+        factor = torch.exp(self.log_decay - paid.index_select(0, chunk)).to(self._dtype)
         paid.index_fill_(0, chunk, self.log_decay)
         return factor
-
-    @property
-    def _type(self) -> torch.dtype:
-        """In which rows are updated."""
-        return torch.promote_types(self._table.rows.dtype, torch.float32)
 
     def _chunks(self, active: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Parts of the active rows that are updated at a time."""
