@@ -6,13 +6,17 @@ processor that has FMA: first + weight * (grad - first), and second + (weight * 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.keyed import mix, random_bits
+from kernels.keyed import LARGE, mix, random_bits
 from kernels.rounding import decode, encode, round_bf16
+
+CHUNK = 1 << 18
+"""Entries updated at a time on a CPU: what they need beside the state stays in its cache, and adds nothing to the peak of memory."""
 
 
 class RowTable(NamedTuple):
@@ -49,7 +53,10 @@ def row_state(rows: Tensor, eight_bit: bool, master: bool) -> dict[str, Tensor]:
 
 def decay_rows(table: RowTable, active: Tensor, factor: Tensor) -> None:
     """Multiplies `active` rows (int64 [a], each once) by `factor` [a, 1]."""
-    _write(table, active, _read(table, active).mul_(factor), use=0)
+    for part in _parts(table, active):
+        chunk = active[part]
+        row = _read(table, chunk).mul_(factor[part])
+        _write(table, chunk, row, use=0)
 
 
 def adamw_rows(
@@ -74,16 +81,29 @@ def adamw_rows(
         betas: decay of the first and second moment.
         eps: added to the corrected root of the second moment.
     """
-    bits = _bits(table, active, use=1) if "exp_avg_codes" in table.state else None
-    first = _moment(table, "exp_avg", active).lerp_(grad, 1 - betas[0])
-    second = _moment(table, "exp_avg_sq", active).mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-    _keep(table, "exp_avg", active, first, bits)
-    _keep(table, "exp_avg_sq", active, second, None if bits is None else bits >> 16)
-    denominator = second.sqrt_().div_(root).add_(eps)
-    row = _read(table, active)
-    if factor is not None:
-        row.mul_(factor)
-    _write(table, active, row.addcdiv_(first.mul_(slope), denominator), use=2)
+    for part in _parts(table, active):
+        chunk, g = active[part], grad[part]
+        bits = _bits(table, chunk, use=1) if "exp_avg_codes" in table.state else None
+        first = _moment(table, "exp_avg", chunk).lerp_(g, 1 - betas[0])
+        second = _moment(table, "exp_avg_sq", chunk).mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+        _keep(table, "exp_avg", chunk, first, bits)
+        _keep(table, "exp_avg_sq", chunk, second, None if bits is None else bits >> 16)
+        denominator = second.sqrt_().div_(root[part]).add_(eps)
+        row = _read(table, chunk)
+        if factor is not None:
+            row.mul_(factor[part])
+        row.addcdiv_(first.mul_(slope[part]), denominator)
+        _write(table, chunk, row, use=2)
+
+
+def _parts(table: RowTable, active: Tensor) -> Iterator[slice]:
+    """Parts of the active rows that are updated at a time.
+
+    Their loops keep what a part needed until the next has its own: given back first, a CPU would fetch new pages for each part.
+    """
+    entries = CHUNK if active.device.type == "cpu" else LARGE
+    size = max(1, entries // table.rows.shape[1])
+    return (slice(start, start + size) for start in range(0, len(active), size))
 
 
 def _moment(table: RowTable, name: str, active: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +10,9 @@ import torch
 from torch import Tensor
 
 from kernels import row_update as twin
-from kernels.keyed import LARGE, mix
+from kernels.keyed import mix
 from kernels.row_update import RowTable, row_state
 from models.heads.class_parallel import ClassParallelHead
-
-CHUNK = 1 << 18
-"""Entries that the plain-torch update takes at a time on a CPU: what they need beside the state stays in its cache, and adds nothing to the peak."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,40 +79,29 @@ class RowAdamW:
         """Pays the weight decay that `active` rows (int64 [a], local) still owe; call before they are read."""
         if not self.config.weight_decay or self.log_decay == 0.0:
             return
-        kernel = _kernel(self._table.rows)
-        for _, chunk in self._chunks(active):
-            kernel.decay_rows(self._table, chunk, self._pay(chunk))
+        _kernel(self._table.rows).decay_rows(self._table, active, self._pay(active))
 
     def step(self, active: Tensor, grad: Tensor, lr: float) -> None:
         """One update of `active` rows by `grad` [a, d] at the towers' learning rate `lr`."""
         config, lr = self.config, lr * self.config.lr_factor
         if config.weight_decay:
             self.log_decay += math.log1p(-lr * config.weight_decay)
-        kernel, row_step = _kernel(self._table.rows), self._table.state["row_step"]
-        for part, chunk in self._chunks(active):
-            count = row_step.index_select(0, chunk) + 1
-            # in float64: 1 - beta2 ** count loses five digits of float32 in the first steps
-            bias1, bias2 = (1 - beta ** count.double() for beta in config.betas)
-            slope, root = (-lr / bias1).to(self._dtype), bias2.sqrt().to(self._dtype)
-            factor = self._pay(chunk) if config.weight_decay else None
-            kernel.adamw_rows(self._table, chunk, grad[part], factor, slope, root, config.betas, config.eps)
-            row_step.index_copy_(0, chunk, count)
+        row_step = self._table.state["row_step"]
+        count = row_step.index_select(0, active) + 1
+        # in float64: 1 - beta2 ** count loses five digits of float32 in the first steps
+        bias1, bias2 = (1 - beta ** count.double() for beta in config.betas)
+        slope, root = (-lr / bias1).to(self._dtype), bias2.sqrt().to(self._dtype)
+        factor = self._pay(active) if config.weight_decay else None
+        kernel = _kernel(self._table.rows)
+        kernel.adamw_rows(self._table, active, grad, factor, slope, root, config.betas, config.eps)
+        row_step.index_copy_(0, active, count)
 
-    def _pay(self, chunk: Tensor) -> Tensor:
+    def _pay(self, active: Tensor) -> Tensor:
         """The factor [a, 1] by which rows pay the weight decay that they owe; from now on they owe none."""
         paid = self._table.state["paid"]
-        factor = torch.exp(self.log_decay - paid.index_select(0, chunk)).to(self._dtype)
-        paid.index_fill_(0, chunk, self.log_decay)
+        factor = torch.exp(self.log_decay - paid.index_select(0, active)).to(self._dtype)
+        paid.index_fill_(0, active, self.log_decay)
         return factor
-
-    def _chunks(self, active: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Parts of the active rows that are updated at a time."""
-        rows = self._table.rows
-        entries = CHUNK if rows.device.type == "cpu" else LARGE
-        size = max(1, len(active) if _kernel(rows) is not twin else entries // rows.shape[1])
-        for start in range(0, len(active), size):
-            part = slice(start, start + size)
-            yield part, active[part]
 
 
 def _kernel(rows: Tensor) -> Any:
