@@ -130,7 +130,7 @@ class ClassParallelHead(nn.Module):
             fill_normal(rows, config.init_std, self.start, config.seed)
             return rows
         for block in range(self.start // ID_BLOCK, -(-self.stop // ID_BLOCK) if len(rows) else 0):
-            generator = torch.Generator().manual_seed((config.seed * 1_000_003 + block) % (1 << 63))
+            generator = torch.Generator().manual_seed((config.seed * 1_000_003 + block))
             drawn = config.init_std * torch.randn(ID_BLOCK, config.embedding_dim, generator=generator)
             first, last = max(self.start, block * ID_BLOCK), min(self.stop, (block + 1) * ID_BLOCK)
             rows[first - self.start : last - self.start] = drawn[first - block * ID_BLOCK : last - block * ID_BLOCK]
