@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from harness.groups import freeze, lr_factors, split_factor
 from harness.mesh import Mesh
 from harness.overlap import OverlappedReduction
+from kernels.keyed import LARGE
 from models.accelerators import use_adam
 from models.heads.row_optimizer import RowOptimizerConfig
 from models.megatron_cpu import cuda_type_names
@@ -90,8 +91,8 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 def sum_of_squares(x: Tensor) -> Tensor:
     """Of a large float32 [n, d], in float64 []; in pieces, because a copy in float64 would be the peak of memory."""
     total = torch.zeros((), dtype=torch.float64, device=x.device)
-    for piece in x.split(1 << 13):
-        total += piece.double().square().sum()
+    for piece in x.split(1 << 13 if x.device.type == "cpu" else max(1, LARGE // x.shape[1])):
+        total += piece.double().square_().sum()
     return total
 
 

@@ -34,8 +34,7 @@ def encode(x: Tensor, bits: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """
     shift, top = _format(signed)
     magnitude = x.abs()
-    largest = magnitude.amax(1, keepdim=True)
-    scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+    scale = _power_above(magnitude.amax(1, keepdim=True))
     code = (magnitude / scale).view(torch.int32)
     code += (bits & _LOW16) << (shift - 16)
     code >>= shift
@@ -54,6 +53,15 @@ def decode(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
     if signed:
         bits |= (code & _SIGN) << 24  # float32's sign bit
     return bits.view(torch.float32).masked_fill_(magnitude == 0, 0).mul_(scales)
+
+
+def _power_above(x: Tensor) -> Tensor:
+    """The least power of two above x >= 0 (1 above 0, 2^127 at most), float32: by its bits, which are the same on every device."""
+    bits = x.view(torch.int32)
+    normal = ((bits >> 23) + 1).clamp_max_(254) << 23
+    subnormal = 1 << (((bits.to(torch.float32).view(torch.int32) >> 23) - 126) & 31)  # the number of its bits
+    power = torch.where(bits < 1 << 23, subnormal, normal).masked_fill_(bits == 0, _ONE)
+    return power.view(torch.float32)
 
 
 def _format(signed: bool) -> tuple[int, int]:

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from kernels.keyed import random_bits
+from kernels.keyed import fill_normal, random_bits
 from kernels.rounding import decode, encode
 from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
 from models.heads.row_optimizer import RowAdamW, RowOptimizerConfig
 from models.heads.sampling import sampled_classes
 from tests.kernel_error import draw, error_over_bound
+from tests.row_updates import SETTINGS, updated
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -51,6 +53,35 @@ def test_keys_and_codes_are_the_same_on_both_devices() -> None:
         assert torch.equal(decode(codes.to(GPU), scales.to(GPU), signed).cpu(), decode(codes, scales, signed))
 
 
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("d", [1, 48, 300, 512, 768, 1024])
+def test_the_row_update_gives_the_cpus_bits(d: int, setting: tuple[Any, ...]) -> None:
+    """Moments, counts and what was paid to the last bit; rows up to roots and float64 functions, whose last bits are each device's own."""
+    found, wanted = updated(d, setting, "cuda"), updated(d, setting)
+    rows, wanted_rows = found.pop("rows").float(), wanted.pop("rows").float()
+    if "master" in found:
+        assert torch.equal(rows, found["master"].bfloat16().float())
+        rows, wanted_rows = found.pop("master"), wanted.pop("master")
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), (name, int((found[name] != value).sum()), value.numel())
+    if setting[1] == "stochastic":
+        other = rows != wanted_rows
+        assert other.float().mean() < 0.01, "a last bit seldom decides a rounding"
+        torch.testing.assert_close(rows, wanted_rows, rtol=2**-6, atol=1e-6)
+    else:
+        torch.testing.assert_close(rows, wanted_rows, rtol=2**-20, atol=1e-8)
+
+
+def test_rows_drawn_on_the_gpu_are_those_of_their_ids() -> None:
+    whole, here = torch.empty(70_000, 513, device=GPU), torch.empty(70_000, 513)  # more than one piece
+    fill_normal(whole, 0.05, 0, seed=2**62 + 5)
+    fill_normal(here, 0.05, 0, seed=2**62 + 5)
+    torch.testing.assert_close(whole.cpu(), here, rtol=1e-4, atol=1e-6)
+    part = torch.empty(33_333, 513, device=GPU)
+    fill_normal(part, 0.05, 22_222, seed=2**62 + 5)
+    assert torch.equal(part, whole[22_222 : 22_222 + 33_333])
+
+
 @pytest.fixture
 def nccl(tmp_path: object) -> Iterator[dist.ProcessGroup]:
     dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -66,6 +97,9 @@ def test_training_steps_of_the_head_equal_the_cpus(nccl: dist.ProcessGroup, row_
     for device in (CPU, GPU):
         config = ClassHeadConfig(num_classes=20_000, embedding_dim=128, sample_rate=0.1, row_dtype=row_dtype)
         head = ClassParallelHead(config, nccl, nccl, device)
+        if device == CPU:
+            rows = head.rows.clone()
+        head.load_full_weight(rows)  # each device draws its own
         optimizer = RowAdamW.for_head(head, RowOptimizerConfig(state=state, bf16_rows="stochastic", weight_decay=0.01))
         g, losses = torch.Generator().manual_seed(0), []
         for step in range(5):

@@ -1,19 +1,33 @@
-"""The row-sparse AdamW: dense torch AdamW at rate 1, a dense reference of the stated schedule below; 8-bit moments; bf16 rows."""
+"""The row-sparse AdamW: dense torch AdamW at rate 1, a dense reference of the stated schedule below; 8-bit moments; bf16 rows; the Triton kernel
+under its interpreter against its plain-torch twin; rows as a GPU draws them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from kernels.keyed import random_bits
+from harness.optimizer import sum_of_squares
+from kernels import row_update as twin
+from kernels.keyed import LARGE, fill_normal, random_bits
 from kernels.rounding import decode, encode, round_bf16
-from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
-from models.heads.row_optimizer import CHUNK, RowAdamW, RowOptimizerConfig
+from kernels.row_update import CHUNK
+from models.heads import row_optimizer
+from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead, class_range
+from models.heads.row_optimizer import RowAdamW, RowOptimizerConfig
+from tests import test_kernel
 from tests.pool import layout, ranks
+from tests.row_updates import SETTINGS, updated
 
 D = 6
+process = test_kernel.process  # runs a check where Triton interprets
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -221,3 +235,183 @@ def test_eight_bit_moments_follow_the_exact_ones() -> None:
 def test_wrong_formats_are_named() -> None:
     assert "optimizer.rows.state is '4bit'" in RowOptimizerConfig(state="4bit").errors("optimizer.rows")[0]
     assert "head.row_dtype is 'fp8'" in ClassHeadConfig(row_dtype="fp8").errors("head")[0]
+
+
+def triton_kernel() -> Any:
+    """The kernel; the interpreter's FMA (numpy's product and sum) and root give way to torch's: bits then do not hang on this processor."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    from kernels import row_update_triton
+
+    def of(handle: Any) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(handle.data))
+
+    def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        return TensorHandle(torch.addcmul(of(z), of(x), of(y)).numpy(), z.dtype.scalar)
+
+    InterpreterBuilder.create_fma = fma
+    InterpreterBuilder.create_precise_sqrt = lambda self, x: TensorHandle(of(x).sqrt().numpy(), x.dtype.scalar)
+    return row_update_triton
+
+
+def check_bits(d: int) -> None:
+    kernel = triton_kernel()
+    for setting in SETTINGS:
+        found, wanted = {}, {}
+        for given, results in ((kernel, found), (twin, wanted)):
+            row_optimizer._kernel = lambda rows, given=given: given  # this process does nothing else
+            results |= updated(d, setting)
+        assert wanted["rows"].isfinite().all()
+        for name, value in wanted.items():
+            assert torch.equal(found[name], value), (setting, name, int((found[name] != value).sum()))
+
+
+@pytest.mark.parametrize("d", [1, 48, 300, 512, 768])
+def test_the_kernel_gives_its_twins_bits(process: Callable[..., None], d: int) -> None:
+    process(True, check_bits, d)
+
+
+def check_large_rows() -> None:
+    n, d, active = 2**25 + 40, 64, torch.tensor([0, 5, 2**25 - 1, 2**25, 2**25 + 39])  # more than 2^31 entries
+    results = []
+    for kernel in (triton_kernel(), twin):
+        rows = torch.empty(n, d, dtype=torch.bfloat16)  # only the pages that are written take memory
+        state = {"row_step": torch.empty(n, 1, dtype=torch.int32)}
+        for name in ("exp_avg", "exp_avg_sq"):
+            state |= {f"{name}_codes": torch.empty(n, d, dtype=torch.uint8), f"{name}_scales": torch.empty(n, 1)}
+        for number, value in enumerate((rows, *state.values())):
+            value[active] = (torch.arange(5)[:, None] + number).to(value.dtype)
+        table = twin.RowTable(rows, state, 2**60, 10**9)
+        one = torch.ones(5, 1)
+        kernel.decay_rows(table, active, 0.7 * one)
+        kernel.adamw_rows(table, active, drawn(5, d, dtype=torch.float32), 0.9 * one, -one, one, (0.9, 0.99), 1e-8)
+        results.append([value[active] for value in (rows, *state.values())])
+    for found, wanted in zip(*results, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_the_kernel_reaches_rows_past_two_thousand_million_entries(process: Callable[..., None]) -> None:
+    process(True, check_large_rows)
+
+
+class Counted(TorchDispatchMode):
+    """Counts launches, and what the largest result takes: of all, and of those on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches, self.largest, self.on_host = 0, 0, 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = op(*args, **(kwargs or {}))
+        if isinstance(found, Tensor) and not op.is_view:
+            self.launches += 1
+            self.largest = max(self.largest, found.nbytes)
+            self.on_host = max(self.on_host, found.nbytes if found.device.type == "cpu" else 0)
+        return found
+
+
+def check_launches(n: int) -> None:
+    """Through the optimizer as a GPU takes it, but that the rows are here and the kernel's launch is only counted."""
+    from kernels import row_update_triton
+
+    row_optimizer._kernel = lambda rows: row_update_triton
+    row_update_triton._columns(D, torch.device("cpu"))  # made once, at the first step
+    counted, kernel = Counted(), row_update_triton._row_update_kernel
+    grids = []
+
+    class Launch:
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            def launch(*args: Any, **options: Any) -> None:
+                counted.launches += 1
+                grids.append(grid)
+                with _disable_current_modes():
+                    kernel[(min(3, *grid),)](*args, **options)
+
+            return launch
+
+    row_update_triton._row_update_kernel = Launch()  # type: ignore[assignment]
+    options = RowOptimizerConfig(state="8bit", bf16_rows="stochastic", weight_decay=0.1)
+    optimizer = RowAdamW(torch.zeros(n, D, dtype=torch.bfloat16), options)
+    optimizer.log_decay = -0.1
+    active = torch.arange(n)
+    with counted:
+        optimizer.catch_up(active)
+        optimizer.step(active, torch.ones(n, D), 0.1)
+    assert grids == [(n,), (n,)]
+    assert counted.launches <= 40, counted.launches
+    row_update_triton._row_update_kernel = kernel
+
+
+@pytest.mark.parametrize("n", [1, 100_001])
+def test_any_number_of_rows_takes_at_most_40_launches(process: Callable[..., None], n: int) -> None:
+    process(True, check_launches, n)
+
+
+def test_without_the_kernel_a_device_takes_large_chunks() -> None:
+    options = RowOptimizerConfig(state="8bit", bf16_rows="stochastic", weight_decay=0.1)
+    optimizer = RowAdamW(torch.zeros(3 * LARGE // 512, 512, dtype=torch.bfloat16, device="meta"), options)
+    active = torch.arange(3 * LARGE // 512, device="meta")
+    with Counted() as counted:
+        optimizer.step(active, torch.ones(len(active), 512, device="meta"), 0.1)
+    assert 3 * 50 < counted.launches < 3 * 250, counted.launches
+
+
+def test_a_gradients_squares_are_summed_in_few_large_pieces_on_a_device() -> None:
+    grad = torch.empty(1_000_000, 512, device="meta")
+    with Counted() as counted:
+        sum_of_squares(grad)
+    assert counted.launches < 100 and counted.largest <= 8 * LARGE, (counted.launches, counted.largest)
+    grad = drawn(20_000, 3, dtype=torch.float32)
+    torch.testing.assert_close(sum_of_squares(grad), grad.double().norm() ** 2, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize(("n", "d"), [(9_001, 64), (7, 5), (3, 1)])
+def test_rows_drawn_on_a_device_do_not_depend_on_the_world(n: int, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shard(rank: int, world: int) -> Tensor:
+        start, stop = class_range(n, rank, world)
+        rows = torch.full((stop - start, d), torch.nan)
+        fill_normal(rows, 0.05, start, seed=2**62 + 5)
+        return rows
+
+    whole = shard(0, 1)
+    assert whole.isfinite().all()
+    monkeypatch.setattr("kernels.keyed.LARGE", 64 * 1000)  # pieces that fit none of the shards
+    for world in (1, 2, 3, 5):
+        assert torch.equal(torch.cat([shard(rank, world) for rank in range(world)]), whole)
+
+
+def test_rows_drawn_on_a_device_are_normal_and_independent() -> None:
+    rows, other = torch.empty(2, 20_000, 50)
+    fill_normal(rows, 0.5, 0, seed=1)
+    fill_normal(other, 0.5, 0, seed=2)
+    count = rows.numel()
+    ordered = rows.double().flatten().sort().values
+    share = torch.special.ndtr(ordered / 0.5)
+    distance = (share - (torch.arange(count) + 0.5) / count).abs().max()
+    assert distance < 1.95 / count**0.5, "Kolmogorov and Smirnov: 1.95 is passed once in a thousand draws"
+    assert ordered[-1] > 4.2 * 0.5 and ordered[0] < -4.2 * 0.5, "no tails"
+    for x in (rows, rows.T, rows.abs() - rows.abs().mean()):  # columns, rows, and whether large ones come together
+        shared = torch.corrcoef(x[:1000] if len(x) > 1000 else x)
+        shared.fill_diagonal_(0)
+        assert shared.abs().max() < 6 / x.shape[1] ** 0.5
+    assert abs(float(torch.corrcoef(torch.stack([rows.flatten(), other.flatten()]))[0, 1])) < 4 / count**0.5
+    assert len(rows.unique(dim=0)) == len(rows)
+
+
+def test_a_head_on_a_device_draws_its_rows_there() -> None:
+    config = ClassHeadConfig(num_classes=10_000_000, embedding_dim=512)
+    head: Any = SimpleNamespace(config=config, start=0, stop=10_000_000)
+    with Counted() as counted:
+        rows = ClassParallelHead._initial_rows(head, torch.device("meta"), torch.bfloat16)
+    assert counted.launches < 100 * (rows.numel() / LARGE + 1) and counted.on_host == 8, (
+        counted.launches,
+        counted.on_host,
+    )
+    with Counted() as counted:
+        fill_normal(rows, 0.05, 0, seed=0)
+    assert counted.largest <= 4 * LARGE, counted.largest
+    config = ClassHeadConfig(num_classes=5, embedding_dim=4, seed=2**63 - 1)
+    rows = ClassParallelHead._initial_rows(
+        SimpleNamespace(config=config, start=0, stop=5), torch.device("cpu"), torch.float32
+    )  # type: ignore[arg-type]
+    assert rows.shape == (5, 4), "any seed of 63 bits"

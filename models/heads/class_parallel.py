@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 
 from kernels import cosine_lse as twin
 from kernels.cosine_lse import NO_TARGET, TILE
+from kernels.keyed import fill_normal
 from models.comm import gather_shards, own_slice, scatter_sum, shard_sizes
 from models.heads.margin import Margin, margin_cosine, scaled_margin
 from models.heads.sampling import ID_BLOCK, sampled_classes
@@ -134,17 +135,17 @@ class ClassParallelHead(nn.Module):
         self._step: _Step | None = None
 
     def _initial_rows(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Rows keyed by blocks of class ids, so that they do not depend on the number of ranks."""
-        rows = torch.empty(self.stop - self.start, self.config.embedding_dim, device=device, dtype=dtype)
-        if not len(rows):
+        """Rows keyed by class ids, on a CPU by blocks of them, so that they do not depend on the number of ranks; a GPU draws other numbers."""
+        config = self.config
+        rows = torch.empty(self.stop - self.start, config.embedding_dim, device=device, dtype=dtype)
+        if device.type != "cpu":
+            fill_normal(rows, config.init_std, self.start, config.seed)
             return rows
-        for block in range(self.start // ID_BLOCK, -(-self.stop // ID_BLOCK)):
-            generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + block) % 2**64)
-            drawn = self.config.init_std * torch.randn(ID_BLOCK, self.config.embedding_dim, generator=generator)
+        for block in range(self.start // ID_BLOCK, -(-self.stop // ID_BLOCK) if len(rows) else 0):
+            generator = torch.Generator().manual_seed((config.seed * 1_000_003 + block) % 2**64)
+            drawn = config.init_std * torch.randn(ID_BLOCK, config.embedding_dim, generator=generator)
             first, last = max(self.start, block * ID_BLOCK), min(self.stop, (block + 1) * ID_BLOCK)
-            rows[first - self.start : last - self.start] = drawn[first - block * ID_BLOCK : last - block * ID_BLOCK].to(
-                device
-            )
+            rows[first - self.start : last - self.start] = drawn[first - block * ID_BLOCK : last - block * ID_BLOCK]
         return rows
 
     def begin_step(

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.keyed import mix, random_bits
-from kernels.rounding import decode, encode, round_bf16
+from kernels import row_update as twin
+from kernels.keyed import mix
+from kernels.row_update import RowTable, row_state
 from models.heads.class_parallel import ClassParallelHead
-
-CHUNK = 1 << 18
-"""Entries updated at a time: what they need beside the state stays in a CPU's cache, and adds nothing to the peak of memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,22 +59,12 @@ class RowAdamW:
     """
 
     def __init__(self, rows: Tensor, config: RowOptimizerConfig, first_class: int = 0, seed: int = 0) -> None:
-        self.rows, self.config, self.first_class, self.seed = rows, config, first_class, seed
-        n, device = len(rows), rows.device
-        self.log_decay = 0.0
-        self._state = {
-            "row_step": torch.zeros(n, 1, dtype=torch.int32, device=device),
-            "paid": torch.zeros(n, 1, dtype=torch.float64, device=device),
-        }
-        if config.state == "8bit":
-            for name in ("exp_avg", "exp_avg_sq"):
-                self._state[f"{name}_codes"] = torch.zeros_like(rows, dtype=torch.uint8)
-                self._state[f"{name}_scales"] = torch.ones(n, 1, device=device)
-        else:
-            for name in ("exp_avg", "exp_avg_sq"):
-                self._state[name] = torch.zeros_like(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
-        if rows.dtype == torch.bfloat16 and config.bf16_rows == "master":
-            self._state["master"] = rows.float()
+        self.config, self.log_decay = config, 0.0
+        master = rows.dtype == torch.bfloat16 and config.bf16_rows == "master"
+        state = row_state(rows, config.state == "8bit", master)
+        state["paid"] = torch.zeros(len(rows), 1, dtype=torch.float64, device=rows.device)
+        self._table = RowTable(rows, state, int(mix(torch.tensor([seed]))), first_class)
+        self._dtype = torch.promote_types(rows.dtype, torch.float32)  # in which rows are updated
 
     @classmethod
     def for_head(cls, head: ClassParallelHead, config: RowOptimizerConfig) -> RowAdamW:
@@ -85,82 +73,41 @@ class RowAdamW:
 
     def row_state(self) -> dict[str, Tensor]:
         """All that is kept per row, by name: each tensor has one entry per local row along dim 0. With `log_decay` it is the whole state."""
-        return self._state
+        return self._table.state
 
     def catch_up(self, active: Tensor) -> None:
         """Pays the weight decay that `active` rows (int64 [a], local) still owe; call before they are read."""
         if not self.config.weight_decay or self.log_decay == 0.0:
             return
-        paid = self._state["paid"]
-        for _, chunk in _chunks(active, self.rows.shape[1]):
-            owed = torch.exp(self.log_decay - paid.index_select(0, chunk))
-            row = self._read(chunk)
-            self._write(chunk, row.mul_(owed.to(row.dtype)), use=0)
-            paid[chunk] = self.log_decay
+        _kernel(self._table.rows).decay_rows(self._table, active, self._pay(active))
 
     def step(self, active: Tensor, grad: Tensor, lr: float) -> None:
         """One update of `active` rows by `grad` [a, d] at the towers' learning rate `lr`."""
         config, lr = self.config, lr * self.config.lr_factor
         if config.weight_decay:
             self.log_decay += math.log1p(-lr * config.weight_decay)
-        beta1, beta2 = config.betas
-        row_step, paid = self._state["row_step"], self._state["paid"]
-        for part, chunk in _chunks(active, self.rows.shape[1]):
-            g = grad[part]
-            count = row_step.index_select(0, chunk) + 1
-            bits = self._bits(chunk, use=1) if config.state == "8bit" else None
-            first = self._moment("exp_avg", chunk).lerp_(g, 1 - beta1)
-            second = self._moment("exp_avg_sq", chunk).mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            self._keep("exp_avg", chunk, first, bits)
-            self._keep("exp_avg_sq", chunk, second, None if bits is None else bits >> 16)
-            # in float64: 1 - beta2 ** count loses five digits of float32 in the first steps
-            bias1, bias2 = (1 - beta ** count.double() for beta in (beta1, beta2))
-            denominator = second.sqrt_().div_(bias2.sqrt().to(second.dtype)).add_(config.eps)
-            row = self._read(chunk)
-            if config.weight_decay:
-                row.mul_(torch.exp(self.log_decay - paid.index_select(0, chunk)).to(row.dtype))
-                paid[chunk] = self.log_decay
-            row.addcdiv_(first.mul_((-lr / bias1).to(first.dtype)), denominator)
-            self._write(chunk, row, use=2)
-            row_step[chunk] = count
+        row_step = self._table.state["row_step"]
+        count = row_step.index_select(0, active) + 1
+        # in float64: 1 - beta2 ** count loses five digits of float32 in the first steps
+        bias1, bias2 = (1 - beta ** count.double() for beta in config.betas)
+        slope, root = (-lr / bias1).to(self._dtype), bias2.sqrt().to(self._dtype)
+        factor = self._pay(active) if config.weight_decay else None
+        kernel = _kernel(self._table.rows)
+        kernel.adamw_rows(self._table, active, grad, factor, slope, root, config.betas, config.eps)
+        row_step.index_copy_(0, active, count)
 
-    def _moment(self, name: str, chunk: Tensor) -> Tensor:
-        if name in self._state:
-            return self._state[name].index_select(0, chunk)
-        codes, scales = (self._state[f"{name}_{part}"].index_select(0, chunk) for part in ("codes", "scales"))
-        return decode(codes, scales, signed=name == "exp_avg")
-
-    def _keep(self, name: str, chunk: Tensor, value: Tensor, bits: Tensor | None) -> None:
-        if bits is None:
-            self._state[name].index_copy_(0, chunk, value)
-            return
-        codes, scales = encode(value, bits, signed=name == "exp_avg")
-        self._state[f"{name}_codes"].index_copy_(0, chunk, codes)
-        self._state[f"{name}_scales"].index_copy_(0, chunk, scales)
-
-    def _read(self, chunk: Tensor) -> Tensor:
-        """The rows in the type in which they are updated; a copy."""
-        rows = self._state.get("master", self.rows).index_select(0, chunk)
-        return rows.to(torch.promote_types(rows.dtype, torch.float32))
-
-    def _write(self, chunk: Tensor, row: Tensor, use: int) -> None:
-        """Stores updated rows; `use` tells apart the roundings of one update."""
-        if "master" in self._state:
-            self._state["master"].index_copy_(0, chunk, row)
-        elif self.rows.dtype == torch.bfloat16:
-            row = round_bf16(row, self._bits(chunk, use))
-        self.rows.index_copy_(0, chunk, row.to(self.rows.dtype))
-
-    def _bits(self, chunk: Tensor, use: int) -> Tensor:
-        """Random bits keyed by class and by how often it was updated: the same at every world size, and after a resume."""
-        classes = chunk + self.first_class
-        updates = self._state["row_step"].index_select(0, chunk)[:, 0]
-        key = mix(torch.tensor([self.seed], device=chunk.device)) + 3 * updates + use
-        return random_bits(mix(mix(key) ^ classes), self.rows.shape[1])
+    def _pay(self, active: Tensor) -> Tensor:
+        """The factor [a, 1] by which rows pay the weight decay that they owe; from now on they owe none."""
+        paid = self._table.state["paid"]
+        factor = torch.exp(self.log_decay - paid.index_select(0, active)).to(self._dtype)
+        paid.index_fill_(0, active, self.log_decay)
+        return factor
 
 
-def _chunks(active: Tensor, columns: int) -> Iterator[tuple[slice, Tensor]]:
-    rows = max(1, CHUNK // columns)
-    for start in range(0, len(active), rows):
-        part = slice(start, start + rows)
-        yield part, active[part]
+def _kernel(rows: Tensor) -> Any:
+    """The module that updates these rows: Triton's on a GPU, but for float64, else the torch twin."""
+    if rows.is_cuda and rows.dtype != torch.float64:
+        from kernels import row_update_triton  # torch for CUDA brings triton; elsewhere it may be missing
+
+        return row_update_triton
+    return twin
