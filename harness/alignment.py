@@ -43,7 +43,7 @@ def documents_to_align(documents: Side, limit: int) -> Side:
     Raises:
         UserError: fewer than two have one.
     """
-    titled = np.flatnonzero([bool(title) for title in documents.columns["title"]])
+    titled = np.flatnonzero(documents.filled("title"))
     if len(titled) < 2:
         raise UserError(
             f"{documents.catalogue.path}: model.aligned needs documents with a title, and there are {len(titled)}",
@@ -71,3 +71,5 @@ def align(method: Method, documents: Side, embedder: Embedder) -> None:
     dist.all_reduce(moments, group=embedder.mesh.dp)
     count, total, products = moments.split([1, width, width * width])
     method.alignment.fit(count[0], total, products.view(width, width), RIDGE)
+    for fitted in method.alignment.parameters():  # on two GPUs the same decomposition need not give the same bits
+        dist.broadcast(fitted.data, 0)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import hashlib
 import json
+import multiprocessing
 import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_origin
@@ -20,7 +23,9 @@ import yaml
 from harness.errors import UserError
 
 USER_ERROR_CODE = 2
-OTHERS_WAIT = 30.0  # seconds; a rank takes some to end
+OTHERS_WAIT = 1.0  # seconds; torchrun looks after its ranks ten times in one
+# What gloo and NCCL say when a rank at the other end is gone.
+_FOLLOWS = re.compile(r"by peer|[Rr]emote (process|server)|communicator was aborted")
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -172,27 +177,72 @@ def write_figures(path: Path | None, figures: Mapping[str, Any]) -> None:
 def run_command(body: Callable[[], Any]) -> int:
     """Runs a command's body; a UserError or a full disk becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
 
-    Under torchrun the first rank of a node speaks for all. Another one waits first: if they all have met the same,
-    torchrun ends it meanwhile.
+    One of several ranks that meets an error leaves the process at once: the end of its groups, or of what holds them, could wait for the others.
     """
     try:
         body()
-    except UserError as error:
-        return _report(error)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        return _report(UserError(f"{error.filename or 'disk'}: {error.strerror}", "Free space there, then start again"))
+        return 0
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+        print("interrupted", file=sys.stderr, flush=True)
+        code = 130
+    except Exception as error:
+        code = tell(error)
+        if not code:
+            raise
+    if _has_peers():
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
-def _report(error: UserError) -> int:
-    name = "error"
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(OTHERS_WAIT)
-        name = f"error: rank {os.environ.get('RANK')}"
-    print(f"{name}: {error}", file=sys.stderr)
-    return USER_ERROR_CODE
+def tell(error: Exception) -> int:
+    """Prints `error`, once however often it is told, and returns its exit code; 0, without a word, where the interpreter tells it well enough.
+
+    A mistake that all ranks of a node have met is told by the first of them. One that only follows from the end of another rank waits a moment, in
+    which torchrun ends this rank too.
+    """
+    mistake = _mistake(error)
+    if mistake is None and not _has_peers():
+        return 0
+    code = 1 if mistake is None else USER_ERROR_CODE
+    if getattr(error, "told", False):
+        return code
+    error.told = True  # type: ignore[attr-defined]
+    rank = os.environ.get("RANK", "0")
+    if mistake is None:
+        if _FOLLOWS.search(str(error)):
+            time.sleep(OTHERS_WAIT)
+        text = "".join(traceback.format_exception(error)).rstrip()
+        print("\n".join(f"[rank {rank}] {line}" for line in text.splitlines()), file=sys.stderr, flush=True)
+    elif _first_to_say(str(mistake)):
+        print(f"error: {mistake}" if rank == "0" else f"error: rank {rank}: {mistake}", file=sys.stderr, flush=True)
+    return code
+
+
+def _mistake(error: Exception) -> UserError | None:
+    """What the user can mend, if `error` is that."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"{error.filename or 'disk'}: {error.strerror}", "Free space there, then start again")
+    return error if isinstance(error, UserError) else None
+
+
+def _has_peers() -> bool:
+    """Whether this process is in a group with others that a launcher has started; not so one that multiprocessing has, as tests do."""
+    dist: Any = sys.modules.get("torch.distributed")  # imported by those commands alone that make groups
+    grouped = dist is not None and dist.is_initialized() and dist.get_world_size() > 1
+    return grouped and multiprocessing.parent_process() is None
+
+
+def _first_to_say(what: str) -> bool:
+    """Whether no other rank of this node has said `what`, numbers aside. torchrun gives each a folder of its own in one that they share."""
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not own:
+        return True
+    key = hashlib.sha256(re.sub(r"\d", "", what).encode()).hexdigest()[:16]
+    try:
+        (Path(own).parent.parent / f"said-{key}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # better twice than never
+        return True
+    return True

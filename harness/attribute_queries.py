@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,13 +16,12 @@ GRADED = f"graded_ndcg_at_{DEPTH}"
 # 2 ** grade - 1 (Burges et al. 2005) of a document with all of a query's attributes, and of one with all but one.
 GAINS = (3.0, 1.0)
 
-Values = tuple[str, ...]
-
 
 class AttributeQueries:
     """Every combination of values that a document has is a query, as 'men navy blue shirts'.
 
-    Relevant are the documents that have all of its values; graded nDCG also counts those that have all but one.
+    Relevant are the documents that have all of its values; graded nDCG also counts those that have all but one. Values are held as numbers,
+    four bytes for each document and attribute.
 
     Args:
         documents: the catalogue's own documents, with the columns of `attributes`.
@@ -38,62 +36,91 @@ class AttributeQueries:
 
     def __init__(self, documents: Side, attributes: Sequence[str]) -> None:
         self.documents = documents
-        values = list(zip(*(documents.columns[name] for name in attributes), strict=True))
-        counts = Counter(row for row in values if all(row))
-        self._wanted = sorted(counts)
-        if not self._wanted:
+        columns = [documents.columns[name] for name in attributes]
+        # [n, attributes], -1 for none; numbers sort as their texts do.
+        self._codes = np.stack([np.where(column.filled(), column.codes, -1) for column in columns], 1)
+        whole = np.flatnonzero((self._codes >= 0).all(1))
+        if not len(whole):
             raise UserError(
                 f"no document of {documents.catalogue.path} has a value in each of evaluation.query_attributes",
                 f"Its attributes are {', '.join(documents.catalogue.attributes) or 'none'}",
             )
-        self.texts = [" ".join(row).lower() for row in self._wanted]
-        place = {row: number for number, row in enumerate(self._wanted)}
-        self._labels = np.array([place.get(row, -1) for row in values])
-        self._values = dict(zip(documents.ids.tolist(), values, strict=True))
-        self._ideal = self._ideal_gains(counts, values)
+        _, first, place, exact = np.unique(
+            _as_one(self._codes[whole]), return_index=True, return_inverse=True, return_counts=True
+        )
+        self._wanted = self._codes[whole[first]]
+        values = [
+            [column.values[int(code)].as_py() for code in codes]
+            for column, codes in zip(columns, self._wanted.T, strict=True)
+        ]
+        self.texts = [" ".join(row).lower() for row in zip(*values, strict=True)]
+        self._labels = np.full(len(self._codes), -1, np.int64)
+        self._labels[whole] = place
+        self._ideal = self._ideal_gains(exact)
 
     def labels_of(self, ids: np.ndarray) -> np.ndarray:
         """The query that each document [n] answers, -1 for none, int64 [n]; ids of other catalogues answer none."""
-        place = np.searchsorted(self.documents.ids, ids)
-        own = place < len(self._labels)
-        return np.where(own, self._labels[np.minimum(place, len(self._labels) - 1)], -1)
+        rows = self.documents.rows_of(ids)
+        return np.where(rows >= 0, self._labels[rows], -1)
 
-    def grade(self, query: int, document: int) -> int:
-        """How many of the query's attributes the document lacks; all of them for one of another catalogue."""
-        wanted = self._wanted[query]
-        values = self._values.get(document, ())
-        return sum(a != b for a, b in zip(wanted, values, strict=True)) if values else len(wanted)
+    def grades(self, queries: np.ndarray, best: np.ndarray) -> np.ndarray:
+        """How many of its query's attributes each document lacks, int64 [n, k]; all of them where it is of another catalogue.
 
-    def graded_ndcg(self, query: int, best: Sequence[int]) -> float:
-        """nDCG of the first DEPTH documents, `best` first."""
-        grades = [self.grade(query, document) for document in best[:DEPTH]]
-        most = min(len(GAINS), len(self._wanted[query]))  # with one attribute, all but one is none
-        return _discounted([GAINS[grade] if grade < most else 0.0 for grade in grades]) / self._ideal[query]
+        Args:
+            queries: [n] places in `texts`.
+            best: [n, k] ids of documents.
+        """
+        rows = self.documents.rows_of(best)
+        lacks = (self._codes[rows] != self._wanted[queries][:, None]).sum(2)
+        return np.where(rows >= 0, lacks, self._codes.shape[1])
 
-    def _ideal_gains(self, counts: Counter[Values], values: Sequence[Values]) -> list[float]:
-        """The discounted gain of each query's ideal list."""
-        width = len(self._wanted[0])
-        # Documents with all of a query's values but that at `left_out`: those that agree elsewhere, less those that agree there too.
-        near = Counter((left_out, _without(row, left_out)) for row in values for left_out in range(width))
-        ideal = []
-        for wanted in self._wanted:
-            exact = counts[wanted]
-            close = sum(near[left_out, _without(wanted, left_out)] - exact for left_out in range(width))
-            gains = [GAINS[0]] * min(exact, DEPTH) + [GAINS[1]] * (min(close, DEPTH) if width > 1 else 0)
-            ideal.append(_discounted(gains[:DEPTH]))
-        return ideal
+    def graded_ndcg(self, queries: np.ndarray, best: np.ndarray) -> np.ndarray:
+        """nDCG of the first DEPTH documents of each query, the best first, float64 [n]; arguments as in `grades`."""
+        gains = np.zeros(self._codes.shape[1] + 1)
+        most = min(len(GAINS), self._codes.shape[1])  # with one attribute, all but one is none
+        gains[:most] = GAINS[:most]
+        return _discounted(gains[self.grades(queries, best[:, :DEPTH])]) / self._ideal[queries]
+
+    def _ideal_gains(self, exact: np.ndarray) -> np.ndarray:
+        """The discounted gain of each query's ideal list; `exact` documents have all of its values."""
+        width = self._codes.shape[1]
+        close = np.zeros_like(exact)
+        for left_out in range(width if width > 1 else 0):
+            # Documents with all of a query's values but that at `left_out`: those that agree elsewhere, less those that agree there too.
+            rest = np.delete(self._codes, left_out, 1)
+            numbers = _as_one(np.concatenate([np.delete(self._wanted, left_out, 1), rest[(rest >= 0).all(1)]]))
+            wanted, others = np.split(numbers, [len(exact)])
+            distinct, counts = np.unique(others, return_counts=True)
+            close += counts[np.searchsorted(distinct, wanted)] - exact
+        place = np.arange(DEPTH)
+        exact, close = exact[:, None], close[:, None]
+        return _discounted(np.where(place < exact, GAINS[0], np.where(place < exact + close, GAINS[1], 0.0)))
 
 
 def without_words(side: Side, attributes: Sequence[str]) -> Side:
     """`side` with the words of all values of these attributes removed from its titles."""
-    words = {word for name in attributes for value in set(side.columns[name]) if value for word in words_of(value)}
-    titles = [" ".join(w for w in (t or "").split() if not set(words_of(w)) & words) for t in side.columns["title"]]
-    return replace(side, columns={**side.columns, "title": titles})
+    words = {word for name in attributes for value in side.columns[name].used() for word in words_of(value)}
+
+    def bare(title: str | None) -> str:
+        return " ".join(w for w in (title or "").split() if not set(words_of(w)) & words)
+
+    return replace(side, retitle=bare)
 
 
-def _without(row: Values, place: int) -> Values:
-    return (*row[:place], *row[place + 1 :])
+def _as_one(rows: np.ndarray) -> np.ndarray:
+    """One int64 [n] for each row of int [n, k] >= 0: equal where the rows are, and sorted as they are."""
+    number = np.zeros(len(rows), np.int64)
+    for column in rows.T:
+        size = int(column.max(initial=0)) + 1
+        if int(number.max(initial=0)) >= 2**62 // size:
+            number = np.unique(number, return_inverse=True)[1].astype(np.int64)
+        number = number * size + column
+    return number
 
 
-def _discounted(gains: Sequence[float]) -> float:
-    return float(sum(gain / np.log2(place + 2) for place, gain in enumerate(gains)))
+def _discounted(gains: np.ndarray) -> np.ndarray:
+    """Sum [n] of gains [n, k], each divided by log2 of its place + 2; added up from the left."""
+    total = np.zeros(len(gains))
+    for place in range(gains.shape[1]):
+        total += gains[:, place] / np.log2(place + 2)
+    return total

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import yaml
 from PIL import Image, ImageOps
 from tensorboard.plugins import projector  # type: ignore[import-untyped]
@@ -138,10 +136,8 @@ class Projector:
 
     def _draw(self, ids: list[int]) -> None:
         """Thumbnails, row by row in a square, and a table of what is known of each document."""
-        columns, wanted = ["title", "class_key", "item", *self.catalogue.attributes], pa.array(ids)
-        batches = self.catalogue.batches(columns, kind="document")
-        rows = [row for b in batches for row in b.filter(pc.is_in(b["sample_id"], wanted)).to_pylist()]
-        rows.sort(key=lambda row: row["sample_id"])
+        columns = ["title", "class_key", "item", *self.catalogue.attributes]
+        rows = self.catalogue.rows(ids, columns)
         lines = ["\t".join(["sample_id", *columns])]
         lines += ["\t".join(_one_line(row[name]) for name in ["sample_id", *columns]) for row in rows]
         (self.folder / "projector" / "metadata.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -17,6 +17,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from harness.ema import Ema
 from harness.errors import UserError
 from harness.mesh import Mesh
 from harness.optimizer import TowerOptimizer
+from harness.waiting import on_first_rank
 from models.heads.class_parallel import ClassParallelHead, class_range
 from models.heads.row_optimizer import RowAdamW
 
@@ -45,6 +47,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint 
 
 AVERAGE = "average."  # key of a parameter's average: this and the parameter's own
 MEMORY = "memory."  # before the keys of memory banks
+_DELETING, _DELETED = "delete-checkpoints", ".step-*"  # name of a thread, and of the folders that it deletes
 
 
 @dataclass
@@ -70,10 +73,7 @@ def save(
     final = folder / f"step-{step:08d}"
     temporary = folder / f"{final.name}.tmp"
     with _disk_errors(temporary):
-        if mesh.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            (temporary / "towers").mkdir(parents=True)
-        mesh.barrier()
+        on_first_rank(lambda: _make_room(temporary), mesh, "making room for the checkpoint")
         model = _model_state(parts.towers, mesh)
         towers: dict[str, Any] = {"model": model, **_average_state(parts, mesh), **_memory_state(parts, mesh)}
         if parts.tower_optimizer is not None:
@@ -83,28 +83,59 @@ def save(
             dist_checkpointing.save(towers, str(temporary / "towers"), content_metadata=_content_metadata())
             if parts.head is not None:
                 dcp.save(_head_state(parts.head, parts.row_optimizer, mesh), checkpoint_id=temporary / "head")
-        mesh.barrier()
-        if mesh.rank == 0:
+
+        def describe() -> None:
             shutil.copyfile(classes, temporary / "classes.parquet")
             (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-            write_manifest(temporary)
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            write_whole(folder / "latest", final.name)
-            for old in sorted(folder.glob("step-????????"))[:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
-    mesh.barrier()
+
+        on_first_rank(describe, mesh, "describing the checkpoint")
+        write_manifest(temporary, mesh)
+        on_first_rank(lambda: _publish(temporary, final, keep), mesh, "renaming the checkpoint")
     return final
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint under `folder`, and a sentence for each that was passed over."""
+def _make_room(folder: Path) -> None:
+    """An empty `folder`; what is being deleted is gone before more is written."""
+    for thread in threading.enumerate():
+        if thread.name == _DELETING:
+            thread.join()
+    for gone in [folder, *folder.parent.glob(_DELETED)]:  # the process before may have ended amid either
+        shutil.rmtree(gone, ignore_errors=True)
+    (folder / "towers").mkdir(parents=True)
+
+
+def _publish(temporary: Path, final: Path, keep: int) -> None:
+    """`temporary` becomes `final` and the newest; what it replaces is deleted meanwhile, for training need not wait for that."""
+    folder = final.parent
+    if final.exists():
+        final.rename(folder / f".{final.name}.replaced")
+    temporary.rename(final)
+    write_whole(folder / "latest", final.name)
+    for old in sorted(folder.glob("step-????????"))[:-keep]:
+        old.rename(folder / f".{old.name}.old")
+
+    def delete() -> None:
+        for gone in folder.glob(_DELETED):
+            shutil.rmtree(gone, ignore_errors=True)
+
+    threading.Thread(target=delete, name=_DELETING).start()  # no daemon: the process ends after it
+
+
+def newest(folder: Path, mesh: Mesh | None = None) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint under `folder`, and a sentence for each that was passed over.
+
+    With `mesh` collective, and the same on every rank: each reads its share of the files.
+    """
+
+    def list_them() -> list[Path]:
+        return sorted(folder.glob("step-*"), reverse=True)
+
     passed_over = []
-    for candidate in sorted(folder.glob("step-*"), reverse=True):
+    for candidate in list_them() if mesh is None else on_first_rank(list_them, mesh, "listing checkpoints"):
         if candidate.suffix == ".tmp":
             passed_over.append(f"{candidate.name}: never finished")
             continue
-        if problem := verify(candidate):
+        if problem := verify(candidate, mesh):
             passed_over.append(f"{candidate.name}: {problem}")
             continue
         return candidate, passed_over
@@ -161,8 +192,12 @@ def load(checkpoint: Path, parts: Trainable, mesh: Mesh, classes: ClassMap | Non
 
 
 def _model_state(towers: nn.Module, mesh: Mesh) -> dict[str, Any]:
-    """The towers' parameters as megatron-core ShardedTensors; keys are the state names of the plain twin."""
-    return _sharded(towers.state_dict(keep_vars=True), "", towers, mesh)
+    """The towers' parameters as megatron-core ShardedTensors; keys are the state names of the plain twin.
+
+    Without the `_extra_state` of megatron-core's linear layers, which is empty and which plain ones do not have.
+    """
+    state = towers.state_dict(keep_vars=True)
+    return _sharded({k: v for k, v in state.items() if not k.endswith("_extra_state")}, "", towers, mesh)
 
 
 def _average_state(parts: Trainable, mesh: Mesh) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import jsonargparse
 
 from harness.arguments import Parser, leaves, read_recipe
 from harness.data.loader import DataConfig
+from harness.device import PRECISIONS
 from harness.errors import UserError
 from harness.evaluate import EvaluationConfig
 from harness.mesh import MeshConfig, check_layout
@@ -32,12 +33,12 @@ IDENTITY = (
     *("data.query_attributes", "data.masking"),
     *("optimizer.rows.state", "optimizer.rows.bf16_rows", "optimizer.frozen"),  # what there is state of
 )
-# Last parts of keys: numbers that must be above 0 wherever they stand, and those that may be negative.
+# Last parts of keys: numbers that must be above 0 wherever they stand.
 POSITIVE = (
     "image_size patch_size hidden_size num_attention_heads num_layers max_length embedding_dim concept_slots fusion_heads "
     "temperature tensor_parallel timeout_minutes lr"
 ).split()
-SIGNED = ("seed",)
+SEEDS = ("seed", "head.seed")  # 63 bits, as every place that a seed comes to takes them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class TrainConfig:
 
     Args:
         steps: optimizer steps of the run.
-        precision: fp32 or bf16 (bf16 towers with fp32 master weights).
+        precision: fp32, tf32 (fp32 whose products a GPU rounds to TF32, 10 bits, on tensor cores), or bf16 (bf16 towers with fp32 master weights).
         margin_warmup: steps over which the margin grows from 0 to its value.
         log_every: steps between two lines of log.
         evaluate_every: steps between two evaluations; 0 evaluates at the end only.
@@ -79,8 +80,8 @@ class TrainConfig:
     def errors(self) -> list[str]:
         """What is out of range, as sentences that name the key."""
         errors = []
-        if self.precision not in ("fp32", "bf16"):
-            errors.append(f"train.precision is '{self.precision}'; it can be 'fp32' or 'bf16'")
+        if self.precision not in PRECISIONS:
+            errors.append(f"train.precision is '{self.precision}'; it can be {', '.join(PRECISIONS)}")
         if self.resume not in ("auto", "never"):
             errors.append(f"train.resume is '{self.resume}'; it can be 'auto' or 'never'")
         if self.init_from is not None and not self.init_from.is_dir():
@@ -124,7 +125,7 @@ def parser(method: str) -> Parser:
     p.add_argument("--run_dir", type=Path, default=Path("runs/run"), help="run folder: log, TensorBoard, checkpoints")
     p.add_argument("--json", type=Path | None, default=None, help="file for the final figures")
     p.add_argument("--method", type=str, default=method, help=f"one of {', '.join(METHODS)}")
-    p.add_argument("--seed", type=int, default=0, help="seed of weights, order, augmentation and dropout")
+    p.add_argument("--seed", type=int, default=0, help="seed of weights, order, augmentation and dropout, below 2**63")
     for section, kind in _sections(method).items():
         p.add_class_arguments(kind, section)
     return p
@@ -221,8 +222,10 @@ def check(config: RunConfig, world: int) -> None:
         name = key.rsplit(".", 1)[-1]
         if name in POSITIVE and value <= 0 and not key.startswith("head."):  # there 0 takes the model's
             raise UserError(f"{key} is {value}", "It must be above 0")
-        if name not in SIGNED and isinstance(value, int | float) and value < 0:
+        if isinstance(value, int | float) and value < 0:
             raise UserError(f"{key} is {value}", "It must not be negative")
+        if key in SEEDS and value >= 2**63:
+            raise UserError(f"{key} is {value}", f"It must be at most 2**63 - 1 = {2**63 - 1}")
     errors = config.model.errors(config.mesh.tensor_parallel) + config.head.errors("head")
     errors += config.data.errors() + config.train.errors() + config.evaluation.errors(config.method)
     errors += config.optimizer.errors("optimizer")

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import compress
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from harness.coded import Coded, encoded
 from harness.data.catalogue import Catalogue
 from harness.data.loader import DataConfig, ImageReader, share
 from harness.data.tokenizer import FIELDS, Tokenizer, TokenStore
+from harness.errors import UserError
 from harness.mesh import Mesh
 from harness.methods import Method
 from harness.retrieval import Embedded
@@ -24,9 +27,10 @@ from models.batch import Batch
 
 @dataclass(frozen=True)
 class Side:
-    """Queries or documents of an evaluation over all ranks: table columns as arrays of n rows, in the order of their ids.
+    """Queries or documents of an evaluation over all ranks, n rows in the order of their ids; every rank holds these numbers of all of them.
 
-    ids are unique over all catalogues; sample_ids count within `catalogue`; labels index class keys, -1 = relevant to nothing.
+    ids are unique over all catalogues; sample_ids count within `catalogue`; labels number class keys, -1 = relevant to nothing. columns are
+    attributes. Titles and descriptions stay in the catalogue: `read` streams them. `retitle` is what a title is read as.
     """
 
     catalogue: Catalogue
@@ -34,24 +38,87 @@ class Side:
     ids: np.ndarray
     sample_ids: np.ndarray
     labels: np.ndarray
-    columns: dict[str, list[Any]]
+    columns: dict[str, Coded]
+    retitle: Callable[[str | None], str] | None = None
 
     def select(self, rows: np.ndarray) -> Side:
         """The rows where bool [n] is true."""
-        columns = {name: list(compress(values, rows)) for name, values in self.columns.items()}
-        return Side(self.catalogue, self.kind, self.ids[rows], self.sample_ids[rows], self.labels[rows], columns)
+        columns = {name: column.take(rows) for name, column in self.columns.items()}
+        ids, sample_ids, labels = (array[rows] for array in (self.ids, self.sample_ids, self.labels))
+        return replace(self, ids=ids, sample_ids=sample_ids, labels=labels, columns=columns)
+
+    def rows_of(self, ids: np.ndarray) -> np.ndarray:
+        """The row of each id, -1 of those that it does not have; int64, the shape of `ids`."""
+        place = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        return np.where(self.ids[place] == ids, place, -1)
+
+    def read(self, columns: Sequence[str], rows: range, at_once: int) -> Iterator[pa.Table]:
+        """The catalogue's columns of consecutive rows, `at_once` rows at a time; the last time what is left."""
+        wanted = self.sample_ids[rows.start : rows.stop]
+        ends = (wanted[0], wanted[-1]) if len(wanted) else (0, -1)
+        held: list[pa.RecordBatch] = []
+        for batch in self.catalogue.batches([*columns], between=ends):
+            samples = batch.column("sample_id").to_numpy()
+            place = np.minimum(np.searchsorted(wanted, samples), len(wanted) - 1)
+            held.append(batch.filter(pa.array(wanted[place] == samples)))
+            table = pa.Table.from_batches(held)
+            whole = len(table) - len(table) % at_once
+            for start in range(0, whole, at_once):
+                yield table.slice(start, at_once)
+            held = table.slice(whole).to_batches()
+        if any(len(batch) for batch in held):
+            yield pa.Table.from_batches(held)
+
+    def filled(self, name: str) -> np.ndarray:
+        """bool [n]: whether a column has a text, and not an empty one."""
+        if name in self.columns:
+            return self.columns[name].filled()
+        pieces = (
+            pc.fill_null(pc.greater(pc.binary_length(table[name]), 0), False).to_numpy()
+            for table in self.read([name], range(len(self.ids)), _AT_ONCE)
+        )
+        return np.concatenate([np.empty(0, bool), *pieces])
+
+
+_AT_ONCE = 8192
+
+
+class ClassKeys:
+    """Numbers class keys: equal ones alike on every rank, and in all sides that are read with it.
+
+    keys: key of each number.
+    """
+
+    def __init__(self) -> None:
+        self.keys = pa.array([], pa.large_string())
+
+    def numbers(self, column: Coded) -> np.ndarray:
+        """int64 [n], -1 where there is none; keys that are new get the next numbers."""
+        found = pc.index_in(column.values, value_set=self.keys)
+        new = pc.is_null(found).to_numpy(zero_copy_only=False)
+        numbers = found.fill_null(0).to_numpy().astype(np.int64)
+        numbers[new] = len(self.keys) + np.arange(int(new.sum()))
+        self.keys = pa.concat_arrays([self.keys, column.values.filter(pa.array(new))])
+        return np.append(numbers, -1)[column.codes]
 
 
 def side_of(
-    catalogue: Catalogue, kind: str, split: str | None, columns: list[str], keys: dict[str, int] | None, offset: int
+    catalogue: Catalogue, kind: str, split: str | None, columns: Sequence[str], keys: ClassKeys | None, offset: int
 ) -> Side:
-    """All samples of a kind; class keys get their labels in `keys` (None: every label is -1)."""
-    table = catalogue.table(["class_key", *columns], kind=kind, split=split).to_pydict()
-    labels = [-1] * len(table["sample_id"])
-    if keys is not None:
-        labels = [-1 if key is None else keys.setdefault(key, len(keys)) for key in table["class_key"]]
-    samples = np.array(table["sample_id"], dtype=np.int64)
-    return Side(catalogue, kind, samples + offset, samples, np.array(labels, dtype=np.int64), table)
+    """All samples of a kind, with attributes `columns`; class keys get their labels from `keys` (None: every label is -1)."""
+    names = [*(["class_key"] if keys is not None else []), *columns]
+    pieces: dict[str, list[pa.DictionaryArray]] = {name: [] for name in names}
+    found = [np.empty(0, np.int64)]
+    for batch in catalogue.batches(names, kind=kind, split=split):
+        if len(batch):
+            found.append(batch.column("sample_id").to_numpy())
+            for name in names:
+                pieces[name].append(encoded(batch.column(name)))
+    samples = np.concatenate(found)
+    coded = {name: Coded.of(pieces.pop(name)) for name in names}  # pieces go as their numbers come
+    labels = np.full(len(samples), -1) if keys is None else keys.numbers(coded["class_key"])
+    ids = samples + offset if offset else samples
+    return Side(catalogue, kind, ids, samples, labels, {name: coded[name] for name in columns})
 
 
 class Embedder:
@@ -78,65 +145,87 @@ class Embedder:
         """
         embed = method.embed_query if side.kind == "query" else partial(method.embed_document, seen=seen)
         vectors, own = self.apply(method, side, embed, self.model.embedding_dim)
-        return Embedded(vectors, *(torch.from_numpy(a[own]).to(self.mesh.device) for a in (side.ids, side.labels)))
+        numbers = (torch.from_numpy(a[own.start : own.stop]).to(self.mesh.device) for a in (side.ids, side.labels))
+        return Embedded(vectors, *numbers)
 
     @torch.no_grad()
     def apply(
         self, method: Method, side: Side, function: Callable[[Batch], Tensor], width: int
-    ) -> tuple[Tensor, np.ndarray]:
-        """`function` (a batch to [n, width]) of the method's, for this rank's share of a side, and the numbers of its rows.
+    ) -> tuple[Tensor, range]:
+        """`function` (a batch to [n, width]) of the method's for this rank's share of a side, float32, and the numbers of its rows.
 
         Blocks of batch_size rows, always full, so that a vector does not depend on the number of ranks.
         """
-        size, dp = self.batch_size, self.mesh.dp
-        blocks = share(-(-len(side.ids) // size), dp.size(), dp.rank())
-        reader = ImageReader(
-            side.catalogue,
-            self.data.preprocess,
-            self.data.backend,
-            size,
-            self.data.threads,
-            self.mesh.device,
-            self.mesh.tp,
-        )
-        tokens = None
-        if side.kind == "document":
-            tokens = TokenStore.encode(self.tokenizer, {field: side.columns[field] for field in FIELDS})
+        size, own = self.batch_size, self._own(len(side.ids))
+        reader = self.reader(side.catalogue)
         dtype = next(method.towers.parameters()).dtype
-        found, kept = [torch.empty(0, width, device=self.mesh.device)], [np.empty(0, dtype=np.int64)]
-        silent = self.mesh.rank != 0
-        for block in tqdm(blocks, desc=f"embedding {side.kind}", unit=" batches", leave=False, delay=5, disable=silent):
-            rows = np.arange(block * size, (block + 1) * size)
-            full = np.minimum(rows, len(side.ids) - 1)
-            count = int((rows < len(side.ids)).sum())
-            found.append(function(self._batch(reader, side, full, tokens).to(self.mesh.device, dtype))[:count])
-            kept.append(rows[:count])
+        found = torch.empty(len(own), width, device=self.mesh.device)
+        starts, silent = range(own.start, own.stop, size), self.mesh.rank != 0
+        shown = tqdm(starts, f"embedding {side.kind}", unit=" batches", leave=False, delay=5, disable=silent)
+        for start, text in zip(shown, self._tokens(side, own), strict=True):
+            full = np.minimum(np.arange(start, start + size), own.stop - 1)
+            vectors = function(self._batch(reader, side, full, text[full - start]).to(self.mesh.device, dtype))
+            found[start - own.start : start - own.start + size] = vectors[: len(text)]
         reader.close()
-        return torch.cat(found), np.concatenate(kept)
+        return found, own
 
     @torch.no_grad()
     def embed_texts(self, method: Method, texts: Sequence[str]) -> Embedded:
         """This rank's share of text queries; ids and labels are their places in `texts`."""
-        size, dp = self.batch_size, self.mesh.dp
-        blocks = share(-(-len(texts) // size), dp.size(), dp.rank())
-        vectors, own = [torch.empty(0, self.model.embedding_dim, device=self.mesh.device)], [np.empty(0, np.int64)]
-        store = TokenStore.encode(self.tokenizer, {"query": list(texts)})
-        for block in blocks:
-            rows = np.arange(block * size, min((block + 1) * size, len(texts)))
-            full = np.minimum(np.arange(block * size, (block + 1) * size), len(texts) - 1)
+        size, own = self.batch_size, self._own(len(texts))
+        vectors = torch.empty(len(own), self.model.embedding_dim, device=self.mesh.device)
+        for start in range(own.start, own.stop, size):
+            part = [*texts[start : min(start + size, own.stop)]]
+            store = TokenStore.encode(self.tokenizer, {"query": part})
+            full = np.minimum(np.arange(size), len(part) - 1)
             tokens = torch.from_numpy(store.batch(full, self.model.query.max_length, ["query"]))
-            batch = Batch.of_texts(tokens).to(self.mesh.device, next(method.towers.parameters()).dtype)
-            vectors.append(method.embed_query(batch)[: len(rows)])
-            own.append(rows)
-        ids = torch.from_numpy(np.concatenate(own)).to(self.mesh.device)
-        return Embedded(torch.cat(vectors), ids, ids)
+            batch = Batch.of_texts(tokens).with_lengths(store.special.pad)
+            batch = batch.to(self.mesh.device, next(method.towers.parameters()).dtype)
+            vectors[start - own.start : start - own.start + size] = method.embed_query(batch)[: len(part)]
+        ids = torch.arange(own.start, own.stop, device=self.mesh.device)
+        return Embedded(vectors, ids, ids)
 
-    def _batch(self, reader: ImageReader, side: Side, rows: np.ndarray, tokens: TokenStore | None) -> Batch:
+    def reader(self, catalogue: Catalogue) -> ImageReader:
+        """What reads a catalogue's images; to be closed."""
+        data, mesh = self.data, self.mesh
+        return ImageReader(
+            catalogue, data.preprocess, data.backend, self.batch_size, data.threads, mesh.device, mesh.tp
+        )
+
+    def _own(self, rows: int) -> range:
+        """This rank's share of so many rows: whole blocks, but for the end."""
+        blocks = share(-(-rows // self.batch_size), self.mesh.dp.size(), self.mesh.dp.rank())
+        return range(min(blocks.start * self.batch_size, rows), min(blocks.stop * self.batch_size, rows))
+
+    def _tokens(self, side: Side, own: range) -> Iterator[Tensor]:
+        """Tokens [n, L] of the documents of each block, none of queries; those on disk where they are of the run's tokenizer."""
+        length, size = self.model.text.max_length, self.batch_size
+        stored = self._stored(side)
+        if side.kind == "query" or stored is not None:
+            for start in range(own.start, own.stop, size):
+                samples = side.sample_ids[start : min(start + size, own.stop)]
+                none = torch.zeros(len(samples), length, dtype=torch.int64)
+                yield none if stored is None else torch.from_numpy(stored.batch(samples, length))
+            return
+        for table in side.read(FIELDS, own, size):
+            texts = {field: table[field].to_pylist() for field in FIELDS}
+            if side.retitle is not None:
+                texts["title"] = [*map(side.retitle, texts["title"])]
+            store = TokenStore.encode(self.tokenizer, texts)
+            yield torch.from_numpy(store.batch(np.arange(len(table)), length))
+
+    def _stored(self, side: Side) -> TokenStore | None:
+        if side.kind == "query" or side.retitle is not None:
+            return None
+        try:
+            store = TokenStore.open(side.catalogue.path)
+        except UserError:  # it has none, or grew since
+            return None
+        return store if store.checksum == self.tokenizer.checksum else None
+
+    def _batch(self, reader: ImageReader, side: Side, rows: np.ndarray, text: Tensor) -> Batch:
         samples = side.sample_ids[rows]
         images, ok = reader.read(samples, reader.parameters(samples))
         labels, ids, weights = torch.from_numpy(side.labels[rows]), torch.from_numpy(samples), ok.float()
-        length = self.model.text.max_length
-        text = torch.zeros(len(rows), length, dtype=torch.int64)
-        if tokens is not None:
-            text = torch.from_numpy(tokens.batch(rows, length))
-        return Batch(images, labels, weights, ids, images, text, labels, weights, ids)
+        batch = Batch(images, labels, weights, ids, images, text, labels, weights, ids)
+        return batch.with_lengths(self.tokenizer.special.pad)

@@ -255,13 +255,15 @@ def sent(config: RunConfig, layout: Layout, counted: Parameters, step: Step) -> 
         + one.sequences / dp * one.word_tokens * one.shape.hidden_size * 2
         for one in step.passes
     )
+    # Embeddings to all ranks, their gradient back to their own. Those of a class head travel in their own type, and tensor-parallel ranks, which
+    # have the same samples but other rows, add up their parts.
     classifies = METHODS[config.method].classifies(config.model)
+    forth, copies = (size / FP32, 2 * _ring(tp) / dp) if classifies else (1.0, 0.0)
     return {
         "gradients": _ring(dp) * FP32 * counted.trained_per_rank,
         "weights": _ring(dp) * size * counted.trained_per_rank,
         "tensor_parallel": _ring(tp) * size * hidden,
-        # embeddings to all ranks, their gradient back; of a class head also the sums over its shards
-        "head": step.gathered * (_ring(dp) + 2 * _ring(layout.world if classifies else dp)) + step.labels * _ring(dp),
+        "head": step.gathered * ((forth + 1) * _ring(dp) + copies) + step.labels * _ring(dp),
     }
 
 

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from harness.attribute_queries import AttributeQueries
 from harness.data.catalogue import Catalogue
 from harness.data.loader import DataConfig
-from harness.data.tokenizer import FIELDS, Tokenizer
-from harness.embed import Embedder, Side, side_of
+from harness.data.tokenizer import Tokenizer
+from harness.embed import ClassKeys, Embedder, Side, side_of
 from harness.errors import UserError
 from harness.mesh import Mesh
 from harness.methods import METHODS, Method
@@ -50,6 +50,7 @@ class EvaluationConfig:
         bare_titles: attributes whose values' words are also tried without, in the titles of the task text.
         category: attribute that the task category predicts, and by whose values MAKE's weights are reported.
         learn_split: split of the documents that the task category learns from; those that are also in `split` do not teach.
+        probe_documents: at most so many documents teach the task category, and at most so many are asked, chosen by their ids: one rank holds them.
         align_documents: at most so many documents of learn_split that a method's alignment of its views is fitted to (model.aligned).
         slices: attribute columns of the catalogue whose values get figures of their own.
         distractors: other catalogues whose documents join the gallery, relevant to nothing.
@@ -66,6 +67,7 @@ class EvaluationConfig:
     bare_titles: tuple[str, ...] = ()
     category: str = ""
     learn_split: str = "train"
+    probe_documents: int = 200_000
     align_documents: int = 8192
     slices: tuple[str, ...] = ()
     distractors: tuple[Path, ...] = ()
@@ -77,8 +79,11 @@ class EvaluationConfig:
         errors, spec = [], METHODS[method]
         if self.batch_size < 1:
             errors.append("evaluation.batch_size must be at least 1")
-        if self.align_documents < 2:
-            errors.append("evaluation.align_documents must be at least 2")
+        errors += [
+            f"evaluation.{name} must be at least 2"
+            for name in ("align_documents", "probe_documents")
+            if getattr(self, name) < 2
+        ]
         errors += [
             f"evaluation.{name} must be at least 0" for name in ("panel", "projector") if getattr(self, name) < 0
         ]
@@ -167,8 +172,8 @@ class Evaluation:
         for key in ("slices", "query_attributes", "bare_titles"):
             require_attributes(catalogue, getattr(config, key), f"evaluation.{key}")
         require_attributes(catalogue, [config.category] if config.category else [], "evaluation.category")
-        self._keys: dict[str, int] = {}
-        named = dict.fromkeys([*FIELDS, *config.slices, *config.query_attributes, *config.bare_titles, config.category])
+        self._keys = ClassKeys()
+        named = dict.fromkeys([*config.slices, *config.query_attributes, *config.bare_titles, config.category])
         self._columns = [name for name in named if name]
         self.documents = [self.side("document", config.split)]
         offset = catalogue.num_samples
@@ -177,7 +182,7 @@ class Evaluation:
         self.final_tasks = [self._task(name) for name in config.final_tasks if name not in usual]
         for path in config.distractors:
             other = Catalogue(path)
-            self.documents.append(side_of(other, "document", None, [*FIELDS], None, offset))
+            self.documents.append(side_of(other, "document", None, [], None, offset))
             offset += other.num_samples
 
     def run(self, method: Method, final: bool = True) -> Report:
@@ -206,7 +211,7 @@ class Evaluation:
             learned = self.side("document", config.learn_split)
             if config.learn_split != config.split:  # documents of split 'all' are asked, so they may not teach
                 learned = learned.select(~np.isin(learned.ids, documents.ids))
-            return CategoryTask(learned, documents, config.category, self.embedder, self.mesh)
+            return CategoryTask(learned, documents, config.category, self.embedder, self.mesh, config.probe_documents)
         texts = AttributeQueries(documents, config.query_attributes)
         return TextTask(texts, config.bare_titles, config.category, config.panel, self.embedder, self.mesh)
 

@@ -32,6 +32,7 @@ class EvalConfig:
         distractors: other catalogues whose documents join the gallery.
         batch_size: images embedded at once.
         tensor_parallel: ranks that share one copy of the towers.
+        device: cuda, cpu, or auto, the GPUs where there are any.
     """
 
     run: Path
@@ -44,6 +45,7 @@ class EvalConfig:
     distractors: tuple[Path, ...] = ()
     batch_size: int = 128
     tensor_parallel: int = 1
+    device: str = "auto"
 
 
 def run(config: EvalConfig) -> dict[str, Any]:
@@ -57,14 +59,12 @@ def run(config: EvalConfig) -> dict[str, Any]:
         find_checkpoint(config.run, config.checkpoint),
         Catalogue(config.catalogue or settings.data.catalogue),
     )
-    mesh = Mesh(MeshConfig(tensor_parallel=config.tensor_parallel))
-    try:
+    with Mesh(MeshConfig(tensor_parallel=config.tensor_parallel, device=config.device)) as mesh:
         report = _evaluate(config, settings, path, catalogue, mesh)
-    finally:
-        mesh.close()
     if mesh.rank == 0:
         print_report(report, f"{config.run} at {path.name}: split {config.split} of {catalogue.path}")
-    return {"checkpoint": str(path), "split": config.split, **report.figures, "slices": report.rows}
+    made_by = {"checkpoint": str(path), "split": config.split, "precision": settings.train.precision}
+    return {**made_by, **report.figures, "slices": report.rows}
 
 
 def _evaluate(config: EvalConfig, settings: RunConfig, path: Path, catalogue: Catalogue, mesh: Mesh) -> Any:

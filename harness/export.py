@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import io
 import shutil
+import struct
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,7 @@ from harness.artefact import ARTEFACT_FORMAT, import_faiss
 from harness.checksums import write_manifest
 from harness.config import RunConfig
 from harness.data.catalogue import Catalogue
+from harness.data.loader import share
 from harness.data.staging import staged_folder
 from harness.data.tokenizer import FIELDS, Tokenizer
 from harness.decoder_check import compare_decoders
@@ -43,6 +46,7 @@ from harness.panel import picture
 from harness.retrieval import Embedded
 from harness.trained import find_checkpoint, load_method, open_settings
 from harness.versions import versions
+from harness.waiting import in_own_time, on_first_rank
 
 EXAMPLE = "torchrun --nproc-per-node 2 -m harness export runs/grocery --out artefacts/grocery"
 _ROWS = 4096  # rows written, or added to the index, at once
@@ -61,6 +65,7 @@ class ExportConfig:
         thumbnail: longest side in pixels of the small picture kept of each document, for contact sheets; 0 keeps none.
         batch_size: images embedded at once.
         tensor_parallel: ranks that share one copy of the towers.
+        device: cuda, cpu, or auto, the GPUs where there are any.
     """
 
     run: Path
@@ -71,6 +76,7 @@ class ExportConfig:
     thumbnail: int = 160
     batch_size: int = 128
     tensor_parallel: int = 1
+    device: str = "auto"
 
 
 def run(config: ExportConfig) -> dict[str, Any]:
@@ -89,34 +95,35 @@ def run(config: ExportConfig) -> dict[str, Any]:
     path = find_checkpoint(config.run, config.checkpoint)
     catalogue = Catalogue(config.catalogue or settings.data.catalogue)
     tokenizer = Tokenizer.load(config.run)
-    side = side_of(catalogue, "document", config.split, ["item", *FIELDS, *catalogue.attributes], None, 0)
+    side = side_of(catalogue, "document", config.split, [], None, 0)
     splits = catalogue.meta["counts"]["splits"]
     if not len(side.ids) or config.split not in (None, *splits):
         which = "" if config.split is None else f" in split '{config.split}'"
         raise UserError(f"{catalogue.path} has no document{which}", f"The splits are {', '.join(splits)} (--split)")
-    mesh = Mesh(MeshConfig(tensor_parallel=config.tensor_parallel))
-    try:
+    with Mesh(MeshConfig(tensor_parallel=config.tensor_parallel, device=config.device)) as mesh:
         method, model = load_method(settings, path, tokenizer, mesh)
         decoders = compare_decoders(method, settings, catalogue, config.split, tokenizer, mesh)
         own = Embedder(settings.data, model, tokenizer, config.batch_size, mesh).embed(method, side)
         encoder = plain_query_encoder(settings.method, model, method.towers, mesh)
         with ExitStack() as stack:
             stage = _shared_stage(config.out, mesh, stack)
-            if mesh.tp.rank() == 0:
-                _write_documents(
-                    stage / "documents" / f"part-{mesh.dp.rank():05d}.parquet", side, own, config.thumbnail
-                )
-            mesh.barrier()
-            if mesh.rank == 0:
-                _write_index(stage, model.embedding_dim)
+            part = stage / "documents" / f"part-{mesh.rank:05d}.parquet"
+            in_own_time(
+                lambda: write_documents(part, side, _shared_with(own, mesh), config.thumbnail, settings.data.threads),
+                mesh,
+                "writing the documents",
+            )
+
+            def describe() -> None:
+                write_index(stage, model.embedding_dim)
                 _write_encoder(encoder, _example(settings), stage / "encoder.pt2")
                 write_json(stage / "preprocess.json", settings.data.preprocess.to_dict())
                 shutil.copytree(config.run / "tokenizer", stage / "tokenizer")
                 description = _description(config, settings, path, catalogue, side, model)
                 write_json(stage / "artefact.json", {**description, "decoders": decoders})
-                write_manifest(stage)
-    finally:
-        mesh.close()
+
+            on_first_rank(describe, mesh, "writing index and encoder")
+            write_manifest(stage, mesh)
     seconds = time.perf_counter() - started
     if mesh.rank == 0:
         print(f"{config.out}: {len(side.ids):,} documents of {catalogue.path} in {seconds:.1f} s")
@@ -133,12 +140,16 @@ def _shared_stage(out: Path, mesh: Mesh, stack: ExitStack) -> Path:
     return shared[0]
 
 
-def _write_documents(file: Path, side: Side, own: Embedded, thumbnail: int) -> None:
+def _shared_with(own: Embedded, mesh: Mesh) -> Embedded:
+    """This rank's part of what its tensor-parallel ranks hold together: ranks in order have the rows in order."""
+    mine = share(len(own.ids), mesh.tp.size(), mesh.tp.rank())
+    return Embedded(*(column[mine.start : mine.stop] for column in (own.vectors, own.ids, own.labels)))
+
+
+def write_documents(file: Path, side: Side, own: Embedded, thumbnail: int, threads: int) -> None:
     """This rank's rows, in the order of the side: consecutive ones, so that the parts follow each other."""
-    rows = np.searchsorted(side.ids, own.ids.cpu().numpy())
-    vectors = own.vectors.float().cpu().numpy()
-    width = vectors.shape[1]
-    texts = [name for name in side.columns if name != "sample_id"]
+    width, catalogue = own.vectors.shape[1], side.catalogue
+    texts = ["class_key", "item", *FIELDS, *catalogue.attributes]
     schema = pa.schema(
         [
             ("sample_id", pa.int64()),
@@ -147,18 +158,17 @@ def _write_documents(file: Path, side: Side, own: Embedded, thumbnail: int) -> N
             ("embedding", pa.list_(pa.float32(), width)),
         ]
     )
-    with pq.ParquetWriter(file, schema) as writer:
-        for start in tqdm(range(0, len(rows), _ROWS), desc="documents", unit=" x 4,096", leave=False, delay=5):
-            part = rows[start : start + _ROWS]
-            samples = side.sample_ids[part]
-            flat = pa.array(vectors[start : start + _ROWS].reshape(-1), pa.float32())
-            columns = {
-                "sample_id": samples,
-                **{name: [side.columns[name][row] for row in part] for name in texts},
-                "thumbnail": [_thumbnail(side.catalogue, int(i), thumbnail) for i in samples],
-                "embedding": pa.FixedSizeListArray.from_arrays(flat, width),
-            }
-            writer.write_table(pa.table(columns, schema=schema))
+    first = int(side.rows_of(own.ids[:1].cpu().numpy()).sum())  # 0 where there is none
+    tables = side.read(texts, range(first, first + len(own.ids)), _ROWS)
+    with pq.ParquetWriter(file, schema) as writer, ThreadPoolExecutor(threads) as pool:
+        for number, table in enumerate(tqdm(tables, desc="documents", unit=" x 4,096", leave=False, delay=5)):
+            start = number * _ROWS
+            vectors = own.vectors[start : start + len(table)].float().cpu().numpy()
+            small = pool.map(lambda i: _thumbnail(catalogue, i, thumbnail), table["sample_id"].to_pylist())
+            thumbnails = pa.array([*small], pa.binary())
+            flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), width)
+            columns = [*table.combine_chunks().columns, thumbnails, flat]
+            writer.write_table(pa.Table.from_arrays([*columns], schema=schema))
 
 
 def _thumbnail(catalogue: Catalogue, sample_id: int, size: int) -> bytes | None:
@@ -171,13 +181,39 @@ def _thumbnail(catalogue: Catalogue, sample_id: int, size: int) -> bytes | None:
     return buffer.getvalue()
 
 
-def _write_index(stage: Path, width: int) -> None:
+def write_index(stage: Path, width: int) -> None:
+    """The index, from the parts in their order; no more than _ROWS vectors are in memory at once, as FAISS itself would hold them all."""
+    parts = [pq.ParquetFile(part) for part in sorted((stage / "documents").glob("part-*.parquet"))]
+    with (stage / "index.faiss").open("wb") as index:
+        index.write(index_head(width, sum(part.metadata.num_rows for part in parts)))
+        for part in parts:
+            for batch in part.iter_batches(_ROWS, columns=["embedding"]):
+                index.write(batch.column(0).flatten().to_numpy())
+
+
+def index_head(width: int, count: int) -> bytes:
+    """The bytes before the vectors in a file of `count` of them: FAISS's own for one, with the two numbers that differ.
+
+    Raises:
+        UserError: this version of FAISS writes something else.
+    """
     faiss = import_faiss()
-    index = faiss.IndexFlatIP(width)
-    for part in sorted((stage / "documents").glob("part-*.parquet")):
-        for batch in pq.ParquetFile(part).iter_batches(_ROWS, columns=["embedding"]):
-            index.add(batch.column(0).flatten().to_numpy().reshape(-1, width))
-    faiss.write_index(index, str(stage / "index.faiss"))
+
+    def written(vectors: np.ndarray) -> bytes:
+        index = faiss.IndexFlatIP(width)
+        index.add(vectors)
+        return faiss.serialize_index(index).tobytes()
+
+    def head(count: int) -> bytes:
+        """Type and width (4 bytes each), count (8), what is the same in all, number of floats (8)."""
+        return (
+            one[:8] + struct.pack("<q", count) + one[16 : len(one) - 4 * width - 8] + struct.pack("<q", count * width)
+        )
+
+    one, three = (written(np.ones((n, width), np.float32)) for n in (1, 3))
+    if three != head(3) + np.ones((3, width), np.float32).tobytes():
+        raise UserError(f"faiss {faiss.__version__} writes a flat index in a way that is not known", "Take faiss 1.15")
+    return head(count)
 
 
 def _example(settings: RunConfig) -> torch.Tensor:

@@ -72,11 +72,8 @@ def run(config: ExportWeightsConfig) -> dict[str, Any]:
 def _trained(config: ExportWeightsConfig) -> tuple[dict[str, TowerConfig], dict[str, Tensor]]:
     settings = open_settings(config.source, tensor_parallel=1, batch_size=1)
     path = find_checkpoint(config.source, config.checkpoint)
-    mesh = Mesh(MeshConfig())
-    try:
+    with Mesh(MeshConfig(device="cpu")) as mesh:  # nothing is computed
         method, _ = load_method(settings, path, Tokenizer.load(config.source), mesh)
         state = {name: value.float().cpu() for name, value in merged_state_dict(method.towers, mesh.tp).items()}
         parts = {tower: getattr(method.towers, tower, None) for tower in ("vision", "text")}
         return {tower: part.config for tower, part in parts.items() if part is not None}, state
-    finally:
-        mesh.close()

@@ -303,7 +303,7 @@ _PEAKS: dict[str, tuple[float, float]] = {
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak FLOP/s of `device` in `precision` (fp32 or bf16) by its data sheet; None for a CPU and for GPUs that are not in the table.
+    """Peak FLOP/s of `device` in `precision` (of train.precision) by its data sheet; None for a CPU and for GPUs that are not in the table.
 
     A CPU has no such figure: its clock depends on the instructions and on what else runs, so a utilisation would mislead.
     """
@@ -314,7 +314,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     words = name.replace("-", " ").split()
     for key, (bf16, fp32) in _PEAKS.items():
         if all(word in words for word in key.split()):
-            return 1e12 * (bf16 if precision == "bf16" else fp32)
+            # tensor cores multiply TF32 at half the rate of bf16, on all of these
+            return 1e12 * {"bf16": bf16, "tf32": bf16 / 2}.get(precision, fp32)
     return None
 
 

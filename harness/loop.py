@@ -17,6 +17,7 @@ from torch import Tensor
 
 from harness import checkpoint, phases
 from harness.alignment import align, documents_to_align, wants_alignment
+from harness.arguments import tell
 from harness.board import Projector
 from harness.class_map import ClassMap, class_map, keep_classes
 from harness.config import RunConfig, difference, identity_changes
@@ -34,7 +35,9 @@ from harness.optimizer import TowerOptimizer, learning_rate, sum_of_squares
 from harness.panel import draw_panel, picture, text_picture
 from harness.profile import StepProfiler
 from harness.text_fit import require_fit
+from harness.waiting import on_first_rank
 from harness.weights import init_towers
+from models.batch import rank_sizes
 from models.heads.row_optimizer import RowAdamW
 
 # So many samples must have been read before their damage can stop a run: a few at its start say nothing of the rest.
@@ -117,8 +120,8 @@ class Trainer:
         self._reading: list[tuple[float, ...]] = []
         self.phases: list[phases.Phase] = []
         self._resume()
-        self.classes = phases.on_first_rank(
-            lambda: keep_classes(config.data.catalogue, order.order_id, config.run_dir), self.mesh
+        self.classes = on_first_rank(
+            lambda: keep_classes(config.data.catalogue, order.order_id, config.run_dir), mesh, "copying the classes"
         )
 
     def train_step(self, data: StepData) -> StepResult:
@@ -131,9 +134,10 @@ class Trainer:
         self.mesh.seed_streams(config.seed, self.step)
         self.towers.zero_grad()
         if head is not None and self.rows is not None:
-            labels, weights = torch.cat([b.labels for b in batches]), torch.cat([b.weights for b in batches])
+            labels, weights = torch.cat([b.labels for b in data.batches]), torch.cat([b.weights for b in data.batches])
             margin_part = min(1.0, (self.step + 1) / max(1, config.train.margin_warmup))
-            self.rows.catch_up(head.begin_step(labels, weights, self.step, margin_part))
+            sizes = rank_sizes(data.batches, "query", "document")
+            self.rows.catch_up(head.begin_step(labels, weights, self.step, margin_part, sizes))
 
         total, sums, names = torch.zeros((), device=self.mesh.device), None, []
         for i, (loss, metrics) in enumerate(self.method.losses(batches)):
@@ -150,10 +154,12 @@ class Trainer:
         if head is not None:
             active, row_grad = head.row_grad
             squared += sum_of_squares(row_grad)
-        norm = math.sqrt(self.mesh.sum(squared).item())
-        self._require_finite(total, norm, data)
+        # The one wait of every step: what tells whether it may touch the weights.
+        squared_norm, loss_value = torch.stack([self.mesh.sum(squared), total.to(squared.dtype)]).tolist()
+        norm = math.sqrt(squared_norm)
+        self._require_finite(loss_value, norm, data)
         if config.optimizer.clip_norm and norm > config.optimizer.clip_norm:
-            factor = torch.tensor(config.optimizer.clip_norm / (norm + 1e-6), device=self.mesh.device)
+            factor = torch.full((), config.optimizer.clip_norm / (norm + 1e-6), device=self.mesh.device)
             self.towers.scale(factor)
             if head is not None:
                 row_grad *= factor
@@ -174,7 +180,8 @@ class Trainer:
         """Trains to the last step (or to train.stop_at); returns the final figures."""
         config, train = self.config, self.config.train
         log = RunLog(config.run_dir, self.mesh, self.step, train.steps)
-        for line in [self.mesh.accelerators.line, f"images: {self.loader.images.line}", *self.notes]:
+        where = f"{self.mesh.line}, precision {train.precision}"
+        for line in [where, self.mesh.accelerators.line, f"images: {self.loader.images.line}", *self.notes]:
             log.say(line)
         if self.mesh.rank == 0:
             classes = self.loader.order.num_classes
@@ -217,6 +224,10 @@ class Trainer:
                 report = self.evaluate(log)
             if self.mesh.rank == 0 and self.step == train.steps:
                 log.board.finish()
+        except Exception as error:
+            if self.mesh.world_size > 1:  # at once, for what follows may wait for a read
+                tell(error)
+            raise
         finally:
             profiler.close()
             self.loader.close()
@@ -275,12 +286,14 @@ class Trainer:
             report = self.evaluation.run(self.method, final=self.step == self.config.train.steps)
         named = {name if "/" in name else f"retrieval/{name}": value for name, value in report.figures.items()}
         log.scalars(self.step, named)
-        if self.mesh.rank == 0:
-            log.board.image("retrieval/panel", draw_panel(self._panel_rows(report)), self.step)
-            if report.sample is not None and len(report.sample.ids):
-                self.projector.write(self.step, report.sample)
-            write_json(self.config.run_dir / f"eval-{self.step:08d}.json", {**report.figures, "slices": report.rows})
+        on_first_rank(lambda: self._show(report, log), self.mesh, "drawing the panel")
         return report
+
+    def _show(self, report: Report, log: RunLog) -> None:
+        log.board.image("retrieval/panel", draw_panel(self._panel_rows(report)), self.step)
+        if report.sample is not None and len(report.sample.ids):
+            self.projector.write(self.step, report.sample)
+        write_json(self.config.run_dir / f"eval-{self.step:08d}.json", {**report.figures, "slices": report.rows})
 
     def _evaluated(self) -> AbstractContextManager[None]:
         """Inside, the towers have the weights that are evaluated: their average, if there is one."""
@@ -322,15 +335,15 @@ class Trainer:
             **{f"step_seconds/{part}": seconds for part, seconds in self.clock.seconds.items()},
         }
 
-    def _require_finite(self, loss: Tensor, norm: float, data: StepData) -> None:
+    def _require_finite(self, loss: float, norm: float, data: StepData) -> None:
         """Ends the run before a loss or gradient that is not finite reaches the weights; the newest checkpoint stays good."""
-        if math.isfinite(norm) and math.isfinite(loss.item()):
+        if math.isfinite(norm) and math.isfinite(loss):
             return
         ids = torch.cat([torch.cat([b.query_ids, b.document_ids]) for b in data.batches]).tolist()
         file = self.config.run_dir / f"nonfinite-step-{self.step}-rank-{self.mesh.rank}.json"
-        write_json(file, {"step": self.step, "loss": str(loss.item()), "gradient_norm": str(norm), "sample_ids": ids})
+        write_json(file, {"step": self.step, "loss": str(loss), "gradient_norm": str(norm), "sample_ids": ids})
         raise UserError(
-            f"step {self.step}: loss {loss.item()} or gradient norm {norm} is not finite; nothing was updated",
+            f"step {self.step}: loss {loss} or gradient norm {norm} is not finite; nothing was updated",
             f"The samples are in {file}. Lower optimizer.lr or the margin, then start again: the run resumes",
         )
 
@@ -358,8 +371,8 @@ class Trainer:
 
     def _panel_rows(self, report: Report) -> list[Any]:
         catalogue = self.loader.catalogue
-        side = self.evaluation.documents[0]
-        titles = dict(zip(side.ids.tolist(), side.columns["title"], strict=True))
+        found = sorted({i for _, best, _ in report.panel for i in best if i < catalogue.num_samples})
+        titles = {row["sample_id"]: row["title"] for row in catalogue.rows(found, ["title"])}
         rows = []
         for query, best, relevant in report.panel:
             shown = text_picture(query) if isinstance(query, str) else picture(catalogue, query)
@@ -371,7 +384,7 @@ class Trainer:
     def _resume(self) -> None:
         """Continues the newest complete checkpoint; without one starts from train.init_from, or anew. Says what it did."""
         config, order = self.config, self.loader.order
-        path, passed_over = phases.on_first_rank(lambda: checkpoint.newest(config.run_dir / "checkpoints"), self.mesh)
+        path, passed_over = checkpoint.newest(config.run_dir / "checkpoints", self.mesh)
         self.notes = [*self._notes_on_training(), *(f"passed over checkpoint {line}" for line in passed_over)]
         if path is None:
             self.phases = [phases.first(order) if config.train.init_from is None else self._warm_start()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from harness.data.loader import Reads
 from harness.data.product_queries import read_meta
+from harness.device import set_precision
 from harness.errors import UserError
 from harness.mesh import Mesh
 from models.batch import Batch
@@ -174,15 +177,10 @@ def build(
     """
     spec = METHODS[method]
     model = replace(model, text=replace(model.text, vocab_size=model.text.vocab_size or vocab_size))
+    set_precision(precision)
     mesh.seed_streams(seed, -1)
     torch.manual_seed(seed)  # the same on every rank, unlike the streams
-    builder = MegatronBuilder(
-        mesh.groups,
-        sequence_parallel=mesh.config.sequence_parallel,
-        recompute=mesh.config.recompute,
-        layer_norm=mesh.accelerators.layer_norm,
-    )
-    towers = spec.towers(model, builder)
+    towers = spec.towers(model, builder(mesh))
     towers.to(mesh.device)
     for parameter in towers.parameters():
         if parameter.requires_grad:  # what is fitted, never trained, stays float32
@@ -190,8 +188,32 @@ def build(
     rows = None
     if num_classes and spec.classifies(model):
         settings = replace(head, num_classes=num_classes, embedding_dim=model.embedding_dim)
-        rows = ClassParallelHead(settings, mesh.row_group, mesh.dp, mesh.device)
+        rows = ClassParallelHead(settings, mesh.row_group, mesh.dp, mesh.device, copy_group=mesh.tp)
     return spec.assemble(model, towers, rows, mesh.dp), model
+
+
+def builder(mesh: Mesh) -> TransformerBuilder:
+    """What builds the blocks of towers that are trained or evaluated on this mesh.
+
+    Where they are compiled and nothing is tensor-parallel, plain layers: each is one graph, where megatron-core's break. The same names and weights.
+
+    Raises:
+        UserError: they are to be compiled on a CPU, and there is no C++ compiler.
+    """
+    config = mesh.config
+    compiles = config.compile == "always" or (config.compile == "auto" and mesh.device.type == "cuda")
+    if compiles and mesh.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise UserError("mesh.compile is 'always', but there is no C++ compiler (g++, or what CXX names)")
+    backend = "inductor" if compiles else ""
+    if compiles and mesh.tp.size() == 1:
+        return PlainBuilder(config.recompute, backend)
+    return MegatronBuilder(
+        mesh.groups,
+        sequence_parallel=config.sequence_parallel,
+        recompute=config.recompute,
+        layer_norm=mesh.accelerators.layer_norm,
+        backend=backend,
+    )
 
 
 def plain_query_encoder(method: str, model: Any, towers: nn.Module, mesh: Mesh) -> nn.Module:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from harness.coded import Coded
+
 NDCG_DEPTH = 10
 
 
@@ -36,14 +38,14 @@ def summarise(ranks: np.ndarray, offsets: np.ndarray, ks: Sequence[int] = (1, 5,
 
 
 def slices(
-    ranks: np.ndarray, offsets: np.ndarray, groups: dict[str, np.ndarray], ks: Sequence[int] = (1, 5, 10)
+    ranks: np.ndarray, offsets: np.ndarray, groups: dict[str, Coded], ks: Sequence[int] = (1, 5, 10)
 ) -> list[dict[str, Any]]:
     """Average the metrics over the queries of each attribute value.
 
     Args:
         ranks: as in `summarise`.
         offsets: as in `summarise`.
-        groups: attribute name -> [n] array of str, the value that each query has, in the order of `offsets`.
+        groups: attribute name -> [n] the value that each query has, in the order of `offsets`; none of them null.
         ks: depths K of Recall@K.
 
     Returns:
@@ -55,14 +57,14 @@ def slices(
     """
     metrics, answered = _per_query(ranks, offsets, ks), np.diff(offsets) > 0
     rows: list[dict[str, Any]] = []
-    for name, values in groups.items():
-        if len(values) != len(answered):
-            raise ValueError(f"attribute {name} has {len(values)} values for {len(answered)} queries")
-        distinct, inverse, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    for name, column in groups.items():
+        if len(column.codes) != len(answered):
+            raise ValueError(f"attribute {name} has {len(column.codes)} values for {len(answered)} queries")
+        distinct, inverse, sizes = np.unique(column.codes, return_inverse=True, return_counts=True)
         members = np.split(np.argsort(inverse, kind="stable"), np.cumsum(sizes)[:-1])
         for value, queries in zip(distinct, members, strict=False):  # no value at all still splits into one part
             part = {metric: numbers[queries] for metric, numbers in metrics.items()}
-            rows.append({"slice": name, "value": str(value), **_row(part, answered[queries])})
+            rows.append({"slice": name, "value": column.values[int(value)].as_py(), **_row(part, answered[queries])})
     return rows
 
 

@@ -129,6 +129,7 @@ def _summed_embeddings(
             counted = ok & torch.from_numpy(rows < len(ids))
             sums.index_add_(0, place, vectors * counted.to(mesh.device)[:, None])
     dist.all_reduce(sums, group=mesh.dp)
+    dist.broadcast(sums, 0)  # tensor-parallel ranks have embedded the same samples, on a GPU not to the same bits
     return sums
 
 

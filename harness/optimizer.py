@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from harness.groups import freeze, lr_factors, split_factor
 from harness.mesh import Mesh
+from harness.overlap import OverlappedReduction
 from models.accelerators import use_adam
 from models.heads.row_optimizer import RowOptimizerConfig
 from models.megatron_cpu import cuda_type_names
@@ -23,6 +24,8 @@ from megatron.core import optimizer as megatron_optimizer  # isort: skip  (after
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # isort: skip
 from megatron.core.optimizer import distrib_optimizer  # isort: skip
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate  # isort: skip
+
+OVERLAP = ("auto", "always", "never")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,7 @@ class OptimizerConfig:
             vision.block.layers.0); * and [0-5] as in a shell.
         layer_decay: factor on the learning rate from each layer of a tower to the one below it; 1 trains all layers alike.
         lr_factors: factors on the learning rate by name, as query_transform=10, the names as in `frozen`; the last that fits counts.
+        overlap: whether gradients are reduced while backward still runs: auto (on a GPU), always or never.
         rows: AdamW of the class rows.
     """
 
@@ -54,6 +58,7 @@ class OptimizerConfig:
     frozen: tuple[str, ...] = ()
     layer_decay: float = 1.0
     lr_factors: tuple[str, ...] = ()
+    overlap: str = "auto"
     rows: RowOptimizerConfig = field(default_factory=RowOptimizerConfig)
 
     def errors(self, where: str) -> list[str]:
@@ -61,6 +66,8 @@ class OptimizerConfig:
         errors = self.rows.errors(f"{where}.rows")
         if not 0 < self.layer_decay <= 1:
             errors.append(f"{where}.layer_decay is {self.layer_decay}; it must lie in (0, 1]")
+        if self.overlap not in OVERLAP:
+            errors.append(f"{where}.overlap is '{self.overlap}'; it can be {', '.join(OVERLAP)}")
         for entry in self.lr_factors:
             try:
                 good = split_factor(entry)[1] > 0
@@ -104,6 +111,7 @@ class TowerOptimizer:
         self.mesh = mesh
         freeze(towers, config.frozen)
         dtype = next(towers.parameters()).dtype
+        overlap = config.overlap == "always" or (config.overlap == "auto" and mesh.device.type == "cuda")
         any_shape = megatron_config(TransformerShape(num_attention_heads=mesh.tp.size()), mesh.tp.size())
         with cuda_type_names():
             self.ddp = DistributedDataParallel(
@@ -111,7 +119,7 @@ class TowerOptimizer:
                 DistributedDataParallelConfig(
                     use_distributed_optimizer=True,
                     grad_reduce_in_fp32=True,
-                    overlap_grad_reduce=mesh.device.type == "cuda",
+                    overlap_grad_reduce=overlap,
                 ),
                 towers,
             )
@@ -133,6 +141,8 @@ class TowerOptimizer:
             self.optimizer = megatron_optimizer.get_megatron_optimizer(
                 settings, [self.ddp], _overrides(settings, factors)
             )
+        names = {parameter: name for name, parameter in towers.named_parameters()}
+        self._overlapped = OverlappedReduction(self.ddp.bucket_groups, names) if overlap else None
         for group in self.optimizer.param_groups:
             group["weight_decay"] *= group["wd_mult"]  # which only megatron-core's own scheduler would heed
         self._materialise()
@@ -144,6 +154,8 @@ class TowerOptimizer:
     def zero_grad(self) -> None:
         """Forgets all gradients."""
         self.ddp.zero_grad_buffer()
+        if self._overlapped is not None:
+            self._overlapped.begin()
         self.optimizer.zero_grad()
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
@@ -152,6 +164,8 @@ class TowerOptimizer:
 
     def reduce(self) -> None:
         """Sums the gradients over dp, those of sequence-parallel parameters over tp too, and readies this rank's shard."""
+        if self._overlapped is not None:
+            self._overlapped.finish()
         self.ddp.finish_grad_sync()
         sum_partial_gradients(self.ddp, self.mesh.tp)
         with cuda_type_names():

@@ -101,7 +101,7 @@ def samples(config: RunConfig) -> tuple[int, int]:
 
 def number_bytes(config: RunConfig) -> int:
     """Bytes of a weight or an activation."""
-    return FP32 if config.train.precision == "fp32" else 2
+    return 2 if config.train.precision == "bf16" else FP32
 
 
 def per_rank(count: int, config: RunConfig, layout: Layout) -> int:

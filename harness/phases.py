@@ -7,13 +7,11 @@ of the steps since the phase began.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow.parquet as pq
-import torch.distributed as dist
 
 from harness import checkpoint
 from harness.checksums import verify
@@ -23,8 +21,7 @@ from harness.data.order import ClassOrder
 from harness.errors import UserError
 from harness.mesh import Mesh
 from harness.trained import find_checkpoint
-
-T = TypeVar("T")
+from harness.waiting import on_first_rank
 
 # Parts of keys under `model` that a warm start may change: they shape neither the towers nor what they compute in evaluation.
 FREE = set(
@@ -118,14 +115,11 @@ def open_start(config: RunConfig, mesh: Mesh) -> tuple[Path, dict[str, Any]]:
     named = config.train.init_from
     assert named is not None, "the caller asks"
 
-    def find() -> Path:
-        if (named / "checkpoints").is_dir():
-            return find_checkpoint(named, None)
-        if problem := verify(named):
-            raise UserError(f"train.init_from {named}: {problem}", "Name a run folder or one of its step folders")
-        return named
-
-    path = on_first_rank(find, mesh)
+    path = named
+    if on_first_rank((named / "checkpoints").is_dir, mesh, "looking for checkpoints"):
+        path = find_checkpoint(named, None, mesh)
+    elif problem := verify(named, mesh):
+        raise UserError(f"train.init_from {named}: {problem}", "Name a run folder or one of its step folders")
     state = checkpoint.read_state(path)
     changes = difference(*({k: c[k] for k in ("method", "model")} for c in (state["config"], config.to_dict())))
     for key, (there, here) in changes.items():
@@ -136,17 +130,3 @@ def open_start(config: RunConfig, mesh: Mesh) -> tuple[Path, dict[str, Any]]:
             )
     require_tokenizer(path, state, config.data.catalogue)
     return path, state
-
-
-def on_first_rank(make: Callable[[], T], mesh: Mesh) -> T:
-    """make() of rank 0 for every rank, or its UserError; collective."""
-    answer: list[Any] = [None]
-    if mesh.rank == 0:
-        try:
-            answer = [make()]
-        except UserError as error:
-            answer = [error]
-    dist.broadcast_object_list(answer)
-    if isinstance(answer[0], UserError):
-        raise answer[0]
-    return answer[0]

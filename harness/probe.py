@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import torch.distributed as dist
+import torch
 
+from harness.data.keyed import keyed_hash
 from harness.embed import Embedder, Side
 from harness.errors import UserError
 from harness.mesh import Mesh
 from harness.methods import Method
-from harness.retrieval import Embedded
-from harness.tasks import Found, Gallery, gathered
+from harness.retrieval import Embedded, gather_rows
+from harness.tasks import Found, Gallery
+from harness.waiting import on_first_rank
 
 NEIGHBOURS = 10
 ROUNDS = 2000  # of the probe's solver at most
+_CHOICE = 40  # keeps this draw apart from others under the same seed
 
 
 class CategoryTask:
-    """Documents of one split teach the categories, those of the evaluation are asked; scikit-learn on the first rank.
+    """Documents of one split teach the categories, those of the evaluation are asked; scikit-learn on the first rank, the others wait as long.
 
     Args:
         learned: documents that teach, of another split.
@@ -27,37 +28,51 @@ class CategoryTask:
         category: the attribute.
         embedder: embeds them.
         mesh: the ranks.
+        limit: at most so many documents teach, and are asked.
     """
 
     name = "category"
 
-    def __init__(self, learned: Side, documents: Side, category: str, embedder: Embedder, mesh: Mesh) -> None:
-        self.learned, self.documents, self.category = learned, documents, category
-        self.embedder, self.mesh = embedder, mesh
-        if len({value for value in learned.columns[category] if value}) < 2:
+    def __init__(
+        self, learned: Side, documents: Side, category: str, embedder: Embedder, mesh: Mesh, limit: int
+    ) -> None:
+        teaching = learned.columns[category].used()
+        if len(teaching) < 2:
             raise UserError(
                 f"evaluation.category '{category}' has fewer than two values to learn in {learned.catalogue.path}",
                 "Choose another attribute, or another evaluation.learn_split",
             )
-        if not any(documents.columns[category]):
+        if not documents.columns[category].filled().any():
             raise UserError(
                 f"no document of {documents.catalogue.path} that is asked has a value of evaluation.category '{category}'",
                 "Choose another attribute, or another evaluation.split",
             )
+        if len(some := chosen(learned, category, limit)) < learned.columns[category].filled().sum():
+            learned = learned.select(np.isin(np.arange(len(learned.ids)), some))  # the others need not be embedded
+        self.learned, self.documents, self.category, self.limit = learned, documents, category, limit
+        self.embedder, self.mesh = embedder, mesh
+        self.names = sorted({*teaching, *documents.columns[category].used()})
 
     def run(self, method: Method, gallery: Gallery, seen: str) -> Found:
         """See harness.tasks.Task."""
-        sides = (self.learned, self.embedder.embed(method, self.learned, seen)), (self.documents, gallery.own(seen))
-        (x, y), (asked, truth) = (self._table(side, vectors) for side, vectors in sides)
-        figures: list[Any] = [predicted(x, y, asked, truth) if self.mesh.rank == 0 else None]
-        dist.broadcast_object_list(figures)
-        return Found(figures[0])
+        learned = self._table(self.learned, self.embedder.embed(method, self.learned, seen))
+        asked = self._table(self.documents, gallery.own(seen))
+        return Found(on_first_rank(lambda: predicted(*learned, *asked), self.mesh, "fitting the probe"))
 
     def _table(self, side: Side, own: Embedded) -> tuple[np.ndarray, np.ndarray]:
-        """Vectors and categories of all ranks' documents that have one; collective."""
-        rows = gathered(list(zip(own.ids.tolist(), own.vectors.tolist(), strict=True)), self.mesh)
-        values = np.array([value or "" for value in side.columns[self.category]])
-        return np.array([vector for _, vector in rows])[values != ""], values[values != ""]
+        """On the first rank vectors, float64, and numbers of the categories of all ranks' documents that are looked at; collective."""
+        rows = chosen(side, self.category, self.limit)
+        mine = torch.isin(own.ids, torch.from_numpy(side.ids[rows]).to(own.ids.device))
+        vectors = gather_rows(own.vectors[mine], self.mesh.dp, first=True)
+        return vectors.double().cpu().numpy(), side.columns[self.category].take(rows).in_list(self.names)
+
+
+def chosen(side: Side, category: str, limit: int) -> np.ndarray:
+    """Rows of at most `limit` documents that have a category, int64 ascending: a function of their ids alone."""
+    rows = np.flatnonzero(side.columns[category].filled())
+    if len(rows) > limit:
+        rows = np.sort(rows[np.argpartition(keyed_hash(0, _CHOICE, side.ids[rows]), limit)[:limit]])
+    return rows
 
 
 def predicted(x: np.ndarray, y: np.ndarray, asked: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -65,7 +80,7 @@ def predicted(x: np.ndarray, y: np.ndarray, asked: np.ndarray, truth: np.ndarray
 
     Args:
         x: [n, d] unit vectors that teach.
-        y: [n] their categories.
+        y: [n] their categories, or numbers that sort as these do.
         asked: [m, d].
         truth: [m].
     """

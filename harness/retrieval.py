@@ -69,7 +69,9 @@ class _Block:
     vectors: Tensor  # [b, d] float64 on the grid
     ids: Tensor  # [b]
     labels: Tensor  # [b]
-    counts: list[int]  # rows that each rank of the group has in this block, which is in rank order
+    counts: list[
+        int
+    ]  # rows that each rank of the group has in this block, which is in rank order; empty in a part of one
 
 
 @torch.no_grad()
@@ -93,7 +95,7 @@ def relevant_ranks(
         group: the ranks that share queries and gallery; None for a single process.
         query_block: queries that are scored at once, over all ranks together (at least one for each rank).
         document_tile: documents of this rank that are scored at once. Scratch memory is some 32 bytes x query_block x
-            document_tile, and 32 bytes x query_block x the largest number of relevant documents of a query.
+            document_tile: queries with more relevant documents than that are scored fewer at once.
         without_self: the document that has the query's own id is in no gallery of that query.
 
     Returns:
@@ -107,7 +109,7 @@ def relevant_ranks(
     label_of, order = torch.sort(documents.labels[labelled])
     rows_by_label = labelled[order]
     ids, counts, ranks = [], [], []
-    for block in _query_blocks(queries, documents, group, query_block):
+    for block in _relevance_blocks(queries, documents, label_of, group, query_block, document_tile):
         rivals, held = _relevant_keys(block, documents, label_of, rows_by_label, group, document_tile, without_self)
         size, width = rivals.shape
         row = torch.arange(size, device=rivals.device)[:, None] * (width + 1)
@@ -200,6 +202,25 @@ def _query_blocks(
             progress.update(sum(counts))
 
 
+def _relevance_blocks(
+    queries: Embedded,
+    documents: Embedded,
+    label_of: Tensor,
+    group: dist.ProcessGroup | None,
+    query_block: int,
+    document_tile: int,
+) -> Iterator[_Block]:
+    """`_query_blocks`, cut smaller where queries have many relevant documents, so that (queries x the most of them) stays bounded."""
+    for block in _query_blocks(queries, documents, group, query_block):
+        relevant = _range_of(block.labels, label_of)[1]
+        if group is not None:
+            dist.all_reduce(relevant, group=group)
+        step = max(1, query_block * document_tile // max(1, int(relevant.max())))
+        for start in range(0, len(block.ids), step):
+            part = slice(start, start + step)
+            yield _Block(block.vectors[part], block.ids[part], block.labels[part], [])
+
+
 def _fault(part: Embedded) -> int:
     """Return 0 for good input, 1 for vectors and 2 for ids out of range: a number that the ranks can exchange."""
     if not bool((torch.linalg.vector_norm(part.vectors.float(), dim=1) <= MAX_NORM).all()):
@@ -234,31 +255,54 @@ def _relevant_keys(
     without_self: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the ascending keys [b, most] of each query's relevant documents of the group, padded, and how many [b]."""
-    device = block.ids.device
-    first = torch.searchsorted(label_of, block.labels)
-    found = torch.searchsorted(label_of, block.labels, right=True) - first
-    slots = torch.repeat_interleave(torch.arange(len(found), device=device), found)
-    nth = torch.arange(len(slots), device=device) - (found.cumsum(0) - found)[slots]
-    rows = rows_by_label[first[slots] + nth]
-    pairs = torch.empty(len(rows), 2, dtype=torch.int64, device=device)
-    pairs[:, 0] = slots
+    device, size = block.ids.device, len(block.ids)
+    first, found = _range_of(block.labels, label_of)
+    slots = torch.repeat_interleave(torch.arange(size, device=device), found)
+    rows = rows_by_label[first[slots] + _within(slots, found)]
+    if without_self:
+        other = documents.ids[rows] != block.ids[slots]
+        slots, rows = slots[other], rows[other]
+        found = torch.bincount(slots, minlength=size)
+    by_rank = _all_gather_rows(found[None], [1] * (1 if group is None else dist.get_world_size(group)), group)
+    held, before = by_rank.sum(0), by_rank[: 0 if group is None else dist.get_rank(group)].sum(0)
+    # Every rank puts its own keys behind those of the ranks before it; where it has none it adds 0.
+    rivals = torch.zeros(size, int(held.max()), dtype=torch.int64, device=device)
+    place = before[slots] + _within(slots, found)
     for start in range(0, len(rows), document_tile):
         part = slice(start, start + document_tile)
         dots = (block.vectors[slots[part]] * _on_grid(documents.vectors[rows[part]])).sum(1)
-        pairs[part, 1] = _keys(dots, documents.ids[rows[part]])
-    if without_self:
-        pairs = pairs[documents.ids[rows] != block.ids[slots]]
-    sizes = _all_gather_ints([len(pairs)], device, group)[:, 0].tolist()
-    slots, keys = _all_gather_rows(pairs, sizes, group).unbind(1)
-    by_key = torch.argsort(keys)
-    by_slot = by_key[torch.argsort(slots[by_key], stable=True)]
-    slots, keys = slots[by_slot], keys[by_slot]
-    if bool(((slots[1:] == slots[:-1]) & (keys[1:] == keys[:-1])).any()):  # the same on all ranks: all of them raise
+        rivals[slots[part], place[part]] = _keys(dots, documents.ids[rows[part]])
+    if group is not None:
+        dist.all_reduce(rivals, group=group)
+    rivals[torch.arange(rivals.shape[1], device=device) >= held[:, None]] = _LAST
+    rivals = rivals.sort(1).values
+    if bool(
+        ((rivals[:, 1:] == rivals[:, :-1]) & (rivals[:, 1:] != _LAST)).any()
+    ):  # the same on all ranks: all of them raise
         raise ValueError("a document id was given twice: shards must be disjoint, without padding")
-    held = torch.bincount(slots, minlength=len(found))
-    rivals = torch.full((len(found), int(held.max())), _LAST, device=device)
-    rivals[slots, torch.arange(len(slots), device=device) - (held.cumsum(0) - held)[slots]] = keys
     return rivals, held
+
+
+def _range_of(labels: Tensor, label_of: Tensor) -> tuple[Tensor, Tensor]:
+    """Where in the ascending `label_of` [m] each of `labels` [b] begins, and how often it stands there."""
+    first = torch.searchsorted(label_of, labels)
+    return first, torch.searchsorted(label_of, labels, right=True) - first
+
+
+def _within(slots: Tensor, sizes: Tensor) -> Tensor:
+    """The number of each element within its slot; `slots` ascend, each as often as `sizes` says."""
+    return torch.arange(len(slots), device=slots.device) - (sizes.cumsum(0) - sizes)[slots]
+
+
+def gather_rows(rows: Tensor, group: dist.ProcessGroup, first: bool = False) -> Tensor:
+    """The rows [n, ...] of all ranks one after another, on all of them; with `first` on the group's first rank alone, none elsewhere."""
+    counts = _all_gather_ints([len(rows)], rows.device, group)[:, 0].tolist()
+    if not first:
+        return _all_gather_rows(rows, counts, group)
+    padded = _padded(rows, max(counts))
+    parts = [torch.empty_like(padded) for _ in counts] if group.rank() == 0 else None
+    dist.gather(padded, parts, group=group, group_dst=0)
+    return rows[:0] if parts is None else torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 def _all_gather_ints(values: list[int], device: torch.device, group: dist.ProcessGroup | None) -> Tensor:
@@ -271,11 +315,17 @@ def _all_gather_rows(rows: Tensor, counts: list[int], group: dist.ProcessGroup |
     """Gather rows [counts[rank], ...] from each rank, one after the other; padded on the way, not in the result."""
     if group is None:
         return rows
-    padded = rows.new_zeros(max(counts), *rows.shape[1:])
-    padded[: len(rows)] = rows
+    padded = _padded(rows, max(counts))
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded, group=group)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def _padded(rows: Tensor, length: int) -> Tensor:
+    """`rows` [n, ...] with rows of zeros up to `length`."""
+    padded = rows.new_zeros(length, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    return padded
 
 
 def _in_id_order(ids: list[np.ndarray], counts: list[np.ndarray], ranks: list[np.ndarray]) -> RelevantRanks:

@@ -5,28 +5,32 @@ A task is prepared once, where it refuses what it cannot use, and run at any ste
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from harness.attribute_queries import DEPTH, GRADED, AttributeQueries, without_words
-from harness.embed import Embedder, Side
+from harness.coded import Coded
+from harness.embed import ClassKeys, Embedder, Side
 from harness.errors import UserError
 from harness.mesh import Mesh
 from harness.methods import Method
 from harness.metrics import slices, summarise
-from harness.retrieval import Embedded, RelevantRanks, relevant_ranks, top_k
+from harness.retrieval import Embedded, RelevantRanks, gather_rows, relevant_ranks, top_k
 from models.batch import Batch
 
 SHOWN = 5  # documents in a row of the panel
+KINDS = pa.array(["head", "never trained", "tail"], pa.large_string())
+HEAD, NEVER, TAIL = range(3)
 
 Row = TypeVar("Row")
 # A query (a sample id, or a text), its best documents, and whether each is relevant.
@@ -99,7 +103,7 @@ class PhotoTask:
         queries: the photos.
         documents: the catalogue's own documents, whose labels are classes.
         names: attributes whose values get figures of their own.
-        kinds: class label -> head or tail, for the slice `class`.
+        kinds: of each class label, as `head_and_tail` gives them, for the slice `class`.
         panel: rows of the panel.
         embedder: embeds the queries.
         mesh: the ranks.
@@ -112,14 +116,14 @@ class PhotoTask:
         queries: Side,
         documents: Side,
         names: Sequence[str],
-        kinds: dict[int, str],
+        kinds: np.ndarray,
         panel: int,
         embedder: Embedder,
         mesh: Mesh,
     ) -> None:
         self.queries, self.documents, self.panel, self.embedder, self.mesh = queries, documents, panel, embedder, mesh
         self.groups = _groups(queries, names)
-        self.groups["class"] = np.array([kinds.get(label, "never trained") for label in queries.labels.tolist()])
+        self.groups["class"] = Coded(kinds[queries.labels], KINDS)
 
     def run(self, method: Method, gallery: Gallery, seen: str) -> Found:
         """See Task."""
@@ -127,11 +131,9 @@ class PhotoTask:
         ranks = relevant_ranks(queries, documents, self.mesh.dp)
         shown = spread(queries, self.queries.ids, self.panel)
         best, _ = top_k(shown, documents, SHOWN, self.mesh.dp)
-        label = dict(zip(self.documents.ids.tolist(), self.documents.labels.tolist(), strict=True))
-        own = [
-            (query, found, [label.get(i, -1) == wanted != -1 for i in found])
-            for query, wanted, found in zip(shown.ids.tolist(), shown.labels.tolist(), best.tolist(), strict=True)
-        ]
+        place, wanted = self.documents.rows_of(best.cpu().numpy()), shown.labels.cpu().numpy()[:, None]
+        right = (place >= 0) & (self.documents.labels[place] == wanted) & (wanted != -1)
+        own: list[Shown] = list(zip(shown.ids.tolist(), best.tolist(), right.tolist(), strict=True))
         figures = {**summarise(ranks.ranks, ranks.offsets), "documents": float(_total(documents, self.mesh))}
         rows = slices(ranks.ranks, ranks.offsets, _ordered(self.groups, self.queries.ids, ranks))
         return Found(figures, rows, gathered(own, self.mesh))
@@ -149,8 +151,7 @@ class SameProductTask:
     name = "same_product"
 
     def __init__(self, documents: Side, names: Sequence[str], mesh: Mesh) -> None:
-        sizes = Counter(documents.labels.tolist())
-        if not any(n > 1 for label, n in sizes.items() if label >= 0):
+        if np.unique(documents.labels[documents.labels >= 0], return_counts=True)[1].max(initial=0) < 2:
             raise UserError(
                 f"no two documents of {documents.catalogue.path} have one class",
                 "Same-product search needs such: ingest --class-column",
@@ -214,26 +215,29 @@ class TextTask:
         documents = replace(documents, labels=labels)
         ranks = relevant_ranks(texts, documents, self.mesh.dp)
         best, _ = top_k(texts, documents, DEPTH, self.mesh.dp)
-        pairs = list(zip(texts.ids.tolist(), best.tolist(), strict=True))
+        own, top = texts.ids.cpu().numpy(), best.cpu().numpy()
+        right = queries.grades(own, top[:, :SHOWN]) == 0
         panel: list[Shown] = [
-            (queries.texts[query], found[:SHOWN], [queries.grade(query, i) == 0 for i in found[:SHOWN]])
-            for query, found in pairs
+            (queries.texts[query], top[row, :SHOWN].tolist(), right[row].tolist())
+            for row, query in enumerate(own.tolist())
             if query in self.shown
         ]
-        graded = gathered([(query, queries.graded_ndcg(query, found)) for query, found in pairs], self.mesh)
+        graded = torch.from_numpy(queries.graded_ndcg(own, top)).to(best.device)
         figures = summarise(ranks.ranks, ranks.offsets) | {
-            GRADED: float(np.mean([value for _, value in graded])),
+            GRADED: float(gather_rows(graded, self.mesh.dp).cpu().numpy().mean()),
             "documents": float(_total(documents, self.mesh)),
         }
         return Found(figures, [], gathered(panel, self.mesh))
 
     def _weights(self, method: Method, weigh: Callable[[Batch], Tensor]) -> list[dict[str, Any]]:
         """Mean weights of title, image and fused vector by category, and of all documents last."""
-        weights, own = self.embedder.apply(method, self.documents, weigh, 3)
-        pairs = gathered(list(zip(own.tolist(), weights.tolist(), strict=True)), self.mesh)
-        table = np.array([weight for _, weight in pairs])
-        column = self.documents.columns[self.category] if self.category else []
-        groups = {value: np.array([v == value for v in column]) for value in sorted({v for v in column if v})}
+        own, _ = self.embedder.apply(method, self.documents, weigh, 3)
+        table = gather_rows(own, self.mesh.dp).double().cpu().numpy()
+        groups = {}
+        if self.category:
+            values = self.documents.columns[self.category].used()
+            number = self.documents.columns[self.category].in_list(values)
+            groups = {value: number == place for place, value in enumerate(values)}
         groups["all"] = np.ones(len(table), bool)
         return [
             {
@@ -248,10 +252,15 @@ class TextTask:
         ]
 
 
-def head_and_tail(classes: Path, keys: dict[str, int]) -> dict[int, str]:
-    """Label of a class key in `keys` -> head or tail, from a run's classes.parquet."""
-    table = pq.read_table(classes, columns=["class_key", "tail"]).to_pydict()
-    return {keys[key]: "tail" if tail else "head" for key, tail in zip(*table.values(), strict=True) if key in keys}
+def head_and_tail(classes: Path, keys: ClassKeys) -> np.ndarray:
+    """Place in KINDS of each number of `keys`, and at last of -1: int32, from a run's classes.parquet."""
+    table = pq.read_table(classes, columns=["class_key", "tail"])
+    number = pc.index_in(table["class_key"].cast(pa.large_string()), value_set=keys.keys)
+    number, tail = number.fill_null(-1).to_numpy(), table["tail"].to_numpy()
+    kinds = np.full(len(keys.keys) + 1, NEVER, np.int32)
+    kinds[number] = np.where(tail, TAIL, HEAD)
+    kinds[-1] = NEVER
+    return kinds
 
 
 def require_attributes(side_of_catalogue: Any, names: Sequence[str], key: str) -> None:
@@ -265,7 +274,7 @@ def require_attributes(side_of_catalogue: Any, names: Sequence[str], key: str) -
 
 
 def gathered(own: list[Row], mesh: Mesh) -> list[Row]:
-    """The rows of all ranks, sorted; collective."""
+    """The few rows of all ranks, sorted; collective."""
     parts: list[Any] = [None] * mesh.dp.size()
     dist.all_gather_object(parts, own, group=mesh.dp)
     return sorted(row for part in parts for row in part)
@@ -273,6 +282,8 @@ def gathered(own: list[Row], mesh: Mesh) -> list[Row]:
 
 def joined(parts: Sequence[Embedded]) -> Embedded:
     """Several shares as one."""
+    if len(parts) == 1:
+        return parts[0]
     columns = ([getattr(part, name) for part in parts] for name in ("vectors", "ids", "labels"))
     return Embedded(*(torch.cat(column) for column in columns))
 
@@ -291,11 +302,11 @@ def _total(documents: Embedded, mesh: Mesh) -> int:
     return int(count)
 
 
-def _groups(side: Side, names: Sequence[str]) -> dict[str, np.ndarray]:
-    return {name: np.array([str(v) for v in side.columns[name]]) for name in names}
+def _groups(side: Side, names: Sequence[str]) -> dict[str, Coded]:
+    return {name: side.columns[name].with_null(str(None)) for name in names}
 
 
-def _ordered(groups: dict[str, np.ndarray], ids: np.ndarray, ranks: RelevantRanks) -> dict[str, np.ndarray]:
+def _ordered(groups: dict[str, Coded], ids: np.ndarray, ranks: RelevantRanks) -> dict[str, Coded]:
     """Groups of all `ids` (ascending), in the order of the ranks."""
     rows = np.searchsorted(ids, ranks.query_ids)
-    return {name: values[rows] for name, values in groups.items()}
+    return {name: column.take(rows) for name, column in groups.items()}

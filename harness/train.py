@@ -22,8 +22,7 @@ def train(argv: list[str]) -> None:
     config = replace(config, model=model)
     check_figures(json_file)
     quiet_libraries()
-    mesh = Mesh(config.mesh)
-    try:
+    with Mesh(config.mesh) as mesh:
         trainer = Trainer(config, mesh)
         if mesh.rank == 0:
             prepare_run_folder(config, versions())
@@ -34,8 +33,6 @@ def train(argv: list[str]) -> None:
             shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
             shown = {k: v for k, v in shown.items() if v is not None and k != "slices"}
             print(f"run {config.run_dir}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
-    finally:
-        mesh.close()
 
 
 def quiet_libraries() -> None:

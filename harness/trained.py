@@ -28,17 +28,17 @@ def open_settings(run: Path, tensor_parallel: int, batch_size: int) -> RunConfig
     return settings
 
 
-def find_checkpoint(run: Path, wanted: Path | None) -> Path:
-    """The checkpoint `wanted`, or else the newest complete one of `run`.
+def find_checkpoint(run: Path, wanted: Path | None, mesh: Mesh | None = None) -> Path:
+    """The checkpoint `wanted`, or else the newest complete one of `run`; with `mesh` collective, the files shared out over the ranks.
 
     Raises:
         UserError: there is no complete one.
     """
     if wanted is not None:
-        if problem := verify(wanted):
+        if problem := verify(wanted, mesh):
             raise UserError(f"{wanted}: {problem}", "Name another step folder, or leave out --checkpoint")
         return wanted
-    path, passed_over = checkpoint.newest(run / "checkpoints")
+    path, passed_over = checkpoint.newest(run / "checkpoints", mesh)
     if path is None:
         raise UserError(f"{run} has no complete checkpoint", "; ".join(passed_over))
     if os.environ.get("RANK", "0") == "0":

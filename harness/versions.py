@@ -10,11 +10,14 @@ from pathlib import Path
 
 import torch
 
+from harness.device import driver_version
+
+DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")  # one of them
 _PACKAGES = (
     "shelfmark",
     "torch",
     "megatron-core",
-    "nvidia-dali-cuda130",
+    *DALI,
     "numpy",
     "sentencepiece",
     "pyarrow",
@@ -39,11 +42,14 @@ def versions() -> dict[str, str]:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "absent"
+            if package not in DALI:
+                found[package] = "absent"
     return found
 
 
 def hardware() -> str:
-    """The machine in words: cores and, if there is one, GPU."""
+    """The machine in words: cores and, if there is one, GPU with its driver's number."""
     cores = f"{len(os.sched_getaffinity(0))} cores {platform.machine()}"
-    return f"{cores}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else cores
+    if not torch.cuda.is_available():
+        return cores
+    return f"{cores}, {torch.cuda.get_device_name()}, driver {driver_version()}"

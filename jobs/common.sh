@@ -33,6 +33,12 @@ launch() {
         ((OMP_NUM_THREADS > 0)) || OMP_NUM_THREADS=1
     fi
 
+    if [[ $NUMA_BINDING == auto ]]; then
+        NUMA_BINDING=none
+        # torchrun binds with numactl; on one memory node there is nothing to bind to.
+        if command -v numactl >/dev/null && [[ -e /dev/nvidia0 && -e /sys/devices/system/node/node1 ]]; then NUMA_BINDING=node; fi
+    fi
+
     # The node's address as SLURM has it: its name need not resolve.
     local first address
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -41,6 +47,8 @@ launch() {
         --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$NPROC_PER_NODE" --max-restarts 0
         --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --master-addr "$address" --master-port "$RDZV_PORT"
     )
+    # A GPU's process on the CPUs and in the memory beside it.
+    [[ $NUMA_BINDING == none || " $TORCHRUN_ARGS" == *" --numa"* ]] || options+=(--numa-binding "$NUMA_BINDING")
     # shellcheck disable=SC2206  # split into words on purpose
     options+=($TORCHRUN_ARGS)
 
@@ -77,5 +85,15 @@ export PYTHONUNBUFFERED=1 TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 # hardware queue for this order, for speed and not for results (tensor_parallel/layers.py of 0.16, which warns without), at
 # least on GPUs before Blackwell. Set it before sbatch, or in cluster.env, where another number serves better.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+# Gathered classes are another number in every step: without segments that grow, the allocator keeps blocks of every size that it has met.
+# The longer name is the older one of the same variable.
+[[ -n ${PYTORCH_CUDA_ALLOC_CONF:-} ]] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+# Where a collective takes longer than mesh.timeout_minutes, each rank writes its last ones beside the log, as NAME-ID.nccl-RANK: they show
+# which rank did not come (torchfrtrace of torch reads them). Keeping the list costs microseconds a collective.
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+# The names before torch 2.9, if you have set them: the newer ones would win.
+[[ -n ${TORCH_NCCL_TRACE_BUFFER_SIZE:-} ]] || export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
+[[ -n ${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-} ]] ||
+    export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$PWD/$SLURM_JOB_NAME-$SLURM_JOB_ID.nccl-}
 [[ -x $VENV/bin/python ]] ||
     fail "no virtual environment at $VENV. Make one there (docs/clusters.md), or name yours in jobs/cluster.env"

@@ -24,7 +24,7 @@ from PIL import Image
 from harness.arguments import Parser, run_command
 from harness.artefact import Artefact
 from harness.data.catalogue import Catalogue
-from harness.embed import Side, side_of
+from harness.embed import ClassKeys, Side, side_of
 from harness.errors import UserError
 from harness.meters import write_json
 from harness.panel import picture
@@ -180,7 +180,7 @@ def histogram_recall(catalogue: Catalogue) -> float:
             rows.append(np.bincount(colours @ [64, 8, 1], minlength=512))
         return np.array(rows)
 
-    keys: dict[str, int] = {}
+    keys = ClassKeys()
     documents = side_of(catalogue, "document", "test", [], keys, 0)
     queries = side_of(catalogue, "query", "test", [], keys, 0)
     gallery = histograms(documents)

@@ -1,10 +1,11 @@
 """Fused Triton kernels of `kernels.cosine_lse`: the same results without a [samples, rows] matrix or a copy of the gathered rows in memory.
 
 Four kernels: lengths of the rows; the forward, over (block of samples, split of the rows); the gradient of the embeddings, over the same kind of
-grid; the gradient of the rows, a program per block of them. Both gradients recompute the cosines: 10 n a d operations, where 6 n a d is the least
+grid; the gradient of the rows, a program per block of them. Both gradients recompute the cosines: at least 10 n a d operations, where 6 n a d do
 with all logits in memory. Torch combines the splits' partial results in a fixed order, nothing is added atomically: equal inputs give equal bits.
 
-A float32 table multiplies in float32, a bfloat16 one in bfloat16 (embeddings and coefficients are rounded to it); sums are float32 in both.
+A float32 table multiplies to about float32's precision, a bfloat16 one in bfloat16 (embeddings and coefficients are rounded to it); sums are float32
+in both. On a GPU bfloat16 is the choice: several times fewer operations of a tensor core.
 Triton decides when it is first imported whether it compiles or, with TRITON_INTERPRET=1, interprets. Import this module only where a kernel will run:
 it needs triton. Recomputing tiles in the backward is FlashAttention's idea (arXiv 2205.14135) and, over classes, Cut Cross-Entropy's (arXiv
 2411.09009), which gives the full log-sum-exp where a margin needs that of the negatives.
@@ -12,6 +13,7 @@ it needs triton. Recomputing tiles in the backward is FlashAttention's idea (arX
 
 from __future__ import annotations
 
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -22,8 +24,9 @@ from torch import Tensor
 
 from kernels.cosine_lse import NO_TARGET, CosineLse
 
-PRECISION = tl.constexpr("ieee")
-"""How float32 operands are multiplied. tf32 would round them to 11 significant bits, far beyond the error bound of the tests."""
+PRECISION = tl.constexpr("tf32x3")
+"""How float32 operands are multiplied: on tensor cores, as the three largest of four products of their high and low parts, of 11 significant bits
+each. A single product (tf32) would be far beyond the error bound of the tests (`tests/kernel_error.py`). The interpreter multiplies in float32."""
 PROGRAMS = 512
 """Programs that samples x splits aim at: about 4 rounds of 132 processors. A constant, so that results do not depend on the device's size."""
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -39,21 +42,43 @@ class Blocks(NamedTuple):
 
     owned: int
     looped: int
-    inner: int  # entries of a vector per step of an inner product
+    inner: int  # entries of a vector per step of an inner product; in a gradient that takes whole vectors, owned ones are loaded once
     width: int  # entries of a gradient that one program holds: above it the cosines are computed once per part
     num_warps: int
     num_stages: int
 
 
-# Chosen so that operands and sums fit a processor's memory and registers; not tuned on a GPU yet. In float32 all products have one shape: where the
-# order of their sums depends on it, as in the interpreter, gradients would else see other cosines than the log-sum-exp did.
-_FORWARD = {torch.bfloat16: Blocks(128, 128, 64, 0, 8, 3), torch.float32: Blocks(32, 32, 32, 0, 4, 2)}
-_BACKWARD = {torch.bfloat16: Blocks(64, 64, 64, 512, 8, 2), torch.float32: Blocks(32, 32, 32, 512, 8, 1)}
+# (type, largest d) -> blocks. Chosen so that nothing spills where Triton 3.7 compiles for sm_90 (`python -m harness.bench.kernels`,
+# docs/benchmarks/kernels.md); not tuned on a GPU yet.
+# In float32 all kernels have one `inner`: a tensor core sums every inner product in the same order whatever the tile around it, so gradients see the
+# cosines that the log-sum-exp saw (but for the order of the two small products of tf32x3). A bfloat16 coefficient is rounded more coarsely than that.
+_Table = dict[tuple[torch.dtype, float], Blocks]
+_FORWARD: _Table = {
+    (torch.bfloat16, inf): Blocks(128, 128, 64, 0, 8, 3),
+    (torch.float32, inf): Blocks(128, 64, 16, 0, 8, 3),
+}
+_EMBEDDINGS: _Table = {
+    (torch.bfloat16, 256): Blocks(128, 32, 256, 256, 8, 2),
+    (torch.bfloat16, 512): Blocks(64, 32, 512, 512, 8, 2),
+    (torch.bfloat16, inf): Blocks(64, 64, 64, 256, 8, 2),
+    (torch.float32, inf): Blocks(128, 32, 16, 128, 8, 1),
+}
+_ROWS: _Table = {
+    (torch.bfloat16, 256): Blocks(128, 32, 256, 256, 8, 2),
+    (torch.bfloat16, 512): Blocks(128, 32, 512, 256, 8, 2),
+    (torch.bfloat16, inf): Blocks(64, 64, 64, 256, 8, 2),
+    (torch.float32, inf): Blocks(128, 32, 16, 128, 8, 1),
+}
 
 
-def _blocks(table: dict[torch.dtype, Blocks], dtype: torch.dtype, d: int) -> Blocks:
-    """The entry of the type, not wider than vectors of d entries need; tl.dot wants at least 16."""
-    blocks = table[dtype]
+def _blocks(table: _Table, dtype: torch.dtype, d: int) -> Blocks:
+    """The entry of the type and width, not wider than vectors of d entries need; tl.dot wants at least 16.
+
+    Whole vectors need the shared memory of sm_90 and sm_100, and rows that loads of 16 bytes may start at; else it is the last entry of the type.
+    """
+    large = _INTERPRETED or triton.runtime.driver.active.get_current_target().arch // 10 in (9, 10)
+    whole = large and d % 16 == 0
+    blocks = next(b for (kind, most), b in table.items() if kind == dtype and (d <= most if whole else most == inf))
     least = max(16, triton.next_power_of_2(d))
     return blocks._replace(inner=min(blocks.inner, least), width=min(blocks.width, least))
 
@@ -91,6 +116,12 @@ def _inner_products(
         b = tl.load(right[None, :] + entry[:, None], mask=right_inside[None, :] & exists[:, None], other=0.0)
         total = _dot(a, b, total)
     return total
+
+
+@triton.jit
+def _vectors(pointers, inside, entry, D: tl.constexpr):
+    """Entries [W] of the vectors of D entries that the pointers [M] point to: [M, W]; 0 outside."""
+    return tl.load(pointers[:, None] + entry[None, :], mask=inside[:, None] & (entry < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -172,7 +203,9 @@ def _embeddings_gradient_kernel(
     slope = scale * tl.load(grad_lse + sample, mask=here, other=0.0)
     target_slope = tl.load(grad_target + sample, mask=here, other=0.0)
     entry = tl.program_id(2) * W + tl.arange(0, W)
-    exists = entry < D
+    WHOLE: tl.constexpr = K >= D
+    if WHOLE:
+        mine = _vectors(left, here, tl.arange(0, K), D)
     gradient = tl.zeros((SAMPLES, W), tl.float32)
     first = tl.program_id(1) * rows_per_split
     for start in range(first, tl.minimum(first + rows_per_split, a), ROWS):
@@ -180,15 +213,21 @@ def _embeddings_gradient_kernel(
         inside = position < a
         right = _row_pointers(table, index, stride, position, inside)
         inverse = tl.load(inverse_length + position, mask=inside, other=0.0)[None, :]
-        cosine = _inner_products(left, here, right, inside, D, SAMPLES, ROWS, K) * inverse
+        if WHOLE:
+            others = _vectors(right, inside, tl.arange(0, K), D)
+            cosine = _dot(mine, tl.trans(others), tl.zeros((SAMPLES, ROWS), tl.float32))
+        else:
+            cosine = _inner_products(left, here, right, inside, D, SAMPLES, ROWS, K)
+        cosine *= inverse
         coefficient = _coefficients(
             cosine, own[:, None] == position[None, :], inside[None, :],
             log_sum[:, None], slope[:, None], target_slope[:, None], scale, filter_above, FILTER,
         )  # fmt: skip
-        rows = tl.load(right[:, None] + entry[None, :], mask=inside[:, None] & exists[None, :], other=0.0)
-        gradient = _dot((coefficient * inverse).to(table.dtype.element_ty), rows, gradient)
+        if not WHOLE or W < D:
+            others = _vectors(right, inside, entry, D)
+        gradient = _dot((coefficient * inverse).to(table.dtype.element_ty), others, gradient)
     to = out + (tl.program_id(1).to(tl.int64) * n + sample)[:, None] * D + entry[None, :]
-    tl.store(to, gradient, mask=here[:, None] & exists[None, :])
+    tl.store(to, gradient, mask=here[:, None] & (entry < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["n", "a"])
@@ -203,8 +242,10 @@ def _rows_gradient_kernel(
     left = _row_pointers(table, index, stride, position, inside)
     inverse = tl.load(inverse_length + position, mask=inside, other=0.0)
     entry = tl.program_id(1) * W + tl.arange(0, W)
-    exists = entry < D
-    gradient = tl.zeros((ROWS, W), tl.float32)  # with respect to the unit rows
+    WHOLE: tl.constexpr = K >= D
+    if WHOLE:
+        mine = _vectors(left, inside, tl.arange(0, K), D)
+    gradient = tl.zeros((ROWS, W), tl.float32)  # with respect to the unit rows, over the rows' lengths
     along = tl.zeros((ROWS,), tl.float32)  # its part along the row: needs no other entries than the cosines
     for start in range(0, n, SAMPLES):
         sample = start + tl.arange(0, SAMPLES)
@@ -214,18 +255,25 @@ def _rows_gradient_kernel(
         log_sum = tl.load(lse + sample, mask=here, other=0.0)
         slope = scale * tl.load(grad_lse + sample, mask=here, other=0.0)
         target_slope = tl.load(grad_target + sample, mask=here, other=0.0)
-        cosine = _inner_products(left, inside, right, here, D, ROWS, SAMPLES, K) * inverse[:, None]
+        if WHOLE:
+            others = _vectors(right, here, tl.arange(0, K), D)
+            cosine = _dot(mine, tl.trans(others), tl.zeros((ROWS, SAMPLES), tl.float32))
+        else:
+            cosine = _inner_products(left, inside, right, here, D, ROWS, SAMPLES, K)
+        cosine *= inverse[:, None]
         coefficient = _coefficients(
             cosine, own[None, :] == position[:, None], inside[:, None],
             log_sum[None, :], slope[None, :], target_slope[None, :], scale, filter_above, FILTER,
         )  # fmt: skip
-        coefficient = coefficient.to(table.dtype.element_ty)
+        coefficient = (coefficient * inverse[:, None]).to(table.dtype.element_ty)
         along += tl.sum(coefficient.to(tl.float32) * cosine, axis=1)
-        vectors = tl.load(right[:, None] + entry[None, :], mask=here[:, None] & exists[None, :], other=0.0)
-        gradient = _dot(coefficient, vectors, gradient)
-    mask = inside[:, None] & exists[None, :]
-    unit = tl.load(left[:, None] + entry[None, :], mask=mask, other=0.0).to(tl.float32) * inverse[:, None]
-    gradient = (gradient - along[:, None] * unit) * inverse[:, None]
+        if not WHOLE or W < D:
+            others = _vectors(right, here, entry, D)
+        gradient = _dot(coefficient, others, gradient)
+    # Loaded anew, as the last use of the row: kept from before, it would take registers all the while.
+    mask = inside[:, None] & (entry < D)[None, :]
+    row = tl.load(left[:, None] + entry[None, :], mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    gradient -= (along * inverse)[:, None] * row
     tl.store(out + position.to(tl.int64)[:, None] * D + entry[None, :], gradient, mask=mask)
 
 
@@ -248,7 +296,7 @@ def _splits(n: int, a: int, samples: int, rows: int) -> tuple[int, int]:
 
 def _active(embeddings: Tensor, table: Tensor, index: Tensor | None) -> int:
     """Number of active rows; checks what the kernels take for granted."""
-    if embeddings.dtype != torch.float32 or table.dtype not in _FORWARD:
+    if embeddings.dtype != torch.float32 or table.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(
             f"the kernel takes float32 embeddings and a float32 or bfloat16 table, got {embeddings.dtype}, {table.dtype}"
         )
@@ -288,7 +336,7 @@ def cosine_lse(
     splits, rows_per_split = _splits(n, a, blocks.owned, blocks.looped)
     largest, sums = embeddings.new_empty(2, splits, n)
     _forward_kernel[(triton.cdiv(n, blocks.owned), splits)](
-        embeddings.to(table.dtype).contiguous(), table, index, _inverse_length(table, index, a), target.contiguous(), largest, sums,
+        embeddings.to(table.dtype).contiguous(), table, index, _inverse_length(table, index, a), target.int(), largest, sums,
         n, a, table.stride(0), rows_per_split, scale, filter_above,
         d, blocks.owned, blocks.looped, blocks.inner, filter_above < 1.0,
         num_warps=blocks.num_warps, num_stages=blocks.num_stages,
@@ -328,23 +376,27 @@ def cosine_lse_backward(
     a, (n, d) = _active(embeddings, table, index), embeddings.shape
     if n == 0 or a == 0:
         return torch.zeros_like(embeddings), embeddings.new_zeros(a, d)
-    blocks = _blocks(_BACKWARD, table.dtype, d)
     shared = (
-        embeddings.to(table.dtype).contiguous(), table, index, _inverse_length(table, index, a), target.contiguous(),
+        embeddings.to(table.dtype).contiguous(), table, index, _inverse_length(table, index, a), target.int(),
         torch.where(lse.isfinite(), lse, 0.0),  # no negatives anywhere: their terms are exp(-inf) = 0, not nan
         grad_lse.contiguous(), grad_target.contiguous(),
     )  # fmt: skip
-    shape = (d, blocks.owned, blocks.looped, blocks.inner, blocks.width, filter_above < 1.0)
-    launch = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
-    widths = triton.cdiv(d, blocks.width)
 
+    def shape(blocks: Blocks) -> dict[str, int]:
+        names = {"D": d, "K": blocks.inner, "W": blocks.width, "FILTER": filter_above < 1.0}
+        return names | {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+
+    blocks = _blocks(_EMBEDDINGS, table.dtype, d)
     splits, rows_per_split = _splits(n, a, blocks.owned, blocks.looped)
     parts = embeddings.new_empty(splits, n, d)
-    _embeddings_gradient_kernel[(triton.cdiv(n, blocks.owned), splits, widths)](
-        *shared, parts, n, a, table.stride(0), rows_per_split, scale, filter_above, *shape, **launch
-    )
+    _embeddings_gradient_kernel[(triton.cdiv(n, blocks.owned), splits, triton.cdiv(d, blocks.width))](
+        *shared, parts, n, a, table.stride(0), rows_per_split, scale, filter_above,
+        SAMPLES=blocks.owned, ROWS=blocks.looped, **shape(blocks),
+    )  # fmt: skip
+    blocks = _blocks(_ROWS, table.dtype, d)
     grad_rows = embeddings.new_empty(a, d)
-    _rows_gradient_kernel[(triton.cdiv(a, blocks.owned), widths)](
-        *shared, grad_rows, n, a, table.stride(0), scale, filter_above, *shape, **launch
-    )
+    _rows_gradient_kernel[(triton.cdiv(a, blocks.owned), triton.cdiv(d, blocks.width))](
+        *shared, grad_rows, n, a, table.stride(0), scale, filter_above,
+        ROWS=blocks.owned, SAMPLES=blocks.looped, **shape(blocks),
+    )  # fmt: skip
     return parts.sum(0), grad_rows

@@ -51,19 +51,22 @@ def hidden() -> Iterator[None]:
 
 
 def choose(which: str, device: torch.device) -> Accelerators:
-    """For `which` auto the first whole package, torch's own without one or off a GPU; for torch torch's own."""
+    """For `which` auto the first whole package, torch's own without one or on a CPU; for torch torch's own.
+
+    Whole is what has done its work once on `device`, on a small tensor: an apex without its CUDA extensions imports and raises at its first call.
+    """
     adam: str = "torch"
     adam_class: Any = torch.optim.AdamW
     layer_norm: LayerNormFunction | None = None
     notes: list[str] = []
-    if which == "auto" and device.type == "cuda":
+    if which == "auto" and device.type != "cpu":
         for package, module in ADAM.items():
-            found, problem = _found(module, "FusedAdam")
+            found, problem = _found(module, "FusedAdam", _try_adam, device)
             notes += [f"{module}.FusedAdam: {problem}"] if problem else []
             if found is not None:
                 adam, adam_class = package, found
                 break
-        layer_norm, problem = _found(*LAYER_NORM)
+        layer_norm, problem = _found(*LAYER_NORM, _try_layer_norm, device)
         notes += [f"{'.'.join(LAYER_NORM)}: {problem}"] if problem else []
     norm = "torch" if layer_norm is None else "apex"
     line = "; ".join([f"accelerators ({which}): Adam {adam}, layer norm {norm}", *notes])
@@ -82,10 +85,29 @@ def use_adam(chosen: Accelerators) -> None:
     distributed.USING_APEX_OPTIMIZER = chosen.adam == "apex"  # type: ignore[attr-defined]
 
 
-def _found(module: str, name: str) -> tuple[Any, str]:
+def _found(
+    module: str, name: str, attempt: Callable[[Any, torch.device], None], device: torch.device
+) -> tuple[Any, str]:
     """The thing itself, or None and why; a broken package may raise anything."""
     try:
-        return getattr(importlib.import_module(module), name), ""
+        found = getattr(importlib.import_module(module), name)
+        attempt(found, device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # kernels fail when they run
+        return found, ""
     except Exception as error:
         first = str(error).splitlines()[:1]
         return None, " ".join([type(error).__name__, *first])
+
+
+def _try_adam(adam: Any, device: torch.device) -> None:
+    weight = torch.nn.Parameter(torch.ones(64, device=device))
+    weight.grad = torch.ones_like(weight)
+    adam([weight], lr=0.1).step()
+
+
+def _try_layer_norm(layer_norm: LayerNormFunction, device: torch.device) -> None:
+    x, weight, bias = (torch.ones(shape, device=device, requires_grad=True) for shape in ((2, 64), 64, 64))
+    layer_norm(x, weight, bias, (64,), 1e-5).sum().backward()
+    if x.grad is None or weight.grad is None or bias.grad is None:
+        raise RuntimeError("its backward leaves no gradients")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from models.transfer import send
+
+WIDTH = 8  # trimmed texts are a multiple of it wide: what tensor cores and attention kernels like, and few shapes for torch.compile
 
 
 def _no_ids() -> Tensor:
@@ -30,6 +36,12 @@ class Batch:
     masked_tokens int64 [d, L]: the titles with their masked words replaced, and masked_words bool [d, L]: which those are;
     masked_patches bool [d, P]: patches to be hidden, row-major; masked_titles bool [d]: titles that are masked as a whole;
     other_tokens int64 [d, L]: for each document its own title or that of another document.
+
+    Beside them, so that nobody has to ask the device for it:
+    query_lengths int64 [q], document_lengths [d], masked_lengths [d] (0 for a title that is masked as a whole), other_lengths [d]: tokens of the
+    texts before padding, always on the host (with_lengths);
+    sizes: "query" and "document" to how many of them each rank brings that has other samples, in rank order; None: to be exchanged;
+    origin: the batch that this one was moved from.
     """
 
     query_images: Tensor
@@ -50,6 +62,12 @@ class Batch:
     masked_patches: Tensor = field(default_factory=_no_masks)
     masked_titles: Tensor = field(default_factory=_no_masks)
     other_tokens: Tensor = field(default_factory=_no_ids)
+    query_lengths: Tensor = field(default_factory=_no_ids)
+    document_lengths: Tensor = field(default_factory=_no_ids)
+    masked_lengths: Tensor = field(default_factory=_no_ids)
+    other_lengths: Tensor = field(default_factory=_no_ids)
+    sizes: Mapping[str, Sequence[int]] | None = None
+    origin: Batch | None = None
 
     @classmethod
     def of_texts(cls, tokens: Tensor) -> Batch:
@@ -71,9 +89,60 @@ class Batch:
         """Weights of the queries, then the documents: [q + d]."""
         return torch.cat([self.query_weights, self.document_weights])
 
+    @property
+    def host(self) -> Batch:
+        """The batch as it came, whose labels and masks can be read without a wait for the device."""
+        return self if self.origin is None else self.origin
+
+    def with_lengths(self, pad: int) -> Batch:
+        """The same batch, which lies on the host, with the lengths of its texts; `pad` stands behind a text and nowhere else."""
+        found = {
+            name: (tokens != pad).sum(1)
+            for name in ("query", "document", "masked", "other")
+            if (tokens := self._tokens(name)).numel()
+        }
+        if "masked" in found and self.masked_titles.numel():
+            found["masked"] = found["masked"] * ~self.masked_titles
+        known: dict[str, Any] = {f"{name}_lengths": lengths for name, lengths in found.items()}
+        return replace(self, **known)
+
+    def trimmed(self, *names: str) -> Batch:
+        """The same batch without the columns that are padding in all texts of `names`, query or document; those of a document stay aligned.
+
+        Widths are multiples of WIDTH, so that few shapes occur. Without lengths nothing is cut.
+        """
+        cut: dict[str, Any] = {}
+        for name in names:
+            of = [name] if name == "query" else [n for n in ("document", "masked", "other") if self._tokens(n).numel()]
+            lengths = [getattr(self, f"{n}_lengths") for n in of if n != "masked"]
+            if lengths and all(x.numel() for x in lengths):
+                longest = max(int(x.numpy().max()) for x in lengths)
+                for n in of:
+                    cut[f"{n}_tokens"] = self._tokens(n)[:, : max(1, -(-longest // WIDTH)) * WIDTH]
+                if "masked" in of:
+                    cut["masked_words"] = self.masked_words[:, : cut["masked_tokens"].shape[1]]
+        return replace(self, **cut)
+
+    def padded(self, name: str) -> bool:
+        """Whether attention must be told of padding in the texts of `name` (query, document, masked or other); true where no lengths are known."""
+        lengths, width = getattr(self, f"{name}_lengths"), self._tokens(name).shape[1]
+        return not lengths.numel() or bool((lengths.numpy() < width).any())
+
+    def _tokens(self, name: str) -> Tensor:
+        return getattr(self, f"{name}_tokens")
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
-        """On `device`, images in `dtype`."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
+        """On `device`, images in `dtype`; lengths stay on the host."""
+        moved: dict[str, Any] = {name: send(getattr(self, name), device) for name in TENSORS}
         for name in ("query_images", "document_images"):
             moved[name] = moved[name].to(dtype)
-        return replace(self, **moved)
+        return replace(self, **moved, origin=self.host)
+
+
+TENSORS = tuple(f.name for f in fields(Batch) if not f.name.endswith(("_lengths", "sizes", "origin")))
+
+
+def rank_sizes(batches: Sequence[Batch], *sides: str) -> list[int] | None:
+    """Queries, documents, or both together, of all `batches` of every rank, in rank order; None where they are not known."""
+    counts = [batch.sizes[side] for batch in batches if batch.sizes is not None for side in sides]
+    return [sum(of_rank) for of_rank in zip(*counts, strict=True)] if len(counts) == len(batches) * len(sides) else None

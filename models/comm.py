@@ -11,7 +11,9 @@ from torch.distributed import ProcessGroup
 
 
 def shard_sizes(count: int, group: ProcessGroup, device: torch.device) -> list[int]:
-    """The `count` of every rank of `group`, in rank order."""
+    """The `count` of every rank of `group`, in rank order. Waits for the device: who knows the sizes passes them on instead."""
+    if group.size() == 1:
+        return [count]
     sizes = torch.empty(group.size(), dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(sizes, torch.tensor([count], device=device), group=group)
     return sizes.tolist()
@@ -23,11 +25,25 @@ def gather_shards(x: Tensor, group: ProcessGroup, sizes: list[int] | None = None
         return x
     sizes = sizes or shard_sizes(len(x), group, x.device)
     longest = max(sizes)
-    padded = x.new_zeros(longest, *x.shape[1:])
-    padded[: len(x)] = x
+    padded = x if len(x) == longest else torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
     gathered = x.new_empty(group.size() * longest, *x.shape[1:])
-    dist.all_gather_into_tensor(gathered, padded, group=group)
+    dist.all_gather_into_tensor(gathered, padded.contiguous(), group=group)
+    if min(sizes) == longest:
+        return gathered
     return torch.cat([gathered[r * longest : r * longest + n] for r, n in enumerate(sizes)])
+
+
+def scatter_sum(x: Tensor, group: ProcessGroup, sizes: list[int]) -> Tensor:
+    """Every rank's own rows [n_r, ...] of the sum of all ranks' `x` [sum of n_r, ...]: the counterpart of gather_shards."""
+    if group.size() == 1:
+        return x
+    longest = max(sizes)
+    if min(sizes) < longest:
+        padding = x.new_zeros(longest - min(sizes), *x.shape[1:])
+        x = torch.cat([part for rows in x.split(sizes) for part in (rows, padding[: longest - len(rows)])])
+    own = x.new_empty(longest, *x.shape[1:])
+    dist.reduce_scatter_tensor(own, x.contiguous(), group=group)
+    return own[: sizes[group.rank()]]
 
 
 def own_slice(sizes: list[int], rank: int) -> slice:
@@ -44,9 +60,7 @@ class _GatherWithGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        grad = grads[0].contiguous()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad[own_slice(ctx.sizes, ctx.group.rank())], None, None
+        return scatter_sum(grads[0], ctx.group, ctx.sizes), None, None
 
 
 def gather_with_grad(x: Tensor, group: ProcessGroup, sizes: list[int]) -> Tensor:

@@ -29,11 +29,12 @@ class CrossModal(nn.Module):
         self.patches_in = nn.Linear(vision_size, shape.hidden_size)
         self.block = build.block(shape)
 
-    def forward(self, words: Tensor, padding: Tensor, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """words [n, L, t], padding bool [n, L], patches [n, P, v] -> (first token [n, h], words [n, L, h], patches [n, P, h])."""
+    def forward(self, words: Tensor, padding: Tensor | None, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """words [n, L, t], padding bool [n, L] or None where there is none, patches [n, P, v] -> (first token [n, h], words [n, L, h],
+        patches [n, P, h])."""
         first = self.first.expand(len(words), 1, -1)
         x = torch.cat([first, self.words_in(words), self.patches_in(patches)], 1)
-        hidden = F.pad(padding, (1, patches.shape[1]))[:, None, None, :]
+        hidden = None if padding is None else F.pad(padding, (1, patches.shape[1]))[:, None, None, :]
         x = self.block(x.transpose(0, 1).contiguous(), hidden).transpose(0, 1)
         length = 1 + words.shape[1]
         return x[:, 0], x[:, 1:length], x[:, length:]
@@ -55,7 +56,7 @@ class ModalAdaptation(nn.Module):
         if modalities == "learned":
             weights = self.body(units.flatten(1)).softmax(-1)
         else:
-            weights = units.new_tensor(_FIXED[modalities]).expand(len(units), -1)
+            weights = torch.stack([units.new_full((len(units),), weight) for weight in _FIXED[modalities]], 1)
         return (weights[:, :, None] * units).sum(1), weights
 
 

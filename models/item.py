@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from models.alignment import Alignment
-from models.batch import Batch
+from models.batch import Batch, rank_sizes
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss
 from models.heads.mean import averaged, global_mean, weight_errors, weighted_sum
 from models.masking import WordHead, hide_patches, patch_pixels, word_terms
 from models.shape import TransformerBuilder, TransformerShape, padded_vocab, shape_errors
 from models.stem import conv_stem, patch_stem
+from models.transfer import places
 from models.vision import VisionConfig
 
 
@@ -148,14 +149,22 @@ class ItemTowers(nn.Module):
         self.gmim = GlobalHead(h, vision.num_patches, pixels)
         self.alignment = Alignment(h) if config.aligned else None
 
-    def forward(self, images: Tensor, tokens: Tensor, seen: str = "both", untitled: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        seen: str = "both",
+        untitled: Tensor | None = None,
+        padded: bool = True,
+    ) -> Tensor:
         """images [b, 3, S, S], tokens [b, L] -> final states [b, 1 + L + P, h], the global vector first.
 
         Without L or P where `seen` is image or title. Padding and the titles of `untitled`, bool [b], are hidden from attention, and meaningless in
-        the states.
+        the states. padded: whether there may be any of that; without, attention needs no mask and has faster kernels.
         """
         parts = [self.first.expand(images.shape[0], 1, -1)]
         hidden = [torch.zeros(images.shape[0], 1, dtype=torch.bool, device=tokens.device)]
+        padded = padded and seen != "image"
         if seen != "image":
             parts.append(self.words(tokens) + self.word_position[: tokens.shape[1]] + self.modality[0])
             no_words = tokens == self.config.text.pad_id
@@ -165,25 +174,25 @@ class ItemTowers(nn.Module):
             parts.append(patches + self.patch_position + self.modality[1])
             hidden.append(torch.zeros(patches.shape[:2], dtype=torch.bool, device=tokens.device))
         x = self.dropout(self.norm(torch.cat(parts, 1))).transpose(0, 1).contiguous()
-        return self.block(x, torch.cat(hidden, 1)[:, None, None, :]).transpose(0, 1)
+        return self.block(x, torch.cat(hidden, 1)[:, None, None, :] if padded else None).transpose(0, 1)
 
-    def embed(self, images: Tensor, tokens: Tensor, seen: str = "both") -> Tensor:
+    def embed(self, images: Tensor, tokens: Tensor, seen: str = "both", padded: bool = True) -> Tensor:
         """The global vector [b, h], not normalised."""
-        return self(images, tokens, seen)[:, 0]
+        return self(images, tokens, seen, padded=padded)[:, 0]
 
-    def embedding(self, images: Tensor, tokens: Tensor, seen: str = "both") -> Tensor:
+    def embedding(self, images: Tensor, tokens: Tensor, seen: str = "both", padded: bool = True) -> Tensor:
         """What a search compares: unit vectors float32 [b, h]."""
         if self.alignment is None:
-            return self.view(images, tokens, seen)
+            return self.view(images, tokens, seen, padded)
         image, title = (
-            self.view(images, tokens, name) if seen in (name, "both") else None for name in ("image", "title")
+            self.view(images, tokens, name, padded) if seen in (name, "both") else None for name in ("image", "title")
         )
         titled = (tokens != self.config.text.pad_id).any(1)
         return F.normalize(self.alignment(image, title, titled).float(), dim=-1)
 
-    def view(self, images: Tensor, tokens: Tensor, seen: str) -> Tensor:
+    def view(self, images: Tensor, tokens: Tensor, seen: str, padded: bool = True) -> Tensor:
         """The global vector as a unit vector, float32 [b, h]."""
-        return F.normalize(self.embed(images, tokens, seen).float(), dim=-1)
+        return F.normalize(self.embed(images, tokens, seen, padded).float(), dim=-1)
 
 
 class GlobalHead(nn.Module):
@@ -243,17 +252,22 @@ class Item:
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one micro-batch (the same on every rank), and metrics as local [sum, weight]: each term, and itm_accuracy."""
+        batch = batch.trimmed("document")
         use, images = self.config.weights, batch.document_images
         terms: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         if use.mlm or use.mim or use.gmlm or use.gmim:
             visible = hide_patches(images, batch.masked_patches, self.config.vision.patch_size)
-            states = self.towers(visible, batch.masked_tokens, untitled=batch.masked_titles)
+            padded = batch.padded("masked")
+            states = self.towers(visible, batch.masked_tokens, untitled=batch.masked_titles, padded=padded)
             terms |= self.masked_terms(states, batch)
         if use.itm:
             terms["itm"], metrics["itm_accuracy"] = self._itm(batch)
         if use.contrast:
-            title, image = (self.towers.embed(images, batch.document_tokens, seen) for seen in ("title", "image"))
+            padded = batch.padded("document")
+            title, image = (
+                self.towers.embed(images, batch.document_tokens, seen, padded) for seen in ("title", "image")
+            )
             terms["contrast"], more = contrastive_loss(
                 title,
                 image,
@@ -261,6 +275,7 @@ class Item:
                 self.config.contrast,
                 self.data_group,
                 weights=batch.document_weights,
+                sizes=rank_sizes([batch], "document"),
             )
             metrics |= more
         total, more = weighted_sum(use, terms)
@@ -271,38 +286,40 @@ class Item:
 
         Means over masked words: cross entropy; over masked patches: squared error of the normalised pixels (He et al. 2022).
         """
-        use, heads, group = self.config.weights, self.towers, self.data_group
+        use, heads, group, host, device = self.config.weights, self.towers, self.data_group, batch.host, states.device
         length = batch.masked_words.shape[1]
         whole, words, patches = states[:, 0], states[:, 1 : 1 + length], states[:, 1 + length :]
         everything = self.config.global_targets == "all"
         terms = {}
         if use.mlm:
-            untold = batch.masked_titles[:, None]  # a title that is not seen has no states
-            rows, places = (batch.masked_words & ~untold).nonzero(as_tuple=True)
-            losses = word_terms(heads.mlm(words[rows, places]), batch.document_tokens[rows, places])
+            untold = host.masked_titles[:, None]  # a title that is not seen has no states
+            rows, columns = places(host.masked_words & ~untold, device)
+            losses = word_terms(heads.mlm(words[rows, columns]), batch.document_tokens[rows, columns])
             terms["mlm"] = global_mean(losses, batch.document_weights[rows], group)
         if use.gmlm:
-            told = batch.document_tokens != self.config.text.pad_id if everything else batch.masked_words
-            rows, places = told.nonzero(as_tuple=True)
-            losses = word_terms(heads.gmlm(whole[rows], places), batch.document_tokens[rows, places])
+            told = host.document_tokens != self.config.text.pad_id if everything else host.masked_words
+            rows, columns = places(told, device)
+            losses = word_terms(heads.gmlm(whole[rows], columns), batch.document_tokens[rows, columns])
             terms["gmlm"] = global_mean(losses, batch.document_weights[rows], group)
         if use.mim or use.gmim:
             pixels = patch_pixels(batch.document_images, self.config.vision.patch_size)
         if use.mim:
-            rows, places = batch.masked_patches.nonzero(as_tuple=True)
-            losses = (heads.mim(patches[rows, places]).to(pixels.dtype) - pixels[rows, places]).square().mean(1)
+            rows, columns = places(host.masked_patches, device)
+            losses = (heads.mim(patches[rows, columns]).to(pixels.dtype) - pixels[rows, columns]).square().mean(1)
             terms["mim"] = global_mean(losses, batch.document_weights[rows], group)
         if use.gmim:
-            told = torch.ones_like(batch.masked_patches) if everything else batch.masked_patches
-            rows, places = told.nonzero(as_tuple=True)
-            losses = (heads.gmim(whole[rows], places).to(pixels.dtype) - pixels[rows, places]).square().mean(1)
+            told = torch.ones_like(host.masked_patches) if everything else host.masked_patches
+            rows, columns = places(told, device)
+            losses = (heads.gmim(whole[rows], columns).to(pixels.dtype) - pixels[rows, columns]).square().mean(1)
             terms["gmim"] = global_mean(losses, batch.document_weights[rows], group)
         return terms
 
     def _itm(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Binary cross entropy of whether the image's title is its own, from the global vector, nothing masked. Equal titles match."""
         matches = (batch.other_tokens == batch.document_tokens).all(1)
-        logits = self.towers.itm(self.towers.embed(batch.document_images, batch.other_tokens))[:, 0]
+        logits = self.towers.itm(
+            self.towers.embed(batch.document_images, batch.other_tokens, padded=batch.padded("other"))
+        )[:, 0]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = F.binary_cross_entropy_with_logits(logits, matches.to(logits), reduction="none")
         weights = batch.document_weights.to(logits)
@@ -316,7 +333,9 @@ class Item:
 
     def embed_document(self, batch: Batch, seen: str = "both") -> Tensor:
         """Unit embeddings of the batch's documents, float32 [n, h]; `seen` both, title or image: a modality drop."""
-        return self.towers.embedding(batch.document_images, batch.document_tokens, seen)
+        batch = batch.trimmed("document")
+        padded = batch.padded("document")
+        return self.towers.embedding(batch.document_images, batch.document_tokens, seen, padded)
 
     @property
     def alignment(self) -> Alignment | None:
@@ -325,5 +344,9 @@ class Item:
 
     def both_views(self, batch: Batch) -> Tensor:
         """Image and title of each document, each alone: [n, 2 h] float32."""
-        views = (self.towers.view(batch.document_images, batch.document_tokens, seen) for seen in ("image", "title"))
+        batch = batch.trimmed("document")
+        padded = batch.padded("document")
+        views = (
+            self.towers.view(batch.document_images, batch.document_tokens, seen, padded) for seen in ("image", "title")
+        )
         return torch.cat(list(views), 1)

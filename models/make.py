@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from models.batch import Batch
+from models.batch import Batch, rank_sizes
 from models.comm import gather_shards, gather_with_grad, own_slice, shard_sizes
 from models.cross_modal import MODALITIES, CrossModal, Match, ModalAdaptation
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss, same_product
@@ -27,6 +27,7 @@ from models.heads.memory_bank import MemoryBank
 from models.masking import WordHead, hide_patches, patch_pixels, word_terms
 from models.shape import TransformerBuilder, TransformerShape, shape_errors
 from models.text import TextConfig, TextTower
+from models.transfer import places
 from models.vision import VisionConfig, VisionTower
 
 
@@ -149,22 +150,29 @@ class MakeTowers(nn.Module):
         self.masked_patches = nn.Linear(config.fusion.hidden_size, d)
         self.patch_content = nn.Linear(3 * vision.patch_size**2, d)
 
-    def query(self, tokens: Tensor) -> Tensor:
-        """tokens [q, L] -> [q, d], not normalised."""
-        return self.query_project(self.query_text.pool(tokens, self.query_text(tokens)))
+    def query(self, tokens: Tensor, padded: bool = True) -> Tensor:
+        """tokens [q, L] -> [q, d], not normalised; padded: see TextTower."""
+        return self.query_project(self.query_text.pool(tokens, self.query_text(tokens, padded)))
 
-    def products(self, images: Tensor, tokens: Tensor, modalities: str) -> Products:
+    def products(self, images: Tensor, tokens: Tensor, modalities: str, padded: bool = True) -> Products:
         """images [n, 3, S, S], tokens [n, L]; `modalities` as in MakeConfig."""
         patches, pooled = self.vision(images)
-        words = self.text(tokens)
+        words = self.text(tokens, padded)
         title, image = self.text_project(self.text.pool(tokens, words)), self.image_project(pooled)
-        fused = self.fused_project(self.fusion(words, tokens == self.text.config.pad_id, patches)[0])
+        fused = self.fused_project(self.fusion(words, self.padding(tokens, padded), patches)[0])
         embedding, weights = self.adaptation(title, image, fused, modalities)
         return Products(embedding, image, weights, words, patches)
 
-    def forward(self, query_tokens: Tensor, images: Tensor, tokens: Tensor) -> tuple[Tensor, Products]:
-        """Queries [q, d], not normalised, and products."""
-        return self.query(query_tokens), self.products(images, tokens, self.config.modalities)
+    def padding(self, tokens: Tensor, padded: bool) -> Tensor | None:
+        """What the fusion hides of titles [n, L]: bool [n, L], or None."""
+        return tokens == self.text.config.pad_id if padded else None
+
+    def forward(
+        self, query_tokens: Tensor, images: Tensor, tokens: Tensor, padded: tuple[bool, bool] = (True, True)
+    ) -> tuple[Tensor, Products]:
+        """Queries [q, d], not normalised, and products; padded: whether there may be padding in queries, and in titles."""
+        queries = self.query(query_tokens, padded[0])
+        return queries, self.products(images, tokens, self.config.modalities, padded[1])
 
 
 class MakeQuery(nn.Module):
@@ -207,7 +215,8 @@ class Make:
             like = next(towers.parameters())
             kind, labels = torch.promote_types(like.dtype, torch.float32), (2 + 2 * config.product_keywords,)
             for name in ("documents", "queries") if config.qic.symmetric else ("documents",):
-                self.banks[name] = MemoryBank(config.memory_bank, config.embedding_dim, labels, like.device, kind)
+                size, d, after = config.memory_bank, config.embedding_dim, config.memory_after
+                self.banks[name] = MemoryBank(size, d, labels, like.device, kind, after)
         self.memory = self.banks if config.memory_bank else None
 
     def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
@@ -217,21 +226,31 @@ class Make:
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one micro-batch (the same on every rank), and metrics as local [sum, weight]: each term, the mean weights of title, image and
         fused vector, and of QIC positive_cosine and accuracy. In training the batch then joins the memory bank."""
-        use, towers = self.config.weights, self.towers
+        use, towers, batch = self.config.weights, self.towers, self._trimmed(batch)
         weights = batch.query_weights * batch.document_weights  # a pair counts where both its samples were readable
         known = batch.document_labels[:, None], batch.categories[:, None]
         labels = torch.cat([*known, batch.keywords, batch.query_keywords], 1)
+        sizes = rank_sizes([batch], "document")
         titles = batch.masked_tokens if self.config.hide_words else batch.document_tokens
-        queries, products = towers(batch.query_tokens, batch.document_images, titles)
+        queries, products = towers(
+            batch.query_tokens, batch.document_images, titles, (batch.padded("query"), batch.padded("document"))
+        )
         terms: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         if use.qic:
-            terms["qic"], metrics = self._qic(queries, products.embedding, labels, weights)
+            terms["qic"], metrics = self._qic(queries, products.embedding, labels, weights, sizes)
         if use.qim:
-            terms["qim"] = self._matching(queries, products.embedding, labels, weights)
+            terms["qim"] = self._matching(queries, products.embedding, labels, weights, sizes)
         if use.query_image:
             terms["query_image"], _ = contrastive_loss(
-                queries, products.image, labels, self.config.qic, self.data_group, weights=weights, related=self.related
+                queries,
+                products.image,
+                labels,
+                self.config.qic,
+                self.data_group,
+                weights=weights,
+                related=self.related,
+                sizes=sizes,
             )
         if use.keywords:
             terms["keywords"] = self._keywords(queries, batch.keywords, weights)
@@ -259,16 +278,15 @@ class Make:
             named, have = queries[:, 2 + size :], documents[:, 2 : 2 + size]
             shared = torch.zeros(found.shape, dtype=torch.int64, device=found.device)
             for word in named.unbind(1):
-                shared += same_product(word, have.flatten()).view(*found.shape, -1).any(-1)
+                shared += same_product(word, have.flatten()).view(*found.shape, have.shape[1]).any(-1)
             needed = (named >= 0).sum(1, keepdim=True).clamp_max(self.config.related_keywords)
             found = found | ((needed > 0) & (shared >= needed))
         return found
 
     def _qic(
-        self, queries: Tensor, documents: Tensor, labels: Tensor, weights: Tensor
+        self, queries: Tensor, documents: Tensor, labels: Tensor, weights: Tensor, sizes: list[int] | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         banks: dict[str, MemoryBank] = dict(self.banks.items())  # type: ignore[arg-type]
-        ready = {name: bank for name, bank in banks.items() if bank.pushed >= self.config.memory_after}
         loss = contrastive_loss(
             queries,
             documents,
@@ -276,22 +294,25 @@ class Make:
             self.config.qic,
             self.data_group,
             weights=weights,
-            document_bank=ready.get("documents"),
-            query_bank=ready.get("queries"),
+            document_bank=banks.get("documents"),
+            query_bank=banks.get("queries"),
             related=self.related,
+            sizes=sizes,
         )
         if self.towers.training:
             for name, bank in banks.items():
-                bank.push({"documents": documents, "queries": queries}[name], labels, self.data_group, weights)
+                bank.push({"documents": documents, "queries": queries}[name], labels, self.data_group, weights, sizes)
         return loss
 
-    def _matching(self, queries: Tensor, documents: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    def _matching(
+        self, queries: Tensor, documents: Tensor, labels: Tensor, weights: Tensor, sizes: list[int] | None = None
+    ) -> Tensor:
         """QIM: binary cross entropy of each pair and of the query with its hardest negative.
 
         Ours: that is the product of highest QIC cosine over the batches of all ranks that is not related. Only vectors are gathered.
         """
         group = self.data_group
-        sizes = shard_sizes(len(queries), group, queries.device)
+        sizes = sizes or shard_sizes(len(queries), group, queries.device)
         everyone = gather_with_grad(documents, group, sizes)
         hidden = self.related(labels, gather_shards(labels, group, sizes))
         hidden |= gather_shards(weights, group, sizes) == 0
@@ -318,10 +339,14 @@ class Make:
 
     def _mlm(self, products: Products, batch: Batch) -> Tensor:
         """Masked words of the title, from the rest of it and the whole image."""
-        words = products.words if self.config.hide_words else self.towers.text(batch.masked_tokens)
+        words = (
+            products.words
+            if self.config.hide_words
+            else self.towers.text(batch.masked_tokens, batch.padded("document"))
+        )
         _, states, _ = self.towers.fusion(words, self._padding(batch), products.patches)
-        rows, places = batch.masked_words.nonzero(as_tuple=True)
-        terms = word_terms(self.towers.masked_words(states[rows, places]), batch.document_tokens[rows, places])
+        rows, columns = places(batch.host.masked_words, states.device)
+        terms = word_terms(self.towers.masked_words(states[rows, columns]), batch.document_tokens[rows, columns])
         return global_mean(terms, batch.document_weights[rows], self.data_group)
 
     def _mpm(self, products: Products, batch: Batch) -> Tensor:
@@ -341,6 +366,7 @@ class Make:
         wanted = pixels.gather(1, chosen.expand(-1, -1, pixels.shape[2])).flatten(0, 1).to(found.dtype)
         weights = (batch.document_weights * (count[:, 0] >= k)).repeat_interleave(k)
         unknown = torch.full((len(found),), -1, device=found.device)  # of no product: each patch is like no other
+        sizes = rank_sizes([batch], "document")
         loss, _ = contrastive_loss(
             self.towers.masked_patches(found),
             self.towers.patch_content(wanted),
@@ -348,15 +374,21 @@ class Make:
             self.config.mpm,
             group,
             weights=weights,
+            sizes=sizes and [k * n for n in sizes],
         )
         return loss
 
-    def _padding(self, batch: Batch) -> Tensor:
-        return batch.document_tokens == self.config.text.pad_id
+    def _padding(self, batch: Batch) -> Tensor | None:
+        return self.towers.padding(batch.document_tokens, batch.padded("document"))
+
+    def _trimmed(self, batch: Batch) -> Batch:
+        sides = {"document": self.config.text, "query": self.config.query}
+        return batch.trimmed(*(name for name, text in sides.items() if text.trims))
 
     def embed_query(self, batch: Batch) -> Tensor:
         """Unit embeddings of the batch's text queries, float32 [q, d]."""
-        return F.normalize(self.towers.query(batch.query_tokens).float(), dim=-1)
+        batch = self._trimmed(batch)
+        return F.normalize(self.towers.query(batch.query_tokens, batch.padded("query")).float(), dim=-1)
 
     def embed_document(self, batch: Batch, seen: str = "both") -> Tensor:
         """Unit embeddings of the batch's documents, float32 [n, d]; `seen` both, title or image: a modality drop."""
@@ -368,4 +400,6 @@ class Make:
 
     def _products(self, batch: Batch, seen: str) -> Products:
         modalities = self.config.modalities if seen == "both" else seen
-        return self.towers.products(batch.document_images, batch.document_tokens, modalities)
+        batch = self._trimmed(batch)
+        padded = batch.padded("document")
+        return self.towers.products(batch.document_images, batch.document_tokens, modalities, padded)

@@ -1,4 +1,4 @@
-"""Lets megatron-core 0.16 run on a machine without CUDA; where CUDA is there, only its checkpoint writer is mended.
+"""Lets megatron-core 0.16 run on a CPU; on a GPU only its checkpoint writer is mended.
 
 megatron-core writes `torch.cuda.current_device()`, `device='cuda'` and `'torch.cuda.FloatTensor'` into a few modules that have nothing
 to do with a GPU otherwise. We never patch torch itself: each module named in `PATCHED` gets, in place of its global name `torch`, a proxy
@@ -8,9 +8,11 @@ that answers those three for the CPU. Our own attention core, norm, clipping and
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import queue
+import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -48,6 +50,8 @@ _TYPE_NAMES = {
     torch.bfloat16: "torch.cuda.BFloat16Tensor",
     torch.float16: "torch.cuda.HalfTensor",
 }
+device = torch.device("cpu")
+"""What megatron-core's 'cuda' means here; a test's pretend device takes its place."""
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like")
 
 
@@ -59,7 +63,7 @@ class _CpuCuda(types.ModuleType):
 
     @staticmethod
     def current_device() -> torch.device:
-        return torch.device("cpu")
+        return device
 
     @staticmethod
     def synchronize(*_: Any) -> None:
@@ -94,32 +98,44 @@ class _CpuTorch(types.ModuleType):
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def build(*args: Any, **kwargs: Any) -> torch.Tensor:
         if "cuda" in str(kwargs.get("device", "")):
-            kwargs["device"] = "cpu"
+            kwargs["device"] = device
         return factory(*args, **kwargs)
 
     return build
 
 
+_replaced: dict[str, Any] = {}  # what `use_cpu` put aside, by its name here; empty while nothing is proxied
+
+
+@functools.cache
 def install() -> None:
-    """Patches the modules of `PATCHED` (idempotent). Call before megatron-core is used; a no-op where CUDA is available."""
+    """Imports megatron-core and mends it, once; for a CPU where torch sees no GPU. Call before megatron-core is used."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "Transformer Engine and Apex are not installed"
         with accelerators.hidden():
-            for name in USED:
+            for name in (*USED, *PATCHED):
                 importlib.import_module(name)
-            modules = {name: importlib.import_module(name) for name in PATCHED}
-    _mend_checkpoint_writer(modules["megatron.core.dist_checkpointing.strategies.filesystem_async"])
-    if torch.cuda.is_available():
-        return
-    torch._dynamo.config.disable = True  # jit_fuser is torch.compile: on a CPU it needs g++ and gains nothing
-    for module in modules.values():
-        if not isinstance(module.torch, _CpuTorch):
-            module.torch = _CpuTorch()  # type: ignore[attr-defined]
-    rng: Any = modules["megatron.core.tensor_parallel.random"]
-    rng._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    rng._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    _mend_checkpoint_writer(sys.modules["megatron.core.dist_checkpointing.strategies.filesystem_async"])
     # On a CPU the tracker's streams share torch's one generator, so its warning about that fires at every fork.
-    logging.getLogger(rng.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+    rng = logging.getLogger("megatron.core.tensor_parallel.random")
+    rng.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+    use_cpu(not torch.cuda.is_available())
+
+
+def use_cpu(cpu: bool) -> None:
+    """Puts the proxies of `PATCHED` in place, or torch itself back: what decides is where a run computes, not what the machine has."""
+    if cpu == bool(_replaced):
+        return
+    rng: Any = sys.modules["megatron.core.tensor_parallel.random"]
+    if cpu:
+        _replaced.update(get=rng._get_cuda_rng_state, set=rng._set_cuda_rng_state)
+        rng._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+        rng._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    else:
+        rng._get_cuda_rng_state, rng._set_cuda_rng_state = _replaced["get"], _replaced["set"]
+        _replaced.clear()
+    for name in PATCHED:
+        sys.modules[name].torch = _CpuTorch() if cpu else torch  # type: ignore[attr-defined]
 
 
 def _mend_checkpoint_writer(filesystem_async: Any) -> None:
@@ -147,8 +163,8 @@ def _mend_checkpoint_writer(filesystem_async: Any) -> None:
 
 @contextlib.contextmanager
 def cuda_type_names() -> Iterator[None]:
-    """Inside, `tensor.type()` of a CPU tensor reads like a CUDA one: megatron's optimizer sorts parameters by that string."""
-    if torch.cuda.is_available():
+    """Inside, on a CPU, `tensor.type()` reads like a CUDA tensor's: megatron's optimizer sorts parameters by that string."""
+    if not _replaced:
         yield
         return
     original = torch.Tensor.type

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from models.batch import Batch
+from models.batch import Batch, rank_sizes
 from models.fusion import ConcatFusion, ConceptFusion, ResidualTransform
 from models.heads.cached import cached_losses
 from models.heads.class_parallel import ClassParallelHead
@@ -114,20 +114,22 @@ class OclearTowers(nn.Module):
         """images [q, 3, S, S] -> [q, d], not normalised."""
         return self.query_transform(self.vision(images)[1])
 
-    def document(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """images [n, 3, S, S], tokens [n, L] -> (embeddings [n, d], not normalised; gates [n])."""
+    def document(self, images: Tensor, tokens: Tensor, padded: bool = True) -> tuple[Tensor, Tensor]:
+        """images [n, 3, S, S], tokens [n, L] -> (embeddings [n, d], not normalised; gates [n]); padded: see TextTower."""
         patches, pooled = self.vision(images)
-        return self._fuse(patches, pooled, tokens)
+        return self._fuse(patches, pooled, tokens, padded)
 
-    def forward(self, query_images: Tensor, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, query_images: Tensor, images: Tensor, tokens: Tensor, padded: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Both in one pass of the shared image tower -> (queries [q, d], documents [n, d], gates [n])."""
         patches, pooled = self.vision(torch.cat([query_images, images]))
         q = len(query_images)
-        documents, gate = self._fuse(patches[q:], pooled[q:], tokens)
+        documents, gate = self._fuse(patches[q:], pooled[q:], tokens, padded)
         return self.query_transform(pooled[:q]), documents, gate
 
-    def _fuse(self, patches: Tensor, pooled: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        fused = self.fusion(pooled, patches, self.text(tokens), words_hidden(tokens, self.pad_id))
+    def _fuse(self, patches: Tensor, pooled: Tensor, tokens: Tensor, padded: bool) -> tuple[Tensor, Tensor]:
+        fused = self.fusion(pooled, patches, self.text(tokens, padded), words_hidden(tokens, self.pad_id))
         return self.document_transform(fused.vector), fused.gate
 
 
@@ -173,25 +175,35 @@ class Oclear:
             labels = torch.cat([b.query_labels for b in batches])
             weights = torch.cat([b.query_weights * b.document_weights for b in batches])
             settings = ContrastiveConfig(temperature=self.config.temperature)
+            sizes = rank_sizes(batches, "query")
 
             def loss_of(queries: Tensor, documents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-                return contrastive_loss(queries, documents, labels, settings, self.data_group, weights=weights)
+                return contrastive_loss(
+                    queries, documents, labels, settings, self.data_group, weights=weights, sizes=sizes
+                )
 
             parts: Iterator[tuple[Tensor, dict[str, Tensor], Tensor]] = cached_losses(self._encode, batches, loss_of)
         else:
             parts = map(self._classify, batches)
         for loss, metrics, gate in parts:
-            gates = torch.stack([gate.detach().to(loss.dtype).sum(), loss.new_tensor(len(gate))])
+            gates = torch.stack([gate.detach().to(loss.dtype).sum(), loss.new_full((), len(gate))])
             yield loss, {**metrics, "gate": gates}
 
     def _encode(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        queries, documents, gate = self.towers(batch.query_images, batch.document_images, batch.document_tokens)
+        tokens, padded = self._texts(batch)
+        queries, documents, gate = self.towers(batch.query_images, batch.document_images, tokens, padded)
         return (queries, documents), gate
+
+    def _texts(self, batch: Batch) -> tuple[Tensor, bool]:
+        """The documents' tokens, trimmed, and whether there is padding among them."""
+        batch = batch.trimmed(*["document"] * self.config.text.trims)
+        return batch.document_tokens, batch.padded("document")
 
     def _classify(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         embeddings, gate = self._encode(batch)
         assert self.head is not None, "the caller looked"
-        loss, metrics = self.head(torch.cat(embeddings), batch.labels, batch.weights)
+        sizes = rank_sizes([batch], "query", "document")
+        loss, metrics = self.head(torch.cat(embeddings), batch.labels, batch.weights, sizes)
         return loss, metrics, gate
 
     def embed_query(self, batch: Batch) -> Tensor:
@@ -200,4 +212,4 @@ class Oclear:
 
     def embed_document(self, batch: Batch, seen: str = "both") -> Tensor:
         """Unit embeddings of the batch's documents, float32 [d, dim]; they are always seen as image and text."""
-        return F.normalize(self.towers.document(batch.document_images, batch.document_tokens)[0].float(), dim=-1)
+        return F.normalize(self.towers.document(batch.document_images, *self._texts(batch))[0].float(), dim=-1)

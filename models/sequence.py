@@ -17,21 +17,20 @@ COMMON_STREAM = "tensor-parallel-common-rng"
 
 def padded(
     hidden: Tensor, mask: Tensor | None, rotary: Tensor | None, multiple: int
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | int | None, Tensor | None]:
     """hidden [s, b, h], mask bool [b, 1, 1 or s, s] and rotary angles [s, 1, 1, d] for s rounded up to a multiple; nobody sees the padding.
 
-    Padding itself sees what the mask's rows of zeros leave: all tokens, so that its softmax stays finite.
+    As keys it is cut off, not hidden: the mask keeps its columns, and without one the number of keys to see takes its place (SdpaCore). As
+    queries it sees what a mask's rows of zeros leave: all tokens, so that its softmax stays finite.
     """
-    missing = -len(hidden) % multiple
+    tokens, missing = len(hidden), -len(hidden) % multiple
     if not missing:
         return hidden, mask, rotary
-    if mask is None:
-        mask = torch.zeros(1, 1, 1, len(hidden), dtype=torch.bool, device=hidden.device)
-    rows = missing if mask.shape[2] > 1 else 0
-    mask = F.pad(F.pad(mask, (0, 0, 0, rows), value=False), (0, missing), value=True)
+    if mask is not None and mask.shape[2] > 1:
+        mask = F.pad(mask, (0, 0, 0, missing), value=False)
     if rotary is not None:
         rotary = F.pad(rotary, (0, 0, 0, 0, 0, 0, 0, missing))
-    return F.pad(hidden, (0, 0, 0, 0, 0, missing)), mask, rotary
+    return F.pad(hidden, (0, 0, 0, 0, 0, missing)), tokens if mask is None else mask, rotary
 
 
 def mark_partial(module: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,6 +68,16 @@ class TransformerShape:
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def init_std(self) -> float:
+        """Standard deviation of initial weights. Source: Nguyen and Salazar 2019; 0.023 at width 768."""
+        return math.sqrt(2 / (5 * self.hidden_size))
+
+    @property
+    def branch_std(self) -> float:
+        """That of the weights that end a residual branch: megatron-core's own, times branch_init."""
+        return self.branch_init * self.init_std / math.sqrt(2 * self.num_layers)
+
 
 def shape_errors(shape: TransformerShape, tensor_parallel: int, where: str) -> list[str]:
     """What does not divide in `shape` over `tensor_parallel` ranks; empty if all is well. `where` is its key, e.g. model.vision."""
@@ -113,6 +124,7 @@ def keep_keys_unbiased(bias: nn.Parameter, heads: int) -> None:
     bias.register_hook(without_keys)
 
 
+WORD_STD = 0.02  # standard deviation of word embeddings' initial weights
 VOCAB_MULTIPLE = 128
 
 

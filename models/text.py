@@ -45,6 +45,11 @@ class TextConfig(TransformerShape):
     projection_dim: int = 0
     projection_bias: bool = False
 
+    @property
+    def trims(self) -> bool:
+        """Whether padding behind a text can be cut off without a change of its vectors."""
+        return (self.mask_padding or self.causal) and self.pooling != "last"
+
     def errors(self, where: str) -> list[str]:
         """What does not fit together, as sentences that name the key under `where`."""
         errors = []
@@ -76,8 +81,11 @@ class TextTower(nn.Module):
             else None
         )
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens int64 [b, L], padding behind the text, L <= max_length -> [b, L, h]; what stands at padding is meaningless if that is masked."""
+    def forward(self, tokens: Tensor, padded: bool = True) -> Tensor:
+        """tokens int64 [b, L], padding behind the text, L <= max_length -> [b, L, h]; what stands at padding is meaningless if that is masked.
+
+        padded: whether there may be padding; without any, and not causal, attention needs no mask and has faster kernels.
+        """
         offset = self.config.position_offset
         x = self.words(tokens) + self.position[offset : offset + tokens.shape[1]]
         if self.token_type is not None:
@@ -85,7 +93,7 @@ class TextTower(nn.Module):
         if self.norm is not None:
             x = self.norm(x)
         x = self.dropout(x).transpose(0, 1).contiguous()
-        return self.block(x, self._mask(tokens)).transpose(0, 1)
+        return self.block(x, self._mask(tokens, padded)).transpose(0, 1)
 
     def pool(self, tokens: Tensor, words: Tensor) -> Tensor:
         """tokens [b, L] and forward's words [b, L, h] -> one vector each [b, projection_dim or h]."""
@@ -99,9 +107,9 @@ class TextTower(nn.Module):
             pooled = words[:, {"class": 0, "last": -1}[self.config.pooling]]
         return pooled if self.projection is None else self.projection(pooled)
 
-    def _mask(self, tokens: Tensor) -> Tensor | None:
+    def _mask(self, tokens: Tensor, padded: bool) -> Tensor | None:
         """What is hidden: bool [b, 1, 1 or L, L], or None."""
-        hidden = words_hidden(tokens, self.config.pad_id) if self.config.mask_padding else None
+        hidden = words_hidden(tokens, self.config.pad_id) if self.config.mask_padding and padded else None
         if not self.config.causal:
             return hidden
         length = tokens.shape[1]

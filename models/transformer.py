@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,9 +16,10 @@ from models import megatron_cpu
 from models.accelerators import LayerNormFunction
 from models.activation import ACTIVATIONS
 from models.branch import BranchEnd
+from models.compiled import compiled, may_vary
 from models.recompute import recomputed
 from models.sequence import COMMON_STREAM, mark_partial, padded
-from models.shape import TransformerShape, keep_keys_unbiased
+from models.shape import WORD_STD, TransformerShape, keep_keys_unbiased
 
 megatron_cpu.install()
 
@@ -49,8 +49,6 @@ def megatron_config(
     calculate_per_token_loss makes its data-parallel reduction a plain sum (our losses are already divided by the global weight).
     bias_activation_fusion stays off: it silently swaps erf-GELU for the tanh form.
     """
-    init_std = math.sqrt(2 / (5 * shape.hidden_size))  # Nguyen and Salazar 2019; 0.023 at width 768
-    branch_std = shape.branch_init * init_std / math.sqrt(2 * shape.num_layers)  # megatron-core's own, times our factor
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # its default cuda_graph_scope warns about itself
         return TransformerConfig(
@@ -62,8 +60,8 @@ def megatron_config(
             attention_dropout=shape.attention_dropout,
             layernorm_epsilon=shape.layernorm_eps,
             activation_func=ACTIVATIONS[shape.activation],
-            init_method_std=init_std,
-            output_layer_init_method=lambda weight: torch.nn.init.normal_(weight, std=branch_std),
+            init_method_std=shape.init_std,
+            output_layer_init_method=lambda weight: torch.nn.init.normal_(weight, std=shape.branch_std),
             tensor_model_parallel_size=tensor_parallel_size,
             sequence_parallel=sequence_parallel,
             **_FULL_RECOMPUTE if recompute == "full" else {},
@@ -116,9 +114,10 @@ class HeadNorm(torch.nn.LayerNorm):
 class MegatronBranchEnd(BranchEnd):
     """BranchEnd under the name and call that megatron-core has for its bias-dropout-add."""
 
-    def __init__(self, shape: TransformerShape, layer: int, sequence_parallel: bool) -> None:
+    def __init__(self, shape: TransformerShape, layer: int, sequence_parallel: bool, backend: str) -> None:
         super().__init__(shape, layer)
-        self.sequence_parallel = sequence_parallel
+        self.sequence_parallel, self.backend = sequence_parallel, backend
+        self._joined = compiled(_joined, backend)
 
     def draw(self, samples: int, device: torch.device) -> Tensor:
         """See BranchEnd.draw; the same on all tensor-parallel ranks, also where each has its own tokens and stream."""
@@ -129,10 +128,43 @@ class MegatronBranchEnd(BranchEnd):
         """The function of (branch, its bias), residual [s, b, h] that joins them; what a BranchEnd is built with decides on dropout."""
 
         def join(branch_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, _dropout: float) -> Tensor:
-            branch, bias = branch_and_bias
-            return self.join(branch if bias is None else branch + bias, residual)
+            return self.join(branch_and_bias[0], residual, branch_and_bias[1])
 
         return join
+
+    def joined(self, branch: Tensor, residual: Tensor, bias: Tensor | None, drawn: Tensor | None) -> Tensor:
+        """See BranchEnd.joined; one kernel where it is compiled."""
+        if self.backend:
+            may_vary(branch, 0, 1)
+            may_vary(residual, 0, 1)
+            may_vary(drawn, 0)
+        return self._joined(self, branch, residual, bias, drawn)
+
+
+def _joined(
+    end: MegatronBranchEnd, branch: Tensor, residual: Tensor, bias: Tensor | None, drawn: Tensor | None
+) -> Tensor:
+    return BranchEnd.joined(end, branch, residual, bias, drawn)
+
+
+class FusedMLP(MLP):
+    """megatron-core's MLP, whose bias and activation are one kernel where they are compiled."""
+
+    def __init__(self, *args: Any, backend: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.backend = backend
+        self._activated = compiled(_activated, backend)
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
+        """[s, b, h] -> [s, b, h] without the last bias, and that."""
+        hidden, bias = self.linear_fc1(hidden_states)
+        if self.backend:
+            may_vary(hidden, 0, 1)
+        return self.linear_fc2(self._activated(self.activation_func, hidden, bias))
+
+
+def _activated(activation: Callable[[Tensor], Tensor], hidden: Tensor, bias: Tensor) -> Tensor:
+    return activation(hidden + bias)
 
 
 class SdpaCore(MegatronModule):
@@ -157,8 +189,19 @@ class SdpaCore(MegatronModule):
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
-        """query, key, value [s, b, heads, d]; attention_mask bool, broadcastable to [b, heads, s, s], True = hidden. Returns [s, b, heads*d]."""
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | int | None, **_: Any
+    ) -> Tensor:
+        """query, key, value [s, b, heads, d]. Returns [s, b, heads * d].
+
+        attention_mask: bool, broadcastable to [b, heads, s, seen], True = hidden; or `seen` alone: all queries see the first so many keys.
+        """
+        if (
+            attention_mask is not None
+        ):  # fewer keys than queries, not hidden ones: an attention kernel without a mask is faster
+            seen = attention_mask if isinstance(attention_mask, int) else attention_mask.shape[3]
+            key, value = key[:seen], value[:seen]
+        attention_mask = None if isinstance(attention_mask, int) else attention_mask
         if self.recompute and self.training:
             return recomputed(self._attend, query, key, value, attention_mask)
         return self._attend(query, key, value, attention_mask)
@@ -196,16 +239,16 @@ class Block(TransformerBlock):
         if not self.config.sequence_parallel:
             return super().forward(hidden, mask, rotary_pos_emb=rotary_pos_emb)
         group, tokens = self.pg_collection.tp, len(hidden)
-        hidden, mask, rotary_pos_emb = padded(hidden, mask, rotary_pos_emb, group.size())
+        hidden, seen, rotary_pos_emb = padded(hidden, mask, rotary_pos_emb, group.size())
         own = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=group)
-        own = super().forward(own, mask, rotary_pos_emb=rotary_pos_emb)
+        own = super().forward(own, seen, rotary_pos_emb=rotary_pos_emb)
         whole = tensor_parallel.gather_from_sequence_parallel_region(
             own, tensor_parallel_output_grad=False, group=group
         )
         return whole[:tokens]
 
     def _checkpointed_forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, rotary_pos_emb: Tensor | None, **_: Any
+        self, hidden_states: Tensor, attention_mask: Tensor | int | None, rotary_pos_emb: Tensor | None, **_: Any
     ) -> Tensor:
         """What TransformerBlock.forward calls in training where recompute_granularity is full."""
         for layer in self.layers:
@@ -231,17 +274,19 @@ class MegatronBuilder:
             models.sequence.sum_partial_gradients is due. Without effect on one rank.
         recompute: what backward computes again instead of keeping it: none, selective (attention cores) or full (layers).
         layer_norm: computes the layer norms of the blocks (models.accelerators); None: torch.
+        backend: of torch.compile, for what stands between the linear layers: bias with activation, and the ends of the branches. Empty: not compiled.
     """
 
     def __init__(
         self,
         groups: ProcessGroupCollection,
-        init_std: float = 0.02,
+        init_std: float = WORD_STD,
         sequence_parallel: bool = False,
         recompute: str = "none",
         layer_norm: LayerNormFunction | None = None,
+        backend: str = "",
     ) -> None:
-        self.groups = groups
+        self.groups, self.backend = groups, backend
         self.init_std = init_std
         self.sequence_parallel = sequence_parallel and groups.tp.size() > 1
         self.recompute = recompute
@@ -269,7 +314,12 @@ class MegatronBuilder:
         head_norm = ModuleSpec(module=HeadNorm, params={"group": self.groups.tp}) if shape.qk_norm else IdentityOp
         end = ModuleSpec(
             module=MegatronBranchEnd,
-            params={"shape": shape, "layer": layer, "sequence_parallel": self.sequence_parallel},
+            params={
+                "shape": shape,
+                "layer": layer,
+                "sequence_parallel": self.sequence_parallel,
+                "backend": self.backend,
+            },
         )
         core = ModuleSpec(module=SdpaCore, params={"recompute": self.recompute == "selective"})
         return ModuleSpec(
@@ -290,10 +340,11 @@ class MegatronBuilder:
                 self_attn_bda=end,
                 pre_mlp_layernorm=norm,
                 mlp=ModuleSpec(
-                    module=MLP,
+                    module=FusedMLP,
                     params={
-                        "ffn_hidden_size": shape.fc1_size
-                    },  # of the first linear layer; the second takes the config's
+                        "ffn_hidden_size": shape.fc1_size,  # of the first linear layer; the second takes the config's
+                        "backend": self.backend,
+                    },
                     submodules=MLPSubmodules(
                         linear_fc1=tensor_parallel.ColumnParallelLinear, linear_fc2=tensor_parallel.RowParallelLinear
                     ),

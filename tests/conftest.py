@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests are a CPU's; tests/test_gpu.py runs with --noconftest
 
 
 @pytest.fixture(scope="session")

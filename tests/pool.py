@@ -64,8 +64,8 @@ class Ranks:
 
 
 @functools.cache
-def ranks(world_size: int) -> Ranks:
-    """The pool of that world size."""
+def ranks(world_size: int, purpose: str = "") -> Ranks:
+    """The pool of that world size; one of its own for a purpose that changes its processes for good."""
     pool = Ranks(world_size)
     atexit.register(pool.stop)
     return pool
@@ -90,12 +90,12 @@ def layout(tensor_parallel: int = 1) -> Iterator[Any]:
 _world: dict[str, Any] = {}  # in a rank of a pool: how to join the next process group
 
 
-def _join() -> None:
+def _join(backend: str = "gloo") -> None:
     import torch.distributed as dist
 
     _world["joined"] += 1
     file = f"file://{_world['rendezvous']}-{_world['joined']}"
-    dist.init_process_group("gloo", init_method=file, rank=_world["rank"], world_size=_world["world_size"])
+    dist.init_process_group(backend, init_method=file, rank=_world["rank"], world_size=_world["world_size"])
 
 
 def _serve(rank: int, world_size: int, pipe: Any) -> None:
@@ -104,7 +104,7 @@ def _serve(rank: int, world_size: int, pipe: Any) -> None:
 
     from harness.train import quiet_libraries
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
     quiet_libraries()
     while True:

@@ -10,6 +10,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 PROBE = """
@@ -25,7 +27,7 @@ flags = ("HAVE_TE", "HAVE_APEX", "HAVE_APEX_OR_TE", "HAVE_FUSED_LAYER_NORM")
 megatron = {name: module for name, module in sys.modules.items() if name.startswith("megatron") and module}
 found = {"fooled": [f"{name}.{flag}" for name, module in megatron.items() for flag in flags if vars(module).get(flag)]}
 before = set(sys.modules)
-cuda, cpu = torch.device("cuda"), torch.device("cpu")
+cuda, cpu = torch.device("meta"), torch.device("cpu")  # meta: a device that is no CPU and is there on every machine
 found["lines"] = [choose("auto", cuda).line, choose("torch", cuda).line, choose("auto", cpu).line]
 for which in ("auto", "torch"):
     chosen = choose(which, cuda)
@@ -78,19 +80,66 @@ def test_a_half_installed_transformer_engine_and_a_foreign_apex_are_passed_over(
     assert found["apex"] == str(tmp_path / "apex/__init__.py"), "other code can still import its apex"
 
 
+ADAM = """
+    class FusedAdam:
+        def __init__(self, parameters, lr):
+            (self.weight,) = parameters
+        def step(self):
+            assert self.weight.grad.device == self.weight.device and self.weight.device.type == "meta"
+"""
+
+
+@pytest.mark.parametrize(
+    ("adam", "norm", "why"),
+    [
+        (
+            # apex without its CUDA extensions: Adam raises at construction, the norm at its first call
+            "class FusedAdam:\n    def __init__(self, *_, **__): raise RuntimeError('apex.optimizers.FusedAdam requires cuda extensions')",
+            "def fused_layer_norm_affine(*_):\n    raise ModuleNotFoundError(\"No module named 'fused_layer_norm_cuda'\")",
+            "; apex.optimizers.FusedAdam: RuntimeError apex.optimizers.FusedAdam requires cuda extensions"
+            "; apex.normalization.fused_layer_norm.fused_layer_norm_affine: ModuleNotFoundError No module named 'fused_layer_norm_cuda'",
+        ),
+        (
+            # kernels that are built for another architecture: the step and the backward raise
+            "class FusedAdam:\n    def __init__(self, *_, **__): pass\n    def step(self): raise RuntimeError('no kernel image is available')",
+            "def fused_layer_norm_affine(x, *_):\n    x = x + 0\n    x.register_hook(lambda _: 1 / 0)\n    return x",
+            "; apex.optimizers.FusedAdam: RuntimeError no kernel image is available"
+            "; apex.normalization.fused_layer_norm.fused_layer_norm_affine: ZeroDivisionError division by zero",
+        ),
+    ],
+)
+def test_a_package_that_imports_and_fails_when_it_is_called_is_passed_over(
+    adam: str, norm: str, why: str, tmp_path: Path
+) -> None:
+    found = probe(
+        tmp_path,
+        {
+            "apex/__init__.py": "",
+            "apex/optimizers.py": adam,
+            "apex/normalization/__init__.py": "",
+            "apex/normalization/fused_layer_norm.py": norm,
+        },
+    )
+    missing = (
+        "; transformer_engine.pytorch.optimizers.FusedAdam: ModuleNotFoundError No module named 'transformer_engine'"
+    )
+    assert found["lines"][0] == f"accelerators (auto): Adam torch, layer norm torch{missing}{why}"
+    assert found["auto"] == found["torch"] == ["torch", "AdamW", "torch.optim.adamw", True, False, False, 0.0]
+
+
 def test_whole_packages_are_used_unless_the_key_says_otherwise(tmp_path: Path) -> None:
     found = probe(
         tmp_path,
         {
             "transformer_engine/__init__.py": "__version__ = '2.0'",
             "transformer_engine/pytorch/__init__.py": "",
-            "transformer_engine/pytorch/optimizers.py": "class FusedAdam: pass",
+            "transformer_engine/pytorch/optimizers.py": ADAM,
             "apex/__init__.py": "",
             "apex/normalization/__init__.py": "",
             "apex/normalization/fused_layer_norm.py": """
                 def fused_layer_norm_affine(x, weight, bias, shape, eps):
                     assert weight.shape == bias.shape == shape and eps == 1e-5
-                    return x + 41
+                    return x * weight + bias + 41
             """,
         },
     )

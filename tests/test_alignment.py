@@ -87,8 +87,8 @@ def test_few_or_equal_documents_give_finite_maps(vectors: Tensor) -> None:
 
 def test_the_documents_of_a_fit_have_titles_and_are_spread_evenly() -> None:
     titles = ["a", "", "b", None, "c", "d", "e"]
-    assert documents_to_align(side({"title": titles}), 9).columns["title"] == ["a", "b", "c", "d", "e"]
-    assert documents_to_align(side({"title": titles}), 3).columns["title"] == ["a", "c", "e"]
+    assert documents_to_align(side({"title": titles}), 9).columns["title"].tolist() == ["a", "b", "c", "d", "e"]
+    assert documents_to_align(side({"title": titles}), 3).columns["title"].tolist() == ["a", "c", "e"]
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +98,16 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def aligned(catalogue: Path, run: Path, overrides: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
-    """In a pool: the fit on the weights that the seed gives, and (rank's share) the vectors it is of."""
+    """In a pool: the fit on the weights that the seed gives, and (rank's share) the vectors it is of. Ranks but the first fit a little off."""
     with trainer(config_of("item", catalogue, run, **{"evaluation.batch_size": 3, **overrides}), ready=False) as t:
+        exact = t.method.alignment.fit
+
+        def fit(*moments: Any) -> None:
+            exact(*moments)
+            for fitted in t.method.alignment.parameters():
+                fitted.data += 1e-2 * t.mesh.rank
+
+        t.method.alignment.fit = fit
         align(t.method, t.align_on, t.evaluation.embedder)
         assert t.method.towers.training
         t.method.towers.eval()

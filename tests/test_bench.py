@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.bench import bm25, decode, head, head_memory, loader, towers
+from harness.bench import bm25, decode, evaluation, head, head_memory, loader, towers
 from harness.bench.ranks import Memory
 from harness.bench.report import command_line, format_table, make_report
 from harness.data import ingest
@@ -70,6 +70,14 @@ def test_loader_reports_all_three_ways(capsys):
     headline = report["headline"]
     assert all(headline[f"{key}_min"] <= headline[key] <= headline[f"{key}_max"] for key in ratios)
     assert set(headline) > set(rates) and "speedup_vs_pillow" in capsys.readouterr().out
+
+
+def test_evaluation_reports_the_memory_of_each_stage():
+    settings = evaluation.EvaluationBenchConfig(documents=(300,), ranks=(2,), queries=5, bare_titles=True)
+    report = evaluation.run(settings)
+    check_report(report)
+    assert [row["stage"] for row in report["rows"]] == ["open", "evaluate", "export"]
+    assert report["headline"] == {"largest_peak_mib": max(row["peak_mib"] for row in report["rows"])}
 
 
 def test_pillow_in_a_data_loader_does_the_same_work(tmp_path):

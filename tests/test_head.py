@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.bench.ranks import Traffic
 from kernels.cosine_lse import cosine_lse, cosine_lse_backward
+from models.comm import own_slice
 from models.heads import class_parallel
 from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
 from models.heads.margin import margin_cosine
@@ -71,7 +73,7 @@ def check_head(
 ) -> None:
     """`sizes` are the batch sizes of the data-parallel ranks; every rank cuts its batch into `micro` calls."""
     with layout(tensor_parallel) as mesh, sharded(shards):
-        head = ClassParallelHead(config, mesh.row_group, mesh.dp, dtype=torch.float64)
+        head = ClassParallelHead(config, mesh.row_group, mesh.dp, dtype=torch.float64, copy_group=mesh.tp)
         rows = head.full_weight().clone().requires_grad_()
         embeddings, labels, weights = samples(sum(sizes), config.num_classes, one_shard)
         dense_in = embeddings.clone().requires_grad_()
@@ -214,6 +216,48 @@ def check_float32(config: ClassHeadConfig, sizes: list[int]) -> None:
 def test_float32_is_as_exact_as_a_dense_float32_process(margin: str, scale: float) -> None:
     config = ClassHeadConfig(num_classes=3_000, embedding_dim=D, margin=MARGINS[margin], scale=scale)
     ranks(3).run(check_float32, config, [30, 1, 17])
+
+
+def test_embeddings_travel_in_their_own_type_and_gradients_to_their_owner_alone() -> None:
+    ranks(3).run(check_traffic, 1, [3, 0, 5])
+    ranks(4).run(check_traffic, 2, [3, 5])
+
+
+def check_traffic(tensor_parallel: int, sizes: list[int]) -> None:
+    """bfloat16 embeddings give what their float32 copies give, bit for bit, at half the bytes; all bytes as a ring passes them."""
+    with layout(tensor_parallel) as mesh:
+        config = ClassHeadConfig(num_classes=50, embedding_dim=D, row_dtype="bf16")
+        head = ClassParallelHead(config, mesh.row_group, mesh.dp, copy_group=mesh.tp)
+        embeddings, labels, _ = samples(sum(sizes), 50)
+        own = own_slice(sizes, mesh.dp.rank())
+        losses, grads, forth = [], [], []
+        for kind in (torch.bfloat16, torch.float32):
+            local = embeddings[own].to(torch.bfloat16).to(kind).requires_grad_()
+            head.begin_step(labels[own], sizes=sizes)
+            one, other = Traffic(), Traffic()
+            with one.counted():
+                loss, _ = head(local, labels[own], sizes=sizes)
+            with other.counted():
+                loss.backward()
+            head.end_step()
+            assert local.grad is not None
+            losses.append(loss.detach())
+            grads.append(local.grad)
+            forth.append(one.bytes)
+            dp, tp, row = mesh.dp.size(), tensor_parallel, 4 * D
+            scattered = (dp - 1) / dp * dp * max(sizes) * row
+            assert other.bytes == pytest.approx(scattered + 2 * (tp - 1) / tp * len(local) * row)
+        assert torch.equal(*losses) and torch.equal(grads[0], grads[1].to(torch.bfloat16))
+        assert forth[1] - forth[0] == pytest.approx((dp - 1) * max(sizes) * 2 * D)
+
+
+def test_a_head_is_told_of_ranks_that_bring_the_same_samples() -> None:
+    ranks(2).run(check_copies)
+
+
+def check_copies() -> None:
+    with layout(2) as mesh, pytest.raises(ValueError, match="2 ranks share the rows, but 1 x 1"):
+        ClassParallelHead(ClassHeadConfig(num_classes=5, embedding_dim=2), mesh.row_group, mesh.dp)
 
 
 def test_initial_rows_do_not_depend_on_the_world() -> None:

@@ -9,7 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +26,7 @@ from harness.data.loader import Reads, StepData, StepLoader
 from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError
 from harness.optimizer import OptimizerConfig, learning_rate
-from models.batch import Batch
+from models.batch import TENSORS, Batch
 from tests.pool import ranks
 from tests.runs import UNUSED, tiny_config, trainer
 
@@ -63,7 +63,7 @@ def test_the_run_folder_explains_itself(finished: tuple[Path, dict[str, Any], li
     folder = run / "checkpoints"
     assert (folder / "latest").read_text() == f"step-{STEPS:08d}"
     # keep_checkpoints is 2 of the three that were written, and nothing unfinished is left.
-    assert sorted(f.name for f in folder.iterdir()) == ["latest", "step-00000004", "step-00000006"]
+    assert sorted(f.name for f in folder.glob("[!.]*")) == ["latest", "step-00000004", "step-00000006"]
     assert all(checksums.verify(path) == "" for path in folder.glob("step-*"))
     state = checkpoint.read_state(folder / "step-00000006")
     assert (state["step"], state["positions"]) == (6, {"query": 48, "document": 24})
@@ -316,7 +316,11 @@ def whole_step(
             parts.append(loader.load(step))
             assert len(parts[-1].batches) == micro_batches
     batches = [parts[rank].batches[micro] for micro in range(micro_batches) for rank in range(world)]
-    joined = [torch.cat([getattr(batch, field.name) for batch in batches]) for field in fields(Batch)]
+    for i, batch in enumerate(batches):
+        assert batch.sizes is not None
+        told = [counts[i % world] for counts in batch.sizes.values()]
+        assert told == [len(batch.query_ids), len(batch.document_ids)], "what the others are told of this rank"
+    joined = [torch.cat([getattr(batch, name) for batch in batches]) for name in TENSORS]
     return joined, sum(part.ledger for part in parts) % 2**64
 
 
@@ -333,8 +337,8 @@ def test_a_step_holds_the_same_however_it_is_cut(catalogue: Path, step: int, opt
     for world in (1, 2, 3, 4):
         for micro_batches in (1, 2):
             found, sum_of_ledgers = whole_step(catalogue, step, world, micro_batches, **options)
-            for field, a, b in zip(fields(Batch), wanted, found, strict=True):
-                assert torch.equal(a, b), f"{field.name} of {world} ranks with {micro_batches} micro-batches"
+            for name, a, b in zip(TENSORS, wanted, found, strict=True):
+                assert torch.equal(a, b), f"{name} of {world} ranks with {micro_batches} micro-batches"
             assert sum_of_ledgers == ledger
     other, other_ledger = whole_step(catalogue, step + 1, 1, 1, **options)
     assert not torch.equal(other[0], wanted[0]) and other_ledger != ledger
@@ -346,8 +350,8 @@ def test_steps_do_not_depend_on_the_read_ahead(catalogue: Path, ahead: dict[str,
         wanted = [loader.load(step).batches[0] for step in range(2, 7)]
     with open_loader(catalogue, **{f"data.{name}": value for name, value in ahead.items()}) as loader:
         for a, data in zip(wanted, loader.steps(2, 7), strict=True):
-            for field in fields(Batch):
-                assert torch.equal(getattr(a, field.name), getattr(data.batches[0], field.name)), field.name
+            for name in TENSORS:
+                assert torch.equal(getattr(a, name), getattr(data.batches[0], name)), name
 
 
 def test_paired_documents_show_their_querys_class(catalogue: Path) -> None:

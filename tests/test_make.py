@@ -171,7 +171,11 @@ def check_dense(tensor_parallel: int, sizes: list[int]) -> None:
 
 @pytest.mark.parametrize(
     ("world", "tensor_parallel", "sizes"),
-    [(2, 1, [5, 2]), *(pytest.param(*x, marks=FULL) for x in ((1, 1, [7]), (3, 1, [1, 4, 2]), (4, 2, [3, 4])))],
+    [
+        (2, 1, [5, 2]),
+        (2, 1, [0, 7]),
+        *(pytest.param(*x, marks=FULL) for x in ((1, 1, [7]), (3, 1, [1, 4, 2]), (4, 2, [3, 4]))),
+    ],
 )
 def test_equals_one_dense_process(world: int, tensor_parallel: int, sizes: list[int]) -> None:
     ranks(world).run(check_dense, tensor_parallel, sizes)

@@ -28,6 +28,27 @@ def test_torch_itself_is_left_alone() -> None:
     assert torch.ones(1).type() == "torch.FloatTensor" or torch.cuda.is_available()
 
 
+def test_the_proxy_follows_the_device_that_a_run_chooses() -> None:
+    from megatron.core.tensor_parallel import random
+
+    def proxied() -> set[bool]:
+        return {importlib.import_module(name).torch is not torch for name in megatron_cpu.PATCHED}
+
+    assert proxied() == {True}
+    reads, disabled = random._get_cuda_rng_state, torch._dynamo.config.disable
+    try:
+        megatron_cpu.use_cpu(False)
+        assert proxied() == {False} and random._get_cuda_rng_state.__module__ == random.__name__
+        with megatron_cpu.cuda_type_names():
+            assert torch.ones(1).type() == "torch.FloatTensor"
+        megatron_cpu.install()  # once is all: it must not decide again
+        assert proxied() == {False}
+    finally:
+        megatron_cpu.use_cpu(True)
+    assert proxied() == {True} and torch.equal(random._get_cuda_rng_state(), torch.get_rng_state())
+    assert random._get_cuda_rng_state is not reads and torch._dynamo.config.disable == disabled
+
+
 def test_megatron_core_is_the_version_that_was_read() -> None:
     from importlib.metadata import version
 

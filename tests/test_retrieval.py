@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from harness.coded import Coded
 from harness.errors import UserError
 from harness.metrics import slices, summarise
 from harness.retrieval import Embedded, RelevantRanks, relevant_ranks, top_k
@@ -226,7 +227,7 @@ def test_metrics_by_hand() -> None:
         "mrr": (1 + 1 / 2 + 1 / 4) / 3,
     }
     assert summarise(ranks, offsets, ks=(1, 3, 4)) == pytest.approx(expected, rel=1e-14)
-    groups = {"colour": np.array(["red", "blue", "red", "blue"]), "": np.array(["x", "y", "z", "x"])}
+    groups = {"colour": Coded.of_list(["red", "blue", "red", "blue"]), "": Coded.of_list(["x", "y", "z", "x"])}
     rows = slices(ranks, offsets, groups)
     assert [(row["slice"], row["value"], row["queries"], row["queries_without_relevant"]) for row in rows] == [
         ("colour", "blue", 2, 0),
@@ -239,7 +240,7 @@ def test_metrics_by_hand() -> None:
     assert rows[1]["ndcg_at_10"] == pytest.approx(ndcg[0]) and rows[1]["recall_at_1"] == 1.0
     assert math.isnan(rows[4]["mrr"])
     with pytest.raises(ValueError, match="colour has 1 values for 4 queries"):
-        slices(ranks, offsets, {"colour": np.array(["red"])})
+        slices(ranks, offsets, {"colour": Coded.of_list(["red"])})
 
 
 def test_metrics_at_the_edges() -> None:
@@ -250,7 +251,7 @@ def test_metrics_at_the_edges() -> None:
     for queries in (0, 2):
         none = summarise(np.empty(0, np.int64), np.zeros(queries + 1, np.int64))
         assert (none["queries"], none["queries_without_relevant"]) == (0, queries) and math.isnan(none["map"])
-    assert slices(np.empty(0, np.int64), np.zeros(1, np.int64), {"colour": np.empty(0, str)}) == []
+    assert slices(np.empty(0, np.int64), np.zeros(1, np.int64), {"colour": Coded.of_list([])}) == []
 
 
 def test_metrics_equal_a_plain_loop(single: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-# What `make` installs. The extras gpu and spark go on top, on machines that have what they need.
+# What `make` installs. The extras cu12, faiss-gpu and spark are for machines that have what they need.
 INSTALLED = [Requirement(line) for line in [*PROJECT["dependencies"], *EXTRAS["dev"], *EXTRAS["serve"]]]
 
 
@@ -46,6 +46,12 @@ def test_megatron_is_pinned_alike():
 def test_the_range_of_torch():
     assert requirement("torch").specifier == SpecifierSet(">=2.11,<2.14")
     assert f" torch=={pins()['torch']} " in (ROOT / "Makefile").read_text()
+
+
+def test_dali_comes_with_make_and_elsewhere_as_one_of_two_extras():
+    assert not [line for line in PROJECT["dependencies"] if "dali" in line]
+    (newer,), (older,) = EXTRAS["cu13"], EXTRAS["cu12"]
+    assert newer in EXTRAS["dev"] and older == newer.replace("cuda130", "cuda120") != newer
 
 
 def test_python_of_pyproject_and_makefile():

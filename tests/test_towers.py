@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.batch import Batch
+from models.batch import TENSORS, Batch
 from models.branch import BranchEnd
 from models.fusion import ConceptFusion
 from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
@@ -96,7 +96,7 @@ def global_batch(queries: int = 5, documents: int = 4) -> Batch:
 
 
 def part(batch: Batch, rank: int, size: int) -> Batch:
-    cut = {name: value.tensor_split(size)[rank] for name, value in vars(batch).items()}
+    cut = {name: getattr(batch, name).tensor_split(size)[rank] for name in TENSORS}
     return replace(batch, **cut)
 
 
@@ -116,7 +116,7 @@ def check_against_plain(name: str, tensor_parallel: int) -> None:
         towers = OclearTowers(config, MegatronBuilder(mesh.groups)).double()
         plain = OclearTowers(config, PlainBuilder()).double()
         plain.load_state_dict(merged_state_dict(towers, mesh.tp))
-        head = ClassParallelHead(HEAD, mesh.row_group, mesh.dp, dtype=torch.float64)
+        head = ClassParallelHead(HEAD, mesh.row_group, mesh.dp, dtype=torch.float64, copy_group=mesh.tp)
         rows = head.full_weight().clone().requires_grad_()
 
         whole = global_batch()

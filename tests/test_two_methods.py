@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from harness.data.queries import QueriesConfig
 from harness.data.queries import run as make_queries
 from harness.errors import UserError
 from harness.methods import METHODS, with_keywords
-from models.batch import Batch
+from models.batch import TENSORS, Batch
 from models.merge import merged_state_dict
 from tests.pool import ranks
 from tests.runs import UNUSED, trainer
@@ -122,7 +122,11 @@ def test_a_step_holds_the_same_however_it_is_cut(kind: str, catalogue: Path) -> 
                     assert loader.step_bytes == sum(x.numel() * x.itemsize for x in images)
                     ledgers = loader.ledgers(0, 3)
             batches = [parts[rank].batches[micro] for micro in range(micro_batches) for rank in range(world)]
-            names = [field.name for field in fields(Batch)]
+            names = TENSORS
+            for i, batch in enumerate(batches):
+                assert batch.sizes is not None
+                told = {side: counts[i % world] for side, counts in batch.sizes.items()}
+                assert told == {"query": len(batch.query_labels), "document": len(batch.document_labels)}
             found = Batch(**{name: torch.cat([getattr(batch, name) for batch in batches]) for name in names})
             wanted = wanted or found
             for name in names:

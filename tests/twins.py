@@ -66,7 +66,7 @@ def products(n: int, seed: int, masks: MaskConfig | None = None) -> Batch:
         masked_patches=masked[2],
         masked_titles=masked[3],
         other_tokens=others,
-    )
+    ).with_lengths(SPECIAL.pad)
 
 
 def documents_alone(folder: Path) -> Path:
@@ -95,7 +95,9 @@ def documents_alone(folder: Path) -> Path:
 
 def part(batch: Batch, sizes: list[int], rank: int) -> Batch:
     """The rows of one of the ranks, which have `sizes` of them."""
-    return replace(batch, **{name: value.split(sizes)[rank] for name, value in vars(batch).items()})
+    rows = [name for name in vars(batch) if name not in ("sizes", "origin") and len(getattr(batch, name))]
+    own = {name: getattr(batch, name).split(sizes)[rank] for name in rows}
+    return replace(batch, **own, sizes={"query": sizes, "document": sizes})
 
 
 def require_equal_gradients(towers: nn.Module, plain: nn.Module, mesh: Any) -> None:

@@ -85,22 +85,29 @@ def ranked(documents: Side, queries: AttributeQueries) -> dict[str, float]:
         order = np.argsort(-score(text), kind="stable")
         ranks.append(np.flatnonzero(labels[order] == query))
         offsets.append(offsets[-1] + len(ranks[-1]))
-        graded.append(queries.graded_ndcg(query, documents.ids[order].tolist()))
+        graded.append(queries.graded_ndcg(np.array([query]), documents.ids[order][None])[0])
     return {**summarise(np.concatenate(ranks), np.array(offsets)), GRADED: float(np.mean(graded))}
 
 
 def nearest(learned: Side, asked: Side, category: str) -> dict[str, float]:
     """Scores of the category that the nearest titles of `learned` have, each counting by its BM25; those of documents in `asked` do not teach."""
-    known = learned.select(~np.isin(learned.ids, asked.ids) & np.array([bool(v) for v in learned.columns[category]]))
+    known = learned.select(~np.isin(learned.ids, asked.ids) & learned.columns[category].filled())
+    values = known.columns[category].tolist()
     said, truth, score = [], [], scorer(known)
-    for title, value in zip(asked.columns["title"], asked.columns[category], strict=True):
+    for title, value in zip(titles(asked), asked.columns[category].tolist(), strict=True):
         if value:
-            found, votes = score(title or ""), Counter[str]()
+            found, votes = score(title), Counter[str]()
             for row in np.argsort(-found, kind="stable")[:NEIGHBOURS]:
-                votes[known.columns[category][row]] += found[row]
+                votes[values[row]] += found[row]
             said.append(votes.most_common(1)[0][0])
             truth.append(value)
     return {"asked": float(len(truth)), **scores(np.array(truth), np.array(said), "knn_")}
+
+
+def titles(side: Side) -> list[str]:
+    """The titles of a side, as it reads them."""
+    plain = [title or "" for title in side.columns["title"].tolist()]
+    return plain if side.retitle is None else [side.retitle(title) for title in plain]
 
 
 def scorer(documents: Side) -> Callable[[str], np.ndarray]:
@@ -108,7 +115,7 @@ def scorer(documents: Side) -> Callable[[str], np.ndarray]:
     import bm25s  # here: it is no dependency of a run
 
     engine = bm25s.BM25()
-    engine.index([words_of(title or "") for title in documents.columns["title"]], show_progress=False)
+    engine.index([words_of(title) for title in titles(documents)], show_progress=False)
     nothing = np.zeros(len(documents.ids))
 
     def score(text: str) -> np.ndarray:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from harness.bench.photos import photo
 from harness.bench.report import bench_main, command_line, make_report, print_report
 from harness.data.pipeline import ImagePipeline
 from harness.data.preprocess import Parameters, PreprocessSpec, draw_parameters
@@ -23,7 +24,6 @@ from harness.errors import UserError
 MODULE = "harness.bench.decode"
 EXAMPLE = f"python -m {MODULE} --images 256 --threads 2 --json decode.json"
 BATCH = 64
-SHAPES = ((1.0, 1.0), (1.0, 0.75), (0.75, 1.0))  # width and height as shares of the long side, in turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,25 +94,6 @@ def run(config: DecodeConfig) -> dict[str, Any]:
     report = make_report("decode", command_line(MODULE, config), headline, rows)
     print_report(report)
     return report
-
-
-def photo(long_side: int, number: int) -> bytes:
-    """The `number`-th made-up photo as JPEG; a pure function of both arguments.
-
-    Random waves, mostly of brightness, whose amplitude falls with frequency somewhat faster than in the average natural
-    image (Field 1987, doi:10.1364/JOSAA.4.002379), as in the smoother photos of products: a decoder's work depends on
-    the detail that survives compression, here about 1.8 bits a pixel of a file of 800 pixels.
-    """
-    width, height = (max(1, round(share * long_side)) for share in SHAPES[number % len(SHAPES)])
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    frequency[0, 0] = np.inf
-    draws = np.random.default_rng(number).standard_normal((2, 3, *frequency.shape), dtype=np.float32)
-    waves = np.fft.irfft2((draws[0] + 1j * draws[1]) / frequency.astype(np.float32) ** 1.4, s=(height, width))
-    pixels = waves[0] + 0.3 * np.stack([waves[1], np.zeros_like(waves[1]), waves[2]])
-    pixels = 128 + 50 * pixels / (pixels.std() or 1)
-    file = io.BytesIO()
-    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8).transpose(1, 2, 0)).save(file, "JPEG", quality=85)
-    return file.getvalue()
 
 
 def _images_per_second(pipeline: ImagePipeline | ReferencePipeline, photos: list[bytes], params: Parameters) -> float:

@@ -204,6 +204,7 @@ class InsightFace(Dense):
 SIDES: dict[str, Callable[[Setting, torch.device], Side]] = {
     "ours": Ours,
     "ours_8bit": partial(Ours, optimizer={"state": "8bit"}),
+    "ours_bf16": partial(Ours, head={"row_dtype": "bf16"}),
     "ours_bf16_8bit": partial(Ours, head={"row_dtype": "bf16"}, optimizer={"state": "8bit", "bf16_rows": "stochastic"}),
     "partial_fc": partial(Dense, foreach=False, fused=False),
     "partial_fc_foreach": partial(Dense, foreach=True, fused=False),

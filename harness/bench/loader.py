@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from harness.bench.decode import photo
+from harness.bench.photos import photo
 from harness.bench.report import bench_main, command_line, make_report, print_report
 from harness.data.catalogue import Catalogue
 from harness.data.ingest import IngestConfig

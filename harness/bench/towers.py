@@ -14,18 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.bench.gpu import matrix_rate
 from harness.bench.report import bench_main, command_line, make_report, print_report
 from harness.errors import UserError
 from harness.flops import peak_flops
 from harness.flops import text as text_flops
 from harness.flops import vision as vision_flops
 from harness.mesh import Mesh, MeshConfig
+from harness.methods import builder
 from models.merge import load_merged
 from models.plain.transformer import PlainBuilder
 from models.presets import PRESETS, TEXT, VISION
 from models.shape import TransformerBuilder
 from models.text import TextConfig, TextTower
-from models.transformer import MegatronBuilder
 from models.vision import VisionConfig, VisionTower
 from models.weights.convert import export_tower, save_tensors
 
@@ -33,7 +34,7 @@ MODULE = "harness.bench.towers"
 EXAMPLE = f"python -m {MODULE} --model vit_s16,bert_small --json towers.json"
 # Beginning of a preset's name -> the layout of models.weights that transformers reads it in.
 LAYOUTS = {
-    "vision": {"vit_": "vit", "dinov2_": "dinov2", "siglip_": "siglip_vision_model"},
+    "vision": {"vit_": "vit", "dinov2_": "dinov2", "siglip_": "siglip_vision_model", "siglip2_": "siglip_vision_model"},
     "text": {"bert_": "bert", "roberta_": "roberta", "xlm_roberta_": "xlm-roberta"},
 }
 HEADLINE = {"vit_s16": "vit_s"}  # names of the headline where they are not the preset's
@@ -43,7 +44,7 @@ AGREE = 1e-4  # largest difference of outputs in fp32, relative to their largest
 
 @dataclass(frozen=True, kw_only=True)
 class TowersConfig:
-    """Times forward and backward of one tower at a time; the sides take turns within a round. Ours is megatron-core's at tensor parallel 1.
+    """Times forward and backward of one tower at a time; the sides take turns within a round. Ours is what a run trains at tensor parallel 1.
 
     All have the same random weights, no dropout, and torch's scaled_dot_product_attention; before anything is timed their outputs must
     agree in fp32. The loss is a weighted sum of all token vectors. Texts have no padding.
@@ -54,6 +55,7 @@ class TowersConfig:
         batch: images or texts; 0: 8 images, 16 texts.
         tokens: length of a text.
         dtype: fp32 or bf16.
+        compile: of ours, as mesh.compile: auto, always or never. The others are never compiled.
         pairs: rounds that count, after one that does not.
     """
 
@@ -61,6 +63,7 @@ class TowersConfig:
     batch: int = 0
     tokens: int = 64
     dtype: str = "fp32"
+    compile: str = "auto"
     pairs: int = 21
 
     def __post_init__(self) -> None:
@@ -90,8 +93,7 @@ def run(config: TowersConfig) -> dict[str, Any]:
     `X_images_per_s` or `X_tokens_per_s`, ours; `matrix_tflops`, the rate of one large matrix product in the same dtype; `X_of_matrix_rate`, our model
     FLOPs by that; on a GPU of harness/flops.py's table `X_model_flops_utilisation`, by the data sheet's peak.
     """
-    mesh = Mesh(MeshConfig())
-    try:
+    with Mesh(MeshConfig(compile=config.compile)) as mesh:
         dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
         ceiling = matrix_rate(mesh.device, dtype)
         headline, rows = {"matrix_tflops": ceiling / 1e12}, []
@@ -112,8 +114,6 @@ def run(config: TowersConfig) -> dict[str, Any]:
             if peak := peak_flops(mesh.device, config.dtype):
                 headline[f"{key}_model_flops_utilisation"] = sides.flops / own / peak
             rows += [_row(name, side, sides, statistics.median(seconds[side]), ceiling) for side in SIDES]
-    finally:
-        mesh.close()
     report = make_report("towers", command_line(MODULE, config), headline, rows)
     print_report(report)
     return report
@@ -121,7 +121,7 @@ def run(config: TowersConfig) -> dict[str, Any]:
 
 def make_sides(name: str, config: TowersConfig, mesh: Mesh) -> Sides:
     """The three modules of the preset `name`, in fp32 with the same random weights, and their inputs."""
-    kind, layout = _layout(name)
+    kind, _ = _layout(name)
     preset = PRESETS[kind][name]
     torch.manual_seed(0)
     tower: VisionConfig | TextConfig
@@ -135,14 +135,21 @@ def make_sides(name: str, config: TowersConfig, mesh: Mesh) -> Sides:
         batch = config.batch or 16
         inputs = torch.randint(5, tower.vocab_size, (batch, config.tokens))
         items, unit, flops = batch * config.tokens, "tokens", batch * text_flops(tower, config.tokens).total
-    plain = _tower(tower, PlainBuilder())
-    ours = _tower(tower, MegatronBuilder(mesh.groups))
-    load_merged(ours, plain.state_dict(), mesh.tp)
-    theirs = _transformers(tower, {f"{kind}.{k}": v for k, v in plain.state_dict().items()}, layout)
-    modules = {side: module.eval().to(mesh.device) for side, module in zip(SIDES, (ours, theirs, plain), strict=True)}
-    return Sides(
-        {side: _Tokens(module) for side, module in modules.items()}, inputs.to(mesh.device), items, unit, flops
-    )
+    state = _tower(tower, PlainBuilder()).state_dict()
+    modules = {side: build_side(side, name, tower, state, mesh).eval().to(mesh.device) for side in SIDES}
+    return Sides(modules, inputs.to(mesh.device), items, unit, flops)
+
+
+def build_side(
+    side: str, name: str, config: VisionConfig | TextConfig, state: dict[str, Tensor], mesh: Mesh
+) -> nn.Module:
+    """One of SIDES of the preset `name`, with the weights `state` of its plain twin: inputs -> token vectors [b, s, h]; on the CPU."""
+    kind, layout = _layout(name)
+    if side == "transformers":
+        return _Tokens(_transformers(config, {f"{kind}.{key}": value for key, value in state.items()}, layout))
+    tower = _tower(config, builder(mesh) if side == "ours" else PlainBuilder())
+    load_merged(tower, state, mesh.tp)
+    return _Tokens(tower)
 
 
 def require_agreement(name: str, sides: Sides) -> None:
@@ -175,21 +182,6 @@ def measure(sides: Sides, dtype: torch.dtype, pairs: int, mesh: Mesh) -> dict[st
             if number:
                 seconds[side].append(time.perf_counter() - start)
     return seconds
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product, the best of several: what a kernel of this machine can reach."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(8):
-        start = time.perf_counter()
-        c = a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    del c
-    return 2 * n**3 / best
 
 
 class _Tokens(nn.Module):

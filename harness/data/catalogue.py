@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,6 +36,15 @@ def shard_name(shard: int) -> str:
 def nearest_first(name: str, names: Iterable[str]) -> list[str]:
     """`names` with those most like `name` first, for an error message."""
     return sorted(names, key=lambda other: -difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio())
+
+
+def _which(kind: str | None, split: str | None) -> pc.Expression:
+    rows = pc.scalar(True)
+    if kind is not None:
+        rows &= pc.field("kind") == kind
+    if split is not None:
+        rows &= pc.field("split").isin([split, ALL_SPLITS])
+    return rows
 
 
 class CorruptSample(Exception):
@@ -122,29 +131,36 @@ class Catalogue:
         Raises:
             UserError: an unknown column.
         """
-        return self._samples.to_table(**self._selection(columns, kind, split))
+        return self._samples.to_table(columns=self._names_of(columns), filter=_which(kind, split))
 
     def batches(
-        self, columns: list[str] | None = None, kind: str | None = None, split: str | None = None
+        self,
+        columns: list[str] | None = None,
+        kind: str | None = None,
+        split: str | None = None,
+        between: tuple[int, int] | None = None,
     ) -> Iterator[pa.RecordBatch]:
-        """The rows of `table` piece by piece, for what must not grow with the catalogue."""
-        selection = self._selection(columns, kind, split)
-        return self._samples.to_batches(**selection, batch_readahead=2, fragment_readahead=1)
+        """The rows of `table` piece by piece, for what must not grow with the catalogue; `between`: with ids from the first to the last alone."""
+        rows = _which(kind, split)
+        if between is not None:
+            rows &= (pc.field("sample_id") >= int(between[0])) & (pc.field("sample_id") <= int(between[1]))
+        return self._samples.to_batches(
+            columns=self._names_of(columns), filter=rows, batch_readahead=2, fragment_readahead=1
+        )
 
-    def _selection(self, columns: list[str] | None, kind: str | None, split: str | None) -> dict[str, Any]:
+    def rows(self, sample_ids: Sequence[int], columns: list[str] | None = None) -> list[dict[str, Any]]:
+        """The rows of a few samples in the order of their ids; only their neighbours are read besides."""
+        wanted = pc.field("sample_id").isin(pa.array(sample_ids, pa.int64()))
+        return self._samples.to_table(columns=self._names_of(columns), filter=wanted).to_pylist()
+
+    def _names_of(self, columns: list[str] | None) -> list[str]:
         known = self._samples.schema.names
         for name in columns or ():
             if name not in known:
                 raise UserError(
                     f"catalogue {self.path} has no column {name!r}", f"It has {', '.join(nearest_first(name, known))}"
                 )
-        names = [name for name in (known if columns is None else columns) if name != "sample_id"]
-        rows = pc.scalar(True)
-        if kind is not None:
-            rows &= pc.field("kind") == kind
-        if split is not None:
-            rows &= pc.field("split").isin([split, ALL_SPLITS])
-        return {"columns": ["sample_id", *names], "filter": rows}
+        return ["sample_id", *(name for name in (known if columns is None else columns) if name != "sample_id")]
 
     def read_bytes(self, sample_id: int) -> bytes:
         """The image file of a sample as it was ingested, its length and checksum verified.

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -122,10 +122,9 @@ class TextTokens(NamedTuple):
     queries_squared: int = 0
 
     @classmethod
-    def of(cls, documents: torch.Tensor, queries: torch.Tensor, pad: int) -> TextTokens:
-        """Of int64 [n, L] with padding."""
-        lengths = [(tokens != pad).sum(1) for tokens in (documents, queries)]
-        return cls(*(int((length**power).sum()) for length in lengths for power in (1, 2)))
+    def of(cls, documents: torch.Tensor, queries: torch.Tensor) -> TextTokens:
+        """Of the texts' lengths, int64 [n]."""
+        return cls(*(int((length**power).sum()) for length in (documents, queries) for power in (1, 2)))
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,8 @@ def open_pipeline(spec: PreprocessSpec, backend: str, batch_size: int, threads: 
         from harness.data.pipeline import ImagePipeline  # here, so that `reference` runs where DALI has no wheel
     except ImportError as error:
         raise UserError(
-            f"DALI does not import ({error})", "Install nvidia-dali, or choose the backend 'reference'"
+            f"DALI does not import ({error})",
+            "Install shelfmark[cu13] or shelfmark[cu12], as the GPUs' driver has it, or choose the backend 'reference'",
         ) from error
     mixed = device.type == "cuda" and backend == "dali"
     return ImagePipeline(spec, batch_size, threads, "mixed" if mixed else "cpu", device.index or 0)
@@ -383,7 +383,7 @@ class StepLoader:
         """All of a step but what other ranks read of it."""
         batches, pixels, total, bad = [], [], 0, []
         read, seconds, texts = 0, 0.0, TextTokens()
-        for queries, documents, q, d, request in planned:
+        for micro, (queries, documents, q, d, request) in enumerate(planned):
             started = time.perf_counter()
             own = self.images.decode(request)
             seconds += time.perf_counter() - started
@@ -398,11 +398,13 @@ class StepLoader:
                 document_labels=torch.from_numpy(d.class_ids),
                 document_weights=torch.empty(0),
                 document_ids=torch.from_numpy(d.sample_ids),
+                sizes=self._sizes(micro),
             )
-            batch = replace(batch, **self._texts(d), **self._masks(d, batch.document_tokens))
+            more: dict[str, Any] = {**self._texts(d), **self._masks(d, batch.document_tokens)}
+            batch = replace(batch, **more).with_lengths(self.tokens.special.pad)
             batches.append(batch)
             pixels.append(own)
-            found = TextTokens.of(batch.document_tokens, batch.query_tokens, self.tokens.special.pad)
+            found = TextTokens.of(batch.document_lengths, batch.query_lengths)
             texts = TextTokens(*map(sum, zip(texts, found, strict=True)))
             total += _ledger(queries, q.sample_ids, documents, d.sample_ids)
             read += len(request.ids)
@@ -422,10 +424,20 @@ class StepLoader:
         for batch, own in zip(decoded.data.batches, decoded.pixels, strict=True):
             n = len(batch.query_ids) if self.products is None else 0
             images, ok = self.images.gather(own, n + len(batch.document_ids))
-            weights = {"query_weights": ok[:n].float()} if self.products is None else {}
-            pictures = {"query_images": images[:n], "document_images": images[n:]}
-            batches.append(replace(batch, **pictures, **weights, document_weights=ok[n:].float()))
+            read: dict[str, Any] = {"query_images": images[:n], "document_images": images[n:]}
+            if self.products is None:
+                read["query_weights"] = ok[:n].float()
+            batches.append(replace(batch, **read, document_weights=ok[n:].float()))
         return replace(decoded.data, batches=batches)
+
+    def _sizes(self, micro: int) -> dict[str, list[int]]:
+        """What every rank brings to a micro-batch."""
+        places = range(micro * self.world_size, (micro + 1) * self.world_size)
+        texts = self.products is not None  # a query for each document
+        queries = self.documents_per_step if texts else self.queries_per_step
+        per_step = {"query": queries, "document": self.documents_per_step}
+        pieces = self.world_size * self.config.micro_batches
+        return {side: [len(share(size, pieces, place)) for place in places] for side, size in per_step.items()}
 
     def ledgers(self, first: int, end: int) -> list[int]:
         """The ledger of each of the steps first .. end - 1 over all ranks, from the order alone: no sample is read."""

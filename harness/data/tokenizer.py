@@ -78,9 +78,13 @@ class Tokenizer:
         model: the bytes of its file.
         special: the special tokens; by default those of a model that `run` trained.
         kind: what the file is.
+        checksum: of the file, in what `load` read; token ids mean the same only under the same.
     """
 
-    def __init__(self, model: bytes, special: SpecialTokens | None = None, kind: Kind = "sentencepiece") -> None:
+    def __init__(
+        self, model: bytes, special: SpecialTokens | None = None, kind: Kind = "sentencepiece", checksum: str = ""
+    ) -> None:
+        self.checksum = checksum
         self._pieces = open_pieces(kind, model)
         self.special = special or _own_special(self._pieces.vocab_size)
         self._never = set(self.special.ids) - {self.special.unk} | {self.special.pad, self.special.eos}
@@ -103,7 +107,7 @@ class Tokenizer:
             raise UserError(
                 f"{folder}/{_model_name(meta)} differs from its checksum", "Run `shelfmark tokenizer` again"
             )
-        return cls(model, SpecialTokens.from_meta(meta), _kind(meta))
+        return cls(model, SpecialTokens.from_meta(meta), _kind(meta), meta["xxh3"])
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens; what stands for one in the text is ordinary text."""
@@ -125,10 +129,13 @@ class TokenStore:
         tokens: int32 flat token ids of each field.
         offsets: int64 [num_samples + 1] of each field.
         special: the special tokens that `batch` puts in.
+        checksum: of the tokenizer that made stored ones.
     """
 
-    def __init__(self, tokens: dict[str, np.ndarray], offsets: dict[str, np.ndarray], special: SpecialTokens) -> None:
-        self._tokens, self._offsets, self.special = tokens, offsets, special
+    def __init__(
+        self, tokens: dict[str, np.ndarray], offsets: dict[str, np.ndarray], special: SpecialTokens, checksum: str = ""
+    ) -> None:
+        self._tokens, self._offsets, self.special, self.checksum = tokens, offsets, special, checksum
 
     @classmethod
     def open(cls, catalogue: Path) -> TokenStore:
@@ -146,7 +153,7 @@ class TokenStore:
                 raise UserError(
                     f"the {field} tokens in {folder} do not fit the catalogue", "Run `shelfmark tokenizer` again"
                 )
-        return cls(tokens, offsets, SpecialTokens.from_meta(meta))
+        return cls(tokens, offsets, SpecialTokens.from_meta(meta), meta["xxh3"])
 
     @classmethod
     def encode(cls, tokenizer: Tokenizer, texts: dict[str, list[str]]) -> TokenStore:

@@ -20,9 +20,10 @@ from torch.distributed import ProcessGroup
 
 from kernels import cosine_lse as twin
 from kernels.cosine_lse import NO_TARGET, TILE
-from models.comm import gather_shards, own_slice, shard_sizes
+from models.comm import gather_shards, own_slice, scatter_sum, shard_sizes
 from models.heads.margin import Margin, margin_cosine, scaled_margin
 from models.heads.sampling import ID_BLOCK, sampled_classes
+from models.transfer import send
 
 IGNORED = -1
 ROW_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -103,6 +104,10 @@ class ClassParallelHead(nn.Module):
         data_group: ranks that bring different samples.
         device: where the rows live.
         dtype: type of the rows, where it is not to be the configuration's (float64 for tests).
+        copy_group: ranks that bring the same samples, tensor-parallel ones; None: there are none.
+
+    Raises:
+        ValueError: the row group is not made of the two others.
     """
 
     def __init__(
@@ -112,9 +117,16 @@ class ClassParallelHead(nn.Module):
         data_group: ProcessGroup,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        copy_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.config, self.row_group, self.data_group = config, row_group, data_group
+        copies = 1 if copy_group is None else copy_group.size()
+        self.copy_group = copy_group if copies > 1 else None
+        if data_group.size() * copies != row_group.size():
+            raise ValueError(
+                f"{row_group.size()} ranks share the rows, but {data_group.size()} x {copies} bring samples"
+            )
         self.start, self.stop = class_range(config.num_classes, row_group.rank(), row_group.size())
         self.rows = self._initial_rows(torch.device(device), dtype or ROW_DTYPES[config.row_dtype])
         # Without sampling every step has the same active rows: one list for all of them.
@@ -127,7 +139,7 @@ class ClassParallelHead(nn.Module):
         if not len(rows):
             return rows
         for block in range(self.start // ID_BLOCK, -(-self.stop // ID_BLOCK)):
-            generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + block)
+            generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + block) % 2**64)
             drawn = self.config.init_std * torch.randn(ID_BLOCK, self.config.embedding_dim, generator=generator)
             first, last = max(self.start, block * ID_BLOCK), min(self.stop, (block + 1) * ID_BLOCK)
             rows[first - self.start : last - self.start] = drawn[first - block * ID_BLOCK : last - block * ID_BLOCK].to(
@@ -136,15 +148,23 @@ class ClassParallelHead(nn.Module):
         return rows
 
     def begin_step(
-        self, labels: Tensor, weights: Tensor | None = None, step: int = 0, margin_part: float = 1.0
+        self,
+        labels: Tensor,
+        weights: Tensor | None = None,
+        step: int = 0,
+        margin_part: float = 1.0,
+        sizes: list[int] | None = None,
     ) -> Tensor:
         """Fixes the active rows and the global weight from the whole step's samples of this rank; the micro-batches' calls follow.
 
+        Waits for the device once where classes are sampled (how many rows are active), without `sizes`, and for labels that are there already.
+
         Args:
-            labels: int64 [n], class ids of all micro-batches of this rank; IGNORED (-1) counts nothing.
+            labels: int64 [n], class ids of all micro-batches of this rank, best on the host; IGNORED (-1) counts nothing.
             weights: [n], default 1.
             step: global step; keys the sampling of negatives.
             margin_part: share of the margin in [0, 1], for its warm-up.
+            sizes: n of every rank of the data group, where the caller knows them.
 
         Returns:
             int64 [a]: the active local rows, ascending.
@@ -152,28 +172,31 @@ class ClassParallelHead(nn.Module):
         Raises:
             ValueError: a label outside [-1, num_classes).
         """
-        weights = self._weights(labels, weights)
         if len(labels) and not bool(((labels >= IGNORED) & (labels < self.config.num_classes)).all()):
             raise ValueError(f"labels must lie in [-1, {self.config.num_classes}), got {labels.min()}..{labels.max()}")
-        total = weights.sum()
+        labels = send(labels, self.rows.device)
+        total = self._weights(labels, None if weights is None else send(weights, labels.device)).sum()
         dist.all_reduce(total, group=self.data_group)
-        everyone = gather_shards(labels, self.data_group)
-        mine = everyone[(everyone >= self.start) & (everyone < self.stop)]
         if self.config.sample_rate < 1.0:
-            drawn = sampled_classes(
-                self.start, self.stop, self.config.sample_rate, self.config.seed, step, labels.device
-            )
-            chosen = torch.zeros(self.stop - self.start, dtype=torch.bool, device=labels.device)
-            chosen[drawn - self.start] = True
-            chosen[mine - self.start] = True
-            active = chosen.nonzero()[:, 0]
+            everyone = gather_shards(labels, self.data_group, sizes)
+            active = self._sampled_rows(everyone, step)
         else:
             active = self._every_row
         self._step = _Step(active, total, scaled_margin(self.config.margin, margin_part))
         return active
 
+    def _sampled_rows(self, labels: Tensor, step: int) -> Tensor:
+        """Local rows int64 [a], ascending, of the classes that are drawn and of all ranks' `labels`."""
+        drawn = sampled_classes(self.start, self.stop, self.config.sample_rate, self.config.seed, step, labels.device)
+        classes = torch.cat([drawn, labels])
+        mine = (classes >= self.start) & (classes < self.stop)
+        # What is not mine goes to one row more than there are: a selection would wait to know how many are.
+        chosen = torch.zeros(len(self.rows) + 1, dtype=torch.bool, device=labels.device)
+        chosen.index_fill_(0, torch.where(mine, classes - self.start, len(self.rows)), True)
+        return chosen[:-1].nonzero()[:, 0]
+
     def forward(
-        self, embeddings: Tensor, labels: Tensor, weights: Tensor | None = None
+        self, embeddings: Tensor, labels: Tensor, weights: Tensor | None = None, sizes: list[int] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one micro-batch of local samples.
 
@@ -181,6 +204,7 @@ class ClassParallelHead(nn.Module):
             embeddings: [n, d], any length, any n per rank (also 0); tensor-parallel ranks pass the same.
             labels: int64 [n], class ids, IGNORED (-1) to leave a sample out.
             weights: [n], default 1.
+            sizes: n of every rank of the data group, where the caller knows them; else the device is waited for.
 
         Returns:
             (loss: the micro-batch's part sum(w l) / W of the step's loss, the same on every rank; metrics positive_cosine and accuracy as
@@ -188,11 +212,13 @@ class ClassParallelHead(nn.Module):
             rows' gradients wait in `row_grad`.
         """
         if self._step is None:
-            self.begin_step(labels, weights)
+            self.begin_step(labels, weights, sizes=sizes)
         assert self._step is not None
+        sizes = sizes or shard_sizes(len(labels), self.data_group, labels.device)
         unit = F.normalize(embeddings.to(self._accumulate), dim=-1)
         weights = self._weights(labels, weights)
-        loss, cosine, right = _MarginSoftmax.apply(unit, labels, weights, self, self._step)
+        everyone = self._everyone(unit.detach(), embeddings.detach(), sizes)
+        loss, cosine, right = _MarginSoftmax.apply(unit, everyone, labels, weights, self, self._step, sizes)
         total = weights.sum()
         metrics = {"positive_cosine": cosine @ weights, "accuracy": right @ weights}
         return loss, {name: torch.stack([value, total]) for name, value in metrics.items()}
@@ -223,6 +249,12 @@ class ClassParallelHead(nn.Module):
             )
         self.rows.copy_(weight[self.start : self.stop])
 
+    def _everyone(self, unit: Tensor, embeddings: Tensor, sizes: list[int]) -> Tensor:
+        """`unit` of all ranks: where the embeddings are of a narrower type, they are what travels, and are normalised again."""
+        if self.data_group.size() == 1 or embeddings.dtype.itemsize >= unit.dtype.itemsize:
+            return gather_shards(unit, self.data_group, sizes)
+        return F.normalize(gather_shards(embeddings, self.data_group, sizes).to(unit.dtype), dim=-1)
+
     @property
     def _accumulate(self) -> torch.dtype:
         return torch.promote_types(self.rows.dtype, torch.float32)
@@ -239,11 +271,16 @@ class _MarginSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, unit: Tensor, labels: Tensor, weights: Tensor, head: ClassParallelHead, step: _Step
+        ctx: Any,
+        unit: Tensor,
+        everyone: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        head: ClassParallelHead,
+        step: _Step,
+        sizes: list[int],
     ) -> tuple[Tensor, Tensor, Tensor]:
         config = head.config
-        sizes = shard_sizes(len(unit), head.data_group, unit.device)
-        everyone = gather_shards(unit.detach(), head.data_group, sizes)
         label = gather_shards(labels, head.data_group, sizes)
         weight = gather_shards(weights, head.data_group, sizes) / step.weight.clamp_min(torch.finfo(weights.dtype).tiny)
 
@@ -266,7 +303,7 @@ class _MarginSoftmax(torch.autograd.Function):
         return loss, own_cosine, own_right
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         everyone, target, lse, weight, slope, logit = ctx.saved_tensors
         head: ClassParallelHead = ctx.head
         config = head.config
@@ -284,8 +321,10 @@ class _MarginSoftmax(torch.autograd.Function):
             config.tile,
         )
         ctx.step.grad = grad_rows if ctx.step.grad is None else ctx.step.grad.add_(grad_rows)
-        dist.all_reduce(grad, group=head.row_group)
-        return grad[own_slice(ctx.sizes, head.data_group.rank())], None, None, None, None
+        grad = scatter_sum(grad, head.data_group, ctx.sizes)
+        if head.copy_group is not None:
+            dist.all_reduce(grad, group=head.copy_group)
+        return grad, None, None, None, None, None, None
 
 
 def _kernel(rows: Tensor) -> Any:

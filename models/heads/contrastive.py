@@ -59,6 +59,7 @@ def contrastive_loss(
     document_bank: MemoryBank | None = None,
     query_bank: MemoryBank | None = None,
     related: Related = same_product,
+    sizes: list[int] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss over the pairs of all ranks; row i of queries and documents is a pair. Collective: what is given on one rank is given on all.
 
@@ -75,6 +76,7 @@ def contrastive_loss(
         negatives: hard negatives of the pairs, ([n, k, d], their labels int64 [n, k, ...]).
         document_bank, query_bank: embeddings of earlier steps, the same on every rank; push this step's afterwards.
         related: (query labels [a, ...], document labels [b, ...]) -> bool [a, b], which documents are no negatives of which queries.
+        sizes: n of every rank of `group`, where the caller knows them; else the device is waited for.
 
     Returns:
         (loss, the same on every rank; metrics positive_cosine and accuracy, query to documents, as local [weighted sum, weight], which add up
@@ -82,7 +84,7 @@ def contrastive_loss(
     """
     kind = torch.promote_types(queries.dtype, torch.float32)
     weights = torch.ones(len(labels), device=labels.device, dtype=kind) if weights is None else weights.to(kind)
-    sizes = shard_sizes(len(labels), group, labels.device)
+    sizes = sizes or shard_sizes(len(labels), group, labels.device)
     mine = own_slice(sizes, group.rank())
 
     def everyone(x: Tensor, labels: Tensor, per_pair: int = 1) -> _Candidates:
@@ -99,10 +101,8 @@ def contrastive_loss(
         against_documents.append(everyone(hard.flatten(0, 1), hard_labels.flatten(0, 1), hard.shape[1]))
     for bank, candidates in ((document_bank, against_documents), (query_bank, against_queries)):
         if bank is not None:
-            unit, known = bank.filled()
-            candidates.append(
-                _Candidates(unit.to(kind), known, torch.ones(len(unit), dtype=torch.bool, device=unit.device))
-            )
+            unit, known, counts = bank.filled()
+            candidates.append(_Candidates(unit.to(kind), known, counts))
 
     # Each rank computes the terms of its own pairs; the gather's backward adds up what all ranks found for an embedding.
     scale = 1 / config.temperature if log_scale is None else log_scale.to(kind).exp()

@@ -22,6 +22,7 @@ class MemoryBank(nn.Module):
         label_shape: shape of one label; () is a product or class id.
         device: where it lives.
         dtype: type of the embeddings.
+        after: embeddings that are pushed before any of them counts.
     """
 
     embeddings: Tensor  # [size, embedding_dim]
@@ -35,19 +36,33 @@ class MemoryBank(nn.Module):
         label_shape: tuple[int, ...] = (),
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        after: int = 0,
     ) -> None:
         super().__init__()
+        self.after = after
+        # No less than `pushed`, but known on the host; None: to be read from there.
+        self._most: int | None = None
+        self.register_load_state_dict_post_hook(MemoryBank._forget)
         self.register_buffer("embeddings", torch.zeros(size, embedding_dim, device=device, dtype=dtype))
         self.register_buffer("labels", torch.full((size, *label_shape), -1, device=device))
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64, device=device))
 
-    def filled(self) -> tuple[Tensor, Tensor]:
-        """(unit embeddings [m, embedding_dim], labels [m, *label_shape]), m <= size; views, in the ring's order."""
-        m = min(int(self.pushed), len(self.labels))
-        return self.embeddings[:m], self.labels[:m]
+    def filled(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(unit embeddings [m, embedding_dim], labels [m, *label_shape], which of them count bool [m]), m <= size; in the ring's order."""
+        most = self._pushed_at_most()
+        m = 0 if most < self.after else min(most, len(self.labels))
+        counts = (torch.arange(m, device=self.pushed.device) < self.pushed) & (self.pushed >= self.after)
+        return self.embeddings[:m], self.labels[:m], counts
 
     @torch.no_grad()
-    def push(self, embeddings: Tensor, labels: Tensor, group: ProcessGroup, weights: Tensor | None = None) -> None:
+    def push(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        group: ProcessGroup,
+        weights: Tensor | None = None,
+        sizes: list[int] | None = None,
+    ) -> None:
         """Takes in the samples of all ranks in rank order; collective.
 
         Where a step has several micro-batches, push one after the other: rank order within a micro-batch is the order of the step's positions.
@@ -57,15 +72,27 @@ class MemoryBank(nn.Module):
             labels: int64 [n, *label_shape].
             group: ranks that bring different samples.
             weights: [n], default 1; samples of weight 0 are left out.
+            sizes: n of every rank of `group`, where the caller knows them; else the device is waited for.
         """
-        sizes = shard_sizes(len(labels), group, labels.device)
+        sizes = sizes or shard_sizes(len(labels), group, labels.device)
+        most, size, n = self._pushed_at_most(), len(self.labels), sum(sizes)
         unit = F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
         unit, known = gather_shards(unit, group, sizes), gather_shards(labels, group, sizes)
-        if weights is not None:
-            counts = gather_shards(weights, group, sizes) > 0
-            unit, known = unit[counts], known[counts]
-        self.pushed += len(unit)
-        newest = min(len(unit), len(self.labels))
-        places = (self.pushed - newest + torch.arange(newest, device=labels.device)) % len(self.labels)
-        self.embeddings[places] = unit[len(unit) - newest :].to(self.embeddings.dtype)
-        self.labels[places] = known[len(known) - newest :]
+        counts = torch.ones(n, device=labels.device) if weights is None else gather_shards(weights, group, sizes)
+        # How many count is known to the device alone: as many places are written as all samples would need, the last of them as they were.
+        kept, total = (counts > 0).int().argsort(descending=True, stable=True), (counts > 0).sum()
+        newest = (total - size).clamp_min(0) + torch.arange(min(n, size), device=labels.device)
+        source, places, counted = kept[newest], (self.pushed + newest) % size, newest < total
+        for ring, new in ((self.embeddings, unit), (self.labels, known)):
+            where = counted.view(-1, *[1] * (ring.dim() - 1))
+            ring[places] = torch.where(where, new[source].to(ring.dtype), ring[places])
+        self.pushed += total
+        self._most = most + n
+
+    def _pushed_at_most(self) -> int:
+        if self._most is None:
+            self._most = int(self.pushed)
+        return self._most
+
+    def _forget(self, _: object) -> None:
+        self._most = None

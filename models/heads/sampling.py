@@ -14,22 +14,22 @@ _ROUNDS = 6
 
 
 def sampled_classes(start: int, stop: int, rate: float, seed: int, step: int, device: torch.device) -> Tensor:
-    """Class ids in [start, stop), each drawn with probability `rate`; int64, in no particular order. Source: ours.
+    """Class ids in [start, stop), each drawn with probability `rate`; int64, in no particular order, -1 among them: nothing. Source: ours.
 
     Every block draws rate x 4,096 ids without replacement (rounded up or down by its key), as the first values of a keyed permutation: the cost
-    follows the ids drawn, not the classes that there are.
+    follows the ids drawn, not the classes that there are. How many are returned depends on the arguments alone: nothing waits for the device.
     """
     if start >= stop:
         return torch.empty(0, dtype=torch.int64, device=device)
     blocks = torch.arange(start // ID_BLOCK, -(-stop // ID_BLOCK), device=device)
-    key = mix(mix(torch.tensor([seed], device=device)) + step)
+    key = mix(mix(torch.full((1,), seed, device=device)) + step)
     key = mix(key ^ blocks)[:, None]
     whole = int(rate * ID_BLOCK)
     chance = int((rate * ID_BLOCK - whole) * (1 << 31))
     place = torch.arange(min(whole + 1, ID_BLOCK), device=device)[None]
     drawn = (place < whole) | ((mix(key) & ((1 << 31) - 1)) < chance)
-    ids = (blocks[:, None] * ID_BLOCK + _permuted(place, key))[drawn]
-    return ids[(ids >= start) & (ids < stop)]
+    ids = blocks[:, None] * ID_BLOCK + _permuted(place, key)
+    return torch.where(drawn & (ids >= start) & (ids < stop), ids, -1).flatten()
 
 
 def _permuted(place: Tensor, key: Tensor) -> Tensor:

@@ -1,0 +1,295 @@
+"""How much main memory a rank needs to evaluate and to export a large catalogue, without its images and encoder."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
+
+from harness.bench.ranks import Memory, is_first, on_ranks
+from harness.bench.report import bench_main, command_line, make_report, print_report
+from harness.checksums import write_manifest
+from harness.data import tokenizer
+from harness.data.catalogue import CATALOGUE_FORMAT, INDEX_DTYPE, SAMPLE_SCHEMA, Catalogue, shard_name
+from harness.data.loader import DataConfig
+from harness.data.tokenizer import FIELDS, Tokenizer
+from harness.data.writers import ROW_GROUP, NpyWriter
+from harness.embed import side_of
+from harness.errors import UserError
+from harness.evaluate import Evaluation, EvaluationConfig
+from harness.export import write_documents, write_index
+from harness.mesh import Mesh, MeshConfig
+from harness.waiting import in_own_time, on_first_rank
+from models.batch import Batch
+
+MODULE = "harness.bench.evaluation"
+EXAMPLE = f"python -m {MODULE} --documents 1000000,2000000 --ranks 1,2 --json evaluation.json"
+MIB = 2**20
+PHRASES = 997  # distinct titles, and distinct descriptions
+COLOURS, CATEGORIES = 12, 50
+STAGES = ("open", "evaluate", "export")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationBenchConfig:
+    """Draws catalogues of texts alone and evaluates and exports them with drawn vectors, on every number of ranks of this machine.
+
+    Each document has an id and a title of its own, shares its class with one other, and has a colour and a category. The tasks are photo
+    search, text search by category and category prediction; export writes documents, index and checksums, without thumbnails.
+
+    Args:
+        documents: sizes of the catalogues.
+        ranks: numbers of processes that share each of them.
+        queries: photos that are asked.
+        embedding_dim: width of the vectors.
+        probe_documents: as evaluation.probe_documents.
+        bare_titles: also search by text without the colours' words, for which every title is encoded anew.
+    """
+
+    documents: tuple[int, ...] = (500_000, 1_000_000)
+    ranks: tuple[int, ...] = (1, 2)
+    queries: int = 100
+    embedding_dim: int = 16
+    probe_documents: int = 2000
+    bare_titles: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("documents", "ranks"):
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}", "Name one number or more, each at least 1")
+        if min(self.documents) < 4 * CATEGORIES:
+            raise UserError(f"--documents has {min(self.documents)}", f"It must be at least {4 * CATEGORIES}")
+        if self.queries < 1 or self.embedding_dim < 1 or self.probe_documents < 2:
+            raise UserError("--queries, --embedding-dim or --probe-documents is too small", "Take at least 1, 1 and 2")
+
+
+def run(config: EvaluationBenchConfig) -> dict[str, Any]:
+    """Measures, prints and returns the report (see `harness/bench/report.py`).
+
+    Rows: the most memory that a rank held in each stage, libraries and mapped files included. Headline: the largest of all; and, where sizes
+    and ranks allow it, the bytes that each document costs every rank, those that it costs its own rank besides, and what that gives for 10
+    million documents on 8 ranks, by least squares.
+    """
+    rows: list[dict[str, Any]] = []
+    for documents in config.documents:
+        with tempfile.TemporaryDirectory(prefix="shelfmark-bench-") as name:
+            draw_catalogue(Path(name) / "catalogue", documents, config.queries)
+            for ranks in config.ranks:
+                found = on_ranks(ranks, measure, Path(name), config)
+                rows += [{"documents": documents, "ranks": ranks, **row} for row in found]
+    most = [max(row["peak_mib"] for row in rows[i : i + len(STAGES)]) for i in range(0, len(rows), len(STAGES))]
+    headline = {"largest_peak_mib": max(most)}
+    sizes = np.array([(row["documents"], row["documents"] / row["ranks"], 1) for row in rows[:: len(STAGES)]])
+    if np.linalg.matrix_rank(sizes / sizes.max(0)) == 3:
+        every, own, rest = np.linalg.lstsq(sizes, np.array(most) * MIB, rcond=None)[0]
+        headline |= {"bytes_per_document": every, "bytes_per_own_document": own}
+        headline["computed_mib_10m_on_8_ranks"] = (rest + 10e6 * (every + own / 8)) / MIB
+    report = make_report("evaluation_memory", command_line(MODULE, config), headline, rows)
+    if is_first():
+        print_report(report)
+    return report
+
+
+def draw_catalogue(folder: Path, documents: int, queries: int) -> None:
+    """A catalogue of documents without images, then query photos without images, with classes and tokens."""
+    total, rng = documents + queries, np.random.default_rng(0)
+    words = np.array(["".join(rng.choice([*"abcdefghiklmnoprstuvw"], rng.integers(3, 9))) for _ in range(500)])
+    phrases = {
+        field: [" ".join(rng.choice(words, length)) for _ in range(PHRASES)]
+        for field, length in zip(FIELDS, (12, 40), strict=True)
+    }
+    for name in ("samples", "shards", "classes"):
+        (folder / name).mkdir(parents=True)
+    (folder / "shards" / shard_name(0)).touch()
+    schema = pa.schema([*SAMPLE_SCHEMA, ("colour", pa.string()), ("category", pa.string())])
+    with (
+        NpyWriter(folder / "index.npy", INDEX_DTYPE) as index,
+        pq.ParquetWriter(folder / "samples" / "part-00000.parquet", schema) as samples,
+    ):
+        for start in range(0, total, ROW_GROUP):
+            rows = range(start, min(start + ROW_GROUP, total))
+            index.append(np.ones(len(rows), INDEX_DTYPE))
+            samples.write_batch(pa.RecordBatch.from_pylist([_row(i, documents, phrases) for i in rows], schema))
+    (folder / "catalogue.json").write_text(
+        json.dumps(
+            {
+                "format": CATALOGUE_FORMAT,
+                "num_samples": total,
+                "num_shards": 1,
+                "num_parts": 1,
+                "attributes": ["colour", "category"],
+                "counts": {
+                    "query": queries,
+                    "document": documents,
+                    "splits": {"all": total, "test": queries},
+                },
+            }
+        )
+    )
+    classes = {"class_key": [f"class-{i}" for i in range(4)], "tail": [False, True] * 2}
+    pq.write_table(pa.table(classes), folder / "classes" / "classes.parquet")
+    _draw_tokens(folder, documents, total, phrases)
+
+
+def _row(i: int, documents: int, phrases: dict[str, list[str]]) -> dict[str, Any]:
+    photo = i >= documents
+    split = "test" if photo else "train" if i % 10 == 0 else "all"
+    return {
+        "sample_id": i,
+        "item": f"photo-{i}" if photo else f"item-{i:09d}",
+        "kind": "query" if photo else "document",
+        "class_key": f"class-{(i - documents) * 7 % documents // 2 if photo else i // 2}",
+        "split": split,
+        "image": f"images/{i:09d}.jpg",
+        **{field: "" if photo else texts[i % PHRASES] for field, texts in phrases.items()},
+        "colour": f"colour {i % COLOURS}",
+        "category": f"category {i // COLOURS % CATEGORIES}",
+    }
+
+
+def _draw_tokens(folder: Path, documents: int, total: int, phrases: dict[str, list[str]]) -> None:
+    """tokenizer/: learned from the phrases, whose tokens are repeated as their texts are."""
+    small = folder.parent / "phrases"
+    for name in ("samples", "shards"):
+        (small / name).mkdir(parents=True)
+    rows = {name: [""] * PHRASES for name in SAMPLE_SCHEMA.names} | phrases
+    table = pa.table({**rows, "sample_id": range(PHRASES), "split": ["train"] * PHRASES}, schema=SAMPLE_SCHEMA)
+    pq.write_table(table, small / "samples" / "part-00000.parquet")
+    np.save(small / "index.npy", np.zeros(PHRASES, INDEX_DTYPE))
+    counts = {"query": 0, "document": PHRASES, "splits": {"train": PHRASES}}
+    meta = {"format": CATALOGUE_FORMAT, "num_samples": PHRASES, "num_shards": 0, "attributes": [], "counts": counts}
+    (small / "catalogue.json").write_text(json.dumps(meta))
+    tokenizer.run(tokenizer.TokenizerConfig(catalogue=small, vocab_size=400))
+    tokenizer.copy_tokenizer(small, folder)
+    learned = Tokenizer.load(folder)
+    for field, texts in phrases.items():
+        encoded = learned.encode_all(texts)
+        lengths = np.array([len(ids) for ids in encoded])
+        with (
+            NpyWriter(folder / "tokenizer" / f"{field}.tokens.npy", np.int32) as tokens,
+            NpyWriter(folder / "tokenizer" / f"{field}.offsets.npy", np.int64) as offsets,
+        ):
+            offsets.append([0])
+            for start in range(0, documents, PHRASES):
+                count = min(PHRASES, documents - start)
+                ends = tokens.length + np.cumsum(lengths[:count])
+                tokens.append(np.concatenate(encoded[:count]))
+                offsets.append(ends)
+            offsets.append(np.full(total - documents, tokens.length))
+
+
+class Drawn:
+    """A method whose vectors are waves of the sample's number, or of a text's tokens."""
+
+    def __init__(self, width: int) -> None:
+        self.towers = nn.Linear(1, 1)
+        self._speed = torch.arange(1, width + 1, dtype=torch.float64).sqrt()
+
+    def embed_query(self, batch: Batch) -> Tensor:
+        """[n, width]."""
+        return self._wave(batch.query_tokens.sum(1) if len(batch.query_tokens) else batch.query_ids)
+
+    def embed_document(self, batch: Batch, seen: str = "both") -> Tensor:
+        """[n, width]."""
+        return self._wave(batch.document_ids + batch.document_tokens.sum(1) % 2)
+
+    def _wave(self, number: Tensor) -> Tensor:
+        return nn.functional.normalize((number.double()[:, None] * self._speed).sin().float())
+
+
+class Blank:
+    """Reads images that are not there."""
+
+    def parameters(self, ids: np.ndarray) -> None:
+        """Nothing is cropped."""
+
+    def read(self, ids: np.ndarray, parameters: None) -> tuple[Tensor, Tensor]:
+        """One black pixel for each."""
+        return torch.zeros(len(ids), 3, 1, 1), torch.ones(len(ids), dtype=torch.bool)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@dataclass(frozen=True)
+class _Text:
+    max_length: int = 64
+
+
+@dataclass(frozen=True)
+class _Model:
+    embedding_dim: int
+    text: _Text = _Text()
+    query: _Text = _Text(32)
+
+
+def measure(device: torch.device, folder: Path, config: EvaluationBenchConfig) -> list[dict[str, Any]]:
+    """On every rank: a row for each of STAGES with the most memory that a rank held, and the seconds."""
+    mesh, memory, rows = Mesh(MeshConfig()), Memory(torch.device("cpu")), []
+    settings = EvaluationConfig(
+        split="test",
+        batch_size=512,
+        tasks=("photo", "text", "category"),
+        query_attributes=("category",),
+        bare_titles=("colour",) if config.bare_titles else (),
+        category="category",
+        slices=("colour",),
+        learn_split="train",
+        probe_documents=config.probe_documents,
+    )
+    catalogue, learned = Catalogue(folder / "catalogue"), Tokenizer.load(folder / "catalogue")
+    classes = folder / "catalogue" / "classes" / "classes.parquet"
+    method: Any = Drawn(config.embedding_dim)
+    model = _Model(config.embedding_dim)
+
+    def staged(name: str, work: Callable[[], Any]) -> Any:
+        memory.start()
+        started = time.perf_counter()
+        made = work()
+        peaks = torch.tensor(memory.peak() / MIB)
+        mesh.barrier()
+        torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
+        rows.append({"stage": name, "peak_mib": float(peaks), "seconds": round(time.perf_counter() - started, 1)})
+        return made
+
+    evaluation = staged(
+        "open", lambda: Evaluation(settings, "make", DataConfig(), model, catalogue, learned, classes, mesh)
+    )
+    setattr(evaluation.embedder, "reader", lambda catalogue: Blank())  # noqa: B010  (one object, for all tasks)
+    staged("evaluate", lambda: evaluation.run(method))
+    embedder = evaluation.embedder
+
+    def export() -> None:
+        out = folder / f"artefact-{mesh.world_size}"
+        on_first_rank(lambda: (out / "documents").mkdir(parents=True), mesh, "making a folder")
+        side = side_of(catalogue, "document", None, [], None, 0)
+        own = embedder.embed(method, side)
+        part = out / "documents" / f"part-{mesh.rank:05d}.parquet"
+        in_own_time(lambda: write_documents(part, side, own, 0, 1), mesh, "writing the documents")
+        on_first_rank(lambda: write_index(out, config.embedding_dim), mesh, "writing the index")
+        write_manifest(out, mesh)
+
+    staged("export", export)
+    return rows
+
+
+def main() -> int:
+    """Entry point of `python -m harness.bench.evaluation`."""
+    return bench_main(
+        MODULE, EvaluationBenchConfig, run, "Main memory of evaluation and export by documents and ranks.", EXAMPLE
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

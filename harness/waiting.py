@@ -1,0 +1,136 @@
+"""Work that takes one rank longer than another, without a limit: no collective waits for it, and so no collective's timeout ends the run.
+
+The ranks meet in the store of the process group. A rank at work shows that it lives by a count that goes up; one that raises, or that is not
+heard of for as long as a collective may take, ends the wait of all others with an error.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch.distributed as dist
+
+from harness.errors import UserError
+
+if TYPE_CHECKING:
+    from harness.mesh import Mesh
+
+T = TypeVar("T")
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.5  # seconds between two looks at the store
+_BEATS = 20  # in the time after which a rank that is not heard of counts as lost
+
+
+def in_own_time(work: Callable[[], T], mesh: Mesh, what: str) -> T:
+    """work() of this rank, once every rank has ended its own, however long that took it; collective.
+
+    Args:
+        work: may differ between ranks, and takes part in no collective.
+        mesh: its timeout bounds how long a rank may be silent, not how long it may work.
+        what: the work in words, for an error: 'writing the documents'.
+
+    Raises:
+        UserError: work() of some rank raised one: raised on all; or a rank was not heard of for mesh.timeout_minutes.
+        RuntimeError: that of another rank raised something else.
+    """
+    if mesh.world_size == 1:
+        return work()
+    place = _Place(mesh, what)
+    with place.beating():
+        try:
+            result = work()
+        except BaseException as error:
+            place.fail(error)
+            raise
+        place.finish()
+        place.wait()
+    return result
+
+
+def on_first_rank(make: Callable[[], T], mesh: Mesh, what: str) -> T:
+    """make() of rank 0 for every rank, however long it takes; collective. Raises what `in_own_time` does."""
+    made: list[Any] = [in_own_time(make if mesh.rank == 0 else lambda: None, mesh, what)]
+    dist.broadcast_object_list(made)
+    return made[0]
+
+
+def of_all_ranks(work: Callable[[], T], mesh: Mesh, what: str) -> list[T]:
+    """work() of every rank, in their order, for every rank, however long it takes; collective. Raises what `in_own_time` does."""
+    made = in_own_time(work, mesh, what)
+    parts: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(parts, made)
+    return parts
+
+
+class _Place:
+    """This rank in one wait. Rank 0 watches all ranks, the others watch rank 0: a look at the store costs few reads at any number of ranks."""
+
+    def __init__(self, mesh: Mesh, what: str) -> None:
+        self.mesh, self.what = mesh, what
+        self.patience = 60 * mesh.config.timeout_minutes
+        self.store = dist.distributed_c10d._get_default_store()
+        # Counted in the store, for it lives as long as the process group: the n-th wait of one rank is that of all.
+        self.key = f"waiting/{self.store.add(f'waiting/{mesh.rank}', 1)}"
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Inside, this rank shows that it lives."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            with suppress(dist.DistError):  # the store ended with its process; the next look at it raises that too
+                while not ended.wait(self.patience / _BEATS):
+                    self.store.add(f"{self.key}/beat/{self.mesh.rank}", 1)
+
+        thread = threading.Thread(target=beat, name="beat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def finish(self) -> None:
+        self.store.set(f"{self.key}/done/{self.mesh.rank}", "")
+
+    def fail(self, error: BaseException) -> None:
+        kind = "mistake" if isinstance(error, UserError) else "failure"
+        text = str(error) if kind == "mistake" else f"rank {self.mesh.rank} failed in {self.what}: {error!r}"
+        self.store.set(f"{self.key}/{kind}", text)
+
+    def wait(self) -> None:
+        """Returns when all ranks have finished: rank 0 sees it and tells the others."""
+        missing = [f"done/{rank}" for rank in range(1, self.mesh.world_size)] if self.mesh.rank == 0 else ["all"]
+        heard: dict[str, tuple[int, float]] = {}
+        pause, next_look = _FIRST_PAUSE, time.monotonic() + self.patience / _BEATS
+        while missing := [name for name in missing if not self.store.check([f"{self.key}/{name}"])]:
+            self._raise_failure()
+            if time.monotonic() > next_look:
+                for name in missing:
+                    self._require_life(int(name.removeprefix("done/")) if self.mesh.rank == 0 else 0, heard)
+                next_look = time.monotonic() + self.patience / _BEATS
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        self._raise_failure()
+        if self.mesh.rank == 0:
+            self.store.set(f"{self.key}/all", "")
+
+    def _raise_failure(self) -> None:
+        for kind, error in (("mistake", UserError), ("failure", RuntimeError)):
+            if self.store.check([f"{self.key}/{kind}"]):
+                raise error(self.store.get(f"{self.key}/{kind}").decode())
+
+    def _require_life(self, rank: int, heard: dict[str, tuple[int, float]]) -> None:
+        beats, now, name = self.store.add(f"{self.key}/beat/{rank}", 0), time.monotonic(), str(rank)
+        if beats != heard.get(name, (-1, now))[0]:
+            heard[name] = (beats, now)
+        if now - heard[name][1] > self.patience:
+            error = UserError(
+                f"rank {rank} was not heard of for {self.patience:g} s while the others waited for it ({self.what})",
+                "See what ended it, then start again; mesh.timeout_minutes sets how long a rank may be silent",
+            )
+            self.fail(error)
+            raise error
