@@ -165,6 +165,7 @@ class Side:
         """All steps, a checkpoint on the way and a second trainer from it; fp32: the exported encoder too."""
         run = self.work / self.name / key
         first, losses, norms = self.trainer(recipe, run), [], []
+        take_rows_of_a_cpu(first)
         for step in range(STEPS):
             if step == SAVED:
                 first.save()
@@ -227,6 +228,15 @@ class Side:
         file = self.work / f"{self.name}.json"
         file.with_suffix(".tmp").write_text(json.dumps(self.found))
         file.with_suffix(".tmp").replace(file)
+
+
+def take_rows_of_a_cpu(trainer: Any) -> None:
+    """Gives the class rows, fresh ones, the numbers that a CPU draws; a GPU draws others."""
+    head = trainer.method.head
+    if head is not None:
+        head.rows.copy_(head.initial_rows(torch.device("cpu"), head.rows.dtype))
+        if "master" in (state := trainer.rows.row_state()):
+            state["master"].copy_(head.rows)
 
 
 def export(trainer: Any, run: Path) -> None:
