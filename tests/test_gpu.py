@@ -112,5 +112,5 @@ def test_training_steps_of_the_head_equal_the_cpus(nccl: dist.ProcessGroup, row_
             head.end_step()
             losses.append(loss.item())
         found.append((losses, head.rows.float().cpu()))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-2 if row_dtype == "bf16" else 1e-5)
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-2 if row_dtype == "bf16" else 1e-4)
     assert float((found[0][1] - found[1][1]).norm() / found[0][1].norm()) < 2e-2
