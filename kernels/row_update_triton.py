@@ -8,7 +8,6 @@ nearest. Each entry is read and written once, in one launch for any number of ro
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 import triton
@@ -16,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.keyed import column_keys
-from kernels.row_update import RowTable, row_state
+from kernels.row_update import RowTable
 
 ENTRIES = 8
 """Entries of a row that one thread holds."""
@@ -194,20 +193,3 @@ def _encode(x, noise, SIGNED: tl.constexpr):
     else:
         code = tl.where(x == 0.0, 0, tl.maximum(code, 1))
     return code.to(tl.uint8), scale
-
-
-def compile_cases() -> list[tuple[str, Callable[[], None]]]:
-    """(label, launch) for each setting and width that is compiled ahead, to look at registers and spills."""
-    cases: list[tuple[str, Callable[[], None]]] = []
-    one, active = torch.ones(4, 1), torch.arange(4)
-    kinds = (("fp32", torch.float32, False), ("bf16 master", torch.bfloat16, True), ("bf16", torch.bfloat16, False))
-    for d in (256, 512, 768, 1024):
-        for name, dtype, master in kinds:
-            rows, grad = torch.zeros(4, d, dtype=dtype), torch.ones(4, d)
-            for moments in ("fp32", "8bit"):
-                # numbers that take 64 bits, as they may
-                table = RowTable(rows, row_state(rows, moments == "8bit", master), key=1 << 60, first_class=1 << 40)
-                step = functools.partial(adamw_rows, table, active, grad, one, one, one, (0.9, 0.999), 1e-8)
-                cases.append((f"row step, rows {name}, moments {moments}, d {d}", step))
-            cases.append((f"row decay, rows {name}, d {d}", functools.partial(decay_rows, table, active, one)))
-    return cases

@@ -39,10 +39,24 @@ def _cosine_lse(dtype: torch.dtype, d: int, filter_above: float = 1.0) -> None:
     cosine_lse_backward(embeddings, table, index, target, 64.0, slope, slope, slope, filter_above)
 
 
+def _row_update(dtype: torch.dtype, d: int) -> None:
+    from kernels.row_update import RowTable, row_state
+    from kernels.row_update_triton import adamw_rows, decay_rows
+
+    rows, active, one = torch.zeros(4, d, dtype=dtype), torch.arange(4), torch.ones(4, 1)
+    for eight_bit, master in itertools.product((False, True), {False, dtype == torch.bfloat16}):
+        table = RowTable(
+            rows, row_state(rows, eight_bit, master), key=1 << 60, first_class=1 << 40
+        )  # as large as they may be
+        adamw_rows(table, active, torch.ones(4, d), one, one, one, (0.9, 0.999), 1e-8)
+        decay_rows(table, active, one)
+
+
 # A module's name -> calls its launchers on CPU tensors of a table of that type and width; each compiles where it would launch.
 LAUNCHES: dict[str, Callable[[torch.dtype, int], None]] = {
     "cosine_lse": _cosine_lse,
     "cosine_lse_filtered": functools.partial(_cosine_lse, filter_above=0.5),
+    "row_update": _row_update,
 }
 
 
