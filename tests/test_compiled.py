@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 from harness import methods
 from harness.errors import UserError
 from harness.mesh import Mesh, MeshConfig
+from models.compiled import CHOICES
 from models.item import ItemConfig, ItemTowers, PatchConfig, StreamConfig
 from models.make import MakeConfig, MakeTowers
 from models.oclear import OclearConfig, OclearTowers
@@ -192,24 +193,27 @@ def test_checkpoints_of_compiled_and_of_tensor_parallel_blocks_are_the_same(cata
         test_layouts.same(back[key], there[key], key)
 
 
-def chosen(compile_: str) -> tuple[str, str, int]:
-    """In a pool: which builder mesh.compile takes, its backend, and the graphs of a step that is not compiled."""
-    counters.clear()
-    mesh = Mesh(MeshConfig(tensor_parallel=torch.distributed.get_world_size(), compile=compile_))
-    try:
-        made: Any = methods.builder(mesh)
-        made.block(TransformerShape(**SMALL))(torch.zeros(4, 2, 32), None) if compile_ != "always" else None
-        return type(made).__name__, made.backend, counters["stats"]["unique_graphs"]
-    finally:
-        mesh.close()
+def chosen() -> dict[str, tuple[str, str]]:
+    """In a pool of one tensor-parallel group: the builder that each mesh.compile takes, and its backend. None of them compiles before it is called."""
+    size, found = torch.distributed.get_world_size(), {}
+    with layout(size) as mesh:
+        counters.clear()
+        for choice in CHOICES:
+            mesh.config = MeshConfig(tensor_parallel=size, compile=choice)
+            made: Any = methods.builder(mesh)
+            block = made.block(TransformerShape(**SMALL))
+            if not made.backend:
+                block(torch.zeros(4, 2, 32), None)
+            found[choice] = type(made).__name__, made.backend
+        assert not counters["stats"]["unique_graphs"]
+    return found
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="mesh.compile always needs a C++ compiler on a CPU")
 def test_on_a_cpu_nothing_is_compiled_unless_it_is_asked_for() -> None:
-    assert ranks(1).run(chosen, "auto") == ranks(1).run(chosen, "never") == [("MegatronBuilder", "", 0)]
-    assert ranks(2).run(chosen, "auto") == [("MegatronBuilder", "", 0)] * 2
-    if shutil.which("g++"):
-        assert ranks(1).run(chosen, "always") == [("PlainBuilder", "inductor", 0)]
-        assert ranks(2).run(chosen, "always") == [("MegatronBuilder", "inductor", 0)] * 2
+    eager = dict.fromkeys(("auto", "never"), ("MegatronBuilder", ""))
+    assert ranks(1).run(chosen) == [{**eager, "always": ("PlainBuilder", "inductor")}]
+    assert ranks(2).run(chosen) == [{**eager, "always": ("MegatronBuilder", "inductor")}] * 2
 
 
 def test_what_cannot_be_compiled_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
