@@ -179,8 +179,7 @@ class Embedder:
             store = TokenStore.encode(self.tokenizer, {"query": part})
             full = np.minimum(np.arange(size), len(part) - 1)
             tokens = torch.from_numpy(store.batch(full, self.model.query.max_length, ["query"]))
-            batch = Batch.of_texts(tokens).with_lengths(store.special.pad)
-            batch = batch.to(self.mesh.device, next(method.towers.parameters()).dtype)
+            batch = Batch.of_texts(tokens).to(self.mesh.device, next(method.towers.parameters()).dtype)
             vectors[start - own.start : start - own.start + size] = method.embed_query(batch)[: len(part)]
         ids = torch.arange(own.start, own.stop, device=self.mesh.device)
         return Embedded(vectors, ids, ids)
@@ -227,5 +226,5 @@ class Embedder:
         samples = side.sample_ids[rows]
         images, ok = reader.read(samples, reader.parameters(samples))
         labels, ids, weights = torch.from_numpy(side.labels[rows]), torch.from_numpy(samples), ok.float()
-        batch = Batch(images, labels, weights, ids, images, text, labels, weights, ids)
-        return batch.with_lengths(self.tokenizer.special.pad)
+        # Without lengths texts keep their padding: cut to the longest of a batch, a vector would depend on its batch in the last digits.
+        return Batch(images, labels, weights, ids, images, text, labels, weights, ids)
