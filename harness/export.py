@@ -33,7 +33,7 @@ from harness.artefact import ARTEFACT_FORMAT, import_faiss
 from harness.checksums import write_manifest
 from harness.config import RunConfig
 from harness.data.catalogue import Catalogue
-from harness.data.loader import share
+from harness.data.loader import decoding_threads, share
 from harness.data.staging import staged_folder
 from harness.data.tokenizer import FIELDS, Tokenizer
 from harness.decoder_check import compare_decoders
@@ -95,7 +95,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     path = find_checkpoint(config.run, config.checkpoint)
     catalogue = Catalogue(config.catalogue or settings.data.catalogue)
     tokenizer = Tokenizer.load(config.run)
-    side = side_of(catalogue, "document", config.split, [], None, 0)
+    side, threads = side_of(catalogue, "document", config.split, [], None, 0), decoding_threads(settings.data.threads)
     splits = catalogue.meta["counts"]["splits"]
     if not len(side.ids) or config.split not in (None, *splits):
         which = "" if config.split is None else f" in split '{config.split}'"
@@ -109,7 +109,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
             stage = _shared_stage(config.out, mesh, stack)
             part = stage / "documents" / f"part-{mesh.rank:05d}.parquet"
             in_own_time(
-                lambda: write_documents(part, side, _shared_with(own, mesh), config.thumbnail, settings.data.threads),
+                lambda: write_documents(part, side, _shared_with(own, mesh), config.thumbnail, threads),
                 mesh,
                 "writing the documents",
             )

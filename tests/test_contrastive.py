@@ -349,6 +349,24 @@ def test_the_bank_is_the_same_at_every_world_size_and_after_a_resume() -> None:
                 assert all(torch.equal(state[name], wanted[name]) for name in wanted), (world, micro_batches)
 
 
+def test_only_what_was_pushed_counts_and_only_after_enough_of_it() -> None:
+    """Of the 7 samples of a step 4 weigh anything: more may have been pushed than were, and the host does not ask."""
+    assert ranks(1).run(counted, 0) == [[4, 8, 10]]
+    assert ranks(1).run(counted, 9) == [[0, 0, 10]]
+
+
+def counted(after: int) -> list[int]:
+    with layout() as mesh:
+        bank, found = MemoryBank(10, D, dtype=torch.float64, after=after), []
+        for step in range(3):
+            p = problem(PER_STEP, 0, 0, 100, True, INFO_NCE, seed=step)
+            bank.push(p.documents, p.labels, mesh.dp, p.weights)
+            unit, _, counts = bank.filled()
+            assert (unit[counts].norm(dim=1) > 0.99).all()
+            found.append(int(counts.sum()))
+        return found
+
+
 TOWERS = OclearConfig(
     vision=VisionConfig(image_size=16, patch_size=8, num_layers=1, hidden_size=16, num_attention_heads=2),
     text=TextConfig(num_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=40, max_length=6),

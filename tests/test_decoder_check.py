@@ -15,7 +15,7 @@ from harness.data.loader import ImageReader, Pixels
 from harness.errors import UserError
 from tests.pool import ranks
 from tests.runs import tiny_config, trainer
-from tests.test_search import export_here, train
+from tests.test_search import export_here
 
 
 class Other(ImageReader):
@@ -64,7 +64,10 @@ def test_decoders_are_compared_by_what_the_towers_see(
 
 
 def test_an_artefact_says_how_its_documents_were_decoded(catalogue: Path, tmp_path: Path) -> None:
-    ranks(1).run(train, tmp_path / "run", catalogue)
+    with trainer(
+        tiny_config(catalogue, tmp_path / "run", **{"data.threads": 0})
+    ) as t:  # threads from the cores, in export too
+        t.fit()
     ranks(1).run(export_here, tmp_path / "run", tmp_path / "artefact")
     found = json.loads((tmp_path / "artefact/artefact.json").read_text())["decoders"]
     assert found["documents"] == 6 and found["largest_difference"] == 0

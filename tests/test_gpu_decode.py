@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from harness.bench.decode import photo
+from harness.bench.photos import photo
 from harness.data.pipeline import ImagePipeline
 from harness.data.preprocess import Parameters, PreprocessSpec, draw_parameters
 

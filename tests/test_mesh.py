@@ -214,6 +214,7 @@ def test_deterministic_kernels_and_precision_are_switched_on_and_off(monkeypatch
 
 RAISES = """
 import atexit, sys, time, torch, torch.distributed as dist
+from harness import arguments
 from harness.arguments import run_command
 from harness.errors import UserError
 from harness.mesh import Mesh, MeshConfig
@@ -221,6 +222,7 @@ from harness.mesh import Mesh, MeshConfig
 # As the end of NCCL's groups, asked for or at the interpreter's end, which waits for ranks that sit in a collective.
 dist.destroy_process_group = lambda *_: time.sleep(3600)
 atexit.register(time.sleep, 3600)
+arguments.OTHERS_WAIT = 60  # in which torchrun ends the other rank, however loaded the machine
 errors = {"mistake": UserError("sample 5 is missing", "Restore it"), "crash": torch.OutOfMemoryError("no memory")}
 
 def body():

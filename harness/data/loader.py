@@ -31,6 +31,7 @@ from harness.data.tokenizer import Tokenizer, TokenStore
 from harness.errors import UserError
 from models.batch import Batch
 from models.comm import gather_shards
+from models.transfer import send
 
 Ints = npt.NDArray[np.int64]
 READS = 16  # of a rank under way at once: a parallel file system or a server answers late, but many at a time
@@ -260,7 +261,7 @@ class ImageReader:
         if self._tp is None or self._ranks == 1 or not count:
             return own
         sizes = [len(share(count, self._ranks, rank)) for rank in range(self._ranks)]
-        parts = (part.to(self.device) for part in (own.images, own.ok.to(torch.uint8)))
+        parts = (send(part, self.device) for part in (own.images, own.ok.to(torch.uint8)))
         images, ok = (gather_shards(part, self._tp, sizes) for part in parts)
         return Pixels(images, ok.bool())
 

@@ -1,4 +1,6 @@
-"""Runs the tests that need a GPU (tests/test_gpu.py) and writes down each one's outcome as it comes. Needs torch, triton and pytest alone.
+"""Runs the tests that need a GPU (tests/test_gpu*.py) and writes down each one's outcome as it comes.
+
+Needs torch, triton and pytest, and for the tests of decoding DALI: without it they are left out.
 
 python jobs/gpu/device_tests.py OUT.json [--tests FILE ...]
 """
@@ -41,7 +43,10 @@ class Recorder:
 
 def main() -> None:
     """Entry point."""
-    program = Program("gpu tests", "Tests that need a GPU.", {"tests": ["tests/test_gpu.py"]})
+    tests = ["tests/test_gpu.py"]
+    if all(importlib.util.find_spec(name) for name in ("nvidia", "nvidia.dali")):
+        tests.append("tests/test_gpu_decode.py")
+    program = Program("gpu tests", "Tests that need a GPU.", {"tests": tests})
     recorder = Recorder(program)
     many = [] if program.tiny or importlib.util.find_spec("xdist") is None else ["-n", str(PROCESSES)]
     # conftest.py hides the GPU from the tests that are a CPU's, and needs what this machine may lack
