@@ -66,8 +66,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 RECIPES |= {
     "oclear, all classes": RECIPES["oclear"] | {"head.sample_rate": 1.0},
-    "oclear, bf16, dropout": RECIPES["oclear"]
-    | {"train.precision": "bf16", "head.row_dtype": "bf16", "model.text_dropout": 0.3, "model.vision.drop_path": 0.2},
+    "oclear, bf16, dropout, 8-bit rows": RECIPES["oclear"]
+    | {"train.precision": "bf16", "model.text_dropout": 0.3, "model.vision.drop_path": 0.2, "head.row_dtype": "bf16"}
+    | {"optimizer.rows.state": "8bit", "optimizer.rows.bf16_rows": "stochastic", "optimizer.rows.weight_decay": 0.1},
     "oclear, contrastive": RECIPES["oclear"] | {"model.objective": "contrastive"},
     "make, hidden words, equal weights": RECIPES["make"] | {"model.hide_words": True, "model.modalities": "equal"},
     "item, all targets": RECIPES["item"] | {"model.global_targets": "all", "model.aligned": True},

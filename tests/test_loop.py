@@ -377,19 +377,19 @@ def test_the_read_ahead_ends_with_close(catalogue: Path, backend: str, taken: in
 def test_an_error_in_the_read_ahead_reaches_the_loop_and_ends_the_thread(
     catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = StepLoader.load
+    plan = StepLoader._plan
 
-    def failing(self: StepLoader, step: int) -> StepData:
+    def failing(self: StepLoader, step: int) -> Any:
         if step == 2:
             raise UserError("the class arrays are gone")
-        return load(self, step)
+        return plan(self, step)
 
-    monkeypatch.setattr(StepLoader, "load", failing)
+    monkeypatch.setattr(StepLoader, "_plan", failing)
     before = set(threading.enumerate())
     with trainer(tiny_config(catalogue, tmp_path / "run")) as t:
         with pytest.raises(UserError, match="the class arrays are gone"):
             t.fit()
-        assert t.step == 2
+        assert t.step == 1  # samples are drawn while the step before is decoded
     assert set(threading.enumerate()) <= before
 
 
