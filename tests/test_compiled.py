@@ -194,7 +194,7 @@ def test_checkpoints_of_compiled_and_of_tensor_parallel_blocks_are_the_same(cata
 
 
 def chosen() -> dict[str, tuple[str, str]]:
-    """In a pool of one tensor-parallel group: the builder that each mesh.compile takes, and its backend. None of them compiles before it is called."""
+    """In a pool of one tensor-parallel group: the builder that each mesh.compile takes, and its backend. None compiles before it is called."""
     size, found = torch.distributed.get_world_size(), {}
     with layout(size) as mesh:
         counters.clear()
