@@ -55,11 +55,9 @@ def run(config: EvalConfig) -> dict[str, Any]:
         UserError: no run or checkpoint there, an empty split, an unknown slice, a layout that does not divide.
     """
     settings = open_settings(config.run, config.tensor_parallel, config.batch_size)
-    path, catalogue = (
-        find_checkpoint(config.run, config.checkpoint),
-        Catalogue(config.catalogue or settings.data.catalogue),
-    )
+    catalogue = Catalogue(config.catalogue or settings.data.catalogue)
     with Mesh(MeshConfig(tensor_parallel=config.tensor_parallel, device=config.device)) as mesh:
+        path = find_checkpoint(config.run, config.checkpoint, mesh)
         report = _evaluate(config, settings, path, catalogue, mesh)
     if mesh.rank == 0:
         print_report(report, f"{config.run} at {path.name}: split {config.split} of {catalogue.path}")

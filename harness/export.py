@@ -92,7 +92,6 @@ def run(config: ExportConfig) -> dict[str, Any]:
         raise UserError(f"--thumbnail is {config.thumbnail}", "It must not be negative")
     import_faiss()
     settings = open_settings(config.run, config.tensor_parallel, config.batch_size)
-    path = find_checkpoint(config.run, config.checkpoint)
     catalogue = Catalogue(config.catalogue or settings.data.catalogue)
     tokenizer = Tokenizer.load(config.run)
     side, threads = side_of(catalogue, "document", config.split, [], None, 0), decoding_threads(settings.data.threads)
@@ -101,6 +100,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
         which = "" if config.split is None else f" in split '{config.split}'"
         raise UserError(f"{catalogue.path} has no document{which}", f"The splits are {', '.join(splits)} (--split)")
     with Mesh(MeshConfig(tensor_parallel=config.tensor_parallel, device=config.device)) as mesh:
+        path = find_checkpoint(config.run, config.checkpoint, mesh)
         method, model = load_method(settings, path, tokenizer, mesh)
         decoders = compare_decoders(method, settings, catalogue, config.split, tokenizer, mesh)
         own = Embedder(settings.data, model, tokenizer, config.batch_size, mesh).embed(method, side)
