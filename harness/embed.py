@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from harness.coded import Coded, encoded
 from harness.data.catalogue import Catalogue
-from harness.data.loader import DataConfig, ImageReader, share
+from harness.data.loader import DataConfig, ImageReader, Pixels, share
 from harness.data.tokenizer import FIELDS, Tokenizer, TokenStore
 from harness.errors import UserError
 from harness.mesh import Mesh
@@ -162,9 +162,10 @@ class Embedder:
         found = torch.empty(len(own), width, device=self.mesh.device)
         starts, silent = range(own.start, own.stop, size), self.mesh.rank != 0
         shown = tqdm(starts, f"embedding {side.kind}", unit=" batches", leave=False, delay=5, disable=silent)
-        for start, text in zip(shown, self._tokens(side, own), strict=True):
-            full = np.minimum(np.arange(start, start + size), own.stop - 1)
-            vectors = function(self._batch(reader, side, full, text[full - start]).to(self.mesh.device, dtype))
+        blocks = [np.minimum(np.arange(start, start + size), own.stop - 1) for start in starts]
+        pixels = reader.stream(side.sample_ids[rows] for rows in blocks)
+        for start, rows, images, text in zip(shown, blocks, pixels, self._tokens(side, own), strict=True):
+            vectors = function(self._batch(side, rows, images, text[rows - start]).to(self.mesh.device, dtype))
             found[start - own.start : start - own.start + size] = vectors[: len(text)]
         reader.close()
         return found, own
@@ -222,9 +223,8 @@ class Embedder:
             return None
         return store if store.checksum == self.tokenizer.checksum else None
 
-    def _batch(self, reader: ImageReader, side: Side, rows: np.ndarray, text: Tensor) -> Batch:
-        samples = side.sample_ids[rows]
-        images, ok = reader.read(samples, reader.parameters(samples))
+    def _batch(self, side: Side, rows: np.ndarray, pixels: Pixels, text: Tensor) -> Batch:
+        samples, (images, ok) = side.sample_ids[rows], pixels
         labels, ids, weights = torch.from_numpy(side.labels[rows]), torch.from_numpy(samples), ok.float()
         # Without lengths texts keep their padding: cut to the longest of a batch, a vector would depend on its batch in the last digits.
         return Batch(images, labels, weights, ids, images, text, labels, weights, ids)

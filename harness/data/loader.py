@@ -9,7 +9,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -238,6 +238,14 @@ class ImageReader:
         """Samples `ids`; collective over tp."""
         request = self.request(ids, parameters)
         return self.gather(self.decode(request), request.wanted)
+
+    def stream(self, blocks: Iterable[Ints]) -> Iterator[Pixels]:
+        """Each block of samples as evaluation sees them; the bytes of the next are read meanwhile; collective over tp."""
+        requests = (self.request(ids, self.parameters(ids)) for ids in blocks)
+        ahead = next(requests, None)
+        while ahead is not None:
+            request, ahead = ahead, next(requests, None)
+            yield self.gather(self.decode(request), request.wanted)
 
     def request(self, ids: Ints, parameters: Parameters) -> Request:
         """Begins to read this rank's part of samples `ids`."""
