@@ -6,7 +6,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from harness.bench.report import bench_main, command_line, make_report, print_re
 from harness.checksums import write_manifest
 from harness.data import tokenizer
 from harness.data.catalogue import CATALOGUE_FORMAT, INDEX_DTYPE, SAMPLE_SCHEMA, Catalogue, shard_name
-from harness.data.loader import DataConfig
+from harness.data.loader import DataConfig, Pixels
 from harness.data.tokenizer import FIELDS, Tokenizer
 from harness.data.writers import ROW_GROUP, NpyWriter
 from harness.embed import side_of
@@ -211,12 +211,10 @@ class Drawn:
 class Blank:
     """Reads images that are not there."""
 
-    def parameters(self, ids: np.ndarray) -> None:
-        """Nothing is cropped."""
-
-    def read(self, ids: np.ndarray, parameters: None) -> tuple[Tensor, Tensor]:
-        """One black pixel for each."""
-        return torch.zeros(len(ids), 3, 1, 1), torch.ones(len(ids), dtype=torch.bool)
+    def stream(self, blocks: Iterable[np.ndarray]) -> Iterator[Pixels]:
+        """One black pixel for each sample."""
+        for ids in blocks:
+            yield Pixels(torch.zeros(len(ids), 3, 1, 1), torch.ones(len(ids), dtype=torch.bool))
 
     def close(self) -> None:
         """Nothing is open."""
