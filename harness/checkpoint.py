@@ -32,10 +32,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from harness.checksums import verify, write_manifest, write_whole
+from harness.checksums import verify, write_manifest
 from harness.class_map import ClassMap, move_rows
 from harness.ema import Ema
 from harness.errors import UserError
+from harness.files import write_whole
 from harness.mesh import Mesh
 from harness.optimizer import TowerOptimizer
 from harness.waiting import on_first_rank

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import xxhash
 
+from harness.files import write_whole
+
 if TYPE_CHECKING:
     from harness.mesh import Mesh
 
@@ -102,16 +104,6 @@ def shared_out(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
         shares[least].append(name)
         loads[least] += sizes[name]
     return shares
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes `file` whole or not at all."""
-    temporary = file.with_suffix(".tmp")
-    with temporary.open("w") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(file)
 
 
 def _checksum(file: Path) -> str:

@@ -39,8 +39,8 @@ from harness.data.tokenizer import FIELDS, Tokenizer
 from harness.decoder_check import compare_decoders
 from harness.embed import Embedder, Side, side_of
 from harness.errors import UserError
+from harness.files import write_json
 from harness.mesh import Mesh, MeshConfig
-from harness.meters import write_json
 from harness.methods import METHODS, plain_query_encoder
 from harness.panel import picture
 from harness.retrieval import Embedded

@@ -26,9 +26,10 @@ from harness.data.tokenizer import copy_tokenizer
 from harness.ema import Ema
 from harness.errors import UserError
 from harness.evaluate import Evaluation, Report
+from harness.files import write_json
 from harness.flops import StepFlops, utilisation
 from harness.mesh import Mesh
-from harness.meters import RunLog, StepClock, write_json
+from harness.meters import RunLog, StepClock
 from harness.methods import METHODS, build
 from harness.new_rows import start_new_rows
 from harness.optimizer import TowerOptimizer, learning_rate, sum_of_squares

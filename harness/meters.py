@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -103,16 +102,3 @@ def _step(line: str) -> float:
         return json.loads(line)["step"]
     except ValueError:
         return float("inf")
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Indented JSON; NaN becomes null."""
-    file.write_text(json.dumps(_finite(content), indent=1, default=str) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and value != value else value

@@ -22,7 +22,7 @@ import yaml
 from harness.arguments import Parser, run_command
 from harness.data.ingest import parse_part
 from harness.errors import UserError
-from harness.meters import write_json
+from harness.files import write_json
 from harness.versions import versions
 
 

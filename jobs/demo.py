@@ -26,7 +26,7 @@ from harness.artefact import Artefact
 from harness.data.catalogue import Catalogue
 from harness.embed import ClassKeys, Side, side_of
 from harness.errors import UserError
-from harness.meters import write_json
+from harness.files import write_json
 from harness.panel import picture
 from harness.search import save_sheet
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from harness.checksums import write_whole
 from harness.data.catalogue import Catalogue, CorruptSample
 from harness.data.store import PLACE_FILE
 from harness.errors import UserError
+from harness.files import write_whole
 
 EXAMPLE = (
     "shelfmark shards catalogues/products --at s3://bucket/products/shards --cache /scratch/shelfmark --cache-gib 200"
