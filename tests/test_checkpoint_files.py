@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Callable
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from harness import checkpoint
 from harness.checksums import verify, write_manifest
+from harness.errors import UserError
+from harness.trained import find_checkpoint
+from tests.runs import tiny_config, trainer
 
 CONTENT = {".metadata": b"m", "a/.b/c": b"12345", "a/d": b"", "state.json": b"{}"}
 
@@ -119,3 +132,122 @@ def test_a_manifest_of_format_1_leaves_out_two_hidden_files_which_must_be_there(
         (tmp_path / extra).touch()
         assert verify(tmp_path) == f"{extra} is not listed in manifest.json"
         (tmp_path / extra).unlink()
+
+
+# --- a checkpoint by somebody else, whose manifest fits ---
+
+Change = Callable[[Path], Any]
+
+
+@pytest.fixture(scope="module")
+def run(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two checkpoints; its third step is still to be trained. Read only!"""
+    folder = tmp_path_factory.mktemp("checkpoints") / "run"
+    with trainer(tiny_config(catalogue, folder, **SETTINGS)) as t:
+        t.fit()
+    return folder
+
+
+SETTINGS: dict[str, Any] = {"train.steps": 3, "train.stop_at": 2, "train.checkpoint_every": 1, "train.ema_decay": 0.5}
+
+
+class Runs:
+    """A pickle of this writes a file PWNED in the folder where it is read."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {PWNED}",)
+
+
+PWNED = Path(tempfile.gettempdir()) / f"shelfmark-pwned-{os.getpid()}"
+
+
+def forge(checkpoint: Path, change: Change) -> None:
+    """Changes a checkpoint, and its manifest with it."""
+    change(checkpoint)
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint)
+
+
+def with_metadata(change: Callable[[Any], Any], part: str = "towers") -> Change:
+    def changed(checkpoint: Path) -> None:
+        file = checkpoint / part / ".metadata"
+        metadata = pickle.loads(file.read_bytes())
+        file.write_bytes(pickle.dumps(change(metadata) or metadata))
+
+    return changed
+
+
+def as_bytes(checkpoint: Path, part: str, key: str) -> None:
+    """Makes `key` an object instead of a tensor, and its data a pickle that runs a command."""
+    data = io.BytesIO()
+    torch.save(Runs(), data)
+    (checkpoint / part / "__9_0.distcp").write_bytes(data.getvalue())
+
+    def change(metadata: Any) -> None:
+        metadata.state_dict_metadata[key] = BytesStorageMetadata()
+        metadata.storage_data[MetadataIndex(key)] = _StorageInfo("__9_0.distcp", 0, len(data.getvalue()))
+
+    with_metadata(change, part)(checkpoint)
+
+
+def replace_tensor(checkpoint: Path) -> None:
+    """A pickle that runs a command, where the data of a tensor are."""
+    data = io.BytesIO()
+    torch.save(Runs(), data)
+    (checkpoint / "head/__0_0.distcp").write_bytes(data.getvalue())
+
+    def change(metadata: Any) -> None:
+        for place in metadata.storage_data.values():
+            place.offset, place.length = 0, len(data.getvalue())
+
+    with_metadata(change, "head")(checkpoint)
+
+
+HOSTILE: dict[str, Change] = {
+    "towers/.metadata": lambda c: (c / "towers/.metadata").write_bytes(pickle.dumps(Runs())),
+    "head/.metadata": lambda c: (c / "head/.metadata").write_bytes(pickle.dumps(Runs())),
+    "an attribute of towers/.metadata": with_metadata(lambda m: setattr(m, "planner_data", Runs())),
+    "an object for a tensor of the towers": lambda c: as_bytes(c, "towers", "vision.position"),
+    "an object for the rows": lambda c: as_bytes(c, "head", "rows"),
+    "common.pt": lambda c: torch.save(Runs(), c / "towers/common.pt"),
+    "common.pt, an old pickle": lambda c: (c / "towers/common.pt").write_bytes(pickle.dumps(Runs())),
+}
+ODD: dict[str, Change] = {
+    "another file": with_metadata(lambda m: [setattr(p, "relative_path", "/dev/zero") for p in m.storage_data.values()]),
+    "transforms": with_metadata(lambda m: [setattr(p, "transform_descriptors", ["zstd"]) for p in m.storage_data.values()]),
+    "no metadata of a checkpoint": with_metadata(lambda m: torch.Size([1])),
+    "a billion entries of a memo": lambda c: (c / "towers/.metadata").write_bytes(b"\x80\x04Nr\xff\xff\xff\x7f."),
+    "another format": lambda c: (c / "towers/metadata.json").write_text('{"sharded_backend": "zarr"}'),
+    "state.json, a list": lambda c: (c / "state.json").write_text("[]"),
+    "state.json, deep": lambda c: (c / "state.json").write_text("[" * 100_000),
+    "state.json, a step that is a text": lambda c: edit(c, step="2"),
+    "state.json, an endless ledger": lambda c: edit(c, step=1 << 40, ledger_before={"step": 0, "ledger": "0" * 16}),
+    "state.json, a ledger that is no number": lambda c: edit(c, ledger="x"),
+    "classes.parquet, text": lambda c: (c / "classes.parquet").write_text("class_id"),
+    "classes.parquet, other columns": lambda c: pq.write_table(pa.table({"x": [1]}), c / "classes.parquet"),
+}  # fmt: skip
+
+
+def edit(checkpoint: Path, **values: Any) -> None:
+    file = checkpoint / "state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.fixture
+def forged(run: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the run, whose newer checkpoint may be changed."""
+    PWNED.unlink(missing_ok=True)
+    yield Path(shutil.copytree(run, tmp_path / "run"))
+    assert not PWNED.exists()
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, *ODD])
+def test_a_forged_checkpoint_is_passed_over_and_runs_nothing(forged: Path, name: str) -> None:
+    newer = forged / "checkpoints/step-00000002"
+    forge(newer, {**HOSTILE, **ODD}[name])
+    assert verify(newer) == ""
+    path, passed_over = checkpoint.newest(forged / "checkpoints")
+    assert path == forged / "checkpoints/step-00000001"
+    assert len(passed_over) == 1 and passed_over[0].startswith("step-00000002: ") and "\n" not in passed_over[0]
+    with pytest.raises(UserError):
+        find_checkpoint(forged, newer)
