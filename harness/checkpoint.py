@@ -207,7 +207,7 @@ def _odd(checkpoint: Path) -> str:
     except UserError as error:
         return str(error)
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        return str(error).strip().splitlines()[0]
+        return _said(error)
     for part in ("towers", "head"):
         if (checkpoint / part).is_dir() and (wrong := metadata_problem(checkpoint / part / ".metadata")):
             return f"{part}/{wrong}"
@@ -380,8 +380,14 @@ def _load_errors(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except (CheckpointException, dist_checkpointing.core.CheckpointingException, KeyError, ValueError) as error:
-        reason = printable(str(error).strip().splitlines()[-1])
-        raise UserError(f"{checkpoint} does not fit this model ({reason})", "Name another checkpoint") from error
+        first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise UserError(f"{checkpoint} does not fit this model ({_said(first)})", "Name another checkpoint") from error
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, pickle.UnpicklingError):  # torch says how to read it all the same
+        return "a file that should hold tensors holds other objects"
+    return printable(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 @contextmanager

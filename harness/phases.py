@@ -66,9 +66,10 @@ def saved(path: Path, state: dict[str, Any]) -> list[Phase]:
     """
     if "phases" in state:
         try:
-            return [Phase(**phase) for phase in state["phases"]]
-        except TypeError as error:
+            first, *more = (Phase(**phase) for phase in state["phases"])
+        except (TypeError, ValueError) as error:
             raise UserError(f"{path}/state.json is damaged (phases)", "Name another checkpoint") from error
+        return [first, *more]
     classes = pq.read_metadata(path / "classes.parquet").num_rows
     return [Phase(0, state["order_id"], classes, 0, classes, 0)]
 
