@@ -21,6 +21,7 @@ import jsonargparse
 import yaml
 
 from harness.errors import UserError
+from harness.launcher import end_with_launcher
 
 USER_ERROR_CODE = 2
 OTHERS_WAIT = 1.0  # seconds; torchrun looks after its ranks ten times in one
@@ -179,6 +180,7 @@ def run_command(body: Callable[[], Any]) -> int:
 
     One of several ranks that meets an error leaves the process at once: the end of its groups, or of what holds them, could wait for the others.
     """
+    end_with_launcher()
     try:
         body()
         return 0
