@@ -32,7 +32,7 @@ def stopping(name):
         call(clock, *args, **options)
         clock.calls = getattr(clock, "calls", 0) + 1
         if os.environ["RANK"] == os.environ["STOPPED"] and clock.calls == int(os.environ["CALL"]):
-            time.sleep(1.0)
+            time.sleep(0.5)
             os.kill(os.getpid(), signal.SIGSTOP)
 
     setattr(meters.StepClock, name, stop)
