@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from harness.checksums import at_first, verify, write_manifest
+from harness.checksums import at_first, file_sizes, verify, write_manifest
 from harness.class_map import ClassMap, move_rows
 from harness.dcp_metadata import metadata_problem
 from harness.ema import Ema
@@ -64,6 +64,9 @@ _LIBRARY_STATE = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+_FILE = re.compile(
+    r"state\.json|classes\.parquet|towers/(metadata\.json|common\.pt)|(towers|head)/(\.metadata|__[0-9]+_[0-9]+\.distcp)"
+)
 _whole: set[Path] = set()  # checkpoints that this process has written, or found whole
 
 
@@ -195,6 +198,11 @@ def problem(checkpoint: Path, mesh: Mesh | None = None) -> str:
 def _odd(checkpoint: Path) -> str:
     """What a checkpoint holds that none of ours does, though its manifest may list it."""
     try:
+        for name in file_sizes(checkpoint):
+            if not _FILE.fullmatch(
+                name
+            ):  # one that no save writes, a library might yet read: __0.metadata is unpickled
+                return f"{printable(name)} does not belong to a checkpoint"
         read_state(checkpoint)
         if read_json(checkpoint / "towers/metadata.json") != _LIBRARY_STATE:
             return "towers/metadata.json names another format"

@@ -46,7 +46,7 @@ def write_manifest(folder: Path, mesh: Mesh | None = None, algorithm: str = "xxh
             os.fsync(handle.fileno())
         return (folder / name).stat().st_size, _checksum(folder / name, algorithm)
 
-    sizes = at_first(lambda: _sizes(folder), mesh)
+    sizes = at_first(lambda: file_sizes(folder), mesh)
     sizes.pop(HOST_FILE, None)  # staging removes it
     files = _shared(sizes, flushed, mesh)
     if mesh is None or mesh.rank == 0:
@@ -75,7 +75,7 @@ def verify(folder: Path, mesh: Mesh | None = None) -> str:
     return next(filter(None, found.values()), "")
 
 
-def _sizes(folder: Path) -> dict[str, int]:
+def file_sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file under `folder` but its manifest, sorted by name; -1 for a link, a pipe and the like."""
     sizes, left = {}, [""]
     while left:
@@ -107,7 +107,7 @@ def _listed(folder: Path) -> tuple[str, dict[str, tuple[int, str]]] | str:
         if not isinstance(entry, list) or [type(value) for value in entry] != [int, str]:
             return f"{MANIFEST} is missing or damaged (files: {printable(name)})"
     try:
-        sizes = _sizes(folder)
+        sizes = file_sizes(folder)
     except OSError as error:
         return f"{printable(str(error.filename))} cannot be read ({error.strerror})"
     unlisted = {name for name in _UNLISTED[version] if any(Path(name).parent == Path(file).parent for file in files)}

@@ -24,6 +24,7 @@ from torch.distributed import ProcessGroup
 
 from harness.errors import UserError
 from harness.mesh import Mesh
+from harness.waiting import on_first_rank
 from models.heads.class_parallel import rows_per_rank
 
 NEW = -1
@@ -51,14 +52,17 @@ def class_map(before: Path, now: Path, mesh: Mesh) -> ClassMap | None:
     The first rank joins them and every rank gets its own range: no rank but the first ever holds a number for every class.
     """
     ids: np.ndarray = np.empty(0, dtype=np.int64)
-    facts = [0, 0, 0]
-    if mesh.rank == 0 and not filecmp.cmp(before, now, shallow=False):
+
+    def compare() -> list[int]:
+        nonlocal ids
+        if filecmp.cmp(before, now, shallow=False):
+            return [0, 0, 0]
         ids = _ids_before(before, now)
         facts = [pq.read_metadata(before).num_rows, len(ids), int((ids != NEW).sum())]
-        if facts == [len(ids)] * 3 and (ids == np.arange(len(ids))).all():
-            facts = [0, 0, 0]
-    dist.broadcast_object_list(facts)
-    num_before, num_now, kept = facts
+        same = facts == [len(ids)] * 3 and (ids == np.arange(len(ids))).all()
+        return [0, 0, 0] if same else facts
+
+    num_before, num_now, kept = on_first_rank(compare, mesh, "comparing the classes")
     if not num_now:
         return None
     per_rank = rows_per_rank(num_now, mesh.row_group.size())
@@ -143,4 +147,6 @@ def _ids_before(before: Path, now: Path) -> np.ndarray:
         with pq.ParquetFile(Path(spill) / "both.parquet") as file:
             for batch in file.iter_batches():
                 ids[batch["class_id"].to_numpy()] = batch["was"].to_numpy()
+    if len(ids) and not NEW <= ids.min() <= ids.max() < pq.read_metadata(before).num_rows:
+        raise UserError(f"{before} is damaged (class ids)", "Name another checkpoint")
     return ids

@@ -39,7 +39,8 @@ def metadata_problem(file: Path) -> str:
     try:
         if file.stat().st_size > LARGEST:
             return f"{file.name} is larger than {LARGEST:,} bytes"
-        top = _Reader(io.BytesIO(file.read_bytes())).load()
+        content = file.read_bytes()
+        top = _Reader(io.BytesIO(content)).load()
         if type(top).__name__ != "Metadata":
             return f"{file.name} is no checkpoint's"
         for key, entry in top.state_dict_metadata.items():
@@ -48,6 +49,7 @@ def metadata_problem(file: Path) -> str:
         for place in top.storage_data.values():
             if not _DATA.fullmatch(place.relative_path) or hasattr(place, "transform_descriptors"):
                 return f"{file.name} names another file than those of tensors"
+        pickle.loads(content)  # what these classes do not take is met here, where it is told in a line
     except Exception as error:  # what an arbitrary file can do is arbitrary
         return f"{file.name} is damaged, or holds what no checkpoint needs ({' '.join(str(error).split())[:80]})"
     return ""

@@ -208,7 +208,15 @@ def replace_tensor(checkpoint: Path) -> None:
     with_metadata(change, "head")(checkpoint)
 
 
+def of_one_rank(checkpoint: Path) -> None:
+    """The library reads this where .metadata cannot be used."""
+    (checkpoint / "head/__0.metadata").write_bytes(pickle.dumps(Runs()))
+    file = checkpoint / "head/.metadata"
+    file.write_bytes(file.read_bytes().replace(b"torch.strided", b"torch.stridEd"))
+
+
 HOSTILE: dict[str, Change] = {
+    "a metadata of one rank": of_one_rank,
     "towers/.metadata": lambda c: (c / "towers/.metadata").write_bytes(pickle.dumps(Runs())),
     "head/.metadata": lambda c: (c / "head/.metadata").write_bytes(pickle.dumps(Runs())),
     "an attribute of towers/.metadata": with_metadata(lambda m: setattr(m, "planner_data", Runs())),
@@ -222,6 +230,10 @@ ODD: dict[str, Change] = {
     "transforms": with_metadata(lambda m: [setattr(p, "transform_descriptors", ["zstd"]) for p in m.storage_data.values()]),
     "no metadata of a checkpoint": with_metadata(lambda m: torch.Size([1])),
     "a billion entries of a memo": lambda c: (c / "towers/.metadata").write_bytes(b"\x80\x04Nr\xff\xff\xff\x7f."),
+    "a layout that torch does not know": lambda c: (c / "head/.metadata").write_bytes(
+        (c / "head/.metadata").read_bytes().replace(b"torch.strided", b"torch.stridEd")
+    ),
+    "a file of no checkpoint": lambda c: (c / "towers/more").touch(),
     "another format": lambda c: (c / "towers/metadata.json").write_text('{"sharded_backend": "zarr"}'),
     "state.json, a list": lambda c: (c / "state.json").write_text("[]"),
     "state.json, deep": lambda c: (c / "state.json").write_text("[" * 100_000),
@@ -273,6 +285,19 @@ def test_init_from_runs_nothing(forged: Path, catalogue: Path, tmp_path: Path) -
     config = tiny_config(catalogue, tmp_path / "other", **SETTINGS, **{"train.init_from": newer})
     with pytest.raises(UserError, match=r"init_from .*step-00000002: towers/.metadata"), trainer(config):
         pass
+
+
+def test_class_ids_that_no_row_has_are_refused(forged: Path, catalogue: Path, tmp_path: Path) -> None:
+    newer = forged / "checkpoints/step-00000002"
+    keys = pq.read_table(newer / "classes.parquet")["class_key"]
+    for ids in ([0, 1, 2, 3, 4, 6], [0, 1, 2, 3, 4, -5]):
+        forge(
+            newer,
+            lambda c, ids=ids: pq.write_table(pa.table({"class_id": ids, "class_key": keys}), c / "classes.parquet"),
+        )
+        config = tiny_config(catalogue, tmp_path / "other", **SETTINGS, **{"train.init_from": newer})
+        with pytest.raises(UserError, match=r"classes.parquet is damaged \(class ids\)"), trainer(config):
+            pass
 
 
 # --- damage ---
