@@ -25,7 +25,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
@@ -132,12 +131,13 @@ def run(config: ExportConfig) -> dict[str, Any]:
 
 def _shared_stage(out: Path, mesh: Mesh, stack: ExitStack) -> Path:
     """The staging folder of rank 0, which all ranks write into; it becomes `out` when rank 0 leaves the stack."""
-    shared = [out]
-    if mesh.rank == 0:
-        shared = [stack.enter_context(staged_folder(out))]
-        (shared[0] / "documents").mkdir()
-    dist.broadcast_object_list(shared)
-    return shared[0]
+
+    def make() -> Path:
+        stage = stack.enter_context(staged_folder(out))
+        (stage / "documents").mkdir()
+        return stage
+
+    return on_first_rank(make, mesh, "making the folder of the artefact")
 
 
 def _shared_with(own: Embedded, mesh: Mesh) -> Embedded:
