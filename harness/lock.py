@@ -27,7 +27,7 @@ from harness.files import printable
 BEAT = 5.0  # seconds between two signs of life
 WATCH = 3 * BEAT  # seconds without one after which another host's process counts as dead
 _FIELDS = {"host": str, "pid": int, "command": str, "since": str, "beat": int}
-_MOST = 4096  # bytes of a lock's file
+_SIZE = 1024  # bytes of a lock's file, filled up with spaces: it is rewritten at one blow
 _held: set[int] = set()  # descriptors of the locks of this process
 
 
@@ -65,7 +65,7 @@ def is_lock(file: Path) -> bool:
     """True for a lock that a process has written: a mark that the folder is ours."""
     try:
         with file.open("rb") as opened:
-            return not file.is_symlink() and _parse(opened.read(_MOST + 1)) is not None
+            return not file.is_symlink() and _parse(opened.read(_SIZE + 1)) is not None
     except OSError:
         return False
 
@@ -76,15 +76,17 @@ def _take(file: Path, what: str, me: dict[str, Any]) -> int:
             file.parent.mkdir(parents=True, exist_ok=True)
             # Not through a link: what it points to is not ours to write.
             handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError:
-            continue
         except OSError as error:
+            if isinstance(error, FileNotFoundError | FileExistsError) and (
+                file.parent.is_dir() or not os.path.lexists(file.parent)
+            ):
+                continue
             raise UserError(f"cannot create {file}: {error.strerror}") from error
         try:
             alone = _flock(handle)
             if not _is_at(file, handle):
                 continue
-            content = os.pread(handle, _MOST + 1, 0)
+            content = os.pread(handle, _SIZE + 1, 0)
             holder = _parse(content)
             if content and holder is None:
                 raise UserError(
@@ -150,23 +152,23 @@ def _beat(handle: int, me: dict[str, Any], ended: threading.Event) -> None:
 
 
 def _myself() -> dict[str, Any]:
-    name, *words = [Path(sys.argv[0]).name, *sys.argv[1:2]]
-    name = {"__main__.py": "shelfmark", "train.py": "shelfmark train"}.get(name, name)
-    command = " ".join([name, *(word for word in words if not word.startswith("-"))])[:200]
+    command = Path(sys.argv[0]).name
+    if command in ("shelfmark", "__main__.py"):
+        command = f"shelfmark {sys.argv[1]}"
+    elif command == "train.py":
+        command = "shelfmark train"
     since = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
-    return {"host": socket.gethostname(), "pid": os.getpid(), "command": command, "since": since, "beat": 0}
+    return {"host": socket.gethostname(), "pid": os.getpid(), "command": command[:100], "since": since, "beat": 0}
 
 
 def _write(handle: int, me: dict[str, Any]) -> None:
-    content = json.dumps(me).encode()
-    os.pwrite(handle, content, 0)
-    os.ftruncate(handle, len(content))
+    os.pwrite(handle, json.dumps(me).ljust(_SIZE).encode(), 0)
     os.fsync(handle)  # for the other hosts of a shared disk
 
 
 def _parse(content: bytes) -> dict[str, Any] | None:
     try:
-        values = json.loads(content) if len(content) <= _MOST else None
+        values = json.loads(content) if len(content) <= _SIZE else None
     except (ValueError, RecursionError):
         return None
     if not isinstance(values, dict) or any(type(values.get(name)) is not kind for name, kind in _FIELDS.items()):

@@ -67,7 +67,7 @@ class Stages:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    def run(self, name: str, *words: str | Path | int) -> None:
+    def run(self, name: str, *words: object) -> None:
         """Echoes and runs one command in this process's environment.
 
         Raises:
@@ -114,8 +114,8 @@ def _stages(config: DemoConfig, out: Path) -> None:
     stages.run("synth", "shelfmark", "synth", products, "--products", config.products, "--seed", config.seed)
     stages.run(
         "ingest",
-        *("shelfmark", "ingest", "--manifest", str(products / "manifest.tsv"), "--images", str(products)),
-        *("--out", str(catalogue), "--attribute-columns", "category,colour,pattern,brand"),
+        *("shelfmark", "ingest", "--manifest", products / "manifest.tsv", "--images", products, "--out", catalogue),
+        *("--attribute-columns", "category,colour,pattern,brand"),
     )
     stages.run("govern", "shelfmark", "govern", catalogue)
     stages.run("tokenizer", "shelfmark", "tokenizer", catalogue, "--vocab-size", config.vocab_size)
