@@ -6,6 +6,7 @@ this process, which has imported everything and started nothing.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shlex
@@ -18,28 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import evaluate_run, export, export_weights, govern, lock, train, weights
-from harness.__main__ import command
+from harness import lock
+from harness.__main__ import COMMANDS, command
 from harness.arguments import run_command
-from harness.data import merge, queries, shards, tokenizer, webdataset
-from harness.synth import command as synth
 from tests.catalogues import make_catalogue
-from tests.runs import arguments
 
-LOADED = (
-    evaluate_run,
-    export,
-    export_weights,
-    train,
-    govern,
-    weights,
-    merge,
-    queries,
-    shards,
-    tokenizer,
-    webdataset,
-    synth,
-)  # all that a fork would have to import
 OPERATIONS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate")  # audit events
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 MOST = 2000  # operations of one command
@@ -66,7 +50,7 @@ CLASSES, WORDS = "govern {folder}/cat", "tokenizer {folder}/cat --vocab-size 30"
 EXISTS = "exists already"
 STEPS = {"train.steps": 3, "train.checkpoint_every": 1, "train.evaluate_every": 2, "train.keep_checkpoints": 2}
 VIT = {"model.vision.class_token": True, "model.vision.class_position": True}  # so that a model of the hub can hold it
-TRAIN = shlex.join(["train", *arguments(Path("{folder}/cat"), Path("{folder}/run"), **STEPS, **VIT)])
+TRAIN = "train {settings}"
 TRAINED = (INGEST, CLASSES, WORDS, TRAIN)
 HUB = "export-weights {folder}/run --tower vision --layout vit --out {folder}/hub"
 CASES = {
@@ -95,6 +79,8 @@ def main(folder: Path, every: int, names: list[str]) -> int:
     faults = 0
     for name in names or CASES:
         case, template, work = CASES[name], folder / f"{name}-template", folder / "work"
+        for words in (*case.prepare, case.argv):  # a fork has them then
+            importlib.import_module(COMMANDS.get(words.split()[0], ("harness.train",))[0])
         template.mkdir()
         make_catalogue(template / "drawn", classes=2, queries=4, size=16, ingest=False)
         shutil.copytree(template, work)
@@ -141,9 +127,13 @@ def _forked(folder: Path, words: str, killed_before: int = 0) -> int:
             with (folder.parent / "said").open("w") as said:
                 os.dup2(said.fileno(), 1)
                 os.dup2(said.fileno(), 2)
-            argv = shlex.split(words.format(folder=folder))
+            argv = shlex.split(words.format(folder=folder, settings=_settings(folder) if "{settings}" in words else ""))
             sys.argv = ["shelfmark", *argv]
-            vars(synth)["ProcessPoolExecutor"] = lambda workers, mp_context: ThreadPoolExecutor(workers)  # counted too
+            if argv[0] == "synth":  # what its processes do is counted too
+                pool = "ProcessPoolExecutor"
+                setattr(
+                    sys.modules["harness.synth.command"], pool, lambda workers, mp_context: ThreadPoolExecutor(workers)
+                )
             if killed_before:
                 _arm(folder, killed_before)
             code = run_command(lambda: command(argv[0], argv[1:]))
@@ -154,6 +144,12 @@ def _forked(folder: Path, words: str, killed_before: int = 0) -> int:
             sys.stderr.flush()
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _settings(folder: Path) -> str:
+    from tests.runs import arguments  # imports torch
+
+    return shlex.join(arguments(folder / "cat", folder / "run", **STEPS, **VIT))
 
 
 def _arm(folder: Path, killed_before: int) -> None:
