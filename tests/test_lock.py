@@ -23,6 +23,8 @@ from harness.data.staging import held, staged_folder
 from harness.errors import UserError
 from harness.lock import locked
 from tests.catalogues import make_catalogue
+from tests.pool import ranks
+from tests.runs import arguments
 
 ROOT = Path(__file__).parents[1]
 
@@ -313,3 +315,96 @@ def test_many_at_once_take_turns(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert set(most) == {1} and held_by and os.listdir(tmp_path) == []
+
+
+def told(command: str, run: Path, out: Path, argv: list[str]) -> str:
+    """In a pool: what a training in `run`, or an export of it to `out`, is told."""
+    from harness import export
+    from harness.train import train
+
+    with pytest.raises(UserError) as refused:
+        train(argv) if command == "train" else export.run(export.ExportConfig(run=run, out=out))
+    return str(refused.value)
+
+
+def test_the_second_training_or_export_ends_on_every_rank(catalogue: Path, tmp_path: Path) -> None:
+    """Told by whom on all ranks, before it writes or trains anything; a run may be exported while it trains."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    argv = arguments(catalogue, run, **{"train.steps": 1})
+    me = f"(host {socket.gethostname()}, process {os.getpid()}, since "
+    with locked(run / ".lock", "it"):
+        for line in ranks(2).run(told, "train", run, out, argv):
+            assert line.startswith(f"run folder {run} is in use by `") and me in line
+        assert os.listdir(run) == [".lock"]
+    ranks(2).run(trained, argv)
+    assert ".lock" not in os.listdir(run)
+    with locked(run / ".lock", "it"), held(out):
+        for line in ranks(2).run(told, "export", run, out, argv):
+            assert line.startswith(f"{out} is in use by `") and me in line
+    with locked(run / ".lock", "it"):
+        ranks(2).run(exported, run, out)
+    assert (out / "artefact.json").exists()
+
+
+def trained(argv: list[str]) -> None:
+    """In a pool."""
+    from harness.train import train
+
+    train(argv)
+
+
+def exported(run: Path, out: Path) -> None:
+    """In a pool."""
+    from harness import export
+
+    export.run(export.ExportConfig(run=run, out=out))
+
+
+PAUSED = {
+    "train": """
+from harness.loop import Trainer
+step = Trainer.train_step
+def slowly(self, *arguments):
+    if self.step == 1:
+        wait()
+    return step(self, *arguments)
+Trainer.train_step = slowly
+""",
+    "export": """
+from harness import export
+write = export.write_documents
+def slowly(*arguments):
+    wait()
+    write(*arguments)
+export.write_documents = slowly
+""",
+}
+MAIN = """
+from harness.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.full
+def test_of_two_trainings_and_two_exports_one_runs(catalogue: Path, tmp_path: Path) -> None:
+    """As a user starts them, the second under torchrun: exit code 2 and one line; the first is as if nothing had been."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    settings = arguments(catalogue, run, **{"train.steps": 3})
+    torchrun = [sys.executable, "jobs/torchrun.py", "--standalone", "--nproc-per-node", "2", "-m", "harness"]
+    for words, what in (
+        (["train", *settings], f"run folder {run}"),
+        (["export", str(run), "--out", str(out)], str(out)),
+    ):
+        with another(PAUSED[words[0]] + MAIN, *words) as first:
+            second = subprocess.run([*torchrun, *words], cwd=ROOT, capture_output=True, text=True)
+            assert second.returncode == 2
+            lines = [line for line in second.stderr.splitlines() if "error" in line]
+            assert len(lines) == 1 and lines[0].startswith(f"error: {what} is in use by `-c` (host "), second.stderr
+            assert f"process {first.pid}, " in lines[0] and "Traceback" not in second.stderr
+            _, errors = first.communicate("\n")
+            assert first.returncode == 0, errors
+    steps = [
+        line["step"] for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "train/loss" in line
+    ]
+    assert steps == [1, 2, 3]
+    assert sorted(os.listdir(tmp_path)) == ["out", "run"] and (out / "artefact.json").exists()

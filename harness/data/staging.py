@@ -115,10 +115,16 @@ def staged_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         UserError: `final` exists and may not be replaced, is in use by another process, cannot be created, or the disk is full.
     """
-    if not replace and os.path.lexists(final) and not os.path.lexists(f"{final}.tmp"):
-        raise _taken(final)
+    if not replace:
+        require_free(final)
     with held(final) as holder, holder.stage(replace=replace) as new:
         yield new
+
+
+def require_free(final: Path) -> None:
+    """Raises UserError where `final` exists; not yet where something unfinished lies beside it, which `held` looks after first."""
+    if os.path.lexists(final) and not os.path.lexists(f"{final}.tmp"):
+        raise _taken(final)
 
 
 def _taken(final: Path) -> UserError:
