@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import xxhash
 
-from harness.data.staging import HOST_FILE
 from harness.errors import UserError
 from harness.files import printable, read_record, write_whole
 
@@ -47,7 +46,6 @@ def write_manifest(folder: Path, mesh: Mesh | None = None, algorithm: str = "xxh
         return (folder / name).stat().st_size, _checksum(folder / name, algorithm)
 
     sizes = _at_first(lambda: _sizes(folder), mesh)
-    sizes.pop(HOST_FILE, None)  # staging removes it
     files = _shared(sizes, flushed, mesh)
     if mesh is None or mesh.rank == 0:
         content = {"format": 2, "algorithm": algorithm, "files": files}

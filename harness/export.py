@@ -25,7 +25,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
@@ -34,7 +33,7 @@ from harness.checksums import write_manifest
 from harness.config import RunConfig
 from harness.data.catalogue import Catalogue
 from harness.data.loader import decoding_threads, share
-from harness.data.staging import staged_folder
+from harness.data.staging import require_free, staged_folder
 from harness.data.tokenizer import FIELDS, Tokenizer
 from harness.decoder_check import compare_decoders
 from harness.embed import Embedder, Side, side_of
@@ -86,8 +85,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
         UserError: no run or checkpoint there, `out` exists, no document, a layout that does not divide, no faiss, decoders that differ.
     """
     started = time.perf_counter()
-    if config.out.exists():  # on every rank, and before the work
-        raise UserError(f"{config.out} exists already", "Choose another --out, or remove that folder first")
+    require_free(config.out)  # on every rank, and before the work
     if config.thumbnail < 0:
         raise UserError(f"--thumbnail is {config.thumbnail}", "It must not be negative")
     import_faiss()
@@ -99,31 +97,31 @@ def run(config: ExportConfig) -> dict[str, Any]:
     if not len(side.ids) or config.split not in (None, *splits):
         which = "" if config.split is None else f" in split '{config.split}'"
         raise UserError(f"{catalogue.path} has no document{which}", f"The splits are {', '.join(splits)} (--split)")
-    with Mesh(MeshConfig(tensor_parallel=config.tensor_parallel, device=config.device)) as mesh:
+    mesh_config = MeshConfig(tensor_parallel=config.tensor_parallel, device=config.device)
+    with Mesh(mesh_config) as mesh, ExitStack() as stack:
+        stage = _shared_stage(config.out, mesh, stack)  # before the work: another process may be at it
         path = find_checkpoint(config.run, config.checkpoint, mesh)
         method, model = load_method(settings, path, tokenizer, mesh)
         decoders = compare_decoders(method, settings, catalogue, config.split, tokenizer, mesh)
         own = Embedder(settings.data, model, tokenizer, config.batch_size, mesh).embed(method, side)
         encoder = plain_query_encoder(settings.method, model, method.towers, mesh)
-        with ExitStack() as stack:
-            stage = _shared_stage(config.out, mesh, stack)
-            part = stage / "documents" / f"part-{mesh.rank:05d}.parquet"
-            in_own_time(
-                lambda: write_documents(part, side, _shared_with(own, mesh), config.thumbnail, threads),
-                mesh,
-                "writing the documents",
-            )
+        part = stage / "documents" / f"part-{mesh.rank:05d}.parquet"
+        in_own_time(
+            lambda: write_documents(part, side, _shared_with(own, mesh), config.thumbnail, threads),
+            mesh,
+            "writing the documents",
+        )
 
-            def describe() -> None:
-                write_index(stage, model.embedding_dim)
-                _write_encoder(encoder, _example(settings), stage / "encoder.pt2")
-                write_json(stage / "preprocess.json", settings.data.preprocess.to_dict())
-                shutil.copytree(config.run / "tokenizer", stage / "tokenizer")
-                description = _description(config, settings, path, catalogue, side, model)
-                write_json(stage / "artefact.json", {**description, "decoders": decoders})
+        def describe() -> None:
+            write_index(stage, model.embedding_dim)
+            _write_encoder(encoder, _example(settings), stage / "encoder.pt2")
+            write_json(stage / "preprocess.json", settings.data.preprocess.to_dict())
+            shutil.copytree(config.run / "tokenizer", stage / "tokenizer")
+            description = _description(config, settings, path, catalogue, side, model)
+            write_json(stage / "artefact.json", {**description, "decoders": decoders})
 
-            on_first_rank(describe, mesh, "writing index and encoder")
-            write_manifest(stage, mesh)
+        on_first_rank(describe, mesh, "writing index and encoder")
+        write_manifest(stage, mesh)
     seconds = time.perf_counter() - started
     if mesh.rank == 0:
         print(f"{config.out}: {len(side.ids):,} documents of {catalogue.path} in {seconds:.1f} s")
@@ -132,12 +130,13 @@ def run(config: ExportConfig) -> dict[str, Any]:
 
 def _shared_stage(out: Path, mesh: Mesh, stack: ExitStack) -> Path:
     """The staging folder of rank 0, which all ranks write into; it becomes `out` when rank 0 leaves the stack."""
-    shared = [out]
-    if mesh.rank == 0:
-        shared = [stack.enter_context(staged_folder(out))]
-        (shared[0] / "documents").mkdir()
-    dist.broadcast_object_list(shared)
-    return shared[0]
+
+    def make() -> Path:
+        stage = stack.enter_context(staged_folder(out))
+        (stage / "documents").mkdir()
+        return stage
+
+    return on_first_rank(make, mesh, "making the folder of the artefact")
 
 
 def _shared_with(own: Embedded, mesh: Mesh) -> Embedded:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import xxhash
 
-from harness.data.store import RemoteStore, open_store
+from harness.data.store import RemoteStore, Store, open_store
 from harness.errors import UserError
 
 CATALOGUE_FORMAT = 1
@@ -66,6 +66,7 @@ class Catalogue:
 
     Args:
         path: the catalogue folder.
+        store: its shards; by default where its shards.json says.
 
     Attributes:
         meta: content of catalogue.json.
@@ -79,7 +80,7 @@ class Catalogue:
         UserError: no catalogue there, an unfinished one, one of another format, or one that lost files.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, store: Store | None = None) -> None:
         self.path = Path(path)
         self.meta = self._read_meta()
         self.num_samples: int = self.meta["num_samples"]
@@ -92,7 +93,7 @@ class Catalogue:
         parts = sorted(self._present("samples").glob("part-*.parquet"))
         self.sample_files: list[Path] = parts[: self.meta.get("num_parts")]
         self._samples = ds.dataset(self.sample_files, format="parquet")
-        self._store = open_store(self.path)
+        self._store = store or open_store(self.path)
         self.remote = isinstance(self._store, RemoteStore)
         # Tars that were indexed where they lie keep their names.
         self._names: list[str] = self.meta.get("shard_names") or [shard_name(i) for i in range(self.meta["num_shards"])]
