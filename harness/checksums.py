@@ -45,7 +45,7 @@ def write_manifest(folder: Path, mesh: Mesh | None = None, algorithm: str = "xxh
             os.fsync(handle.fileno())
         return (folder / name).stat().st_size, _checksum(folder / name, algorithm)
 
-    sizes = _at_first(lambda: _sizes(folder), mesh)
+    sizes = at_first(lambda: _sizes(folder), mesh)
     files = _shared(sizes, flushed, mesh)
     if mesh is None or mesh.rank == 0:
         content = {"format": 2, "algorithm": algorithm, "files": files}
@@ -57,7 +57,7 @@ def verify(folder: Path, mesh: Mesh | None = None) -> str:
 
     With `mesh` collective, as in `write_manifest`, and the same on every rank.
     """
-    listed = _at_first(lambda: _listed(folder), mesh)
+    listed = at_first(lambda: _listed(folder), mesh)
     if isinstance(listed, str):
         return listed
     algorithm, files = listed
@@ -119,12 +119,13 @@ def _listed(folder: Path) -> tuple[str, dict[str, tuple[int, str]]] | str:
     return algorithm, {name: (size, checksum) for name, (size, checksum) in files.items()}
 
 
-def _at_first(make: Callable[[], T], mesh: Mesh | None) -> T:
+def at_first(make: Callable[[], T], mesh: Mesh | None, what: str = "listing files") -> T:
+    """make(); with `mesh` collective, that of rank 0 for every rank, see `harness.waiting.on_first_rank`."""
     if mesh is None:
         return make()
     from harness.waiting import on_first_rank  # here: it loads torch
 
-    return on_first_rank(make, mesh, "listing files")
+    return on_first_rank(make, mesh, what)
 
 
 def _shared(sizes: Mapping[str, int], work: Callable[[str], T], mesh: Mesh | None) -> dict[str, T]:

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch.distributed as dist
 
-from harness import checkpoint, checksums, export, probe, waiting
+from harness import checkpoint, checksums, export, probe, waiting, watch
 from harness.checksums import shared_out, verify, write_manifest
 from harness.errors import UserError
 from harness.mesh import Mesh, MeshConfig
@@ -81,8 +81,8 @@ def silent(rendezvous: Path, rank: int) -> str:
     def work() -> None:
         time.sleep(5 if dist.get_rank() == rank else 0)
 
-    quiet = patch.object(waiting._Place, "beating", lambda place: nullcontext())
-    with hurried(rendezvous, 1.5) as mesh, quiet if dist.get_rank() == rank else nullcontext():
+    quiet = patch.object(watch.Watch, "_run", lambda watch: None)
+    with quiet if dist.get_rank() == rank else nullcontext(), hurried(rendezvous, 1.5) as mesh:
         try:
             waiting.in_own_time(work, mesh, "the index")
         except UserError as error:
@@ -94,7 +94,7 @@ def silent(rendezvous: Path, rank: int) -> str:
 def test_a_rank_that_falls_silent_is_missed(rank: int, tmp_path: Path) -> None:
     found = ranks(3).run(silent, tmp_path / "meet", rank)
     found.pop(rank)
-    assert all(text.startswith(f"rank {rank} was not heard of for 1.5 s") for text in found), found
+    assert all(text.startswith(f"rank {rank} was not heard of for 1.35 s") for text in found), found
 
 
 FILES = {
