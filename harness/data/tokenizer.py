@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import sentencepiece
@@ -33,6 +33,7 @@ from harness.data.special_tokens import SpecialTokens
 from harness.data.staging import staged_folder
 from harness.data.writers import NpyWriter
 from harness.errors import UserError
+from harness.files import read_record
 
 EXAMPLE = "shelfmark tokenizer catalogues/products --vocab-size 8000"
 TOKENIZER_FORMAT = 1
@@ -107,7 +108,13 @@ class Tokenizer:
             raise UserError(
                 f"{folder}/{_model_name(meta)} differs from its checksum", "Run `shelfmark tokenizer` again"
             )
-        return cls(model, SpecialTokens.from_meta(meta), _kind(meta), meta["xxh3"])
+        try:
+            tokenizer = cls(model, SpecialTokens.from_meta(meta), _kind(meta), meta["xxh3"])
+        except ValueError as error:
+            raise UserError(f"{folder}/{_model_name(meta)}: {error}", "Run `shelfmark tokenizer` again") from error
+        if tokenizer.vocab_size < tokenizer._pieces.vocab_size:
+            raise UserError(f"{folder}/{_model_name(meta)} has more pieces than tokenizer.json says")
+        return tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens; what stands for one in the text is ordinary text."""
@@ -209,10 +216,19 @@ def _read_meta(catalogue: Path) -> tuple[Path, dict[str, Any]]:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise UserError(f"{catalogue} has no tokenizer", f"Run `shelfmark tokenizer {catalogue}`")
-    meta = json.loads(file.read_text(encoding="utf-8"))
-    if meta.get("format") not in (TOKENIZER_FORMAT, IMPORTED_FORMAT):
+    record = read_record(file, "Run `shelfmark tokenizer` again")
+    if (version := record.get("format", int)) not in (TOKENIZER_FORMAT, IMPORTED_FORMAT):
         known = f"{TOKENIZER_FORMAT} and {IMPORTED_FORMAT}"
-        raise UserError(f"{folder} has format {meta.get('format')}, this version reads {known}")
+        raise UserError(f"{folder} has format {version}, this version reads {known}")
+    record.get("xxh3", str)
+    if _kind(meta := dict(record.values)) not in get_args(Kind):
+        record.refuse("kind is not known")
+    if not set(map(str, record.get("fields", list))) <= set(FIELDS):
+        record.refuse("fields are not known")
+    try:
+        SpecialTokens.from_meta(meta)
+    except ValueError as error:
+        record.refuse(str(error))
     return folder, meta
 
 

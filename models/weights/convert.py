@@ -165,9 +165,11 @@ def write_exported(folder: Path, described: Json, tensors: dict[str, Tensor]) ->
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Writes a safetensors file as transformers does; readable by others, which the library's own files are not."""
+    """Writes a safetensors file as transformers does, with the permissions of any new file; the library's own are for the writer alone."""
+    file.touch()
+    mode = file.stat().st_mode
     save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod(0o644)
+    file.chmod(mode)
 
 
 def write_converted(folder: Path, towers: Mapping[str, Converted]) -> None:
