@@ -24,6 +24,7 @@ from harness.data.queries import run as make_queries
 from harness.embed import Embedder, side_of
 from harness.errors import UserError
 from harness.retrieval import top_k
+from tests.damages import damages
 from tests.pool import ranks
 from tests.runs import tiny_config, trainer
 from tests.test_two_methods import config_of
@@ -168,15 +169,6 @@ def test_search_prints_and_draws(artefact: Path, tmp_path: Path, capsys: pytest.
     assert all(f"{hit['score']:7.4f}  {hit['id']}" in out and hit["title"] in out for hit in first)
     drawn = Image.open(sheet)
     assert drawn.width == 4 * 152 and len(drawn.convert("RGB").getcolors(1 << 20) or []) > 50
-
-
-def damages(content: bytes) -> Iterator[bytes | None]:
-    """`content` with a byte changed in its first, middle and last place, cut, emptied; None: removed."""
-    for place in (0, len(content) // 2, -1):
-        changed = bytearray(content)
-        changed[place] ^= 1
-        yield bytes(changed)
-    yield from (content[: len(content) // 2], b"", None)
 
 
 def test_every_damaged_file_of_an_artefact_is_named(artefact: Path, tmp_path: Path) -> None:

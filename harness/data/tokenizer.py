@@ -304,7 +304,7 @@ def _kept(owner: Path) -> tuple[bytes, dict[str, Any]]:
     """The same of a tokenizer that exists: that of a run or catalogue, or one that came with weights."""
     folder = owner / "tokenizer" if (owner / "tokenizer").is_dir() else owner
     file = folder / "tokenizer.json"  # ours is one page; the library's holds the vocabulary
-    if folder != owner and file.is_file() and "xxh3" in json.loads(file.read_text(encoding="utf-8")):
+    if folder != owner and file.is_file() and "xxh3" in read_record(file).values:
         Tokenizer.load(owner)  # compares its checksum
         _, meta = _read_meta(owner)
         return (folder / _model_name(meta)).read_bytes(), meta
