@@ -29,7 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 from harness.artefact import ARTEFACT_FORMAT
-from harness.checksums import write_manifest
+from harness.checksums import MANIFEST, fingerprint, write_manifest
 from harness.config import RunConfig
 from harness.data.catalogue import Catalogue
 from harness.data.loader import decoding_threads, share
@@ -129,6 +129,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     if mesh.rank == 0:
         print(f"{config.out}: {len(side.ids):,} documents of {catalogue.path} in {seconds:.1f} s")
+        print(f"{config.out}/{MANIFEST}: SHA-256 {fingerprint(config.out)}")
     return {"documents": len(side.ids), "embedding_dim": model.embedding_dim, "seconds": round(seconds, 3)}
 
 

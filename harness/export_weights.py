@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from harness.checksums import write_manifest
+from harness.checksums import MANIFEST, fingerprint, write_manifest
 from harness.data.staging import staged_folder
 from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError
@@ -72,6 +72,7 @@ def run(config: ExportWeightsConfig) -> dict[str, Any]:
     architecture = described.get("architectures", [config.layout])[0]
     named = "both towers" if config.tower == "both" else f"{config.tower} tower"
     print(f"{config.out}: {named} of {config.source}, {numbers:,} parameters, for {architecture}")
+    print(f"{config.out}/{MANIFEST}: SHA-256 {fingerprint(config.out)}")
     return {"parameters": numbers, "architecture": architecture}
 
 

@@ -19,7 +19,7 @@ import yaml
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from harness.checksums import verify, write_manifest
+from harness.checksums import MANIFEST, fingerprint, verify, write_manifest
 from harness.data.staging import staged_folder
 from harness.errors import UserError
 from harness.files import printable
@@ -89,6 +89,7 @@ def run(config: ImportConfig) -> dict[str, Any]:
         print(f"{config.out}: {tower} tower of {what}")
     if copied:
         print(f"{config.out}/tokenizer: {', '.join(copied)}")
+    print(f"{config.out}/{MANIFEST}: SHA-256 {fingerprint(config.out)}")
     return figures
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from PIL import Image
 
 from harness import export, search
 from harness.artefact import Artefact, Photo
-from harness.checksums import write_manifest
+from harness.checksums import fingerprint, write_manifest
 from harness.data.catalogue import Catalogue
 from harness.data.queries import QueriesConfig
 from harness.data.queries import run as make_queries
@@ -194,6 +195,8 @@ def test_every_damaged_file_of_an_artefact_is_named(artefact: Path, tmp_path: Pa
         refused(more)
         (copy / more).unlink()
     Artefact(copy)
+    done = subprocess.run(["sha256sum", copy / "manifest.json"], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[0] == fingerprint(copy)
 
 
 @pytest.fixture(scope="module")

@@ -112,8 +112,10 @@ class Tokenizer:
             tokenizer = cls(model, SpecialTokens.from_meta(meta), _kind(meta), meta["xxh3"])
         except ValueError as error:
             raise UserError(f"{folder}/{_model_name(meta)}: {error}", "Run `shelfmark tokenizer` again") from error
-        if tokenizer.vocab_size < tokenizer._pieces.vocab_size:
-            raise UserError(f"{folder}/{_model_name(meta)} has more pieces than tokenizer.json says")
+        if tokenizer._pieces.vocab_size != tokenizer.vocab_size:
+            raise UserError(
+                f"{folder}/{_model_name(meta)} has {tokenizer._pieces.vocab_size} pieces, its tokenizer.json says {tokenizer.vocab_size}"
+            )
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
