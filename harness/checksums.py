@@ -73,6 +73,11 @@ def verify(folder: Path, mesh: Mesh | None = None) -> str:
     return next(filter(None, found.values()), "")
 
 
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of the manifest, which stands for all of the folder: what an author publishes, and `sha256sum FOLDER/manifest.json` compares."""
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+
+
 def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file under `folder` but its manifest, sorted by name; -1 for a link, a pipe and the like."""
     sizes, left = {}, [""]

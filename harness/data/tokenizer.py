@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import sentencepiece
@@ -33,6 +33,7 @@ from harness.data.special_tokens import SpecialTokens
 from harness.data.staging import staged_folder
 from harness.data.writers import NpyWriter
 from harness.errors import UserError
+from harness.files import read_record
 
 EXAMPLE = "shelfmark tokenizer catalogues/products --vocab-size 8000"
 TOKENIZER_FORMAT = 1
@@ -107,7 +108,15 @@ class Tokenizer:
             raise UserError(
                 f"{folder}/{_model_name(meta)} differs from its checksum", "Run `shelfmark tokenizer` again"
             )
-        return cls(model, SpecialTokens.from_meta(meta), _kind(meta), meta["xxh3"])
+        try:
+            tokenizer = cls(model, SpecialTokens.from_meta(meta), _kind(meta), meta["xxh3"])
+        except ValueError as error:
+            raise UserError(f"{folder}/{_model_name(meta)}: {error}", "Run `shelfmark tokenizer` again") from error
+        if tokenizer._pieces.vocab_size != tokenizer.vocab_size:
+            raise UserError(
+                f"{folder}/{_model_name(meta)} has {tokenizer._pieces.vocab_size} pieces, its tokenizer.json says {tokenizer.vocab_size}"
+            )
+        return tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens; what stands for one in the text is ordinary text."""
@@ -209,10 +218,19 @@ def _read_meta(catalogue: Path) -> tuple[Path, dict[str, Any]]:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise UserError(f"{catalogue} has no tokenizer", f"Run `shelfmark tokenizer {catalogue}`")
-    meta = json.loads(file.read_text(encoding="utf-8"))
-    if meta.get("format") not in (TOKENIZER_FORMAT, IMPORTED_FORMAT):
+    record = read_record(file, "Run `shelfmark tokenizer` again")
+    if (version := record.get("format", int)) not in (TOKENIZER_FORMAT, IMPORTED_FORMAT):
         known = f"{TOKENIZER_FORMAT} and {IMPORTED_FORMAT}"
-        raise UserError(f"{folder} has format {meta.get('format')}, this version reads {known}")
+        raise UserError(f"{folder} has format {version}, this version reads {known}")
+    record.get("xxh3", str)
+    if _kind(meta := dict(record.values)) not in get_args(Kind):
+        record.refuse("kind is not known")
+    if not set(map(str, record.get("fields", list))) <= set(FIELDS):
+        record.refuse("fields are not known")
+    try:
+        SpecialTokens.from_meta(meta)
+    except ValueError as error:
+        record.refuse(str(error))
     return folder, meta
 
 
@@ -288,7 +306,7 @@ def _kept(owner: Path) -> tuple[bytes, dict[str, Any]]:
     """The same of a tokenizer that exists: that of a run or catalogue, or one that came with weights."""
     folder = owner / "tokenizer" if (owner / "tokenizer").is_dir() else owner
     file = folder / "tokenizer.json"  # ours is one page; the library's holds the vocabulary
-    if folder != owner and file.is_file() and "xxh3" in json.loads(file.read_text(encoding="utf-8")):
+    if folder != owner and file.is_file() and "xxh3" in read_record(file).values:
         Tokenizer.load(owner)  # compares its checksum
         _, meta = _read_meta(owner)
         return (folder / _model_name(meta)).read_bytes(), meta
