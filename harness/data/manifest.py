@@ -18,6 +18,7 @@ from harness.files import printable
 
 SUFFIXES = (".tsv", ".csv", ".parquet")
 MOST_TEXT = 1 << 20  # characters of a cell; a longer one costs its row
+MOST_BYTES = 4 * MOST_TEXT  # of its UTF-8
 MOST_LINE = 1 << 24  # characters of a line of a text file
 BATCH_BYTES = 1 << 26  # of a Parquet file that are read at once, where a row has fewer
 
@@ -139,49 +140,59 @@ class Manifest:
     def _parquet_rows(self, columns: Sequence[str]) -> Iterator[Row]:
         names, read = list(dict.fromkeys(columns)), 0
         try:
-            with pq.ParquetFile(self.path) as file:
-                stored_as_text = [field.name for field in file.schema_arrow if _is_text(field.type)]
-                groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
-                row_bytes = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
-            # A dictionary stays one, so that a long text which a million rows share is held once.
-            with pq.ParquetFile(self.path, read_dictionary=stored_as_text) as file:
-                for batch in file.iter_batches(max(1, min(8192, BATCH_BYTES // max(row_bytes, 1))), columns=names):
-                    texts = {name: self._texts(name, batch.column(name)) for name in names}
-                    for cells in zip(*(texts[name] for name in columns), strict=True):
-                        if None in cells:
-                            column = columns[cells.index(None)]
-                            reason = f"text too long: column {column!r} has more than {MOST_TEXT:,} characters"
-                            yield Row([cell or "" for cell in cells], reason)
-                        else:
-                            yield Row(list(cells))
-                    read += len(batch)
+            for batch in self._batches(names):
+                texts = {name: self._texts(name, batch.column(name)) for name in names}
+                for cells in zip(*(texts[name] for name in columns), strict=True):
+                    if None in cells:
+                        column = columns[cells.index(None)]
+                        reason = f"text too long: column {column!r} has more than {MOST_TEXT:,} characters"
+                        yield Row([cell or "" for cell in cells], reason)
+                    else:
+                        yield Row(list(cells))
+                read += len(batch)
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{self.path} is damaged after row {read:,} ({error})", "Write it again") from error
+
+    def _batches(self, names: list[str]) -> Iterator[pa.RecordBatch]:
+        """The columns `names`, at most BATCH_BYTES at once where a row has fewer: a dictionary holds a text once that a million rows may share."""
+        with pq.ParquetFile(self.path) as file:
+            coded_names = [field.name for field in file.schema_arrow if field.name in names and _is_text(field.type)]
+            with pq.ParquetFile(self.path, read_dictionary=coded_names) as coded:
+                for group in range(file.num_row_groups):
+                    sizes = file.metadata.row_group(group)
+                    longest = _longest(coded, group, coded_names)
+                    row_bytes = max(1, longest, sizes.total_byte_size // max(sizes.num_rows, 1))
+                    # No text is that long, so every row that has it is refused: it is not unpacked for each.
+                    source = coded if longest > MOST_BYTES * len(coded_names) else file
+                    yield from source.iter_batches(max(1, min(8192, BATCH_BYTES // row_bytes)), [group], names)
 
     def _texts(self, name: str, column: pa.Array) -> list[str | None]:
         """The cells of a column as text, those of null as '', those that are far too long as None."""
         if pa.types.is_dictionary(column.type):
-            used = column.indices.unique()
-            texts = dict(zip(used.to_pylist(), self._texts(name, column.dictionary.take(used)), strict=True))
-            return [texts[place] for place in column.indices.to_pylist()]
+            texts = [*self._texts(name, column.dictionary), ""]  # place -1 for null
+            return [texts[place] for place in column.indices.fill_null(-1).to_pylist()]
         if not _is_text(column.type):
             try:
                 column = column.cast(pa.string())
             except pa.ArrowException as error:
                 raise UserError(f"{self.path}: column {name!r} is no text ({error})") from error
         data = column.cast(pa.large_binary())
-        fits = pc.fill_null(
-            pc.less_equal(pc.binary_length(data), 4 * MOST_TEXT), True
-        )  # a character has at most 4 bytes
-        if not pc.all(fits).as_py():
-            data = pc.if_else(fits, data, None)
-        cells = zip(data.to_pylist(), fits.to_pylist(), strict=True)
-        return [(cell or b"").decode("utf-8", "surrogateescape") if fit else None for cell, fit in cells]
+        fits = pc.fill_null(pc.less_equal(pc.binary_length(data), MOST_BYTES), True)
+        cells = iter(data.filter(fits).to_pylist())
+        return [(next(cells) or b"").decode("utf-8", "surrogateescape") if fit else None for fit in fits.to_pylist()]
 
 
 def _is_text(kind: pa.DataType) -> bool:
     text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
     return text or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _longest(coded: pq.ParquetFile, group: int, names: list[str]) -> int:
+    """Bytes of the longest texts in the dictionaries of the columns `names`, together: what one row may have."""
+    if not names:
+        return 0
+    batch = next(coded.iter_batches(1, [group], names), ())
+    return sum(pc.max(pc.binary_length(column.dictionary)).as_py() or 0 for column in batch)
 
 
 class _Lines:
