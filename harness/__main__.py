@@ -98,8 +98,7 @@ def main() -> int:
     """Entry point of `shelfmark`."""
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if argv else 2
+        return run_command(lambda: print(usage())) or (0 if argv else 2)
     return run_command(lambda: command(argv[0], argv[1:]))
 
 

@@ -13,6 +13,7 @@ from harness.errors import UserError
 
 T = TypeVar("T", bound="str | bool | int | float | list[Any] | dict[str, Any]")
 LARGEST_JSON = 1 << 28  # bytes; the largest of ours, the manifest of a checkpoint by 10,000 ranks, has 1e6
+_HARMLESS = "\u00a0\u2009\u202f\u3000\u200c\u200d"  # spaces, and joiners of letters and emoji
 _KINDS: dict[type, str] = {
     str: "text",
     bool: "true or false",
@@ -36,12 +37,21 @@ def read_json(file: Path, remedy: str = "") -> Any:
     try:
         if (size := file.stat().st_size) > LARGEST_JSON:
             raise UserError(f"{file} has {size:,} bytes, more than the {LARGEST_JSON:,} of any that is ours", remedy)
-        return json.loads(file.read_bytes())
+        return parse_json(file.read_bytes())
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}", remedy) from error
-    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
-        reason = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise UserError(f"{file} is damaged ({reason})", remedy) from error
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error})", remedy) from error
+
+
+def parse_json(data: bytes) -> Any:
+    """What JSON says. Raises ValueError, in one line, where it is not JSON, not UTF-8 or nested too deep."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    except ValueError as error:
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def read_record(file: Path, remedy: str = "") -> Record:
@@ -126,5 +136,7 @@ def _finite(value: Any) -> Any:
 
 def printable(text: str, most: int = 200) -> str:
     """`text` for a terminal: one line of at most `most` characters, what would control the terminal shown as \\x1b and the like."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: most + 1])
+    shown = "".join(
+        c if c.isprintable() or c in _HARMLESS else c.encode("unicode_escape").decode() for c in text[: most + 1]
+    )
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"

@@ -218,7 +218,7 @@ def test_malformed_lines_cost_only_themselves(drawn, tmp_path):
     assert list(reasons) == [1, 2, 3, 5]
     assert reasons[1] == "wrong number of cells: 3, the header has 4"
     assert reasons[2].startswith("malformed: ") and reasons[5].startswith("malformed: ")
-    assert reasons[3] == "not UTF-8"
+    assert reasons[3] == "not UTF-8: title"
     tsv = tmp_path / "m.tsv"
     tsv.write_text(f'id\tkind\timage\ttitle\na\tquery\t{image}\t5" "disc\n', encoding="utf-8")
     run(IngestConfig(manifest=tsv, images=drawn[0], out=tmp_path / "tsv"))
