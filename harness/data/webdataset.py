@@ -5,7 +5,6 @@ A webdataset sample is a run of members that share their name up to its first do
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
 import time
