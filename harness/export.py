@@ -34,6 +34,7 @@ from harness.data.catalogue import Catalogue
 from harness.data.loader import decoding_threads, share
 from harness.data.staging import require_free, staged_folder
 from harness.data.tokenizer import FIELDS, Tokenizer
+from harness.data.whole import require_whole
 from harness.decoder_check import compare_decoders
 from harness.embed import Embedder, Side, side_of
 from harness.errors import UserError
@@ -101,6 +102,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     mesh_config = MeshConfig(tensor_parallel=config.tensor_parallel, device=config.device)
     with Mesh(mesh_config) as mesh, ExitStack() as stack:
         stage = _shared_stage(config.out, mesh, stack)  # before the work: another process may be at it
+        require_whole(catalogue, mesh)
         path = find_checkpoint(config.run, config.checkpoint, mesh)
         method, model = load_method(settings, path, tokenizer, mesh)
         decoders = compare_decoders(method, settings, catalogue, config.split, tokenizer, mesh)
