@@ -55,9 +55,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint 
 AVERAGE = "average."  # key of a parameter's average: this and the parameter's own
 MEMORY = "memory."  # before the keys of memory banks
 LONGEST_LEDGER = 1 << 16  # steps whose samples a resume may have to draw again
-LARGEST_WEIGHT = (
-    1e9  # two such layers in a row, and the square that a normalisation takes of it, are about what float32 holds
-)
+LARGEST_WEIGHT = 1e6  # none that learns is so large; a few in a row, squared by a normalisation, leave float32
 _DELETING = "delete-checkpoints"  # name of a thread
 _STEP, _UNFINISHED, _DELETED = r"step-([0-9]{8,})", r"step-([0-9]{8,})\.tmp", r"\.step-([0-9]{8,})\.(?:old|replaced)"
 _LIBRARY_STATE = {

@@ -111,6 +111,7 @@ class Trainer:
         sized = replace(config, model=self.model_config)
         self._flops = StepFlops.of(sized, order.num_classes, self.loader.documents_per_step)
         self.step = 0
+        self._resumed_at = -1
         self._data: StepData | None = None  # of the present step, once it is read
         self.ledger = 0  # of all steps up to the last checkpoint, over all ranks
         self._own_ledger = 0  # of this rank's share since then
@@ -345,9 +346,14 @@ class Trainer:
         ids = _sample_ids(data)
         file = self.config.run_dir / f"nonfinite-step-{self.step}-rank-{self.mesh.rank}.json"
         write_json(file, {"step": self.step, "loss": str(loss), "gradient_norm": str(norm), "sample_ids": ids})
+        again = "the run resumes"
+        if self.step == self._resumed_at:
+            again += (
+                f", or move step-{self.step:08d} elsewhere, if it is ruined itself, to resume the checkpoint before it"
+            )
         raise UserError(
             f"step {self.step}: loss {loss} or gradient norm {norm} is not finite; nothing was updated",
-            f"The samples are in {file}. Lower optimizer.lr or the margin, then start again: the run resumes",
+            f"The samples are in {file}. Lower optimizer.lr or the margin, then start again: {again}",
         )
 
     def _place(self) -> str:
@@ -424,7 +430,8 @@ class Trainer:
         if begins and not allowed:
             raise phases.another_order(config, self.phases[-1], order)
         phases.require_tokenizer(path, state, config.data.catalogue)
-        self.step, self.ledger = state["step"], int(state["ledger"], 16)
+        self.step = self._resumed_at = state["step"]
+        self.ledger = int(state["ledger"], 16)
         if begins:
             self.phases.append(phases.begin(self.step, order, classes))
         self.loader.first_step = self.phases[-1].first_step

@@ -39,7 +39,7 @@ class MeshConfig:
         deterministic: on a GPU, kernels whose results do not change from run to run, where torch has them, and an error where not; slower.
         accelerators: auto takes fused kernels of TransformerEngine and apex on a GPU, where they are whole; torch takes none.
         compile: auto compiles the towers' blocks by torch.compile on a GPU; always on a CPU too (needs a C++ compiler); never.
-        timeout_minutes: a collective that takes longer ends the run, and so does a rank that is not heard of for nine tenths of it.
+        timeout_minutes: a rank that is not heard of for so long ends the run, and so does a collective that takes a quarter longer.
     """
 
     tensor_parallel: int = 1
@@ -74,7 +74,7 @@ class Mesh:
         set_deterministic(config.deterministic)
         if cuda:
             torch.cuda.set_device(self.device)
-        timeout = timedelta(minutes=config.timeout_minutes)
+        timeout = timedelta(minutes=1.25 * config.timeout_minutes)  # later than the watch, which names the rank
         if not dist.is_initialized():
             # A run of one process needs no rendezvous, hence no free port.
             store = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -86,7 +86,7 @@ class Mesh:
         self.dp: ProcessGroup = self.groups.dp
         self.row_group: ProcessGroup = dist.group.WORLD  # type: ignore[assignment]
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.watch = Watch(timeout.total_seconds())
+        self.watch = Watch(60 * config.timeout_minutes)
 
     def __enter__(self) -> Mesh:
         return self

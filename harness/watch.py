@@ -26,12 +26,12 @@ class Watch:
     exit code 2, unless `waits` is set, by one who looks at `lost` himself.
 
     Args:
-        timeout: seconds that a collective may take; a rank may be silent for nine tenths of it.
+        patience: seconds for which a rank may be silent; less than a collective may take, whose timeout would name one who waits.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, patience: float) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.patience = 0.9 * timeout
+        self.patience = patience
         self.at: Callable[[], str] = lambda: "the start"  # where this rank is, in words
         self.lost: UserError | None = None
         self.waits = False
@@ -80,7 +80,7 @@ class Watch:
             if beat != before:
                 heard[rank] = beat, time.monotonic()
             elif beat != _CLOSED and time.monotonic() - when > self.patience:
-                place = f"; it was in {beat.partition(chr(10))[2]}" if beat else ""
+                place = f"; it was last in {beat.partition(chr(10))[2]}" if beat else ""
                 self.lost = UserError(
                     f"rank {rank} was not heard of for {self.patience:g} s{place}",
                     "See what stopped its process or machine, then start again; mesh.timeout_minutes sets how long a rank may be silent",
