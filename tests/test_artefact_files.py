@@ -195,8 +195,9 @@ def test_odd_values_are_one_line(made: dict[str, Path], tmp_path: Path, method: 
     copy = shutil.copytree(made[method], tmp_path / "copy")
     values = json.loads((copy / name).read_text())
     told = 0
-    for number, at in enumerate(places(values)):
-        for value in ODD[number % 4 :: 4]:
+    seen = ("vision", "text", "fusion") if method == "make" else ()  # in the other, or like what is there
+    for number, at in enumerate(at for at in places(values) if at[1:2] == () or at[1] not in seen):
+        for value in ODD[number % 8 :: 8] if at[0] == "model" else ODD[number % 4 :: 4]:
             (copy / name).write_text(json.dumps(changed(values, at, value)))
             try:
                 Artefact(seal(copy))
@@ -205,7 +206,7 @@ def test_odd_values_are_one_line(made: dict[str, Path], tmp_path: Path, method: 
                 assert any(word in str(error) for word in known), (at, value)
                 assert str(error).isprintable() and len(str(error)) < 1000
                 told += 1
-    assert told > 30
+    assert told > 20
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def test_every_damaged_file_of_an_artefact_is_named(artefact: Path, tmp_path: Pa
         (copy / more).unlink()
     Artefact(copy)
     done = subprocess.run(["sha256sum", copy / "manifest.json"], capture_output=True, text=True, check=True)
-    assert done.stdout.split()[0] == fingerprint(copy)
+    assert done.stdout.split()[0] == fingerprint(copy) and '"sha256"' in (copy / "manifest.json").read_text()
 
 
 @pytest.fixture(scope="module")
