@@ -1,71 +1,124 @@
-"""manifest.json: size and xxh3-64 of every file of a folder, by which a checkpoint and an artefact prove that they are whole."""
+"""manifest.json: size and checksum of every file of a folder, by which a checkpoint, an artefact and a catalogue prove that they are whole.
+
+Checksums find damage. They do not tell who made a folder: whoever changes a file can change its manifest too.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import xxhash
 
-from harness.files import write_whole
+from harness.data.staging import HOST_FILE
+from harness.errors import UserError
+from harness.files import printable, read_record, write_whole
 
 if TYPE_CHECKING:
     from harness.mesh import Mesh
 
 T = TypeVar("T")
 
+MANIFEST = "manifest.json"
+ALGORITHMS: dict[str, Callable[[], Any]] = {"xxh3-64": xxhash.xxh3_64, "sha256": hashlib.sha256}
+_UNLISTED = {1: {"towers/.metadata", "head/.metadata"}, 2: set()}  # by format: format 1 left hidden files out
 _CHUNK = 1 << 24
 
 
-def write_manifest(folder: Path, mesh: Mesh | None = None) -> None:
-    """Flushes every file under `folder` to disk and lists it in folder/manifest.json; hidden files do not belong to it.
+def write_manifest(folder: Path, mesh: Mesh | None = None, algorithm: str = "xxh3-64") -> None:
+    """Flushes every file under `folder` to disk and lists it in folder/manifest.json, hidden ones too.
 
     With `mesh` collective: each rank reads its share of the files, in its own time.
+
+    Args:
+        folder: holds files and folders, no links.
+        mesh: the ranks that share the work.
+        algorithm: xxh3-64, fast, for what stays here; sha256 for what is handed on, so that its manifest can be compared with one that was published.
     """
 
     def flushed(name: str) -> tuple[int, str]:
         with (folder / name).open("rb") as handle:
             os.fsync(handle.fileno())
-        return (folder / name).stat().st_size, _checksum(folder / name)
+        return (folder / name).stat().st_size, _checksum(folder / name, algorithm)
 
-    files = _shared(_at_first(lambda: _sizes(folder), mesh), flushed, mesh)
+    sizes = _at_first(lambda: _sizes(folder), mesh)
+    sizes.pop(HOST_FILE, None)  # staging removes it
+    files = _shared(sizes, flushed, mesh)
     if mesh is None or mesh.rank == 0:
-        write_whole(folder / "manifest.json", json.dumps({"format": 1, "files": files}, indent=1))
+        content = {"format": 2, "algorithm": algorithm, "files": files}
+        write_whole(folder / MANIFEST, json.dumps(content, indent=1))
 
 
 def verify(folder: Path, mesh: Mesh | None = None) -> str:
-    """What is wrong with a folder that has a manifest; empty if every file is there with its checksum.
+    """Names what is wrong with a folder that has a manifest; empty if it holds exactly the listed files, each with its checksum.
 
     With `mesh` collective, as in `write_manifest`, and the same on every rank.
     """
     listed = _at_first(lambda: _listed(folder), mesh)
-    if listed is None:
-        return "manifest.json is missing or damaged"
+    if isinstance(listed, str):
+        return listed
+    algorithm, files = listed
 
     def problem(name: str) -> str:
-        file, (size, checksum) = folder / name, listed[name]
-        if not file.is_file() or file.stat().st_size != size:
-            return f"{name} is missing or has another size"
-        return f"{name} has another checksum" if _checksum(file) != checksum else ""
+        try:
+            same = _checksum(folder / name, algorithm) == files[name][1]
+        except OSError as error:
+            return f"{printable(name)} cannot be read ({error.strerror})"
+        return "" if same else f"{printable(name)} has another checksum"
 
-    found = _shared({name: size for name, (size, _) in listed.items()}, problem, mesh)
+    found = _shared({name: size for name, (size, _) in files.items()}, problem, mesh)
     return next(filter(None, found.values()), "")
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    return {str(file.relative_to(folder)): file.stat().st_size for file in files}
+    """Bytes of every file under `folder` but its manifest, sorted by name; -1 for a link, a pipe and the like."""
+    sizes, left = {}, [""]
+    while left:
+        prefix = left.pop()
+        for entry in os.scandir(folder / prefix):
+            name = prefix + entry.name
+            if entry.is_dir(follow_symlinks=False):
+                left.append(f"{name}/")
+            elif name != MANIFEST:
+                sizes[name] = entry.stat().st_size if entry.is_file(follow_symlinks=False) else -1
+    return dict(sorted(sizes.items()))
 
 
-def _listed(folder: Path) -> dict[str, tuple[int, str]] | None:
+def _listed(folder: Path) -> tuple[str, dict[str, tuple[int, str]]] | str:
+    """The algorithm, and size and checksum of each file; or what is wrong with the manifest, or with what lies in the folder.
+
+    No name of a manifest is opened that a listing of the folder did not give.
+    """
     try:
-        return json.loads((folder / "manifest.json").read_text())["files"]
-    except (OSError, ValueError):
-        return None
+        record = read_record(folder / MANIFEST)
+        version = record.number("format", max(_UNLISTED), 1)
+        algorithm = record.get("algorithm", str) if version > 1 else "xxh3-64"
+        files: dict[str, Any] = record.get("files", dict)
+    except UserError:
+        return f"{MANIFEST} is missing or damaged"
+    if algorithm not in ALGORITHMS:
+        return f"{MANIFEST} is missing or damaged (algorithm {printable(algorithm)!r})"
+    for name, entry in files.items():
+        if not isinstance(entry, list) or [type(value) for value in entry] != [int, str]:
+            return f"{MANIFEST} is missing or damaged (files: {printable(name)})"
+    try:
+        sizes = _sizes(folder)
+    except OSError as error:
+        return f"{printable(str(error.filename))} cannot be read ({error.strerror})"
+    unlisted = {name for name in _UNLISTED[version] if any(Path(name).parent == Path(file).parent for file in files)}
+    for name in [*files, *sorted(unlisted)]:
+        if sizes.get(name) == -1:
+            return f"{printable(name)} is a link or no regular file"
+        if name not in sizes or (name in files and sizes[name] != files[name][0]):
+            return f"{printable(name)} is missing or has another size"
+    if more := sizes.keys() - files.keys() - unlisted:
+        return f"{printable(min(more))} is not listed in {MANIFEST}"
+    return algorithm, {name: (size, checksum) for name, (size, checksum) in files.items()}
 
 
 def _at_first(make: Callable[[], T], mesh: Mesh | None) -> T:
@@ -106,9 +159,9 @@ def shared_out(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
     return shares
 
 
-def _checksum(file: Path) -> str:
-    digest = xxhash.xxh3_64()
+def _checksum(file: Path, algorithm: str) -> str:
+    digest = ALGORITHMS[algorithm]()
     with file.open("rb") as handle:
         while chunk := handle.read(_CHUNK):
             digest.update(chunk)
-    return digest.hexdigest()
+    return str(digest.hexdigest())

@@ -25,7 +25,7 @@ from models.heads.class_parallel import ClassHeadConfig
 from models.presets import PRESETS, expand
 
 EXAMPLE = (
-    "torchrun --nproc-per-node 2 -m harness.train --config jobs/recipes/oclear_grocery.yaml "
+    "python jobs/torchrun.py --nproc-per-node 2 -m harness.train --config jobs/recipes/oclear_grocery.yaml "
     "--data.catalogue catalogues/grocery --run-dir runs/grocery"
 )
 # What may not change when a run resumes: with another value it would be another run.

@@ -14,7 +14,7 @@ from harness.evaluate import Evaluation, print_report
 from harness.mesh import Mesh, MeshConfig
 from harness.trained import find_checkpoint, load_method, open_settings
 
-EXAMPLE = "torchrun --nproc-per-node 2 -m harness eval runs/grocery --split test --slices department"
+EXAMPLE = "python jobs/torchrun.py --nproc-per-node 2 -m harness eval runs/grocery --split test --slices department"
 
 
 @dataclass(frozen=True, kw_only=True)

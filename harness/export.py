@@ -48,7 +48,7 @@ from harness.trained import find_checkpoint, load_method, open_settings
 from harness.versions import versions
 from harness.waiting import in_own_time, on_first_rank
 
-EXAMPLE = "torchrun --nproc-per-node 2 -m harness export runs/grocery --out artefacts/grocery"
+EXAMPLE = "python jobs/torchrun.py --nproc-per-node 2 -m harness export runs/grocery --out artefacts/grocery"
 _ROWS = 4096  # rows written, or added to the index, at once
 
 

@@ -102,7 +102,7 @@ def test_help_has_defaults_and_an_example(shelfmark: Shelfmark, command: str) ->
         defaults = 1 + sum(field.default is not dataclasses.MISSING for field in fields)
     assert text.count("default: ") >= defaults and "--json" in text
     example = text.split("example: ")[1]
-    assert example.startswith(("shelfmark", "torchrun --nproc-per-node 2 -m harness"))
+    assert example.startswith(("shelfmark", "python jobs/torchrun.py --nproc-per-node 2 -m harness"))
     # The example names no option that does not exist; those of torchrun are not ours.
     flags = [flag for flag in re.findall(r"--[\w.-]+", example) if flag != "--nproc-per-node"]
     assert flags or defaults == 1  # merge has no option but --json
