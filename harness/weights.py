@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 
 from harness.data.staging import staged_folder
 from harness.errors import UserError
+from harness.files import printable
 from models.merge import load_merged
 from models.weights.convert import Converted, Source, fitted, import_tower, write_converted
 from models.weights.rules import WeightsError, listed
@@ -77,7 +78,8 @@ def run(config: ImportConfig) -> dict[str, Any]:
         numbers = sum(tensor.numel() for tensor in converted.state.values())
         figures[tower] = {"parameters": numbers, "left_out": converted.left_out}
         left = f"; left out: {listed(converted.left_out)}" if converted.left_out else ""
-        print(f"{config.out}: {tower} tower of {wanted[tower]} ({converted.origin}), {numbers:,} parameters{left}")
+        line = f"{config.out}: {tower} tower of {wanted[tower]} ({converted.origin}), {numbers:,} parameters{left}"
+        print(printable(line, 2000))
     if copied:
         print(f"{config.out}/tokenizer: {', '.join(copied)}")
     return figures

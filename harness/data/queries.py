@@ -27,6 +27,7 @@ from harness.data.manifest import Manifest
 from harness.data.product_queries import ARRAYS, QUERIES_FORMAT, words_of
 from harness.data.staging import staged_folder
 from harness.errors import UserError
+from harness.files import printable
 
 EXAMPLE = "shelfmark queries catalogues/fashion --attributes gender,base_colour,sub_category --category sub_category"
 CLICK_COLUMNS = ("text", "document", "clicks")
@@ -134,7 +135,7 @@ def run(config: QueriesConfig) -> dict[str, Any]:
     }
     print(
         f"{config.catalogue}/queries: {figures['texts']:,} clicked texts of {figures['clicked_documents']:,} documents, attributes "
-        f"{', '.join(attributes) or 'none'}; {len(keywords):,} keywords, of which {figures['with_keywords']:,} of "
+        f"{printable(', '.join(attributes), 1000) or 'none'}; {len(keywords):,} keywords, of which {figures['with_keywords']:,} of "
         f"{int(documents.sum()):,} documents have one; {len(categories):,} categories"
     )
     return figures

@@ -33,6 +33,7 @@ from harness.data.special_tokens import SpecialTokens
 from harness.data.staging import staged_folder
 from harness.data.writers import NpyWriter
 from harness.errors import UserError
+from harness.files import printable
 
 EXAMPLE = "shelfmark tokenizer catalogues/products --vocab-size 8000"
 TOKENIZER_FORMAT = 1
@@ -269,7 +270,7 @@ def run(config: TokenizerConfig) -> dict[str, Any]:
         (stage / "tokenizer.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     share = unknown / max(sum(tokens.values()), 1)
     texts = meta.get("texts", 0)
-    source = f"of {meta['source']}" if "source" in meta else f"learned from {texts:,} texts"
+    source = f"of {printable(str(meta['source']))}" if "source" in meta else f"learned from {texts:,} texts"
     print(
         f"{config.catalogue}/tokenizer: {tokenizer.vocab_size:,} pieces {source}; "
         f"{sum(tokens.values()):,} tokens stored, {share:.2%} of them unknown"
