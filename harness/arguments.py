@@ -35,7 +35,7 @@ _SYSTEM = {
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Allow more open files (ulimit -n)"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG), ""),
 }
-_ARROW = re.compile(r"local file '([^']+)'.*\[errno \d+\] (.*)", re.DOTALL)
+_ARROW = re.compile(r"'([^']+)'\. Detail: \[errno \d+\] (.*)")
 # What gloo and NCCL say when a rank at the other end is gone.
 _FOLLOWS = re.compile(r"by peer|[Rr]emote (process|server)|communicator was aborted")
 
