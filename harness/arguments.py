@@ -36,6 +36,7 @@ _SYSTEM = {
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Allow more open files (ulimit -n)"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG), ""),
 }
+_ARROW = re.compile(r"'([^']+)'\. Detail: \[errno \d+\] (.*)")
 # What gloo and NCCL say when a rank at the other end is gone.
 _FOLLOWS = re.compile(r"by peer|[Rr]emote (process|server)|communicator was aborted")
 
@@ -83,9 +84,8 @@ class Parser(jsonargparse.ArgumentParser):
                 if isinstance(number, float) and not math.isfinite(number):
                     raise UserError(f"{key} is {number}", "It must be a finite number")
                 if isinstance(number, int) and abs(number) >= 2**63:
-                    raise UserError(
-                        f"{key} has {number.bit_length()} bits", f"It must be at most 2**63 - 1 = {2**63 - 1}"
-                    )
+                    shown = number if abs(number) < 10**99 else "far too large"
+                    raise UserError(f"{key} is {shown}", f"It must be at most 2**63 - 1 = {2**63 - 1}")
         return self.instantiate(values)
 
     def _spelt_out(self, argv: list[str]) -> list[str]:
@@ -304,11 +304,16 @@ def tell(error: Exception) -> int:
 
 def _mistake(error: Exception) -> UserError | None:
     """What the user can mend, if `error` is that: a UserError, or what the system says of a file or of its own limits."""
-    if isinstance(error, OSError) and (error.filename is not None or error.errno in _SYSTEM):
-        reason = _one_line(error.strerror or str(error))
-        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-        return UserError(f"{where}{reason}", _SYSTEM.get(error.errno or 0, ""))
-    return error if isinstance(error, UserError) else None
+    if not isinstance(error, OSError):
+        return error if isinstance(error, UserError) else None
+    file, reason = error.filename, error.strerror or str(error)
+    if file is None and (found := _ARROW.search(reason)):
+        file, reason = found.groups()
+    elif file is None and isinstance(error, FileNotFoundError):  # Arrow's too, for one of several tables
+        file, reason = str(error), "No such file or directory"
+    if file is None and error.errno not in _SYSTEM:
+        return None
+    return UserError(f"{'' if file is None else f'{os.fsdecode(file)}: '}{reason}", _SYSTEM.get(error.errno or 0, ""))
 
 
 def _has_peers() -> bool:

@@ -14,6 +14,7 @@ import jsonargparse
 
 from harness.arguments import Parser, leaves, read_recipe
 from harness.data.loader import DataConfig
+from harness.data.preprocess import LARGEST_IMAGE
 from harness.device import PRECISIONS
 from harness.errors import UserError
 from harness.evaluate import EvaluationConfig
@@ -40,7 +41,13 @@ POSITIVE = (
     "temperature tensor_parallel timeout_minutes lr"
 ).split()
 # The largest integers of a model by the last parts of their keys, before memory is taken for it; the others may be as large as a vocabulary.
-LARGEST = {"num_layers": 1000, "image_size": 8192, "patch_size": 8192, "position_grid": 1024, "register_tokens": 1024}
+LARGEST = {
+    "num_layers": 1000,
+    "image_size": LARGEST_IMAGE,
+    "patch_size": LARGEST_IMAGE,
+    "position_grid": 1024,
+    "register_tokens": 1024,
+}
 LARGEST_OTHER = 10**7
 
 
@@ -244,7 +251,7 @@ def _check_numbers(config: RunConfig) -> None:
             raise UserError(f"{key} is {value}", "It must be above 0")
         if isinstance(value, int | float) and value < 0:
             raise UserError(f"{key} is {value}", "It must not be negative")
-        most = LARGEST.get(name, LARGEST_OTHER) if key.startswith(("model.", "data.preprocess.")) else math.inf
+        most = LARGEST.get(name, LARGEST_OTHER) if key.startswith("model.") else math.inf
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int) and number > most:
                 raise UserError(f"{key} is {number}", f"It must be at most {most:,}")

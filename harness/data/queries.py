@@ -29,6 +29,7 @@ from harness.data.product_queries import ARRAYS, QUERIES_FORMAT, words_of
 from harness.data.staging import staged_folder
 from harness.data.whole import require_whole
 from harness.errors import UserError
+from harness.files import printable
 
 EXAMPLE = "shelfmark queries catalogues/fashion --attributes gender,base_colour,sub_category --category sub_category"
 CLICK_COLUMNS = ("text", "document", "clicks")
@@ -138,7 +139,7 @@ def run(config: QueriesConfig) -> dict[str, Any]:
     }
     print(
         f"{config.catalogue}/queries: {figures['texts']:,} clicked texts of {figures['clicked_documents']:,} documents, attributes "
-        f"{', '.join(attributes) or 'none'}; {len(keywords):,} keywords, of which {figures['with_keywords']:,} of "
+        f"{printable(', '.join(attributes), 1000) or 'none'}; {len(keywords):,} keywords, of which {figures['with_keywords']:,} of "
         f"{int(documents.sum()):,} documents have one; {len(categories):,} categories"
     )
     return figures

@@ -35,7 +35,7 @@ from harness.data.staging import staged_folder
 from harness.data.whole import require_whole
 from harness.data.writers import NpyWriter
 from harness.errors import UserError
-from harness.files import read_record
+from harness.files import printable, read_record
 
 EXAMPLE = "shelfmark tokenizer catalogues/products --vocab-size 8000"
 TOKENIZER_FORMAT = 1
@@ -293,7 +293,7 @@ def run(config: TokenizerConfig) -> dict[str, Any]:
         write_manifest(stage)
     share = unknown / max(sum(tokens.values()), 1)
     texts = meta.get("texts", 0)
-    source = f"of {meta['source']}" if "source" in meta else f"learned from {texts:,} texts"
+    source = f"of {printable(str(meta['source']))}" if "source" in meta else f"learned from {texts:,} texts"
     print(
         f"{config.catalogue}/tokenizer: {tokenizer.vocab_size:,} pieces {source}; "
         f"{sum(tokens.values()):,} tokens stored, {share:.2%} of them unknown"
