@@ -517,4 +517,6 @@ def prepare_run_folder(config: RunConfig, versions: dict[str, str]) -> None:
         write_json(config.run_dir / "preprocess.json", config.data.preprocess.to_dict())
         copy_tokenizer(config.data.catalogue, config.run_dir)
     except OSError as error:
-        raise UserError(f"run folder {config.run_dir}: {error}", "Choose another --run-dir") from error
+        raise UserError(
+            f"run folder {config.run_dir}: {error.strerror or error}", "Choose another --run-dir"
+        ) from error

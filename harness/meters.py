@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from harness.board import Board
+from harness.files import printable
 from harness.mesh import Mesh
 
 _NEXT = {"data": "forward", "forward": "backward", "backward": "optimizer", "optimizer": "what follows a step"}
@@ -92,7 +93,7 @@ class RunLog:
     def say(self, line: str) -> None:
         """A line above the progress bar."""
         if self.active:
-            tqdm.write(line)
+            tqdm.write(printable(line, 1000))
 
     def close(self) -> None:
         """Flushes and closes everything."""

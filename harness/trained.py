@@ -10,6 +10,7 @@ from harness import checkpoint
 from harness.config import RunConfig, load
 from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError
+from harness.files import printable
 from harness.mesh import Mesh
 from harness.methods import Method, build
 
@@ -42,7 +43,7 @@ def find_checkpoint(run: Path, wanted: Path | None, mesh: Mesh | None = None) ->
         raise UserError(f"{run} has no complete checkpoint", "; ".join(passed_over))
     if os.environ.get("RANK", "0") == "0":
         for line in passed_over:
-            print(f"passed over checkpoint {line}")
+            print(printable(f"passed over checkpoint {line}", 1000))
     return path
 
 

@@ -46,7 +46,7 @@ class Watch:
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
-            with suppress(dist.DistError):
+            with suppress(RuntimeError):
                 self._store.set(f"beat/{self.rank}", _CLOSED)
 
     @contextmanager
@@ -62,8 +62,8 @@ class Watch:
     def _run(self) -> None:
         heard = {rank: ("", time.monotonic()) for rank in (range(1, self.world_size) if self.rank == 0 else [0])}
         beats, next_look = 0, 0.0
-        with suppress(dist.DistError):  # the store ended with its process; the next collective raises that too
-            while not self._ended.wait(min(_LONGEST_BEAT, self.patience / _LOOKS)) and not self.lost:
+        while not self._ended.wait(min(_LONGEST_BEAT, self.patience / _LOOKS)) and not self.lost:
+            with suppress(RuntimeError):  # where the store is gone the run ends otherwise
                 self._store.set(f"beat/{self.rank}", f"{beats}\n{self.at()}")
                 beats += 1
                 if time.monotonic() > next_look:

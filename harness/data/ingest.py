@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import stat
 import tarfile
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -26,10 +27,11 @@ from tqdm import tqdm
 
 from harness.data.catalogue import ALL_SPLITS, CATALOGUE_FORMAT, INDEX_DTYPE, SAMPLE_SCHEMA, shard_name
 from harness.data.growth import grow, growing, part_folder, part_name, quarantine_name, write_meta
-from harness.data.manifest import Manifest, Row
+from harness.data.manifest import MOST_TEXT, Manifest, Row
 from harness.data.staging import staged_folder
 from harness.data.writers import ROW_GROUP, NpyWriter, ParquetWriter
 from harness.errors import UserError
+from harness.files import printable
 
 EXAMPLE = "shelfmark ingest --manifest products.tsv --images photos/ --out catalogues/products"
 KINDS = {"query": "query", "document": "document", "doc": "document"}
@@ -39,6 +41,11 @@ EXTENSIONS = {**FORMATS, "MPO": "jpg"}  # Pillow's name for a JPEG followed by o
 ORIENTATION_TAG = 0x0112
 TURNED_ORIENTATIONS = (5, 6, 7, 8)  # those that swap width and height
 OPTIONAL_COLUMNS = {"class": "class_id", "title": "title", "description": "description", "split": "split"}
+MOST_NAME, MOST_PATH = 1024, 4096  # characters of an item id, a class or a split, and of an image path
+LENGTHS = {"item": MOST_NAME, "class_key": MOST_NAME, "split": MOST_NAME, "image": MOST_PATH}
+MOST_PIXELS_PER_BYTE = (
+    1024  # of a JPEG; one bit for each 8 x 8 block of each colour, the least there can be, makes a third
+)
 QUARANTINE_SCHEMA = pa.schema([("row", pa.int64()), ("image", pa.string()), ("reason", pa.string())])
 
 
@@ -54,7 +61,8 @@ class IngestConfig:
         images: folder that the manifest's image paths are relative to; a path out of it is quarantined.
         out: catalogue folder to create; it appears only when it is complete.
         append: add the rows to the catalogue `out` instead. Its samples keep their ids and the new ones follow. Every
-            row is added as given: one that is in the catalogue already is then there twice.
+            row is added as given: one that is in the catalogue already is then there twice. Only the very append that
+            was the last one adds nothing when it is run again: the same manifest, byte by byte, with the same options.
         part: 'i/n' ingests the i-th (from 1) of n contiguous parts of the manifest's rows into
             OUT.parts/part-i-of-n; `shelfmark merge OUT` joins them when all n are there.
         image_column: column of the image path.
@@ -147,6 +155,8 @@ def check_image(data: bytes, max_pixels: int) -> LoadedImage:
             width, height = picture.size
             if width * height > max_pixels:
                 raise Rejected(f"too many pixels: {width} x {height}")
+            if EXTENSIONS[picture.format or ""] == "jpg" and width * height > MOST_PIXELS_PER_BYTE * len(data):
+                raise Rejected(f"truncated or damaged: {len(data):,} bytes cannot hold {width} x {height} pixels")
             picture.load()
             width, height = picture.size  # after load: Pillow turns a TIFF upright while it decodes
             if picture.getexif().get(ORIENTATION_TAG) in TURNED_ORIENTATIONS:
@@ -159,6 +169,28 @@ def check_image(data: bytes, max_pixels: int) -> LoadedImage:
     except Exception as error:  # a decoder may raise anything on foreign bytes, and one file must not end the run
         raise Rejected(f"truncated or damaged: {error}") from None
     return LoadedImage(data, extension, xxhash.xxh3_64_intdigest(data), width, height)
+
+
+def check_texts(row: Sequence[str | None], attributes: Sequence[str]) -> None:
+    """Checks the texts of a sample, values of SAMPLE_SCHEMA after sample_id and then its attributes, from whatever reader.
+
+    Raises:
+        Rejected: one holds bytes that were no UTF-8, or is too long.
+    """
+    for name, text in zip((*SAMPLE_SCHEMA.names[1:], *attributes), row, strict=True):
+        if text is None:
+            continue
+        if len(text) > (most := LENGTHS.get(name, MOST_TEXT)):
+            raise Rejected(f"text too long: {len(text):,} characters of {name}, at most {most:,} are taken")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise Rejected(f"not UTF-8: {name}") from None
+
+
+def stored(text: str) -> str:
+    """`text` as the quarantine takes it: cut, with '?' for what is no Unicode."""
+    return text[:MOST_PATH].encode("utf-8", "replace").decode()
 
 
 class Columns:
@@ -181,6 +213,8 @@ class Columns:
         self.attributes = [name.strip() for name in config.attribute_columns.split(",") if name.strip()]
         for name in self.attributes:
             manifest.require(name, "--attribute-columns")
+            if stored(name) != name:
+                raise UserError(f"--attribute-columns: {name!r} is no UTF-8", "Rename it")
             if name in SAMPLE_SCHEMA.names or self.attributes.count(name) > 1:
                 raise UserError(
                     f"--attribute-columns: {name!r} is taken", f"Rename it; taken are {', '.join(SAMPLE_SCHEMA.names)}"
@@ -209,11 +243,13 @@ class Columns:
         if not item:
             raise Rejected("no item id")
         if kind is None:
-            raise Rejected(f"unknown kind: {cells['kind']!r}")
+            raise Rejected(f"unknown kind: {cells['kind'][:40]!r}")
         class_key = cells.get("class", item).strip() or None
         split = cells.get("split", "").strip() or ALL_SPLITS
         text = cells.get("title", ""), cells.get("description", "")
-        return item, kind, class_key, split, *text, cells["image"], *row.cells[len(self._fields) :]
+        sample = item, kind, class_key, split, *text, cells["image"], *row.cells[len(self._fields) :]
+        check_texts(sample, self.attributes)
+        return sample
 
     def image(self, row: Row) -> str:
         """The row's image path as it stands in the manifest."""
@@ -277,37 +313,64 @@ def run(config: IngestConfig) -> dict[str, Any]:
     if not config.images.is_dir():
         raise UserError(f"no image folder {config.images} (--images)")
     if config.append:
-        out = config.out
-        with growing(out, columns.attributes) as (old, folder):
+        out, request = config.out, _request(config)
+        with growing(out, columns.attributes) as (old, holder):
+            before = (old.get("appended") or [{}])[-1]
+            if before.get("request") == request:
+                print(f"{out}: these rows are there already, by an append of the same manifest with the same options")
+                return _figures(out, old, 0, Counter(), start)
+            folder = holder.new()
             added, reasons = _ingest(folder, manifest, columns, config, old)
-            meta = grow(out, old, added)
+            added["source"]["request"] = request
+            meta = grow(out, old, added, folder, holder)
     else:
         out = config.out if config.part is None else part_folder(config.out, *parse_part(config.part))
-        meta, reasons = _ingest(out, manifest, columns, config)
+        with staged_folder(out) as folder:
+            meta, reasons = _ingest(folder, manifest, columns, config)
         added = meta
-    seconds = round(time.perf_counter() - start, 3)
+    figures = _figures(out, meta, added["num_samples"], reasons, start)
     counts = added["counts"]
     print(
         f"{out}: {'+' * config.append}{added['num_samples']:,} samples ({counts['query']:,} queries, "
         f"{counts['document']:,} documents) in {added['num_shards']:,} shard{'s' * (added['num_shards'] != 1)}, "
-        f"{seconds:.1f} s"
+        f"{figures['seconds']:.1f} s"
     )
     if reasons:
-        print(f"{counts['quarantined']:,} rows in {quarantine_name(meta)}: {_commonest(reasons)}")
+        print(f"{counts['quarantined']:,} rows in {quarantine_name(meta)}: {commonest(reasons)}")
     if config.append:
         print(
             f"now {meta['num_samples']:,} samples; classes/ and tokenizer/ of before do not fit them. "
             f"Next: shelfmark govern {out}; shelfmark tokenizer {out}"
         )
+    return figures
+
+
+def _figures(out: Path, meta: dict[str, Any], added: int, reasons: Counter[str], start: float) -> dict[str, Any]:
     return {
         "catalogue": str(out),
         "num_samples": meta["num_samples"],
         **meta["counts"],
         "num_shards": meta["num_shards"],
-        "added": added["num_samples"],
+        "added": added,
         "reasons": dict(reasons.most_common()),
-        "seconds": seconds,
+        "seconds": round(time.perf_counter() - start, 3),
     }
+
+
+def _request(config: IngestConfig) -> str:
+    """Fingerprint of the manifest's bytes and of all that decides what is made of them: a rerun of one append has the same."""
+    options = {
+        **asdict(config),
+        "images": os.path.abspath(config.images),
+        "out": None,
+        "workers": None,
+        "manifest": None,
+    }
+    digest = xxhash.xxh3_64(json.dumps(options).encode())
+    with config.manifest.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -325,27 +388,28 @@ def _part_rows(manifest: Manifest, part: str | None) -> tuple[int, int | None]:
     return manifest.num_rows * (number - 1) // parts, end
 
 
-def _commonest(reasons: Counter[str]) -> str:
-    return "; ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common(3))
+def commonest(reasons: Counter[str]) -> str:
+    """The three commonest reasons and how often each was met, for a terminal."""
+    return "; ".join(f"{count:,} x {printable(reason)}" for reason, count in reasons.most_common(3))
 
 
 def _ingest(
-    out: Path, manifest: Manifest, columns: Columns, config: IngestConfig, old: dict[str, Any] | None = None
+    stage: Path, manifest: Manifest, columns: Columns, config: IngestConfig, old: dict[str, Any] | None = None
 ) -> tuple[dict[str, Any], Counter[str]]:
-    """Makes the folder `out` of the rows that `config` asks for, its numbers going on after those of `old`.
+    """Fills the folder `stage` from the rows that `config` asks for, its numbers going on after those of `old`.
 
     Returns:
         What stands in its catalogue.json, and quarantined rows by category.
     """
     rows = _part_rows(manifest, config.part)
-    with staged_folder(out) as stage, own_pixel_limit():
+    with own_pixel_limit():
         first = (old["num_samples"], old["num_shards"]) if old else (0, 0)
         counts, reasons = _write_samples(stage, manifest, columns, config, rows, *first)
         samples = counts["query"] + counts["document"]
         if samples == 0 and config.part is None:
             raise UserError(
                 f"{config.manifest}: none of its {sum(reasons.values()):,} rows can be used "
-                f"({_commonest(reasons) or 'no rows'})",
+                f"({commonest(reasons) or 'no rows'})",
                 "Check --images and the column flags",
             )
         splits = {key.removeprefix("split "): counts[key] for key in sorted(counts) if key.startswith("split ")}
@@ -404,7 +468,7 @@ def _write_samples(
         )
         for number, row, found in _examine(manifest, columns, config, rows):
             if isinstance(found, Rejected):
-                quarantine.append((number, columns.image(row), str(found)))
+                quarantine.append((number, stored(columns.image(row)), stored(str(found))))
                 reasons[str(found).partition(": ")[0]] += 1
                 continue
             sample, image = found
