@@ -199,9 +199,7 @@ def _odd(checkpoint: Path) -> str:
     """What a checkpoint holds that none of ours does, though its manifest may list it."""
     try:
         for name in file_sizes(checkpoint):
-            if not _FILE.fullmatch(
-                name
-            ):  # one that no save writes, a library might yet read: __0.metadata is unpickled
+            if not _FILE.fullmatch(name):  # none of ours, but a library may read it: torch unpickles __0.metadata
                 return f"{printable(name)} does not belong to a checkpoint"
         read_state(checkpoint)
         if read_json(checkpoint / "towers/metadata.json") != _LIBRARY_STATE:
