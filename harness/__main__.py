@@ -36,8 +36,12 @@ COMMANDS = {
         "Write towers for transformers, timm or open_clip.",
     ),
     "search": ("harness.search", "SearchConfig", "artefact photos", "Find documents by photo, text or likeness."),
+    "verify": ("harness.verify", "VerifyConfig", "paths", "Name what is damaged in catalogues, runs and artefacts."),
 }
-SEVERAL = {"photos": "query photos"}  # fields given by place that take one or more files
+SEVERAL = {
+    "photos": "query photos",
+    "paths": "folders to read through",
+}  # fields given by place that take one or more files
 ESTIMATE = "Say what a recipe needs: parameters, memory, FLOPs, bytes; without running it."
 TRAIN = "Train a model by a recipe; also as `torchrun … -m harness.train`."
 
@@ -98,8 +102,7 @@ def main() -> int:
     """Entry point of `shelfmark`."""
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if argv else 2
+        return run_command(lambda: print(usage())) or (0 if argv else 2)
     return run_command(lambda: command(argv[0], argv[1:]))
 
 

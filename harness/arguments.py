@@ -6,7 +6,9 @@ import argparse
 import difflib
 import errno
 import hashlib
+import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -21,9 +23,20 @@ import jsonargparse
 import yaml
 
 from harness.errors import UserError
+from harness.files import printable
+from harness.launcher import end_with_launcher
 
 USER_ERROR_CODE = 2
+LARGEST_RECIPE = 1 << 20  # bytes
+LONGEST_LINE = 2000  # characters of an error that are printed
 OTHERS_WAIT = 1.0  # seconds; torchrun looks after its ranks ten times in one
+# Errors that are the machine's, not the program's, and what to do about them.
+_SYSTEM = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free space there, then start again"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Allow more open files (ulimit -n)"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG), ""),
+}
+_ARROW = re.compile(r"'([^']+)'\. Detail: \[errno \d+\] (.*)")
 # What gloo and NCCL say when a rank at the other end is gone.
 _FOLLOWS = re.compile(r"by peer|[Rr]emote (process|server)|communicator was aborted")
 
@@ -63,9 +76,17 @@ class Parser(jsonargparse.ArgumentParser):
                 raise unknown_key(key, known, "command line")
         try:
             given = self.parse_object(dict(recipe)) if recipe else None
-            return self.instantiate(self.parse_args(argv, namespace=given))
-        except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
+            values = self.parse_args(argv, namespace=given)
+        except (argparse.ArgumentError, jsonargparse.ArgumentError, RecursionError) as error:
             raise UserError(_plain(str(error)), f"See `{self.prog} --help`") from error
+        for key, value in values.items():
+            for number in value if isinstance(value, tuple | list) else [value]:
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise UserError(f"{key} is {number}", "It must be a finite number")
+                if isinstance(number, int) and abs(number) >= 2**63:
+                    shown = number if abs(number) < 10**99 else "far too large"
+                    raise UserError(f"{key} is {shown}", f"It must be at most 2**63 - 1 = {2**63 - 1}")
+        return self.instantiate(values)
 
     def _spelt_out(self, argv: list[str]) -> list[str]:
         """`--slices colour,shape` means `--slices [colour,shape]`, `--append` alone `--append true`."""
@@ -96,6 +117,16 @@ def unknown_key(key: str, known: Iterable[str], where: str) -> UserError:
     return UserError(f"{where}: unknown key '{key}'", f"Did you mean '{near[0]}'?" if near else "")
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads YAML without aliases: a page of them can stand for more than a memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """As the base class, but raises ComposerError for an alias."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "an alias (*) is not taken", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+
 def read_recipe(path: Path, known: Iterable[str]) -> dict[str, Any]:
     """The mapping of a YAML recipe, its keys checked against `known` (dotted).
 
@@ -103,10 +134,14 @@ def read_recipe(path: Path, known: Iterable[str]) -> dict[str, Any]:
         UserError: no such file, no YAML mapping, an unknown key, or one without a value.
     """
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(LARGEST_RECIPE + 1)
+        if len(text) > LARGEST_RECIPE:
+            raise UserError(f"recipe {path} has more than {LARGEST_RECIPE:,} bytes", "Recipes lie in jobs/recipes")
+        recipe = yaml.load(text.decode(), _Loader)
     except OSError as error:
         raise UserError(f"recipe {path}: {error.strerror}", "Recipes lie in jobs/recipes") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also bytes that are not UTF-8
         raise UserError(f"recipe {path} is no YAML: {_one_line(str(error))}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"recipe {path} must be a YAML mapping of keys to values")
@@ -175,12 +210,19 @@ def write_figures(path: Path | None, figures: Mapping[str, Any]) -> None:
 
 
 def run_command(body: Callable[[], Any]) -> int:
-    """Runs a command's body; a UserError or a full disk becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+    """Runs a command's body; a UserError or what the system refuses becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
 
+    A reader of standard output that goes away, as `head` does, ends nothing: the rest is written nowhere.
     One of several ranks that meets an error leaves the process at once: the end of its groups, or of what holds them, could wait for the others.
     """
+    end_with_launcher()
     try:
-        body()
+        sys.stdout = _output(sys.stdout, sys.__stdout__, "standard output")
+        sys.stderr = _output(sys.stderr, sys.__stderr__, "")
+        try:
+            body()
+        finally:
+            sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -193,6 +235,45 @@ def run_command(body: Callable[[], Any]) -> int:
         sys.stdout.flush()
         os._exit(code)
     return code
+
+
+class _Output(io.FileIO):
+    """The file of a stream whose reader may go away: then what is written goes nowhere.
+
+    Raises:
+        OSError: it cannot be written for another reason; once, with the stream's name, and not where that is empty.
+    """
+
+    def __init__(self, handle: int, name: str) -> None:
+        super().__init__(handle, "w", closefd=False)
+        self._stream, self._ended = name, False
+
+    def write(self, data: Any) -> int:
+        """As the base class."""
+        try:
+            return len(data) if self._ended else super().write(data)
+        except OSError as error:
+            self._ended = True
+            if isinstance(error, BrokenPipeError) or not self._stream:
+                return len(data)
+            error.filename = self._stream
+            raise
+
+
+def _output(stream: Any, original: Any, name: str) -> Any:
+    """sys.stdout or sys.stderr on an `_Output`; as it is where somebody has put another in the place of the `original`."""
+    if stream is None:  # closed by the shell
+        return open(os.devnull, "w")
+    if stream is not original:
+        return stream
+    stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Output(stream.fileno(), name)),
+        stream.encoding,
+        errors="backslashreplace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
 
 def tell(error: Exception) -> int:
@@ -212,18 +293,27 @@ def tell(error: Exception) -> int:
     if mistake is None:
         if _FOLLOWS.search(str(error)):
             time.sleep(OTHERS_WAIT)
-        text = "".join(traceback.format_exception(error)).rstrip()
-        print("\n".join(f"[rank {rank}] {line}" for line in text.splitlines()), file=sys.stderr, flush=True)
+        lines = [f"[rank {rank}] {line}" for line in "".join(traceback.format_exception(error)).splitlines()]
     elif _first_to_say(str(mistake)):
-        print(f"error: {mistake}" if rank == "0" else f"error: rank {rank}: {mistake}", file=sys.stderr, flush=True)
+        lines = [f"error: {mistake}" if rank == "0" else f"error: rank {rank}: {mistake}"]
+    else:
+        return code
+    print("\n".join(printable(line, LONGEST_LINE) for line in lines), file=sys.stderr, flush=True)
     return code
 
 
 def _mistake(error: Exception) -> UserError | None:
-    """What the user can mend, if `error` is that."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"{error.filename or 'disk'}: {error.strerror}", "Free space there, then start again")
-    return error if isinstance(error, UserError) else None
+    """What the user can mend, if `error` is that: a UserError, or what the system says of a file or of its own limits."""
+    if not isinstance(error, OSError):
+        return error if isinstance(error, UserError) else None
+    file, reason = error.filename, error.strerror or str(error)
+    if file is None and (found := _ARROW.search(reason)):
+        file, reason = found.groups()
+    elif file is None and isinstance(error, FileNotFoundError):  # Arrow's too, for one of several tables
+        file, reason = str(error), "No such file or directory"
+    if file is None and error.errno not in _SYSTEM:
+        return None
+    return UserError(f"{'' if file is None else f'{os.fsdecode(file)}: '}{reason}", _SYSTEM.get(error.errno or 0, ""))
 
 
 def _has_peers() -> bool:

@@ -20,7 +20,7 @@ from harness.config import RunConfig
 from harness.data.catalogue import Catalogue
 from harness.mesh import Mesh
 from harness.methods import Method
-from harness.panel import picture
+from harness.panel import LONGEST, picture
 from harness.retrieval import Embedded
 
 # TensorBoard sorts groups, and the curves in a group, by name; "health" comes before retrieval, step_seconds and train, and the
@@ -139,7 +139,7 @@ class Projector:
         columns = ["title", "class_key", "item", *self.catalogue.attributes]
         rows = self.catalogue.rows(ids, columns)
         lines = ["\t".join(["sample_id", *columns])]
-        lines += ["\t".join(_one_line(row[name]) for name in ["sample_id", *columns]) for row in rows]
+        lines += ["\t".join(_one_line(row[name])[:LONGEST] for name in ["sample_id", *columns]) for row in rows]
         (self.folder / "projector" / "metadata.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
         side = math.ceil(math.sqrt(len(ids)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +14,7 @@ import jsonargparse
 
 from harness.arguments import Parser, leaves, read_recipe
 from harness.data.loader import DataConfig
+from harness.data.preprocess import LARGEST_IMAGE
 from harness.device import PRECISIONS
 from harness.errors import UserError
 from harness.evaluate import EvaluationConfig
@@ -24,7 +26,7 @@ from models.heads.class_parallel import ClassHeadConfig
 from models.presets import PRESETS, expand
 
 EXAMPLE = (
-    "torchrun --nproc-per-node 2 -m harness.train --config jobs/recipes/oclear_grocery.yaml "
+    "python jobs/torchrun.py --nproc-per-node 2 -m harness.train --config jobs/recipes/oclear_grocery.yaml "
     "--data.catalogue catalogues/grocery --run-dir runs/grocery"
 )
 # What may not change when a run resumes: with another value it would be another run.
@@ -38,7 +40,15 @@ POSITIVE = (
     "image_size patch_size hidden_size num_attention_heads num_layers max_length embedding_dim concept_slots fusion_heads "
     "temperature tensor_parallel timeout_minutes lr"
 ).split()
-SEEDS = ("seed", "head.seed")  # 63 bits, as every place that a seed comes to takes them
+# The largest integers of a model by the last parts of their keys, before memory is taken for it; the others may be as large as a vocabulary.
+LARGEST = {
+    "num_layers": 1000,
+    "image_size": LARGEST_IMAGE,
+    "patch_size": LARGEST_IMAGE,
+    "position_grid": 1024,
+    "register_tokens": 1024,
+}
+LARGEST_OTHER = 10**7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,20 +222,14 @@ def load(run: Path) -> RunConfig:
             f"{run} is no run folder: it has no config.yaml", "Name the folder that was --run-dir in training"
         )
     saved = read_recipe(file, _every_key())
-    return replace(_build(_parser_of(saved).parse([], saved)), run_dir=run)
+    config = replace(_build(_parser_of(saved).parse([], saved)), run_dir=run)
+    _check_numbers(config)
+    return config
 
 
 def check(config: RunConfig, world: int) -> None:
     """Raises one UserError for the first thing that does not fit together."""
-    # Before the parts' own checks, which divide by these.
-    for key, value in leaves(config.to_dict()):
-        name = key.rsplit(".", 1)[-1]
-        if name in POSITIVE and value <= 0 and not key.startswith("head."):  # there 0 takes the model's
-            raise UserError(f"{key} is {value}", "It must be above 0")
-        if isinstance(value, int | float) and value < 0:
-            raise UserError(f"{key} is {value}", "It must not be negative")
-        if key in SEEDS and value >= 2**63:
-            raise UserError(f"{key} is {value}", f"It must be at most 2**63 - 1 = {2**63 - 1}")
+    _check_numbers(config)  # before the parts' own checks, which divide by these
     errors = config.model.errors(config.mesh.tensor_parallel) + config.head.errors("head")
     errors += config.data.errors() + config.train.errors() + config.evaluation.errors(config.method)
     errors += config.optimizer.errors("optimizer")
@@ -238,6 +242,19 @@ def check(config: RunConfig, world: int) -> None:
     if errors:
         raise UserError(errors[0], f"(and {len(errors) - 1} more)" if len(errors) > 1 else "")
     check_layout(config.mesh, world)
+
+
+def _check_numbers(config: RunConfig) -> None:
+    for key, value in leaves(config.to_dict()):
+        name = key.rsplit(".", 1)[-1]
+        if name in POSITIVE and value <= 0 and not key.startswith("head."):  # there 0 takes the model's
+            raise UserError(f"{key} is {value}", "It must be above 0")
+        if isinstance(value, int | float) and value < 0:
+            raise UserError(f"{key} is {value}", "It must not be negative")
+        most = LARGEST.get(name, LARGEST_OTHER) if key.startswith("model.") else math.inf
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and number > most:
+                raise UserError(f"{key} is {number}", f"It must be at most {most:,}")
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -16,8 +16,10 @@ from harness.attribute_queries import AttributeQueries
 from harness.data.catalogue import Catalogue
 from harness.data.loader import DataConfig
 from harness.data.tokenizer import Tokenizer
+from harness.data.whole import require_whole
 from harness.embed import ClassKeys, Embedder, Side, side_of
 from harness.errors import UserError
+from harness.files import printable
 from harness.mesh import Mesh
 from harness.methods import METHODS, Method
 from harness.probe import CategoryTask
@@ -181,7 +183,7 @@ class Evaluation:
         self.tasks = [self._task(name) for name in usual]
         self.final_tasks = [self._task(name) for name in config.final_tasks if name not in usual]
         for path in config.distractors:
-            other = Catalogue(path)
+            require_whole(other := Catalogue(path), mesh)
             self.documents.append(side_of(other, "document", None, [], None, offset))
             offset += other.num_samples
 
@@ -261,11 +263,11 @@ def print_report(report: Report, title: str) -> None:
             label = f"{row['slice']} = {row['value']}"
             if "weights" in row:
                 shown = ", ".join(f"{part.removeprefix('weight_')} {w:.2f}" for part, w in row["weights"].items())
-                print(f"{label[:31]:<32}{row['documents']:>9}  {shown}")
+                print(f"{printable(label, 31):<32}{row['documents']:>9}  {shown}")
             else:
                 print(_line(label, row, plain, width))
 
 
 def _line(name: str, figures: dict[str, Any], metrics: Sequence[str], width: int) -> str:
     values = (f"{figures[m]:>{width}.4f}" if math.isfinite(figures[m]) else f"{'-':>{width}}" for m in metrics)
-    return f"{name[:31]:<32}{int(figures['queries']):>9}" + "".join(values)
+    return f"{printable(name, 31):<32}{int(figures['queries']):>9}" + "".join(values)

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import xxhash
+
 from harness.errors import UserError
 
 T = TypeVar("T", bound="str | bool | int | float | list[Any] | dict[str, Any]")
 LARGEST_JSON = 1 << 28  # bytes; the largest of ours, the manifest of a checkpoint by 10,000 ranks, has 1e6
+_HARMLESS = "\u00a0\u2009\u202f\u3000\u200c\u200d"  # spaces, and joiners of letters and emoji
 _KINDS: dict[type, str] = {
     str: "text",
     bool: "true or false",
@@ -36,12 +39,21 @@ def read_json(file: Path, remedy: str = "") -> Any:
     try:
         if (size := file.stat().st_size) > LARGEST_JSON:
             raise UserError(f"{file} has {size:,} bytes, more than the {LARGEST_JSON:,} of any that is ours", remedy)
-        return json.loads(file.read_bytes())
+        return parse_json(file.read_bytes())
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}", remedy) from error
-    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
-        reason = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise UserError(f"{file} is damaged ({reason})", remedy) from error
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error})", remedy) from error
+
+
+def parse_json(data: bytes) -> Any:
+    """What JSON says. Raises ValueError, in one line, where it is not JSON, not UTF-8 or nested too deep."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    except ValueError as error:
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def read_record(file: Path, remedy: str = "") -> Record:
@@ -91,9 +103,32 @@ class Record:
             self.refuse(f"{name} is {value}, not between {least} and {most}")
         return value
 
+    def list_of(self, name: str, kind: type[T]) -> list[T]:
+        """The list `name`, all of whose values must be of that kind.
+
+        Raises:
+            UserError: there is none, or one of its values is of another kind.
+        """
+        values = self.get(name, list)
+        for value in values:
+            if type(value) is not kind:
+                self.refuse(f"{name} has {_shown(value)}, not {_KINDS[kind]}")
+        return values
+
+    def require_seal(self) -> None:
+        """Raises UserError: the values are not those that `sealed` was given."""
+        if self.get("checksum", str) != sealed(self.values)["checksum"]:
+            self.refuse("its values differ from their checksum")
+
     def refuse(self, what: str) -> NoReturn:
         """Raises UserError: the file is damaged, `what` says how."""
         raise UserError(f"{self.file} is damaged ({what})", self.remedy)
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with their own `checksum`, xxh3-64 over sorted JSON: damage that leaves a file JSON is found by `Record.require_seal`."""
+    rest = {name: value for name, value in values.items() if name != "checksum"}
+    return {**rest, "checksum": xxhash.xxh3_64_hexdigest(json.dumps(rest, sort_keys=True).encode())}
 
 
 def _shown(value: Any) -> str:
@@ -126,5 +161,7 @@ def _finite(value: Any) -> Any:
 
 def printable(text: str, most: int = 200) -> str:
     """`text` for a terminal: one line of at most `most` characters, what would control the terminal shown as \\x1b and the like."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: most + 1])
+    shown = "".join(
+        c if c.isprintable() or c in _HARMLESS else c.encode("unicode_escape").decode() for c in text[: most + 1]
+    )
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import io
+import bisect
 import textwrap
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from harness.data.catalogue import Catalogue, CorruptSample
+from harness.data.reference import decode_rgb
 
 CELL, GAP, FRAME = 128, 12, 4  # pixels
 LINES, LINE = 2, 14  # of a caption
+LONGEST = 200  # characters of a text that are looked at: to measure takes time, and no cell shows as many
 GREEN, RED, GREY, DARK = (40, 160, 60), (200, 50, 50), (200, 200, 200), (60, 60, 60)
 FRAMES = {True: GREEN, False: RED, None: GREY}
 
@@ -41,7 +43,7 @@ def draw_panel(rows: list[tuple[Image.Image, list[tuple[Image.Image, str, bool |
 def _wrap(caption: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
     """`caption` in at most LINES lines that fit a cell; what does not fit ends in '…'."""
     lines = [""]
-    for word in caption.split():
+    for word in caption[:LONGEST].split():
         longer = f"{lines[-1]} {word}".strip()
         if lines[-1] and font.getlength(longer) > CELL:
             lines.append(word)
@@ -54,16 +56,17 @@ def _wrap(caption: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> l
 
 
 def _fit(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    while font.getlength(line) > CELL:
-        line = f"{line[:-2]}…"
-    return line
+    if font.getlength(line) <= CELL:
+        return line
+    least = bisect.bisect(range(len(line)), CELL, key=lambda length: font.getlength(f"{line[:length]}…"))
+    return f"{line[: least - 1]}…"
 
 
 def text_picture(text: str) -> Image.Image:
     """A query's words as a picture."""
     image = Image.new("RGB", (CELL, CELL), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
-    lines = textwrap.wrap(text, 16)
+    lines = textwrap.wrap(text[:LONGEST], 16, max_lines=CELL // 18, placeholder="…")
     for line, words in enumerate(lines):
         top = CELL // 2 + (line - len(lines) / 2) * 18
         draw.text(((CELL - font.getlength(words)) / 2, top), words, fill="black", font=font)
@@ -73,7 +76,6 @@ def text_picture(text: str) -> Image.Image:
 def picture(catalogue: Catalogue, sample_id: int) -> Image.Image:
     """A sample's upright picture; a grey one if its bytes are damaged."""
     try:
-        image = Image.open(io.BytesIO(catalogue.read_bytes(sample_id)))
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except (CorruptSample, OSError):
+        return decode_rgb(catalogue.read_bytes(sample_id))
+    except (CorruptSample, ValueError):
         return Image.new("RGB", (CELL, CELL), (127, 127, 127))

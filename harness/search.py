@@ -11,6 +11,7 @@ from PIL import Image
 
 from harness.artefact import Artefact, Hit, Photo
 from harness.errors import UserError
+from harness.files import printable
 from harness.panel import draw_panel, text_picture
 
 EXAMPLE = "shelfmark search artefacts/grocery photo.jpg --top 5 --sheet found.png"
@@ -63,10 +64,11 @@ def run(config: SearchConfig) -> dict[str, Any]:
     names, pictures, found = _search(config, artefact, photos)
     seconds = time.perf_counter() - started
     for name, hits in zip(names, found, strict=True):
-        print(name)
-        width = max((len(hit.id) for hit in hits), default=0)
-        for place, hit in enumerate(hits, 1):
-            print(f"  {place:>3}. {hit.score:7.4f}  {hit.id:<{width}}  {hit.title}")
+        print(printable(name))
+        ids = [printable(hit.id, 40) for hit in hits]
+        width = max(map(len, ids), default=0)
+        for place, (hit, item) in enumerate(zip(hits, ids, strict=True), 1):
+            print(f"  {place:>3}. {hit.score:7.4f}  {item:<{width}}  {printable(hit.title)}")
     if config.sheet is not None:
         rows = []
         for image, hits in zip(pictures, found, strict=True):

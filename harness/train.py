@@ -10,6 +10,8 @@ from dataclasses import replace
 
 from harness.arguments import check_figures, run_command, write_figures
 from harness.config import parse
+from harness.data.catalogue import Catalogue
+from harness.data.whole import FOLDERS, require_whole
 from harness.lock import locked
 from harness.loop import Trainer, prepare_run_folder
 from harness.mesh import Mesh
@@ -30,6 +32,7 @@ def train(argv: list[str]) -> None:
     with Mesh(config.mesh) as mesh, ExitStack() as stack:
         lock = locked(config.run_dir / LOCK, f"run folder {config.run_dir}")
         on_first_rank(lambda: stack.enter_context(lock), mesh, "locking the run folder")
+        require_whole(Catalogue(config.data.catalogue), mesh, tuple(FOLDERS))
         trainer = Trainer(config, mesh)
         if mesh.rank == 0:
             prepare_run_folder(config, versions())

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from harness import checkpoint
-from harness.checksums import verify
 from harness.config import RunConfig, load
 from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError
+from harness.files import printable
 from harness.mesh import Mesh
 from harness.methods import Method, build
 
@@ -35,7 +35,7 @@ def find_checkpoint(run: Path, wanted: Path | None, mesh: Mesh | None = None) ->
         UserError: there is no complete one.
     """
     if wanted is not None:
-        if problem := verify(wanted, mesh):
+        if problem := checkpoint.problem(wanted, mesh):
             raise UserError(f"{wanted}: {problem}", "Name another step folder, or leave out --checkpoint")
         return wanted
     path, passed_over = checkpoint.newest(run / "checkpoints", mesh)
@@ -43,7 +43,7 @@ def find_checkpoint(run: Path, wanted: Path | None, mesh: Mesh | None = None) ->
         raise UserError(f"{run} has no complete checkpoint", "; ".join(passed_over))
     if os.environ.get("RANK", "0") == "0":
         for line in passed_over:
-            print(f"passed over checkpoint {line}")
+            print(printable(f"passed over checkpoint {line}", 1000))
     return path
 
 

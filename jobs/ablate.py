@@ -148,7 +148,6 @@ def command(config: AblationConfig, ablation: Ablation, cell: str, seed: int) ->
         *(
             sys.executable,
             str(Path(__file__).parent / "torchrun.py"),
-            "--standalone",
             "--nproc-per-node",
             str(config.ranks),
         ),

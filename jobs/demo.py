@@ -31,6 +31,7 @@ from harness.lock import locked
 from harness.panel import picture
 from harness.search import save_sheet
 
+LAUNCHER = os.path.relpath(Path(__file__).parent / "torchrun.py")
 RECIPE = os.path.relpath(Path(__file__).parent / "recipes" / "oclear_demo.yaml")
 MARK = ".demo"  # a folder with this file is a demo's, and may be replaced
 MADE = (
@@ -108,7 +109,7 @@ def _stages(config: DemoConfig, out: Path) -> None:
     started = time.perf_counter()
     products, catalogue, run, artefact = (out / name for name in MADE[:4])
     ranks = config.ranks or torch.cuda.device_count() or 2
-    torchrun = ["torchrun", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    torchrun = ["python", LAUNCHER, "--nproc-per-node", str(ranks), "-m"]
     steps = [] if config.steps is None else ["--train.steps", str(config.steps)]
     stages = Stages()
     stages.run("synth", "shelfmark", "synth", products, "--products", config.products, "--seed", config.seed)

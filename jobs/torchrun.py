@@ -1,26 +1,56 @@
-"""torchrun for jobs: where a rank fails, one line and the rank's exit code instead of the launcher's own traceback."""
+"""torchrun whose launcher is closed to other machines, and that tells a failed rank in one line, with its exit code, instead of a traceback.
+
+Takes torchrun's options. On one machine the launcher meets itself in a file, and the ranks' store listens on the loopback interface. torchrun's
+own choice, a c10d store, listens on every interface and unpickles what it finds there: whoever reaches the port runs commands as this user.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import signal
+import socket
 import sys
+import uuid
+from typing import Any
 
-from torch.distributed import DistError
+from torch.distributed import DistError, TCPStore
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+from torch.distributed.run import parse_args, parse_min_max_nnodes, run
 
+LOOPBACK = "127.0.0.1"
 # The launcher logs what its exceptions say again.
 logging.disable(logging.ERROR)
+
+
+@record
+def start(argv: list[str]) -> None:
+    """Runs torchrun with `argv`, on one machine with a file to meet in."""
+    args = parse_args(argv)
+    chosen = args.rdzv_backend != "static" or args.rdzv_endpoint or args.master_port is not None
+    if args.standalone or (not chosen and parse_min_max_nnodes(args.nnodes)[1] == 1):
+        args.standalone, args.rdzv_endpoint = False, ""
+        args.rdzv_backend, args.rdzv_conf, args.rdzv_id = "c10d", "store_type=file", str(uuid.uuid4())
+        args.local_addr = LOOPBACK
+        DynamicRendezvousHandler._create_tcp_store_server = _store_on_loopback  # type: ignore[assignment]
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # or gloo listens where the machine's name leads
+    run(args)
+
+
+def _store_on_loopback(*_: Any) -> TCPStore:
+    """The store in which the ranks of one machine meet; torch itself cannot be told an interface."""
+    listener = socket.create_server((LOOPBACK, 0))
+    port = listener.getsockname()[1]
+    return TCPStore(LOOPBACK, port, is_master=True, multi_tenant=True, master_listen_fd=listener.detach())
 
 
 def launch(argv: list[str]) -> int:
     """Runs torchrun with `argv`; the exit code of the rank that failed first on this node, as a shell counts it."""
     node = os.environ.get("SLURMD_NODENAME", "this node")
     try:
-        main(argv)
+        start(argv)
     except ChildFailedError as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM's, because another node failed too: keep the exit code
         rank, failure = error.get_first_failure()

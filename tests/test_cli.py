@@ -102,7 +102,7 @@ def test_help_has_defaults_and_an_example(shelfmark: Shelfmark, command: str) ->
         defaults = 1 + sum(field.default is not dataclasses.MISSING for field in fields)
     assert text.count("default: ") >= defaults and "--json" in text
     example = text.split("example: ")[1]
-    assert example.startswith(("shelfmark", "torchrun --nproc-per-node 2 -m harness"))
+    assert example.startswith(("shelfmark", "python jobs/torchrun.py --nproc-per-node 2 -m harness"))
     # The example names no option that does not exist; those of torchrun are not ours.
     flags = [flag for flag in re.findall(r"--[\w.-]+", example) if flag != "--nproc-per-node"]
     assert flags or defaults == 1  # merge has no option but --json
@@ -390,16 +390,19 @@ def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints(
     assert (run / "checkpoints" / "latest").read_text() == "step-00000001"
 
 
-def test_a_full_disk_elsewhere_is_one_line_and_other_errors_keep_their_traceback(
+def test_what_the_system_refuses_is_one_line_and_other_errors_keep_their_traceback(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(number: int) -> None:
-        raise OSError(number, "what the system says", "log.jsonl")
+    def fail(*arguments: Any) -> None:
+        raise OSError(*arguments)
 
-    assert run_command(lambda: fail(errno.ENOSPC)) == 2
-    assert capsys.readouterr().err.startswith("error: log.jsonl: what the system says. Free space")
-    with pytest.raises(OSError, match="what the system says"):
-        run_command(lambda: fail(errno.EIO))
+    for number in (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS):
+        assert run_command(lambda number=number: fail(number, "what the system says", "log.jsonl")) == 2  # type: ignore[misc]
+        assert capsys.readouterr().err.startswith("error: log.jsonl: what the system says")
+    assert run_command(lambda: fail(errno.ENOSPC, "no space", "old", None, "new")) == 2
+    assert capsys.readouterr().err == "error: old: no space. Free space there, then start again\n"
+    with pytest.raises(OSError, match="no file is named"):
+        run_command(lambda: fail(errno.EBADF, "no file is named"))
 
 
 def test_one_rank_of_a_node_speaks_for_all(

@@ -163,7 +163,7 @@ def test_running_again_replaces_and_repeats(skewed):
     again, _, _ = govern(skewed)
     assert first == again and first["order_id"] != other["order_id"]
     assert {path.name for path in (skewed / "classes").iterdir()} == {
-        "classes.parquet", "quarantine.parquet", "governance.json",
+        "classes.parquet", "quarantine.parquet", "governance.json", "manifest.json",
         *(f"{kind}.{name}.npy" for kind in KINDS for name in ("members", "member_offsets", "slot_offsets")),
     }  # fmt: skip
     assert not list(skewed.glob("classes.tmp*"))

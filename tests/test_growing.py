@@ -21,6 +21,7 @@ from harness.data.ingest import IngestConfig, run
 from harness.data.merge import MergeConfig
 from harness.data.order import ClassOrder
 from harness.data.staging import held
+from harness.data.whole import require_whole
 from harness.errors import UserError
 from tests.catalogues import COLUMNS, draw_rows, write_manifest
 
@@ -44,8 +45,9 @@ def ingest(drawn: Drawn, out: Path, rows: slice = slice(None), suffix: str = ".t
 
 
 def snapshot(out: Path) -> dict[str, Any]:
-    """All that a reader gets, by id; only the places in the shards are left out."""
+    """All that a reader gets, by id, once its checksums were found right; only the places in the shards are left out."""
     catalogue = Catalogue(out)
+    require_whole(catalogue)
     try:
         return {
             "rows": catalogue.table().to_pylist(),
@@ -209,15 +211,36 @@ def test_an_append_removes_nothing_but_what_an_append_left(drawn: Drawn, tmp_pat
     assert snapshot(out) == snapshot(tmp_path / "whole")
 
 
-def test_a_catalogue_without_num_parts_grows(drawn: Drawn, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["index.npy", "samples/part-00000.parquet"])
+def test_an_append_does_not_take_damage_for_what_was_written(drawn: Drawn, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "cat"
+    ingest(drawn, out, slice(0, 14))
+    data = bytearray((out / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (out / name).write_bytes(data)
+    ingest(drawn, out, slice(14, 36), append=True)
+    with pytest.raises(UserError, match=rf"{name}.* differs from its checksum"):
+        require_whole(Catalogue(out))
+
+
+def test_a_catalogue_of_an_earlier_version_grows(
+    drawn: Drawn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "cat"
     ingest(drawn, out, slice(0, 14), rows_per_part=5)
     meta = json.loads((out / "catalogue.json").read_text())
-    del meta["num_parts"]
+    for name in ("num_parts", "files", "checksum"):
+        del meta[name]
     (out / "catalogue.json").write_text(json.dumps(meta))
+    capsys.readouterr()
+    require_whole(Catalogue(out))
+    assert "an earlier version, which wrote no checksums; append to it" in capsys.readouterr().out
     ingest(drawn, out, slice(14, 36), append=True)
     ingest(drawn, tmp_path / "whole")
     assert snapshot(out) == snapshot(tmp_path / "whole")
+    capsys.readouterr()
+    require_whole(Catalogue(out))
+    assert capsys.readouterr().out == "", "now it has them"
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])

@@ -29,6 +29,7 @@ from harness.data.ingest import IngestConfig, run
 from harness.data.manifest import Manifest
 from harness.data.writers import NpyWriter, ParquetWriter
 from harness.errors import UserError
+from harness.files import sealed
 from tests.catalogues import COLUMNS, draw_rows, make_catalogue, write_manifest
 
 
@@ -218,7 +219,7 @@ def test_malformed_lines_cost_only_themselves(drawn, tmp_path):
     assert list(reasons) == [1, 2, 3, 5]
     assert reasons[1] == "wrong number of cells: 3, the header has 4"
     assert reasons[2].startswith("malformed: ") and reasons[5].startswith("malformed: ")
-    assert reasons[3] == "not UTF-8"
+    assert reasons[3] == "not UTF-8: title"
     tsv = tmp_path / "m.tsv"
     tsv.write_text(f'id\tkind\timage\ttitle\na\tquery\t{image}\t5" "disc\n', encoding="utf-8")
     run(IngestConfig(manifest=tsv, images=drawn[0], out=tmp_path / "tsv"))
@@ -523,8 +524,9 @@ def test_a_catalogue_that_is_none_is_refused(drawn, tmp_path):
     meta = json.loads((out / "catalogue.json").read_text())
     for text, message in (
         (json.dumps(meta | {"format": 2}), "format 2, this version reads format 1"),
-        (json.dumps(meta | {"num_samples": 37}), "has 36 entries"),
-        ("{", "does not parse"),
+        (json.dumps(sealed(meta | {"num_samples": 37})), "has 36 entries"),
+        (json.dumps(meta | {"num_samples": 35}), "its values differ from their checksum"),
+        ("{", r"catalogue\.json is damaged"),
     ):
         (out / "catalogue.json").write_text(text)
         with pytest.raises(UserError, match=message):

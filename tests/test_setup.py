@@ -1,4 +1,4 @@
-"""What a fresh machine installs: pyproject.toml, constraints.txt and the Makefile agree, and name no registry."""
+"""What a fresh machine installs: pyproject.toml, constraints.txt, requirements.lock and the Makefile agree, and name no registry."""
 
 import fnmatch
 import os
@@ -26,6 +26,13 @@ def pins():
     return {canonicalize_name(name): version for name, version in pairs}
 
 
+def locked():
+    """name -> (version, checksums) of requirements.lock."""
+    text = re.sub(r"^#.*$", "", (ROOT / "requirements.lock").read_text(), flags=re.M).replace("\\\n", " ")
+    lines = [line.split() for line in text.splitlines() if line.strip()]
+    return {canonicalize_name(line[0].split("==")[0]): (line[0].split("==")[1], line[1:]) for line in lines}
+
+
 def requirement(name):
     (found,) = [item for item in map(Requirement, PROJECT["dependencies"]) if item.name == name]
     return found
@@ -38,6 +45,19 @@ def test_every_dependency_has_an_exact_pin_that_it_allows(needed):
     assert needed.specifier.contains(version)
 
 
+def test_every_pin_has_checksums_that_the_installer_compares():
+    found, wanted = locked(), pins()
+    assert {name: version for name, (version, _) in found.items()} == {
+        **{name: version for name, version in wanted.items() if name != "torch"},
+        "pip": found["pip"][0],
+    }
+    assert all(sums and all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", s) for s in sums) for _, sums in found.values())
+    makefile = (ROOT / "Makefile").read_text()
+    assert "--require-hashes --only-binary :all: --no-deps -r requirements.lock" in makefile
+    # What builds the package is pinned too: it comes from the lock, not from an environment that pip makes.
+    assert "--no-build-isolation --no-deps -e ." in makefile and "setuptools" in found
+
+
 def test_megatron_is_pinned_alike():
     # models/megatron_cpu.py reaches into this very version.
     assert str(requirement("megatron-core").specifier) == f"=={pins()['megatron-core']}"
@@ -45,7 +65,7 @@ def test_megatron_is_pinned_alike():
 
 def test_the_range_of_torch():
     assert requirement("torch").specifier == SpecifierSet(">=2.11,<2.14")
-    assert f" torch=={pins()['torch']} " in (ROOT / "Makefile").read_text()
+    assert f" torch=={pins()['torch']}\n" in (ROOT / "Makefile").read_text()
 
 
 def test_dali_comes_with_make_and_elsewhere_as_one_of_two_extras():
@@ -81,7 +101,7 @@ def test_no_file_names_a_package_registry():
 
 def make(folder, *arguments):
     """Calls make in `folder`, which must fail there, and returns what it says."""
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "requirements.lock"):
         (folder / name).write_bytes((ROOT / name).read_bytes())
     # These tests run under make too, whose variables must not reach the one under test.
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "PYTHON"))}

@@ -57,7 +57,7 @@ def test_special_ids_and_files(catalogue):
     assert [meta[f"{name}_id"] for name in ("pad", "unk", "bos", "eos", "mask")] == [0, 1, 2, 3, 4]
     assert (meta["format"], meta["fields"], meta["model_type"]) == (1, ["title", "description"], "unigram")
     assert {path.name for path in (catalogue / "tokenizer").iterdir()} == {
-        "spm.model", "tokenizer.json",
+        "spm.model", "tokenizer.json", "manifest.json",
         *(f"{field}.{name}.npy" for field in ("title", "description") for name in ("tokens", "offsets")),
     }  # fmt: skip
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from harness.data.catalogue import INDEX_DTYPE, Catalogue, shard_name
+from harness.data.catalogue import INDEX_DTYPE, Catalogue, part_name, quarantine_names, shard_name
 from harness.data.staging import Holder, held, sync, sync_tree
 from harness.data.store import PLACE_FILE
+from harness.data.whole import with_checksums
 from harness.errors import UserError
 
 RECORDS_AT_ONCE = 1 << 20
@@ -31,15 +32,9 @@ def part_folder(catalogue: Path, number: int, parts: int) -> Path:
     return catalogue.with_name(f"{catalogue.name}.parts") / f"part-{number}-of-{parts}"
 
 
-def part_name(number: int) -> str:
-    """File name of a Parquet file under samples/."""
-    return f"part-{number:05d}.parquet"
-
-
 def quarantine_name(meta: dict[str, Any]) -> str:
-    """File name of the quarantine of the newest ingest into a catalogue: an append has one of its own."""
-    appends = len(meta.get("appended", ()))
-    return f"quarantine-{appends:05d}.parquet" if appends else "quarantine.parquet"
+    """File name of the quarantine of the newest ingest into a catalogue."""
+    return quarantine_names(meta)[-1]
 
 
 def add_up(metas: list[dict[str, Any]]) -> dict[str, Any]:
@@ -53,9 +48,9 @@ def add_up(metas: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write_meta(catalogue: Path, meta: dict[str, Any], name: str = "catalogue.json") -> Path:
-    """Writes the catalogue.json of a folder that is still staged."""
+    """Writes the catalogue.json of a folder that is still staged; checksums of what `meta` counts are added where it has none."""
     file = catalogue / name
-    file.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(with_checksums(catalogue, meta), indent=2) + "\n", encoding="utf-8")
     return file
 
 

@@ -10,7 +10,7 @@ import stat
 import tarfile
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -27,10 +27,11 @@ from tqdm import tqdm
 
 from harness.data.catalogue import ALL_SPLITS, CATALOGUE_FORMAT, INDEX_DTYPE, SAMPLE_SCHEMA, shard_name
 from harness.data.growth import grow, growing, part_folder, part_name, quarantine_name, write_meta
-from harness.data.manifest import Manifest, Row
+from harness.data.manifest import MOST_TEXT, Manifest, Row
 from harness.data.staging import staged_folder
 from harness.data.writers import ROW_GROUP, NpyWriter, ParquetWriter
 from harness.errors import UserError
+from harness.files import printable
 
 EXAMPLE = "shelfmark ingest --manifest products.tsv --images photos/ --out catalogues/products"
 KINDS = {"query": "query", "document": "document", "doc": "document"}
@@ -40,6 +41,11 @@ EXTENSIONS = {**FORMATS, "MPO": "jpg"}  # Pillow's name for a JPEG followed by o
 ORIENTATION_TAG = 0x0112
 TURNED_ORIENTATIONS = (5, 6, 7, 8)  # those that swap width and height
 OPTIONAL_COLUMNS = {"class": "class_id", "title": "title", "description": "description", "split": "split"}
+MOST_NAME, MOST_PATH = 1024, 4096  # characters of an item id, a class or a split, and of an image path
+LENGTHS = {"item": MOST_NAME, "class_key": MOST_NAME, "split": MOST_NAME, "image": MOST_PATH}
+MOST_PIXELS_PER_BYTE = (
+    1024  # of a JPEG; one bit for each 8 x 8 block of each colour, the least there can be, makes a third
+)
 QUARANTINE_SCHEMA = pa.schema([("row", pa.int64()), ("image", pa.string()), ("reason", pa.string())])
 
 
@@ -149,6 +155,8 @@ def check_image(data: bytes, max_pixels: int) -> LoadedImage:
             width, height = picture.size
             if width * height > max_pixels:
                 raise Rejected(f"too many pixels: {width} x {height}")
+            if EXTENSIONS[picture.format or ""] == "jpg" and width * height > MOST_PIXELS_PER_BYTE * len(data):
+                raise Rejected(f"truncated or damaged: {len(data):,} bytes cannot hold {width} x {height} pixels")
             picture.load()
             width, height = picture.size  # after load: Pillow turns a TIFF upright while it decodes
             if picture.getexif().get(ORIENTATION_TAG) in TURNED_ORIENTATIONS:
@@ -161,6 +169,28 @@ def check_image(data: bytes, max_pixels: int) -> LoadedImage:
     except Exception as error:  # a decoder may raise anything on foreign bytes, and one file must not end the run
         raise Rejected(f"truncated or damaged: {error}") from None
     return LoadedImage(data, extension, xxhash.xxh3_64_intdigest(data), width, height)
+
+
+def check_texts(row: Sequence[str | None], attributes: Sequence[str]) -> None:
+    """Checks the texts of a sample, values of SAMPLE_SCHEMA after sample_id and then its attributes, from whatever reader.
+
+    Raises:
+        Rejected: one holds bytes that were no UTF-8, or is too long.
+    """
+    for name, text in zip((*SAMPLE_SCHEMA.names[1:], *attributes), row, strict=True):
+        if text is None:
+            continue
+        if len(text) > (most := LENGTHS.get(name, MOST_TEXT)):
+            raise Rejected(f"text too long: {len(text):,} characters of {name}, at most {most:,} are taken")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise Rejected(f"not UTF-8: {name}") from None
+
+
+def stored(text: str) -> str:
+    """`text` as the quarantine takes it: cut, with '?' for what is no Unicode."""
+    return text[:MOST_PATH].encode("utf-8", "replace").decode()
 
 
 class Columns:
@@ -183,6 +213,8 @@ class Columns:
         self.attributes = [name.strip() for name in config.attribute_columns.split(",") if name.strip()]
         for name in self.attributes:
             manifest.require(name, "--attribute-columns")
+            if stored(name) != name:
+                raise UserError(f"--attribute-columns: {name!r} is no UTF-8", "Rename it")
             if name in SAMPLE_SCHEMA.names or self.attributes.count(name) > 1:
                 raise UserError(
                     f"--attribute-columns: {name!r} is taken", f"Rename it; taken are {', '.join(SAMPLE_SCHEMA.names)}"
@@ -211,11 +243,13 @@ class Columns:
         if not item:
             raise Rejected("no item id")
         if kind is None:
-            raise Rejected(f"unknown kind: {cells['kind']!r}")
+            raise Rejected(f"unknown kind: {cells['kind'][:40]!r}")
         class_key = cells.get("class", item).strip() or None
         split = cells.get("split", "").strip() or ALL_SPLITS
         text = cells.get("title", ""), cells.get("description", "")
-        return item, kind, class_key, split, *text, cells["image"], *row.cells[len(self._fields) :]
+        sample = item, kind, class_key, split, *text, cells["image"], *row.cells[len(self._fields) :]
+        check_texts(sample, self.attributes)
+        return sample
 
     def image(self, row: Row) -> str:
         """The row's image path as it stands in the manifest."""
@@ -302,7 +336,7 @@ def run(config: IngestConfig) -> dict[str, Any]:
         f"{figures['seconds']:.1f} s"
     )
     if reasons:
-        print(f"{counts['quarantined']:,} rows in {quarantine_name(meta)}: {_commonest(reasons)}")
+        print(f"{counts['quarantined']:,} rows in {quarantine_name(meta)}: {commonest(reasons)}")
     if config.append:
         print(
             f"now {meta['num_samples']:,} samples; classes/ and tokenizer/ of before do not fit them. "
@@ -354,8 +388,9 @@ def _part_rows(manifest: Manifest, part: str | None) -> tuple[int, int | None]:
     return manifest.num_rows * (number - 1) // parts, end
 
 
-def _commonest(reasons: Counter[str]) -> str:
-    return "; ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common(3))
+def commonest(reasons: Counter[str]) -> str:
+    """The three commonest reasons and how often each was met, for a terminal."""
+    return "; ".join(f"{count:,} x {printable(reason)}" for reason, count in reasons.most_common(3))
 
 
 def _ingest(
@@ -374,7 +409,7 @@ def _ingest(
         if samples == 0 and config.part is None:
             raise UserError(
                 f"{config.manifest}: none of its {sum(reasons.values()):,} rows can be used "
-                f"({_commonest(reasons) or 'no rows'})",
+                f"({commonest(reasons) or 'no rows'})",
                 "Check --images and the column flags",
             )
         splits = {key.removeprefix("split "): counts[key] for key in sorted(counts) if key.startswith("split ")}
@@ -433,7 +468,7 @@ def _write_samples(
         )
         for number, row, found in _examine(manifest, columns, config, rows):
             if isinstance(found, Rejected):
-                quarantine.append((number, columns.image(row), str(found)))
+                quarantine.append((number, stored(columns.image(row)), stored(str(found))))
                 reasons[str(found).partition(": ")[0]] += 1
                 continue
             sample, image = found

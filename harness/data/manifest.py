@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import csv
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from harness.data.catalogue import nearest_first
 from harness.errors import UserError
+from harness.files import printable
 
 SUFFIXES = (".tsv", ".csv", ".parquet")
+MOST_TEXT = 1 << 20  # characters of a cell; a longer one costs its row
+MOST_BYTES = 4 * MOST_TEXT  # of its UTF-8
+MOST_LINE = 1 << 24  # characters of a line of a text file
+BATCH_BYTES = 1 << 26  # of a Parquet file that are read at once, where a row has fewer
 
 
 class Row(NamedTuple):
-    """One data row: the cells of the columns asked for, or what is wrong with the row ('' for nothing)."""
+    """One data row: the cells of the columns asked for, or what is wrong with the row ('' for nothing).
+
+    Bytes of a cell that are no UTF-8 stand there as lone surrogates, which do not encode.
+    """
 
     cells: list[str]
     problem: str = ""
@@ -51,9 +61,11 @@ class Manifest:
                     self.columns: list[str] = list(file.schema_arrow.names)
                     self.num_rows: int = file.metadata.num_rows
             else:
-                self.columns = next((record for record in self._records() if isinstance(record, list)), [])
-                self.num_rows = self._count_lines()
-        except (OSError, pa.ArrowInvalid) as error:
+                header = next(self._records(), [])
+                if isinstance(header, str):
+                    raise UserError(f"the manifest {path} has no header that can be read: {header}")
+                self.columns, self.num_rows = header, self._count_lines()
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the manifest {path}: {getattr(error, 'strerror', None) or error}") from error
         if not self.columns:
             raise UserError(f"the manifest {path} has no header")
@@ -64,47 +76,61 @@ class Manifest:
         if count != 1:
             raise UserError(
                 f"{self.path} has {'no' if count == 0 else count} column{'s' * (count > 1)} {column!r} ({flag})",
-                f"Its columns, most similar first: {', '.join(nearest_first(column, self.columns))}",
+                "Its columns, most similar first: "
+                f"{', '.join(printable(name, 40) for name in nearest_first(column, self.columns)[:20])}",
             )
 
     def rows(self, columns: Sequence[str]) -> Iterator[Row]:
-        """The data rows in order, each with the cells of `columns`; blank lines of a text file are no rows."""
+        """The data rows in order, each with the cells of `columns`; blank lines of a text file are no rows.
+
+        Raises:
+            UserError: a Parquet file is damaged within, or a column of it holds what is no text.
+        """
         return self._parquet_rows(columns) if self._is_parquet else self._text_rows(columns)
 
     def _text_rows(self, columns: Sequence[str]) -> Iterator[Row]:
         places = [self.columns.index(column) for column in columns]
-        width = len(self.columns)
-        records = self._records()
+        records = self._records(len(self.columns))
         next(records)
         for record in records:
             if isinstance(record, str):
-                yield Row([""] * len(places), f"malformed: {record}")
+                yield Row([""] * len(places), record)
                 continue
             cells = [record[place] if place < len(record) else "" for place in places]
-            if len(record) != width:
-                yield Row(cells, f"wrong number of cells: {len(record)}, the header has {width}")
-            elif not _is_unicode(cells):
-                yield Row([cell.encode("utf-8", "replace").decode() for cell in cells], "not UTF-8")
-            else:
-                yield Row(cells)
+            wrong = len(record) != len(self.columns)
+            yield Row(
+                cells, f"wrong number of cells: {len(record)}, the header has {len(self.columns)}" if wrong else ""
+            )
 
-    def _records(self) -> Iterator[list[str] | str]:
-        """Records as cells, or as the csv module's complaint; reading goes on with the line after a bad one."""
+    def _records(self, width: int | None = None) -> Iterator[list[str] | str]:
+        """Records as cells, or as what is wrong with one; then reading goes on with the line after the one where it began.
+
+        So a quote that is never closed costs its own line, not those that it seems to hold: where a record of several lines is none, or has
+        not `width` cells, all but its first line are read anew.
+        """
+        csv.field_size_limit(MOST_TEXT)
         # Bytes that are no UTF-8 cost their own row, not the run.
         with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            lines = _Lines(file)
             if self.path.suffix.lower() == ".tsv":
-                reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+                reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
             else:
-                reader = csv.reader(file, strict=True)
+                reader = csv.reader(lines, strict=True)
             while True:
+                lines.begin()
                 try:
                     record = next(reader)
                 except StopIteration:
                     return
                 except csv.Error as error:
-                    yield str(error)
+                    begun, several = lines.take_back()
+                    open_quote = several or str(error) == "unexpected end of data"
+                    yield f"malformed: line {begun}: {'a quote that is not closed' if open_quote else error}"
                 else:
-                    if record:
+                    if lines.several and width not in (None, len(record)):
+                        begun, _ = lines.take_back()
+                        yield f"malformed: line {begun}: a quote that is not closed, or a wrong number of cells"
+                    elif record:
                         yield record
 
     def _count_lines(self) -> int:
@@ -112,22 +138,99 @@ class Manifest:
             return max(sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b"")) - 1, 0)
 
     def _parquet_rows(self, columns: Sequence[str]) -> Iterator[Row]:
-        names = list(dict.fromkeys(columns))
-        with pq.ParquetFile(self.path) as file:
-            for batch in file.iter_batches(batch_size=8192, columns=names):
-                texts = {}
-                for name in names:
-                    try:
-                        texts[name] = batch.column(name).cast(pa.string()).fill_null("").to_pylist()
-                    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-                        raise UserError(f"{self.path}: column {name!r} is no text ({error})") from error
+        names, read = list(dict.fromkeys(columns)), 0
+        try:
+            for batch in self._batches(names):
+                texts = {name: self._texts(name, batch.column(name)) for name in names}
                 for cells in zip(*(texts[name] for name in columns), strict=True):
-                    yield Row(list(cells))
+                    if None in cells:
+                        column = columns[cells.index(None)]
+                        reason = f"text too long: column {column!r} has more than {MOST_TEXT:,} characters"
+                        yield Row([cell or "" for cell in cells], reason)
+                    else:
+                        yield Row(list(cells))
+                read += len(batch)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{self.path} is damaged after row {read:,} ({error})", "Write it again") from error
+
+    def _batches(self, names: list[str]) -> Iterator[pa.RecordBatch]:
+        """The columns `names`, at most BATCH_BYTES at once where a row has fewer: a dictionary holds a text once that a million rows may share."""
+        with pq.ParquetFile(self.path) as file:
+            coded_names = [field.name for field in file.schema_arrow if field.name in names and _is_text(field.type)]
+            with pq.ParquetFile(self.path, read_dictionary=coded_names) as coded:
+                for group in range(file.num_row_groups):
+                    sizes = file.metadata.row_group(group)
+                    longest = _longest(coded, group, coded_names)
+                    row_bytes = max(1, longest, sizes.total_byte_size // max(sizes.num_rows, 1))
+                    # No text is that long, so every row that has it is refused: it is not unpacked for each.
+                    source = coded if longest > MOST_BYTES * len(coded_names) else file
+                    yield from source.iter_batches(max(1, min(8192, BATCH_BYTES // row_bytes)), [group], names)
+
+    def _texts(self, name: str, column: pa.Array) -> list[str | None]:
+        """The cells of a column as text, those of null as '', those that are far too long as None."""
+        if pa.types.is_dictionary(column.type):
+            texts = [*self._texts(name, column.dictionary), ""]  # place -1 for null
+            return [texts[place] for place in column.indices.fill_null(-1).to_pylist()]
+        if not _is_text(column.type):
+            try:
+                column = column.cast(pa.string())
+            except pa.ArrowException as error:
+                raise UserError(f"{self.path}: column {name!r} is no text ({error})") from error
+        data = column.cast(pa.large_binary())
+        fits = pc.fill_null(pc.less_equal(pc.binary_length(data), MOST_BYTES), True)
+        cells = iter(data.filter(fits).to_pylist())
+        return [(next(cells) or b"").decode("utf-8", "surrogateescape") if fit else None for fit in fits.to_pylist()]
 
 
-def _is_unicode(cells: list[str]) -> bool:
-    try:
-        "".join(cells).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _is_text(kind: pa.DataType) -> bool:
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return text or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _longest(coded: pq.ParquetFile, group: int, names: list[str]) -> int:
+    """Bytes of the longest texts in the dictionaries of the columns `names`, together: what one row may have."""
+    if not names:
+        return 0
+    batch = next(coded.iter_batches(1, [group], names), ())
+    return sum(pc.max(pc.binary_length(column.dictionary)).as_py() or 0 for column in batch)
+
+
+class _Lines:
+    """The lines of a file, of which those that a record took can be taken back, all but the first."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._again: deque[str] = deque()
+        self._taken: list[str] = []
+        self._read = 0
+
+    def begin(self) -> None:
+        """Begins a record."""
+        self._taken.clear()
+
+    @property
+    def several(self) -> bool:
+        """Whether the record took more than one line."""
+        return len(self._taken) > 1
+
+    def take_back(self) -> tuple[int, bool]:
+        """Number of the record's first line, counted from 1, and whether there were others; those will be read again."""
+        first, several = self._read - len(self._taken) + 1, self.several
+        self._again.extendleft(reversed(self._taken[1:]))
+        self._read = first
+        return first, several
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.popleft() if self._again else self._file.readline(MOST_LINE)
+        if not line:
+            raise StopIteration
+        self._read += 1
+        self._taken.append(line)
+        if len(line) == MOST_LINE and not line.endswith(("\n", "\r")):
+            while (rest := self._file.readline(MOST_LINE)) and not rest.endswith(("\n", "\r")):
+                pass
+            raise csv.Error(f"more than {MOST_LINE:,} characters")
+        return line

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from harness.data.catalogue import INDEX_DTYPE, Catalogue, shard_name
 from harness.data.growth import RECORDS_AT_ONCE, add_up, part_folder, part_name, write_meta
 from harness.data.staging import held
+from harness.data.whole import require_whole
 from harness.data.writers import ROW_GROUP, NpyWriter
 from harness.errors import UserError
 
@@ -138,12 +139,15 @@ def run(config: MergeConfig) -> dict[str, Any]:
 
 def _join(stage: Path, parts: list[Catalogue]) -> None:
     """Writes the whole into `stage`."""
+    for part in parts:
+        require_whole(part)
     totals = add_up([part.meta for part in parts])
     if totals["num_samples"] == 0:
         raise UserError(f"no part in {parts[0].path.parent} has a sample", "Their quarantine.parquet lists the reasons")
     source = {name: value for name, value in parts[0].meta["source"].items() if name != "rows"}
     created = datetime.now(UTC).isoformat(timespec="seconds")
     meta = {**parts[0].meta, "created": created, **totals, "source": {**source, "parts": len(parts)}}
+    meta["files"] = {}  # none of the parts' checksums holds here
     (stage / "shards").mkdir()
     (stage / "samples").mkdir()
     _link_shards(stage, parts)

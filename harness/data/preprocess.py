@@ -21,6 +21,7 @@ from harness.errors import UserError
 # flip int32 [n]; matrix float32 [n, 3, 3] and offset float32 [n, 3]: colour = matrix @ rgb + offset for rgb in 0..1.
 Parameters = dict[str, npt.NDArray[Any]]
 
+LARGEST_IMAGE = 8192  # pixels; checked before memory is taken for it
 _AUGMENT = 4  # keeps these draws apart from those of harness/data/order.py under the same seed
 
 _LUMA = np.array([0.299, 0.587, 0.114])
@@ -64,8 +65,9 @@ class PreprocessSpec:
         least_area, most_area = self.crop_scale
         least_ratio, most_ratio = self.crop_ratio
         rules = {
-            "image_size must be at least 1": self.image_size >= 1,
-            "mean must have 3 numbers": len(self.mean) == 3,
+            f"image_size must lie in 1..{LARGEST_IMAGE}": isinstance(self.image_size, int)
+            and 1 <= self.image_size <= LARGEST_IMAGE,
+            "mean must have 3 numbers": len(self.mean) == 3 and all(map(np.isfinite, self.mean)),
             "std must have 3 positive numbers": len(self.std) == 3 and min(self.std) > 0,
             "crop_scale must be 0 < least <= most <= 1": 0 < least_area <= most_area <= 1,
             "crop_ratio must be 0 < least <= most": 0 < least_ratio <= most_ratio,
@@ -100,7 +102,10 @@ class PreprocessSpec:
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }
-        return cls(**fields)
+        try:
+            return cls(**fields)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"preprocess: a value of another kind ({error})", "The file was written by hand") from error
 
 
 def draw_parameters(

@@ -22,11 +22,14 @@ import pyarrow as pa
 import xxhash
 import yaml
 
+from harness.checksums import write_manifest
 from harness.data.catalogue import Catalogue, nearest_first
 from harness.data.manifest import Manifest
 from harness.data.product_queries import ARRAYS, QUERIES_FORMAT, words_of
 from harness.data.staging import staged_folder
+from harness.data.whole import require_whole
 from harness.errors import UserError
+from harness.files import printable
 
 EXAMPLE = "shelfmark queries catalogues/fashion --attributes gender,base_colour,sub_category --category sub_category"
 CLICK_COLUMNS = ("text", "document", "clicks")
@@ -67,6 +70,7 @@ def run(config: QueriesConfig) -> dict[str, Any]:
         UserError: an unknown attribute, a click log or a file of synonyms that cannot be used, or nothing to make a query of.
     """
     catalogue = Catalogue(config.catalogue)
+    require_whole(catalogue)
     attributes = _columns(catalogue, config)
     splits = catalogue.meta["counts"]["splits"]
     if config.split not in splits:
@@ -125,6 +129,7 @@ def run(config: QueriesConfig) -> dict[str, Any]:
         with pa.ipc.new_file(stage / "texts.arrow", rows.schema) as writer:
             writer.write_table(rows)
         (stage / "queries.json").write_text(json.dumps({**meta, "id": digest.hexdigest()}, indent=1), encoding="utf-8")
+        write_manifest(stage)
     figures = {
         "keywords": len(keywords),
         "categories": len(categories),
@@ -134,7 +139,7 @@ def run(config: QueriesConfig) -> dict[str, Any]:
     }
     print(
         f"{config.catalogue}/queries: {figures['texts']:,} clicked texts of {figures['clicked_documents']:,} documents, attributes "
-        f"{', '.join(attributes) or 'none'}; {len(keywords):,} keywords, of which {figures['with_keywords']:,} of "
+        f"{printable(', '.join(attributes), 1000) or 'none'}; {len(keywords):,} keywords, of which {figures['with_keywords']:,} of "
         f"{int(documents.sum()):,} documents have one; {len(categories):,} categories"
     )
     return figures

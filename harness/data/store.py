@@ -28,6 +28,7 @@ T = TypeVar("T")
 TRIES = 5
 FIRST_PAUSE = 0.5  # seconds before the second try; each further pause is twice as long
 PLACE_FILE, HERE = "shards.json", "here"
+MOST_BYTES = 1 << 30  # of one read where the file's size is not known
 TIMEOUT = 30.0  # seconds that one try may take
 CACHE_PLACE, CACHE_BOUND = "SHELFMARK_CACHE", "SHELFMARK_CACHE_GIB"  # names in the environment
 CACHE_FOLDER = "shelfmark-shards"  # below SHELFMARK_CACHE
@@ -80,10 +81,10 @@ class LocalStore:
             if handle is None and len(self._handles) < self._most:
                 handle = self._handles[name] = os.open(self.folder / name, os.O_RDONLY)
         if handle is not None:
-            return os.pread(handle, length, offset)
+            return _pread(handle, offset, length)
         handle = os.open(self.folder / name, os.O_RDONLY)
         try:
-            return os.pread(handle, length, offset)
+            return _pread(handle, offset, length)
         finally:
             os.close(handle)
 
@@ -97,6 +98,12 @@ class LocalStore:
             for handle in self._handles.values():
                 os.close(handle)
             self._handles.clear()
+
+
+def _pread(handle: int, offset: int, length: int) -> bytes:
+    """No memory is taken for more than the file holds."""
+    length = min(length, os.fstat(handle).st_size - offset)
+    return os.pread(handle, length, offset) if length > 0 else b""
 
 
 class RemoteStore:
@@ -127,6 +134,7 @@ class RemoteStore:
                 f"{printable(url)}: {printable(str(error))}",
                 "Install the fsspec package of that protocol (s3fs, gcsfs, …)",
             ) from error
+        self._sizes: dict[str, int | None] = {}  # of the files, where the server tells
         self._limit = {"timeout": TIMEOUT} if self._fs.async_impl else {}
 
     def read(self, name: str, offset: int, length: int, fresh: bool = False) -> bytes:
@@ -134,6 +142,11 @@ class RemoteStore:
         key = f"{self.url}/{name} {offset} {length}"
         if self._cache is not None and not fresh and (known := self._cache.get(key)) is not None:
             return known
+
+        size = self._sizes.get(name)
+        length = min(length, MOST_BYTES if size is None else size - offset)
+        if length <= 0:
+            return b""
 
         def ranged() -> bytes:
             data: bytes = self._fs.cat_file(f"{self._root}/{name}", start=offset, end=offset + length, **self._limit)
@@ -146,8 +159,9 @@ class RemoteStore:
 
     def names(self) -> set[str]:
         """See `Store.names`."""
-        found = _patiently(lambda: self._fs.ls(self._root, detail=False, **self._limit), self.url)
-        return {entry.rstrip("/").rsplit("/", 1)[-1] for entry in found}
+        found = _patiently(lambda: self._fs.ls(self._root, detail=True, **self._limit), self.url)
+        self._sizes = {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry.get("size") for entry in found}
+        return set(self._sizes)
 
     def close(self) -> None:
         """See `Store.close`."""

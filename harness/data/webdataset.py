@@ -5,7 +5,6 @@ A webdataset sample is a run of members that share their name up to its first do
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
 import time
@@ -24,15 +23,25 @@ from tqdm import tqdm
 
 from harness.data.catalogue import ALL_SPLITS, CATALOGUE_FORMAT, INDEX_DTYPE, SAMPLE_SCHEMA
 from harness.data.growth import part_name, write_meta
-from harness.data.ingest import KINDS, QUARANTINE_SCHEMA, Rejected, check_image, own_pixel_limit
+from harness.data.ingest import (
+    KINDS,
+    QUARANTINE_SCHEMA,
+    Rejected,
+    check_image,
+    check_texts,
+    commonest,
+    own_pixel_limit,
+    stored,
+)
 from harness.data.staging import staged_folder
 from harness.data.store import PLACE_FILE
 from harness.data.writers import NpyWriter, ParquetWriter
 from harness.errors import UserError
-from harness.files import write_json
+from harness.files import parse_json, write_json
 
 EXAMPLE = "shelfmark index /shared/tars --out catalogues/products --kind document"
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")  # extensions of the member that is the sample's image
+MOST_FIELDS = 1 << 23  # bytes of a .json or .txt member
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +63,7 @@ class IndexConfig:
         split_field: field of the split; absent, empty or 'all' puts the sample into every split.
         attribute_fields: further fields to keep, comma-separated.
         max_pixels: images of more pixels are quarantined.
+        max_bytes: images of more bytes are quarantined.
         rows_per_part: rows of one Parquet file of samples/.
         workers: tars read at once; the CPU cores this process may use by default.
     """
@@ -69,6 +79,7 @@ class IndexConfig:
     split_field: str = "split"
     attribute_fields: str = ""
     max_pixels: int = 64_000_000
+    max_bytes: int = 64 * 2**20
     rows_per_part: int = 262_144
     workers: int | None = None
 
@@ -104,9 +115,7 @@ def run(config: IndexConfig) -> dict[str, Any]:
         counts, reasons = _write(stage, found, names, attributes, config.rows_per_part)
         samples = counts["query"] + counts["document"]
         if not samples:
-            raise UserError(
-                f"no sample of {config.tars} can be used: {reasons.most_common(3)}", "Check the field flags"
-            )
+            raise UserError(f"no sample of {config.tars} can be used ({commonest(reasons)})", "Check the field flags")
         meta = {
             "format": CATALOGUE_FORMAT,
             "name": config.out.name,
@@ -132,7 +141,7 @@ def run(config: IndexConfig) -> dict[str, Any]:
         f"{len(names):,} tars of {config.tars}, {seconds:.1f} s"
     )
     if reasons:
-        print(f"{sum(reasons.values()):,} samples in quarantine.parquet: {dict(reasons.most_common(3))}")
+        print(f"{sum(reasons.values()):,} samples in quarantine.parquet: {commonest(reasons)}")
     return {
         "catalogue": str(config.out),
         "num_samples": samples,
@@ -165,7 +174,7 @@ def _write(
             index.append(np.array([(shard, *sample.entry) for sample in good], INDEX_DTYPE))
             for sample in found:
                 if sample.reason:
-                    quarantine.append((number, f"{names[shard]}/{sample.image}", sample.reason))
+                    quarantine.append((number, stored(f"{names[shard]}/{sample.image}"), stored(sample.reason)))
                     reasons[sample.reason.partition(": ")[0]] += 1
                 else:
                     samples.append((samples.num_rows, *sample.row))
@@ -197,7 +206,13 @@ def _read_tar(path: Path, config: IndexConfig, attributes: list[str]) -> list[Fo
                 members[extension.lower()] = member
             if members:
                 found.append(_sample(tar, members, config, attributes))
-    except (tarfile.TarError, OSError) as error:
+    except (
+        tarfile.TarError,
+        OSError,
+        ValueError,
+        OverflowError,
+        MemoryError,
+    ) as error:  # odd headers raise all of these
         raise UserError(f"{path} cannot be read as an uncompressed tar: {error}", "Unpack or remove it") from error
     return found
 
@@ -207,21 +222,29 @@ def _sample(
 ) -> Found:
     picture = next((members[extension] for extension in IMAGES if extension in members), None)
     if picture is None:
-        return Found(next(iter(members.values())).name, reason=f"no image among {', '.join(sorted(members))}")
+        return Found(
+            next(iter(members.values())).name, reason=f"no image: its members are {', '.join(sorted(members))}"
+        )
     try:
-        fields = _fields(tar, members)
-        kind = KINDS.get(config.kind or str(fields.get(config.kind_field, "")).lower())
-        if kind is None:
-            raise Rejected(f"unknown kind: {fields.get(config.kind_field)!r}")
-        image = check_image(_bytes(tar, picture), config.max_pixels)
+        row = _row(_fields(tar, members), picture.name, config, attributes)
+        image = check_image(_bytes(tar, picture, config.max_bytes), config.max_pixels)
     except Rejected as rejected:
         return Found(picture.name, reason=str(rejected))
+    except RecursionError:
+        return Found(picture.name, reason="damaged text: nested too deep")
+    return Found(picture.name, row, (picture.offset_data, picture.size, image.checksum, image.width, image.height))
+
+
+def _row(fields: dict[str, Any], image: str, config: IndexConfig, attributes: list[str]) -> tuple[str | None, ...]:
+    kind = KINDS.get(config.kind or str(fields.get(config.kind_field, "")).lower())
+    if kind is None:
+        raise Rejected(f"unknown kind: {str(fields.get(config.kind_field))[:40]!r}")
 
     def text(field: str, default: str = "") -> str:
         value = fields.get(field)
         return default if value is None else str(value)
 
-    item = text(config.item_field, picture.name.rpartition("/")[2].partition(".")[0])
+    item = text(config.item_field, image.rpartition("/")[2].partition(".")[0])
     row = (
         item,
         kind,
@@ -229,27 +252,32 @@ def _sample(
         text(config.split_field) or ALL_SPLITS,
         text(config.title_field),
         text(config.description_field),
-        picture.name,
+        image,
         *(text(name) for name in attributes),
     )
-    return Found(picture.name, row, (picture.offset_data, picture.size, image.checksum, image.width, image.height))
+    check_texts(row, attributes)
+    return row
 
 
 def _fields(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> dict[str, Any]:
     fields: Any = {}
     try:
         if "json" in members:
-            fields = json.loads(_bytes(tar, members["json"]))
+            fields = parse_json(_bytes(tar, members["json"], MOST_FIELDS))
             if not isinstance(fields, dict):
                 raise ValueError("no object")
         if "txt" in members:
-            fields = {"title": _bytes(tar, members["txt"]).decode().strip(), **fields}
+            fields = {"title": _bytes(tar, members["txt"], MOST_FIELDS).decode().strip(), **fields}
     except ValueError as error:  # also what is no UTF-8
         raise Rejected(f"damaged text: {error}") from None
     return fields
 
 
-def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo, most: int) -> bytes:
+    if member.issparse():  # where it has holes, its bytes do not lie in the tar as they are
+        raise Rejected("sparse tar member")
+    if member.size > most:
+        raise Rejected(f"too many bytes: {member.size:,}")
     file = tar.extractfile(member)
     data = file.read() if file else b""
     if len(data) != member.size:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-ROW_GROUP = 8192
+ROW_GROUP, GROUP_TEXT = 8192, 1 << 26  # rows and characters of text after which a row group is written
 
 
 class NpyWriter:
@@ -65,6 +65,7 @@ class ParquetWriter:
         self.num_rows = 0
         self._path_of_part, self._schema, self._rows_per_part = path_of_part, schema, rows_per_part
         self._pending: list[Sequence[Any]] = []
+        self._pending_text = 0
         self._parts = 0
         self._part_rows = 0
         self._open_part()
@@ -76,8 +77,9 @@ class ParquetWriter:
             self._part.close()
             self._open_part()
         self._pending.append(row)
+        self._pending_text += sum(len(value) for value in row if isinstance(value, str))
         self.num_rows += 1
-        if len(self._pending) == ROW_GROUP:
+        if len(self._pending) == ROW_GROUP or self._pending_text > GROUP_TEXT:
             self._flush()
 
     def _open_part(self) -> None:
@@ -93,7 +95,7 @@ class ParquetWriter:
             ]
             self._part.write_batch(pa.record_batch(columns, schema=self._schema))
             self._part_rows += len(self._pending)
-            self._pending = []
+            self._pending, self._pending_text = [], 0
 
     def __enter__(self) -> Self:
         return self
