@@ -131,9 +131,7 @@ def _forked(folder: Path, words: str, killed_before: int = 0) -> int:
             sys.argv = ["shelfmark", *argv]
             if argv[0] == "synth":  # what its processes do is counted too
                 pool = "ProcessPoolExecutor"
-                setattr(
-                    sys.modules["harness.synth.command"], pool, lambda workers, mp_context: ThreadPoolExecutor(workers)
-                )
+                setattr(sys.modules["harness.synth.command"], pool, lambda workers, *_: ThreadPoolExecutor(workers))
             if killed_before:
                 _arm(folder, killed_before)
             code = run_command(lambda: command(argv[0], argv[1:]))
