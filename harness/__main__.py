@@ -36,8 +36,12 @@ COMMANDS = {
         "Write towers for transformers, timm or open_clip.",
     ),
     "search": ("harness.search", "SearchConfig", "artefact photos", "Find documents by photo, text or likeness."),
+    "verify": ("harness.verify", "VerifyConfig", "paths", "Name what is damaged in catalogues, runs and artefacts."),
 }
-SEVERAL = {"photos": "query photos"}  # fields given by place that take one or more files
+SEVERAL = {
+    "photos": "query photos",
+    "paths": "folders to read through",
+}  # fields given by place that take one or more files
 ESTIMATE = "Say what a recipe needs: parameters, memory, FLOPs, bytes; without running it."
 TRAIN = "Train a model by a recipe; also as `torchrun … -m harness.train`."
 

@@ -24,6 +24,7 @@ import yaml
 
 from harness.errors import UserError
 from harness.files import printable
+from harness.launcher import end_with_launcher
 
 USER_ERROR_CODE = 2
 LARGEST_RECIPE = 1 << 20  # bytes
@@ -214,6 +215,7 @@ def run_command(body: Callable[[], Any]) -> int:
     A reader of standard output that goes away, as `head` does, ends nothing: the rest is written nowhere.
     One of several ranks that meets an error leaves the process at once: the end of its groups, or of what holds them, could wait for the others.
     """
+    end_with_launcher()
     try:
         sys.stdout = _output(sys.stdout, sys.__stdout__, "standard output")
         sys.stderr = _output(sys.stderr, sys.__stderr__, "")

@@ -2,48 +2,37 @@
 
 from __future__ import annotations
 
-import io
-import json
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import torch
 from PIL import Image
 from torch import Tensor
 
 from harness.checksums import verify
-from harness.data.ingest import IngestConfig, Rejected, load_image
-from harness.data.loader import open_pipeline
+from harness.data.ingest import IngestConfig, Rejected, check_image, load_image
+from harness.data.loader import BACKENDS, open_pipeline
 from harness.data.preprocess import PreprocessSpec, draw_parameters
 from harness.data.reference import decode_rgb
 from harness.data.tokenizer import Tokenizer, TokenStore
+from harness.documents import read_documents
 from harness.errors import UserError
+from harness.files import Record, printable, read_record
+from harness.flat_index import read_index
+from harness.query_encoder import TOWERS, read_model, read_query_encoder
 from harness.retrieval import Embedded, top_k
+from harness.text_fit import require_fit
+from models.plain_values import from_plain
 
-ARTEFACT_FORMAT = 2
+ARTEFACT_FORMAT = 3
 _SPARE = 32  # documents fetched beyond those wanted, to be ordered exactly
+_THUMBNAIL_PIXELS = 1 << 24
 
 Box = tuple[int, int, int, int]
-
-
-def import_faiss() -> Any:
-    """The faiss module.
-
-    Raises:
-        UserError: it is not installed, or its libraries are missing.
-    """
-    try:
-        import faiss
-    except Exception as error:  # faiss-gpu without CUDA's libraries raises more than ImportError
-        raise UserError(f"faiss does not import ({error})", "Install faiss-cpu or faiss-gpu, not both") from error
-    return faiss
 
 
 @dataclass(frozen=True)
@@ -103,28 +92,40 @@ class Artefact:
 
     Attributes:
         meta: content of artefact.json.
+        model: configuration of the method.
         documents: the id map, row i = document i of the index: sample_id, item, title, description, attributes,
             class_key, thumbnail.
 
     Raises:
         UserError: no artefact there, one that is damaged or of another format, no faiss, no DALI.
+
+    Nothing in the folder is run: weights, pictures, tables and vectors are data, whose sizes are compared before memory is taken for them.
     """
 
     def __init__(self, path: Path, backend: str | None = None, threads: int = 1) -> None:
-        self.path = path
-        self.meta = _read_meta(path)
-        faiss = import_faiss()
-        self.spec = PreprocessSpec.from_dict(json.loads((path / "preprocess.json").read_text()))
-        self.backend = backend or self.meta["backend"]
-        self.threads = threads
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.export's own
-            self._encode = torch.export.load(path / "encoder.pt2").module()
-        self._index = faiss.read_index(str(path / "index.faiss"))
-        parts = ds.dataset(sorted((path / "documents").glob("part-*.parquet")), format="parquet")
-        self.documents: pa.Table = parts.to_table([name for name in parts.schema.names if name != "embedding"])
-        if not self._index.ntotal == len(self.documents) == self.meta["documents"]:
-            raise UserError(f"{path}: index and id map differ in length", "Export again")
+        self.path, self.threads = path, threads
+        try:
+            record = _read_record(path)
+            self.meta = record.values
+            self.model, self.spec = _read_settings(record)
+            self.backend = backend or _one_of(record, "backend", BACKENDS)
+            count = record.number("documents", 1 << 40, 1)
+            self._encode = read_query_encoder(self.meta["method"], self.model, path)
+            self._tokenizer = self._open_tokenizer()
+            self._index = read_index(path, self.model.embedding_dim, count)
+            self.documents = read_documents(path, count)
+        except OSError as error:
+            raise UserError(
+                f"artefact {path}: {error.filename or 'a file'} cannot be read ({error.strerror})"
+            ) from error
+
+    def _open_tokenizer(self) -> Tokenizer | None:
+        if self.meta["query"] != "text":
+            return None
+        tokenizer = Tokenizer.load(self.path)
+        words = self.model.query.vocab_size or self.model.text.vocab_size or 1  # 1: 0 would mean any
+        require_fit(tokenizer.special, replace(self.model.query, vocab_size=words), "model.query")
+        return tokenizer
 
     @torch.no_grad()
     def embed(self, photos: Sequence[Photo], batch_size: int = 64) -> Tensor:
@@ -157,8 +158,11 @@ class Artefact:
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit embeddings float32 [n, d] of text queries."""
-        store = TokenStore.encode(Tokenizer.load(self.path), {"query": list(texts)})
-        return self._encode(torch.from_numpy(store.batch(np.arange(len(texts)), self.meta["query_tokens"], ["query"])))
+        assert self._tokenizer is not None, "the artefact takes photos"
+        store = TokenStore.encode(self._tokenizer, {"query": list(texts)})
+        return self._encode(
+            torch.from_numpy(store.batch(np.arange(len(texts)), self.model.query.max_length, ["query"]))
+        )
 
     def document(self, item: str) -> int:
         """The row of the first document with that id.
@@ -184,6 +188,8 @@ class Artefact:
         if not len(queries):
             return []
         _, rows = self._index.search(queries.numpy(), min(k + _SPARE, self._index.ntotal))
+        if rows.min() < 0:
+            raise UserError(f"{self.path}: the encoder or the index gives vectors that are no numbers", "Export again")
         ids, titles = self.documents.column("item"), self.documents.column("title")
         found = []
         for query, candidates in zip(queries, rows, strict=True):
@@ -194,11 +200,12 @@ class Artefact:
         return found
 
     def thumbnail(self, row: int) -> Image.Image:
-        """The small picture of a document; a grey one where none was exported."""
+        """The small picture of a document; a grey one where none was exported, or it is no picture."""
         data = self.documents.column("thumbnail")[row].as_py()
-        return (
-            Image.new("RGB", (64, 64), (127, 127, 127)) if data is None else Image.open(io.BytesIO(data)).convert("RGB")
-        )
+        try:
+            return decode_rgb(check_image(data or b"", _THUMBNAIL_PIXELS).data)
+        except Rejected:
+            return Image.new("RGB", (64, 64), (127, 127, 127))
 
 
 def _labelless(vectors: Tensor, ids: Tensor | None = None) -> Embedded:
@@ -206,16 +213,39 @@ def _labelless(vectors: Tensor, ids: Tensor | None = None) -> Embedded:
     return Embedded(vectors, ids, torch.full_like(ids, -1))
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
+def _read_record(path: Path) -> Record:
+    """artefact.json, once every file is known to be whole."""
     file = path / "artefact.json"
     if not file.is_file():
         what = "no artefact: it has no artefact.json" if path.is_dir() else "no such folder"
         raise UserError(f"{path}: {what}", "Name a folder that `shelfmark export` wrote")
     if problem := verify(path):
         raise UserError(f"artefact {path}: {problem}", "Copy it again, or export again")
-    meta: dict[str, Any] = json.loads(file.read_text())
-    if meta["format"] != ARTEFACT_FORMAT:
-        raise UserError(
-            f"artefact {path} has format {meta['format']}, this version reads {ARTEFACT_FORMAT}", "Export again"
-        )
-    return meta
+    record = read_record(file, "Export again")
+    if (version := record.get("format", int)) != ARTEFACT_FORMAT:
+        raise UserError(f"artefact {path} has format {version}, this version reads {ARTEFACT_FORMAT}", "Export again")
+    return record
+
+
+def _read_settings(record: Record) -> tuple[Any, PreprocessSpec]:
+    """The method's configuration, and preprocessing that fits it."""
+    model = read_model(record.get("method", str), record.get("model", dict), record.file)
+    if record.get("query", str) != TOWERS[record.get("method", str)].query:
+        record.refuse("query is not what the method takes")
+    if record.get("embedding_dim", int) != model.embedding_dim:
+        record.refuse(f"embedding_dim is not the model's {model.embedding_dim}")
+    preprocess = read_record(record.file.with_name("preprocess.json"), "Export again")
+    try:
+        from_plain(PreprocessSpec, preprocess.values, "preprocess")
+        spec = PreprocessSpec.from_dict(preprocess.values)  # no default may stand in
+    except (ValueError, UserError) as error:
+        preprocess.refuse(printable(str(error)))
+    if spec.image_size != model.vision.image_size:
+        preprocess.refuse(f"image_size is {spec.image_size}, the model's {model.vision.image_size}")
+    return model, spec
+
+
+def _one_of(record: Record, name: str, choices: Sequence[str]) -> str:
+    if (value := record.get(name, str)) not in choices:
+        record.refuse(f"{name} is none of {', '.join(choices)}")
+    return value

@@ -6,9 +6,10 @@
         classes.parquet class id -> class key, so that rows keep their meaning when the catalogue grows
         state.json      step, data phases and position, ledger, identity of the run, layout
         manifest.json   size and xxh3-64 of every other file; written last
-    latest              name of the newest step folder
+    latest              name of the step folder that was written last
 
-A folder is written as step-N.tmp, flushed, checksummed and renamed; only then does `latest` move. The only importer of either checkpoint library.
+A folder is written as step-N.tmp, flushed, checksummed and renamed; only then does `latest` move. Nothing in it is unpickled without a restriction:
+`problem` tells what may be loaded. The only importer of either checkpoint library.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
+import re
 import shutil
 import threading
 import warnings
@@ -25,6 +28,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
@@ -32,11 +37,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from harness.checksums import verify, write_manifest
+from harness.checksums import at_first, verify, write_manifest
 from harness.class_map import ClassMap, move_rows
+from harness.dcp_metadata import metadata_problem
 from harness.ema import Ema
 from harness.errors import UserError
-from harness.files import write_whole
+from harness.files import Record, printable, read_json, read_record, write_whole
 from harness.mesh import Mesh
 from harness.optimizer import TowerOptimizer
 from harness.waiting import on_first_rank
@@ -48,7 +54,17 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint 
 
 AVERAGE = "average."  # key of a parameter's average: this and the parameter's own
 MEMORY = "memory."  # before the keys of memory banks
-_DELETING, _DELETED = "delete-checkpoints", ".step-*"  # name of a thread, and of the folders that it deletes
+LONGEST_LEDGER = 1 << 16  # steps whose samples a resume may have to draw again
+LARGEST_WEIGHT = 1e6  # none that learns is so large; a few in a row, squared by a normalisation, leave float32
+_DELETING = "delete-checkpoints"  # name of a thread
+_STEP, _UNFINISHED, _DELETED = r"step-([0-9]{8,})", r"step-([0-9]{8,})\.tmp", r"\.step-([0-9]{8,})\.(?:old|replaced)"
+_LIBRARY_STATE = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+_whole: set[Path] = set()  # checkpoints that this process has written, or found whole
 
 
 @dataclass
@@ -66,11 +82,19 @@ class Trainable:
 def save(
     folder: Path, step: int, parts: Trainable, state: dict[str, Any], classes: Path, mesh: Mesh, keep: int
 ) -> Path:
-    """Writes the checkpoint of `step` under `folder`; collective. Keeps the newest `keep` and returns the new one.
+    """Writes the checkpoint of `step` under `folder`, and returns it; collective.
+
+    Deletes what is older than the newest `keep` of those that this process has written or found whole: damaged ones do not count.
 
     Raises:
-        UserError: the disk is full, or the folder cannot be written.
+        UserError: a weight is not finite (nothing is written), the disk is full, or the folder cannot be written.
     """
+    if not _finite(parts, mesh):
+        good = [path.name for path in _steps(folder, _STEP) if path in _whole]
+        raise UserError(
+            f"step {step}: a weight is not finite, or beyond {LARGEST_WEIGHT:g}; no checkpoint was written",
+            f"Lower optimizer.lr, then start again: the run resumes {good[0]}" if good else "Lower optimizer.lr",
+        )
     final = folder / f"step-{step:08d}"
     temporary = folder / f"{final.name}.tmp"
     with _disk_errors(temporary):
@@ -91,8 +115,26 @@ def save(
 
         on_first_rank(describe, mesh, "describing the checkpoint")
         write_manifest(temporary, mesh)
+        _whole.add(final)
         on_first_rank(lambda: _publish(temporary, final, keep), mesh, "renaming the checkpoint")
     return final
+
+
+def _finite(parts: Trainable, mesh: Mesh) -> bool:
+    """Tells whether all weights, their average included, are numbers of use; collective, the same on every rank."""
+    tensors = [*parts.towers.parameters(), *([] if parts.ema is None else parts.ema.state.values())]
+    tensors += [] if parts.head is None else [parts.head.rows]
+    largest = [torch.linalg.vector_norm(x.detach(), float("inf")) for x in tensors if x.numel()]
+    bad = [~(x <= LARGEST_WEIGHT) for x in largest]  # so written, NaN is bad
+    return not mesh.sum(torch.stack([*bad, torch.zeros_like(bad[0])]).sum()).item()
+
+
+def _steps(folder: Path, names: str) -> list[Path]:
+    """What lies in `folder` under a name of that pattern, whose first group is the step; the newest first."""
+    if not folder.is_dir():
+        return []
+    found = [(match, path) for path in folder.iterdir() if (match := re.fullmatch(names, path.name))]
+    return [path for _, path in sorted(found, key=lambda pair: (int(pair[0][1]), pair[0][0]), reverse=True)]
 
 
 def _make_room(folder: Path) -> None:
@@ -100,8 +142,9 @@ def _make_room(folder: Path) -> None:
     for thread in threading.enumerate():
         if thread.name == _DELETING:
             thread.join()
-    for gone in [folder, *folder.parent.glob(_DELETED)]:  # the process before may have ended amid either
-        shutil.rmtree(gone, ignore_errors=True)
+    for names in (_UNFINISHED, _DELETED):  # the process before may have ended amid either
+        for gone in _steps(folder.parent, names):
+            shutil.rmtree(gone, ignore_errors=True)
     (folder / "towers").mkdir(parents=True)
 
 
@@ -112,11 +155,14 @@ def _publish(temporary: Path, final: Path, keep: int) -> None:
         final.rename(folder / f".{final.name}.replaced")
     temporary.rename(final)
     write_whole(folder / "latest", final.name)
-    for old in sorted(folder.glob("step-????????"))[:-keep]:
-        old.rename(folder / f".{old.name}.old")
+    steps = _steps(folder, _STEP)
+    kept = [path for path in steps if path in _whole][:keep]
+    for old in steps[max(steps.index(kept[-1]), steps.index(final)) + 1 :] if len(kept) == keep else []:
+        if (old / "manifest.json").is_file() and not old.is_symlink():  # one of ours; a link is the user's
+            old.rename(folder / f".{old.name}.old")
 
     def delete() -> None:
-        for gone in folder.glob(_DELETED):
+        for gone in _steps(folder, _DELETED):
             shutil.rmtree(gone, ignore_errors=True)
 
     threading.Thread(target=delete, name=_DELETING).start()  # no daemon: the process ends after it
@@ -125,34 +171,67 @@ def _publish(temporary: Path, final: Path, keep: int) -> None:
 def newest(folder: Path, mesh: Mesh | None = None) -> tuple[Path | None, list[str]]:
     """The newest complete checkpoint under `folder`, and a sentence for each that was passed over.
 
-    With `mesh` collective, and the same on every rank: each reads its share of the files.
+    With `mesh` collective, and the same on every rank: each reads its share of the files. What has another name than ours is let alone.
     """
-
-    def list_them() -> list[Path]:
-        return sorted(folder.glob("step-*"), reverse=True)
-
-    passed_over = []
-    for candidate in list_them() if mesh is None else on_first_rank(list_them, mesh, "listing checkpoints"):
-        if candidate.suffix == ".tmp":
-            passed_over.append(f"{candidate.name}: never finished")
-            continue
-        if problem := verify(candidate, mesh):
-            passed_over.append(f"{candidate.name}: {problem}")
-            continue
-        return candidate, passed_over
+    passed_over: list[str] = []
+    for candidate in at_first(lambda: _steps(folder, rf"{_STEP}(?:\.tmp)?"), mesh, "listing checkpoints"):
+        wrong = "never finished" if candidate.suffix == ".tmp" else problem(candidate, mesh)
+        if not wrong:
+            _whole.add(candidate)
+            return candidate, passed_over
+        _whole.discard(candidate)
+        passed_over.append(f"{candidate.name}: {wrong}")
     return None, passed_over
+
+
+def problem(checkpoint: Path, mesh: Mesh | None = None) -> str:
+    """Names why a checkpoint cannot be loaded: a file that is damaged, or that would run something; empty if it can.
+
+    With `mesh` collective, as `harness.checksums.verify`, and the same on every rank.
+    """
+    return verify(checkpoint, mesh) or at_first(lambda: _odd(checkpoint), mesh, "reading what the checkpoint says")
+
+
+def _odd(checkpoint: Path) -> str:
+    """What a checkpoint holds that none of ours does, though its manifest may list it."""
+    try:
+        read_state(checkpoint)
+        if read_json(checkpoint / "towers/metadata.json") != _LIBRARY_STATE:
+            return "towers/metadata.json names another format"
+        torch.load(checkpoint / "towers/common.pt", map_location="cpu", weights_only=True)
+        columns = pq.read_schema(checkpoint / "classes.parquet")
+        if columns.field("class_id").type != pa.int64() or not pa.types.is_string(columns.field("class_key").type):
+            return "classes.parquet has other columns"
+    except UserError as error:
+        return str(error)
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        return _said(error)
+    for part in ("towers", "head"):
+        if (checkpoint / part).is_dir() and (wrong := metadata_problem(checkpoint / part / ".metadata")):
+            return f"{part}/{wrong}"
+    return ""
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The state.json of a checkpoint.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or a value is missing or of another kind.
     """
-    try:
-        return json.loads((checkpoint / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint} is no checkpoint ({error})", "Name a step-N folder of a run") from error
+    record = read_record(checkpoint / "state.json", f"{checkpoint} is no checkpoint: name a step-N folder of a run")
+    _ledger(record, record.number("step", 1 << 62))
+    record.number("world_size", 1 << 31, 1)
+    record.get("order_id", str)
+    record.get("config", dict)
+    if "ledger_before" in record.values:
+        before = Record(record.file, record.get("ledger_before", dict), record.remedy)
+        _ledger(before, before.number("step", record.values["step"], record.values["step"] - LONGEST_LEDGER))
+    return dict(record.values)
+
+
+def _ledger(record: Record, step: int) -> None:
+    if not re.fullmatch("[0-9a-f]{16}", record.get("ledger", str)):
+        record.refuse(f"the ledger of step {step} is no number of 16 digits")
 
 
 def has_average(checkpoint: Path) -> bool:
@@ -165,6 +244,9 @@ def load(checkpoint: Path, parts: Trainable, mesh: Mesh, classes: ClassMap | Non
 
     Without a tower_optimizer the towers take the average of the weights, if there is one. An `ema` that the checkpoint lacks starts anew from the
     weights that it has. With `classes` rows and their optimizer state follow the class keys; those of new classes stay as they are.
+
+    Raises:
+        UserError: its tensors are others than those of this model, or not finite.
     """
     model, averaged = _model_state(parts.towers, mesh), _averaged(checkpoint)
     wanted: dict[str, Any] = {"model": model, **_memory_state(parts, mesh)}
@@ -174,7 +256,7 @@ def load(checkpoint: Path, parts: Trainable, mesh: Mesh, classes: ClassMap | Non
         wanted["optimizer"] = parts.tower_optimizer.sharded_state_dict(model, _metadata(mesh), loading=True)
     else:
         model |= {name: replace(model[name], key=AVERAGE + name) for name in averaged}
-    with warnings.catch_warnings():
+    with _load_errors(checkpoint), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded = dist_checkpointing.load(wanted, str(checkpoint / "towers"))
         parts.towers.load_state_dict(loaded["model"])
@@ -189,6 +271,11 @@ def load(checkpoint: Path, parts: Trainable, mesh: Mesh, classes: ClassMap | Non
                 parts.ema.state[key.removeprefix(AVERAGE)].copy_(average)
         if parts.head is not None:
             _load_head(checkpoint / "head", parts.head, parts.row_optimizer, mesh, classes)
+    if not _finite(parts, mesh):
+        raise UserError(
+            f"{checkpoint}: a weight is not finite, or beyond {LARGEST_WEIGHT:g}",
+            "An earlier version saved it so: move it elsewhere, then start again with the checkpoint before",
+        )
     mesh.barrier()
 
 
@@ -283,6 +370,22 @@ def _load_head(
         dcp.load(state, checkpoint_id=folder)
     if optimizer is not None:
         optimizer.log_decay = float(state["log_decay"])
+
+
+@contextmanager
+def _load_errors(checkpoint: Path) -> Iterator[None]:
+    """What the libraries do not find as they need it becomes a UserError."""
+    try:
+        yield
+    except (CheckpointException, dist_checkpointing.core.CheckpointingException, KeyError, ValueError) as error:
+        first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise UserError(f"{checkpoint} does not fit this model ({_said(first)})", "Name another checkpoint") from error
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, pickle.UnpicklingError):  # torch says how to read it all the same
+        return "a file that should hold tensors holds other objects"
+    return printable(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 @contextmanager

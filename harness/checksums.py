@@ -9,13 +9,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import xxhash
+from tqdm import tqdm
 
-from harness.data.staging import HOST_FILE
 from harness.errors import UserError
 from harness.files import printable, read_record, write_whole
 
@@ -44,11 +44,10 @@ def write_manifest(folder: Path, mesh: Mesh | None = None, algorithm: str = "xxh
     def flushed(name: str) -> tuple[int, str]:
         with (folder / name).open("rb") as handle:
             os.fsync(handle.fileno())
-        return (folder / name).stat().st_size, _checksum(folder / name, algorithm)
+        return (folder / name).stat().st_size, checksum(folder / name, algorithm)
 
-    sizes = _at_first(lambda: _sizes(folder), mesh)
-    sizes.pop(HOST_FILE, None)  # staging removes it
-    files = _shared(sizes, flushed, mesh)
+    sizes = at_first(lambda: _sizes(folder), mesh)
+    files = shared(sizes, flushed, mesh)
     if mesh is None or mesh.rank == 0:
         content = {"format": 2, "algorithm": algorithm, "files": files}
         write_whole(folder / MANIFEST, json.dumps(content, indent=1))
@@ -59,20 +58,25 @@ def verify(folder: Path, mesh: Mesh | None = None) -> str:
 
     With `mesh` collective, as in `write_manifest`, and the same on every rank.
     """
-    listed = _at_first(lambda: _listed(folder), mesh)
+    listed = at_first(lambda: _listed(folder), mesh)
     if isinstance(listed, str):
         return listed
     algorithm, files = listed
 
     def problem(name: str) -> str:
         try:
-            same = _checksum(folder / name, algorithm) == files[name][1]
+            same = checksum(folder / name, algorithm) == files[name][1]
         except OSError as error:
             return f"{printable(name)} cannot be read ({error.strerror})"
         return "" if same else f"{printable(name)} has another checksum"
 
-    found = _shared({name: size for name, (size, _) in files.items()}, problem, mesh)
+    found = shared({name: size for name, (size, _) in files.items()}, problem, mesh)
     return next(filter(None, found.values()), "")
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of the manifest, which stands for all of the folder: what an author publishes, and `sha256sum FOLDER/manifest.json` compares."""
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -121,22 +125,39 @@ def _listed(folder: Path) -> tuple[str, dict[str, tuple[int, str]]] | str:
     return algorithm, {name: (size, checksum) for name, (size, checksum) in files.items()}
 
 
-def _at_first(make: Callable[[], T], mesh: Mesh | None) -> T:
+def at_first(make: Callable[[], T], mesh: Mesh | None, what: str = "listing files") -> T:
+    """make(); with `mesh` collective, that of rank 0 for every rank, see `harness.waiting.on_first_rank`."""
     if mesh is None:
         return make()
     from harness.waiting import on_first_rank  # here: it loads torch
 
-    return on_first_rank(make, mesh, "listing files")
+    return on_first_rank(make, mesh, what)
 
 
-def _shared(sizes: Mapping[str, int], work: Callable[[str], T], mesh: Mesh | None) -> dict[str, T]:
+def shared(sizes: Mapping[str, int], work: Callable[[str], T], mesh: Mesh | None) -> dict[str, T]:
     """work(name) of every name, shared out over the ranks."""
+
+    def work_through(names: Iterable[str], first: bool = True) -> dict[str, T]:
+        with tqdm(
+            total=sum(map(sizes.__getitem__, names)),
+            desc="checksums",
+            unit="B",
+            unit_scale=True,
+            delay=5,
+            disable=not first,
+        ) as progress:
+            done = {}
+            for name in names:
+                done[name] = work(name)
+                progress.update(sizes[name])
+            return done
+
     if mesh is None:
-        return {name: work(name) for name in sizes}
+        return work_through(sizes)
     from harness.waiting import of_all_ranks
 
     own = shared_out(sizes, mesh.world_size)[mesh.rank]
-    parts = of_all_ranks(lambda: {name: work(name) for name in own}, mesh, "checksums of files")
+    parts = of_all_ranks(lambda: work_through(own, mesh.rank == 0), mesh, "checksums of files")
     together = {name: result for part in parts for name, result in part.items()}
     return {name: together[name] for name in sizes}
 
@@ -159,7 +180,8 @@ def shared_out(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
     return shares
 
 
-def _checksum(file: Path, algorithm: str) -> str:
+def checksum(file: Path, algorithm: str = "xxh3-64") -> str:
+    """Hex digits of one of ALGORITHMS over a file."""
     digest = ALGORITHMS[algorithm]()
     with file.open("rb") as handle:
         while chunk := handle.read(_CHUNK):

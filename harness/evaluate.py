@@ -16,6 +16,7 @@ from harness.attribute_queries import AttributeQueries
 from harness.data.catalogue import Catalogue
 from harness.data.loader import DataConfig
 from harness.data.tokenizer import Tokenizer
+from harness.data.whole import require_whole
 from harness.embed import ClassKeys, Embedder, Side, side_of
 from harness.errors import UserError
 from harness.files import printable
@@ -182,7 +183,7 @@ class Evaluation:
         self.tasks = [self._task(name) for name in usual]
         self.final_tasks = [self._task(name) for name in config.final_tasks if name not in usual]
         for path in config.distractors:
-            other = Catalogue(path)
+            require_whole(other := Catalogue(path), mesh)
             self.documents.append(side_of(other, "document", None, [], None, offset))
             offset += other.num_samples
 

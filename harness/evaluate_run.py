@@ -9,6 +9,7 @@ from typing import Any
 from harness.config import RunConfig
 from harness.data.catalogue import Catalogue
 from harness.data.tokenizer import Tokenizer
+from harness.data.whole import require_whole
 from harness.errors import UserError
 from harness.evaluate import Evaluation, print_report
 from harness.mesh import Mesh, MeshConfig
@@ -57,6 +58,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
     settings = open_settings(config.run, config.tensor_parallel, config.batch_size)
     catalogue = Catalogue(config.catalogue or settings.data.catalogue)
     with Mesh(MeshConfig(tensor_parallel=config.tensor_parallel, device=config.device)) as mesh:
+        require_whole(catalogue, mesh)
         path = find_checkpoint(config.run, config.checkpoint, mesh)
         report = _evaluate(config, settings, path, catalogue, mesh)
     if mesh.rank == 0:

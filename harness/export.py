@@ -1,55 +1,56 @@
 """`shelfmark export RUN --out ARTEFACT`: a checkpoint and a catalogue become what a search service loads. Under torchrun the work is shared.
 
-artefact.json             format, method, run, checkpoint, catalogue, decoders, versions
-encoder.pt2               the query encoder (torch.export): images [n, 3, S, S] or tokens [n, L] -> unit embeddings [n, d]; needs torch alone
+artefact.json             format, method and its configuration, run, checkpoint, catalogue, decoders, versions
+encoder.safetensors       weights of the query encoder, which our code builds: images [n, 3, S, S] or tokens [n, L] -> unit embeddings [n, d]
+encoder.pt2               the same as a program (torch.export) for services that have torch alone; Shelfmark never loads it
 preprocess.json           from a photo to the encoder's input
 tokenizer/                the run's tokenizer
 documents/part-*.parquet  id map and embeddings: row i of all parts together is document i of the index
 index.faiss               exact inner-product index over the embeddings
-manifest.json             size and checksum of every other file
+manifest.json             size and SHA-256 of every other file
 """
 
 from __future__ import annotations
 
 import io
 import shutil
-import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from harness.artefact import ARTEFACT_FORMAT, import_faiss
-from harness.checksums import write_manifest
+from harness.artefact import ARTEFACT_FORMAT
+from harness.checksums import MANIFEST, fingerprint, write_manifest
 from harness.config import RunConfig
 from harness.data.catalogue import Catalogue
 from harness.data.loader import decoding_threads, share
-from harness.data.staging import staged_folder
+from harness.data.staging import require_free, staged_folder
 from harness.data.tokenizer import FIELDS, Tokenizer
+from harness.data.whole import require_whole
 from harness.decoder_check import compare_decoders
 from harness.embed import Embedder, Side, side_of
 from harness.errors import UserError
 from harness.files import write_json
+from harness.flat_index import import_faiss, write_index
 from harness.mesh import Mesh, MeshConfig
 from harness.methods import METHODS, plain_query_encoder
 from harness.panel import picture
+from harness.query_encoder import write_query_encoder
 from harness.retrieval import Embedded
 from harness.trained import find_checkpoint, load_method, open_settings
 from harness.versions import versions
 from harness.waiting import in_own_time, on_first_rank
 
 EXAMPLE = "python jobs/torchrun.py --nproc-per-node 2 -m harness export runs/grocery --out artefacts/grocery"
-_ROWS = 4096  # rows written, or added to the index, at once
+_ROWS = 4096  # rows written at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +87,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
         UserError: no run or checkpoint there, `out` exists, no document, a layout that does not divide, no faiss, decoders that differ.
     """
     started = time.perf_counter()
-    if config.out.exists():  # on every rank, and before the work
-        raise UserError(f"{config.out} exists already", "Choose another --out, or remove that folder first")
+    require_free(config.out)  # on every rank, and before the work
     if config.thumbnail < 0:
         raise UserError(f"--thumbnail is {config.thumbnail}", "It must not be negative")
     import_faiss()
@@ -99,45 +99,49 @@ def run(config: ExportConfig) -> dict[str, Any]:
     if not len(side.ids) or config.split not in (None, *splits):
         which = "" if config.split is None else f" in split '{config.split}'"
         raise UserError(f"{catalogue.path} has no document{which}", f"The splits are {', '.join(splits)} (--split)")
-    with Mesh(MeshConfig(tensor_parallel=config.tensor_parallel, device=config.device)) as mesh:
+    mesh_config = MeshConfig(tensor_parallel=config.tensor_parallel, device=config.device)
+    with Mesh(mesh_config) as mesh, ExitStack() as stack:
+        stage = _shared_stage(config.out, mesh, stack)  # before the work: another process may be at it
+        require_whole(catalogue, mesh)
         path = find_checkpoint(config.run, config.checkpoint, mesh)
         method, model = load_method(settings, path, tokenizer, mesh)
         decoders = compare_decoders(method, settings, catalogue, config.split, tokenizer, mesh)
         own = Embedder(settings.data, model, tokenizer, config.batch_size, mesh).embed(method, side)
         encoder = plain_query_encoder(settings.method, model, method.towers, mesh)
-        with ExitStack() as stack:
-            stage = _shared_stage(config.out, mesh, stack)
-            part = stage / "documents" / f"part-{mesh.rank:05d}.parquet"
-            in_own_time(
-                lambda: write_documents(part, side, _shared_with(own, mesh), config.thumbnail, threads),
-                mesh,
-                "writing the documents",
-            )
+        part = stage / "documents" / f"part-{mesh.rank:05d}.parquet"
+        in_own_time(
+            lambda: write_documents(part, side, _shared_with(own, mesh), config.thumbnail, threads),
+            mesh,
+            "writing the documents",
+        )
 
-            def describe() -> None:
-                write_index(stage, model.embedding_dim)
-                _write_encoder(encoder, _example(settings), stage / "encoder.pt2")
-                write_json(stage / "preprocess.json", settings.data.preprocess.to_dict())
-                shutil.copytree(config.run / "tokenizer", stage / "tokenizer")
-                description = _description(config, settings, path, catalogue, side, model)
-                write_json(stage / "artefact.json", {**description, "decoders": decoders})
+        def describe() -> None:
+            write_index(stage, model.embedding_dim)
+            write_query_encoder(encoder, stage)
+            _write_program(encoder, _example(settings), stage / "encoder.pt2")
+            write_json(stage / "preprocess.json", settings.data.preprocess.to_dict())
+            shutil.copytree(config.run / "tokenizer", stage / "tokenizer")
+            description = _description(config, settings, path, catalogue, side, model)
+            write_json(stage / "artefact.json", {**description, "decoders": decoders})
 
-            on_first_rank(describe, mesh, "writing index and encoder")
-            write_manifest(stage, mesh)
+        on_first_rank(describe, mesh, "writing index and encoder")
+        write_manifest(stage, mesh, "sha256")
     seconds = time.perf_counter() - started
     if mesh.rank == 0:
         print(f"{config.out}: {len(side.ids):,} documents of {catalogue.path} in {seconds:.1f} s")
+        print(f"{config.out}/{MANIFEST}: SHA-256 {fingerprint(config.out)}")
     return {"documents": len(side.ids), "embedding_dim": model.embedding_dim, "seconds": round(seconds, 3)}
 
 
 def _shared_stage(out: Path, mesh: Mesh, stack: ExitStack) -> Path:
     """The staging folder of rank 0, which all ranks write into; it becomes `out` when rank 0 leaves the stack."""
-    shared = [out]
-    if mesh.rank == 0:
-        shared = [stack.enter_context(staged_folder(out))]
-        (shared[0] / "documents").mkdir()
-    dist.broadcast_object_list(shared)
-    return shared[0]
+
+    def make() -> Path:
+        stage = stack.enter_context(staged_folder(out))
+        (stage / "documents").mkdir()
+        return stage
+
+    return on_first_rank(make, mesh, "making the folder of the artefact")
 
 
 def _shared_with(own: Embedded, mesh: Mesh) -> Embedded:
@@ -181,41 +185,6 @@ def _thumbnail(catalogue: Catalogue, sample_id: int, size: int) -> bytes | None:
     return buffer.getvalue()
 
 
-def write_index(stage: Path, width: int) -> None:
-    """The index, from the parts in their order; no more than _ROWS vectors are in memory at once, as FAISS itself would hold them all."""
-    parts = [pq.ParquetFile(part) for part in sorted((stage / "documents").glob("part-*.parquet"))]
-    with (stage / "index.faiss").open("wb") as index:
-        index.write(index_head(width, sum(part.metadata.num_rows for part in parts)))
-        for part in parts:
-            for batch in part.iter_batches(_ROWS, columns=["embedding"]):
-                index.write(batch.column(0).flatten().to_numpy())
-
-
-def index_head(width: int, count: int) -> bytes:
-    """The bytes before the vectors in a file of `count` of them: FAISS's own for one, with the two numbers that differ.
-
-    Raises:
-        UserError: this version of FAISS writes something else.
-    """
-    faiss = import_faiss()
-
-    def written(vectors: np.ndarray) -> bytes:
-        index = faiss.IndexFlatIP(width)
-        index.add(vectors)
-        return faiss.serialize_index(index).tobytes()
-
-    def head(count: int) -> bytes:
-        """Type and width (4 bytes each), count (8), what is the same in all, number of floats (8)."""
-        return (
-            one[:8] + struct.pack("<q", count) + one[16 : len(one) - 4 * width - 8] + struct.pack("<q", count * width)
-        )
-
-    one, three = (written(np.ones((n, width), np.float32)) for n in (1, 3))
-    if three != head(3) + np.ones((3, width), np.float32).tobytes():
-        raise UserError(f"faiss {faiss.__version__} writes a flat index in a way that is not known", "Take faiss 1.15")
-    return head(count)
-
-
 def _example(settings: RunConfig) -> torch.Tensor:
     """Two queries, as the encoder takes them."""
     if METHODS[settings.method].query == "text":
@@ -224,7 +193,7 @@ def _example(settings: RunConfig) -> torch.Tensor:
     return torch.zeros(2, 3, size, size)
 
 
-def _write_encoder(encoder: nn.Module, example: torch.Tensor, file: Path) -> None:
+def _write_program(encoder: nn.Module, example: torch.Tensor, file: Path) -> None:
     """Saves the encoder as a program of its own, for any number of queries at once."""
     with torch.no_grad():
         program = torch.export.export(encoder, (example,), dynamic_shapes=({0: torch.export.Dim("queries", min=1)},))
@@ -239,6 +208,7 @@ def _description(
     return {
         "format": ARTEFACT_FORMAT,
         "method": settings.method,
+        "model": asdict(model),
         "query": METHODS[settings.method].query,
         "query_tokens": model.query.max_length if METHODS[settings.method].query == "text" else 0,
         "similarity": "inner product of unit vectors",

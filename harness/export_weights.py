@@ -8,11 +8,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from harness.checksums import MANIFEST, fingerprint, write_manifest
 from harness.data.staging import staged_folder
 from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError
+from harness.files import printable
 from harness.mesh import Mesh, MeshConfig
 from harness.trained import find_checkpoint, load_method, open_settings
+from harness.weights import require_whole
 from models.merge import merged_state_dict
 from models.weights.convert import export_open_clip_pair, export_tower, read_converted, write_exported
 from models.weights.layout import TowerConfig
@@ -23,7 +26,7 @@ EXAMPLE = "shelfmark export-weights runs/grocery --tower vision --layout dinov2 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportWeightsConfig:
-    """Writes the weights of one tower, or of both for open_clip, as a description and safetensors, float32.
+    """Writes the weights of one tower, or of both for open_clip, as a description and safetensors, float32, and manifest.json: their SHA-256.
 
     Args:
         source: a run folder, or a folder that `shelfmark import` made.
@@ -49,6 +52,8 @@ def run(config: ExportWeightsConfig) -> dict[str, Any]:
     wanted = ["vision", "text"] if config.tower == "both" else [config.tower]
     try:
         imported = (config.source / "weights.json").is_file()
+        if imported:
+            require_whole(config.source)
         towers, state = read_converted(config.source) if imported else _trained(config)
         if missing := [tower for tower in wanted if tower not in towers]:
             raise UserError(f"{config.source} holds no {missing[0]} tower")
@@ -59,13 +64,15 @@ def run(config: ExportWeightsConfig) -> dict[str, Any]:
         else:
             raise UserError(f"'{config.layout}' holds one tower", "Name --tower vision or text, or --layout open_clip")
     except WeightsError as error:
-        raise UserError(str(error), "See docs/weights.md for the layouts") from error
+        raise UserError(printable(str(error), 1000), "See docs/weights.md for the layouts") from error
     with staged_folder(config.out) as stage:
         write_exported(stage, described, tensors)
+        write_manifest(stage, algorithm="sha256")
     numbers = sum(tensor.numel() for tensor in tensors.values())
     architecture = described.get("architectures", [config.layout])[0]
     named = "both towers" if config.tower == "both" else f"{config.tower} tower"
     print(f"{config.out}: {named} of {config.source}, {numbers:,} parameters, for {architecture}")
+    print(f"{config.out}/{MANIFEST}: SHA-256 {fingerprint(config.out)}")
     return {"parameters": numbers, "architecture": architecture}
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import xxhash
+
 from harness.errors import UserError
 
 T = TypeVar("T", bound="str | bool | int | float | list[Any] | dict[str, Any]")
@@ -92,9 +94,32 @@ class Record:
             self.refuse(f"{name} is {value}, not between {least} and {most}")
         return value
 
+    def list_of(self, name: str, kind: type[T]) -> list[T]:
+        """The list `name`, all of whose values must be of that kind.
+
+        Raises:
+            UserError: there is none, or one of its values is of another kind.
+        """
+        values = self.get(name, list)
+        for value in values:
+            if type(value) is not kind:
+                self.refuse(f"{name} has {_shown(value)}, not {_KINDS[kind]}")
+        return values
+
+    def require_seal(self) -> None:
+        """Raises UserError: the values are not those that `sealed` was given."""
+        if self.get("checksum", str) != sealed(self.values)["checksum"]:
+            self.refuse("its values differ from their checksum")
+
     def refuse(self, what: str) -> NoReturn:
         """Raises UserError: the file is damaged, `what` says how."""
         raise UserError(f"{self.file} is damaged ({what})", self.remedy)
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with their own `checksum`, xxh3-64 over sorted JSON: damage that leaves a file JSON is found by `Record.require_seal`."""
+    rest = {name: value for name, value in values.items() if name != "checksum"}
+    return {**rest, "checksum": xxhash.xxh3_64_hexdigest(json.dumps(rest, sort_keys=True).encode())}
 
 
 def _shown(value: Any) -> str:

@@ -15,18 +15,17 @@ from typing import Any
 import ibis
 import numpy as np
 import pyarrow.parquet as pq
-import xxhash
 from ibis import _
 
+from harness.checksums import write_manifest
 from harness.data.catalogue import ALL_SPLITS, Catalogue, nearest_first
+from harness.data.order import GOVERNANCE_FORMAT, KINDS, order_id
 from harness.data.staging import staged_folder
+from harness.data.whole import require_whole
 from harness.data.writers import NpyWriter
 from harness.errors import UserError
 
 EXAMPLE = "shelfmark govern catalogues/products --split train --min-queries 2"
-GOVERNANCE_FORMAT = 1
-KINDS = ("query", "document")
-ARRAYS = ("members", "member_offsets", "slot_offsets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,17 +109,6 @@ def quarantine(samples: ibis.Table, counts: ibis.Table, config: GovernConfig) ->
     return classes.union(classless)
 
 
-def order_id(folder: Path) -> str:
-    """16 hex digits over the values of the six arrays in a classes/ folder: what an order of samples depends on."""
-    digest = xxhash.xxh3_64()
-    for kind in KINDS:
-        for name in ARRAYS:
-            array = np.load(folder / f"{kind}.{name}.npy", mmap_mode="r")
-            for start in range(0, len(array), 1 << 20):
-                digest.update(array[start : start + (1 << 20)].tobytes())
-    return digest.hexdigest()
-
-
 def run(config: GovernConfig) -> dict[str, Any]:
     """Governs the catalogue and prints a summary.
 
@@ -133,6 +121,7 @@ def run(config: GovernConfig) -> dict[str, Any]:
     """
     _check(config)
     catalogue = Catalogue(config.catalogue)
+    require_whole(catalogue)
     _check_split(catalogue, config.split)
     with staged_folder(catalogue.path / "classes", replace=True) as stage:
         spill = stage / "spill"
@@ -147,6 +136,7 @@ def run(config: GovernConfig) -> dict[str, Any]:
         options = {name: value for name, value in asdict(config).items() if name != "catalogue"}
         governance = {"format": GOVERNANCE_FORMAT, **summary, "options": options}
         (stage / "governance.json").write_text(json.dumps(governance, indent=2) + "\n", encoding="utf-8")
+        write_manifest(stage)
     largest = summary["largest_class"]
     print(
         f"{config.catalogue}/classes: {summary['num_classes']:,} classes ({summary['tail_classes']:,} tail) of "

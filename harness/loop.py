@@ -111,6 +111,8 @@ class Trainer:
         sized = replace(config, model=self.model_config)
         self._flops = StepFlops.of(sized, order.num_classes, self.loader.documents_per_step)
         self.step = 0
+        self._resumed_at = -1
+        self._data: StepData | None = None  # of the present step, once it is read
         self.ledger = 0  # of all steps up to the last checkpoint, over all ranks
         self._own_ledger = 0  # of this rank's share since then
         # Of the last steps, one each: this rank's share, and on the first rank the whole of those before the resume.
@@ -127,7 +129,7 @@ class Trainer:
 
     def train_step(self, data: StepData) -> StepResult:
         """One optimizer step over all its micro-batches."""
-        config, head, clock = self.config, self.method.head, self.clock
+        config, head, clock, self._data = self.config, self.method.head, self.clock, data
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         batches = [batch.to(self.mesh.device, dtype) for batch in data.batches]
         clock.mark("data")
@@ -193,6 +195,7 @@ class Trainer:
         report, paused, window, logged = None, 0.0, time.perf_counter(), self.step
         losses: list[float] = []
         profiler = StepProfiler(train.profile_steps, config.run_dir, self.mesh.rank)
+        self.mesh.watch.at = self._place
         try:
             self.clock.start(exact=False)
             for data in self.loader.steps(self.step, end):
@@ -340,13 +343,26 @@ class Trainer:
         """Ends the run before a loss or gradient that is not finite reaches the weights; the newest checkpoint stays good."""
         if math.isfinite(norm) and math.isfinite(loss):
             return
-        ids = torch.cat([torch.cat([b.query_ids, b.document_ids]) for b in data.batches]).tolist()
+        ids = _sample_ids(data)
         file = self.config.run_dir / f"nonfinite-step-{self.step}-rank-{self.mesh.rank}.json"
         write_json(file, {"step": self.step, "loss": str(loss), "gradient_norm": str(norm), "sample_ids": ids})
+        again = "the run resumes"
+        if self.step == self._resumed_at:
+            again += (
+                f", or move step-{self.step:08d} elsewhere, if it is ruined itself, to resume the checkpoint before it"
+            )
         raise UserError(
             f"step {self.step}: loss {loss} or gradient norm {norm} is not finite; nothing was updated",
-            f"The samples are in {file}. Lower optimizer.lr or the margin, then start again: the run resumes",
+            f"The samples are in {file}. Lower optimizer.lr or the margin, then start again: {again}",
         )
+
+    def _place(self) -> str:
+        """Where this rank is, for the others where it stands still: step, part of it, and the samples that it has read for it."""
+        if self.clock.now == "data" or self._data is None:
+            return f"step {self.step}, {self.clock.now}"
+        ids = _sample_ids(self._data)
+        more = f" and {len(ids) - SHOWN_IDS} more" if len(ids) > SHOWN_IDS else ""
+        return f"step {self.step}, {self.clock.now}, samples {', '.join(map(str, ids[:SHOWN_IDS]))}{more}"
 
     def _note_bad(self, data: StepData, log: RunLog) -> None:
         if data.bad_ids:
@@ -414,7 +430,8 @@ class Trainer:
         if begins and not allowed:
             raise phases.another_order(config, self.phases[-1], order)
         phases.require_tokenizer(path, state, config.data.catalogue)
-        self.step, self.ledger = state["step"], int(state["ledger"], 16)
+        self.step = self._resumed_at = state["step"]
+        self.ledger = int(state["ledger"], 16)
         if begins:
             self.phases.append(phases.begin(self.step, order, classes))
         self.loader.first_step = self.phases[-1].first_step
@@ -481,6 +498,10 @@ class Trainer:
                 "Restore classes/ and the version of shelfmark that trained, or choose another --run-dir",
             )
         self._last_ledgers.extend(ledgers if self.mesh.dp.rank() == 0 else [0] * len(ledgers))
+
+
+def _sample_ids(data: StepData) -> list[int]:
+    return torch.cat([torch.cat([b.query_ids, b.document_ids]) for b in data.batches]).tolist()
 
 
 def prepare_run_folder(config: RunConfig, versions: dict[str, str]) -> None:

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from harness.device import DEVICES, allow_many_files, choose_device, gpus_hidden, set_deterministic
 from harness.errors import UserError
+from harness.watch import Watch
 from models import megatron_cpu
 from models.accelerators import CHOICES, choose
 from models.compiled import CHOICES as COMPILE
@@ -38,7 +39,7 @@ class MeshConfig:
         deterministic: on a GPU, kernels whose results do not change from run to run, where torch has them, and an error where not; slower.
         accelerators: auto takes fused kernels of TransformerEngine and apex on a GPU, where they are whole; torch takes none.
         compile: auto compiles the towers' blocks by torch.compile on a GPU; always on a CPU too (needs a C++ compiler); never.
-        timeout_minutes: a collective that takes longer ends the run.
+        timeout_minutes: a rank that is not heard of for so long ends the run, and so does a collective that takes a quarter longer.
     """
 
     tensor_parallel: int = 1
@@ -73,7 +74,7 @@ class Mesh:
         set_deterministic(config.deterministic)
         if cuda:
             torch.cuda.set_device(self.device)
-        timeout = timedelta(minutes=config.timeout_minutes)
+        timeout = timedelta(minutes=1.25 * config.timeout_minutes)  # later than the watch, which names the rank
         if not dist.is_initialized():
             # A run of one process needs no rendezvous, hence no free port.
             store = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -85,6 +86,7 @@ class Mesh:
         self.dp: ProcessGroup = self.groups.dp
         self.row_group: ProcessGroup = dist.group.WORLD  # type: ignore[assignment]
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.watch = Watch(60 * config.timeout_minutes)
 
     def __enter__(self) -> Mesh:
         return self
@@ -131,6 +133,7 @@ class Mesh:
 
     def close(self) -> None:
         """Ends all groups; over NCCL this waits for the other ranks to do the same."""
+        self.watch.close()
         dist.destroy_process_group()
         parallel_state.destroy_model_parallel()
 

@@ -13,12 +13,18 @@ from harness.board import Board
 from harness.files import printable
 from harness.mesh import Mesh
 
+_NEXT = {"data": "forward", "forward": "backward", "backward": "optimizer", "optimizer": "what follows a step"}
+
 
 class StepClock:
-    """Seconds of each part of a step. On a GPU a part is only timed truly where the device is waited for: see `exact`."""
+    """Seconds of each part of a step. On a GPU a part is only timed truly where the device is waited for: see `exact`.
+
+    now: the part of the present moment.
+    """
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
+        self.now = "the start"
         self.exact = False
         self.seconds: dict[str, float] = {}
         self._charged: dict[str, float] = {}  # since `take_share`
@@ -26,7 +32,7 @@ class StepClock:
 
     def start(self, exact: bool) -> None:
         """Begins a step; `exact` waits for the device at every mark."""
-        self.exact, self.seconds = exact, {}
+        self.exact, self.seconds, self.now = exact, {}, "data"
         self._last = time.perf_counter()
 
     def mark(self, part: str) -> None:
@@ -36,7 +42,7 @@ class StepClock:
         now = time.perf_counter()
         for sums in (self.seconds, self._charged):
             sums[part] = sums.get(part, 0.0) + now - self._last
-        self._last = now
+        self._last, self.now = now, _NEXT[part]
 
     def take_share(self, part: str) -> float:
         """The part's share of all that was charged since the last call."""

@@ -17,12 +17,13 @@ from harness.data.product_queries import read_meta
 from harness.device import set_precision
 from harness.errors import UserError
 from harness.mesh import Mesh
+from harness.query_encoder import TOWERS, TowersSpec
 from models.batch import Batch
 from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
-from models.item import Item, ItemConfig, ItemQuery, ItemTowers
-from models.make import Make, MakeConfig, MakeQuery, MakeTowers
+from models.item import Item, ItemConfig
+from models.make import Make, MakeConfig
 from models.merge import merged_state_dict
-from models.oclear import Oclear, OclearConfig, OclearQuery, OclearTowers
+from models.oclear import Oclear, OclearConfig
 from models.plain.transformer import PlainBuilder
 from models.shape import TransformerBuilder
 from models.transformer import MegatronBuilder
@@ -62,31 +63,23 @@ class Method(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class MethodSpec:
-    """What there is of a method.
+@dataclass(frozen=True, kw_only=True)
+class MethodSpec(TowersSpec):
+    """What there is of a method, besides its towers.
 
     Args:
-        config: its configuration class.
-        towers: builds its towers.
-        query_encoder: its query encoder for serving, of plain towers.
         assemble: (configuration, towers, head, data group) -> the method.
         reads: what its batches hold.
         classifies: whether its objective has a class-parallel head.
         tasks: what it can be evaluated by (harness/tasks.py), the usual one first.
         views: how its documents can be seen, for a modality drop.
-        query: what its query encoder takes: image or text.
     """
 
-    config: type[Any]
-    towers: Callable[[Any, TransformerBuilder], nn.Module]
-    query_encoder: Callable[[Any], nn.Module]
     assemble: Callable[..., Method]
     reads: Callable[[Any], Reads]
     classifies: Callable[[Any], bool] = lambda config: False
     tasks: tuple[str, ...] = ()
     views: tuple[str, ...] = ("both", "title", "image")
-    query: str = "image"
 
 
 def _oclear_reads(config: OclearConfig) -> Reads:
@@ -109,9 +102,7 @@ def _item_reads(config: ItemConfig) -> Reads:
 
 METHODS: dict[str, MethodSpec] = {
     "oclear": MethodSpec(
-        config=OclearConfig,
-        towers=OclearTowers,
-        query_encoder=OclearQuery,
+        **vars(TOWERS["oclear"]),
         assemble=Oclear,
         reads=_oclear_reads,
         classifies=lambda config: config.objective == "classification",
@@ -119,18 +110,13 @@ METHODS: dict[str, MethodSpec] = {
         views=("both",),
     ),
     "make": MethodSpec(
-        config=MakeConfig,
-        towers=MakeTowers,
-        query_encoder=MakeQuery,
+        **vars(TOWERS["make"]),
         assemble=Make,
         reads=_make_reads,
         tasks=("text", "same_product", "category"),
-        query="text",
     ),
     "item": MethodSpec(
-        config=ItemConfig,
-        towers=ItemTowers,
-        query_encoder=ItemQuery,
+        **vars(TOWERS["item"]),
         assemble=Item,
         reads=_item_reads,
         tasks=("same_product", "category", "photo"),

@@ -14,7 +14,6 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from harness import checkpoint
-from harness.checksums import verify
 from harness.class_map import ClassMap
 from harness.config import RunConfig, difference
 from harness.data.order import ClassOrder
@@ -60,9 +59,17 @@ def first(order: ClassOrder) -> Phase:
 
 
 def saved(path: Path, state: dict[str, Any]) -> list[Phase]:
-    """The phases of checkpoint `path`, whose state.json is `state`; one saved before there were phases has one."""
+    """The phases of checkpoint `path`, whose state.json is `state`; one saved before there were phases has one.
+
+    Raises:
+        UserError: they are none.
+    """
     if "phases" in state:
-        return [Phase(**phase) for phase in state["phases"]]
+        try:
+            first, *more = (Phase(**phase) for phase in state["phases"])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}/state.json is damaged (phases)", "Name another checkpoint") from error
+        return [first, *more]
     classes = pq.read_metadata(path / "classes.parquet").num_rows
     return [Phase(0, state["order_id"], classes, 0, classes, 0)]
 
@@ -118,7 +125,7 @@ def open_start(config: RunConfig, mesh: Mesh) -> tuple[Path, dict[str, Any]]:
     path = named
     if on_first_rank((named / "checkpoints").is_dir, mesh, "looking for checkpoints"):
         path = find_checkpoint(named, None, mesh)
-    elif problem := verify(named, mesh):
+    elif problem := checkpoint.problem(named, mesh):
         raise UserError(f"train.init_from {named}: {problem}", "Name a run folder or one of its step folders")
     state = checkpoint.read_state(path)
     changes = difference(*({k: c[k] for k in ("method", "model")} for c in (state["config"], config.to_dict())))

@@ -5,14 +5,21 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from contextlib import ExitStack
 from dataclasses import replace
 
 from harness.arguments import check_figures, run_command, write_figures
 from harness.config import parse
+from harness.data.catalogue import Catalogue
+from harness.data.whole import FOLDERS, require_whole
+from harness.lock import locked
 from harness.loop import Trainer, prepare_run_folder
 from harness.mesh import Mesh
 from harness.methods import with_keywords
 from harness.versions import versions
+from harness.waiting import on_first_rank
+
+LOCK = ".lock"  # in the run folder; what only reads a run does not ask for it
 
 
 def train(argv: list[str]) -> None:
@@ -22,7 +29,10 @@ def train(argv: list[str]) -> None:
     config = replace(config, model=model)
     check_figures(json_file)
     quiet_libraries()
-    with Mesh(config.mesh) as mesh:
+    with Mesh(config.mesh) as mesh, ExitStack() as stack:
+        lock = locked(config.run_dir / LOCK, f"run folder {config.run_dir}")
+        on_first_rank(lambda: stack.enter_context(lock), mesh, "locking the run folder")
+        require_whole(Catalogue(config.data.catalogue), mesh, tuple(FOLDERS))
         trainer = Trainer(config, mesh)
         if mesh.rank == 0:
             prepare_run_folder(config, versions())

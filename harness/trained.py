@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from harness import checkpoint
-from harness.checksums import verify
 from harness.config import RunConfig, load
 from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError
@@ -36,7 +35,7 @@ def find_checkpoint(run: Path, wanted: Path | None, mesh: Mesh | None = None) ->
         UserError: there is no complete one.
     """
     if wanted is not None:
-        if problem := verify(wanted, mesh):
+        if problem := checkpoint.problem(wanted, mesh):
             raise UserError(f"{wanted}: {problem}", "Name another step folder, or leave out --checkpoint")
         return wanted
     path, passed_over = checkpoint.newest(run / "checkpoints", mesh)

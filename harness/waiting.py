@@ -1,15 +1,12 @@
 """Work that takes one rank longer than another, without a limit: no collective waits for it, and so no collective's timeout ends the run.
 
-The ranks meet in the store of the process group. A rank at work shows that it lives by a count that goes up; one that raises, or that is not
-heard of for as long as a collective may take, ends the wait of all others with an error.
+The ranks meet in the store of the process group. One that raises, or that stands still (`harness.watch`), ends the wait of all others with an error.
 """
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
@@ -21,7 +18,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.5  # seconds between two looks at the store
-_BEATS = 20  # in the time after which a rank that is not heard of counts as lost
 
 
 def in_own_time(work: Callable[[], T], mesh: Mesh, what: str) -> T:
@@ -29,7 +25,7 @@ def in_own_time(work: Callable[[], T], mesh: Mesh, what: str) -> T:
 
     Args:
         work: may differ between ranks, and takes part in no collective.
-        mesh: its timeout bounds how long a rank may be silent, not how long it may work.
+        mesh: its watch bounds how long a rank may be silent, not how long it may work.
         what: the work in words, for an error: 'writing the documents'.
 
     Raises:
@@ -39,7 +35,7 @@ def in_own_time(work: Callable[[], T], mesh: Mesh, what: str) -> T:
     if mesh.world_size == 1:
         return work()
     place = _Place(mesh, what)
-    with place.beating():
+    with mesh.watch.doing(what):
         try:
             result = work()
         except BaseException as error:
@@ -70,28 +66,9 @@ class _Place:
 
     def __init__(self, mesh: Mesh, what: str) -> None:
         self.mesh, self.what = mesh, what
-        self.patience = 60 * mesh.config.timeout_minutes
         self.store = dist.distributed_c10d._get_default_store()
         # Counted in the store, for it lives as long as the process group: the n-th wait of one rank is that of all.
         self.key = f"waiting/{self.store.add(f'waiting/{mesh.rank}', 1)}"
-
-    @contextmanager
-    def beating(self) -> Iterator[None]:
-        """Inside, this rank shows that it lives."""
-        ended = threading.Event()
-
-        def beat() -> None:
-            with suppress(dist.DistError):  # the store ended with its process; the next look at it raises that too
-                while not ended.wait(self.patience / _BEATS):
-                    self.store.add(f"{self.key}/beat/{self.mesh.rank}", 1)
-
-        thread = threading.Thread(target=beat, name="beat", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
 
     def finish(self) -> None:
         self.store.set(f"{self.key}/done/{self.mesh.rank}", "")
@@ -104,16 +81,16 @@ class _Place:
     def wait(self) -> None:
         """Returns when all ranks have finished: rank 0 sees it and tells the others."""
         missing = [f"done/{rank}" for rank in range(1, self.mesh.world_size)] if self.mesh.rank == 0 else ["all"]
-        heard: dict[str, tuple[int, float]] = {}
-        pause, next_look = _FIRST_PAUSE, time.monotonic() + self.patience / _BEATS
+        pause, watch = _FIRST_PAUSE, self.mesh.watch
+        watch.waits = True
         while missing := [name for name in missing if not self.store.check([f"{self.key}/{name}"])]:
             self._raise_failure()
-            if time.monotonic() > next_look:
-                for name in missing:
-                    self._require_life(int(name.removeprefix("done/")) if self.mesh.rank == 0 else 0, heard)
-                next_look = time.monotonic() + self.patience / _BEATS
+            if watch.lost:
+                self.fail(watch.lost)
+                raise watch.lost
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+        watch.waits = False
         self._raise_failure()
         if self.mesh.rank == 0:
             self.store.set(f"{self.key}/all", "")
@@ -122,15 +99,3 @@ class _Place:
         for kind, error in (("mistake", UserError), ("failure", RuntimeError)):
             if self.store.check([f"{self.key}/{kind}"]):
                 raise error(self.store.get(f"{self.key}/{kind}").decode())
-
-    def _require_life(self, rank: int, heard: dict[str, tuple[int, float]]) -> None:
-        beats, now, name = self.store.add(f"{self.key}/beat/{rank}", 0), time.monotonic(), str(rank)
-        if beats != heard.get(name, (-1, now))[0]:
-            heard[name] = (beats, now)
-        if now - heard[name][1] > self.patience:
-            error = UserError(
-                f"rank {rank} was not heard of for {self.patience:g} s while the others waited for it ({self.what})",
-                "See what ended it, then start again; mesh.timeout_minutes sets how long a rank may be silent",
-            )
-            self.fail(error)
-            raise error

@@ -4,6 +4,7 @@ weights.safetensors   the towers' tensors, float32, under the names of a checkpo
 weights.json          what the towers must be for them, where they are from, what was left out
 recipe.yaml           the same as the `model` part of a recipe
 tokenizer/            the files of the text tower's tokenizer, as they were
+manifest.json         size and SHA-256 of every other file
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import yaml
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from harness.checksums import MANIFEST, fingerprint, verify, write_manifest
 from harness.data.staging import staged_folder
 from harness.errors import UserError
 from harness.files import printable
 from models.merge import load_merged
-from models.weights.convert import Converted, Source, fitted, import_tower, write_converted
+from models.weights.convert import Converted, Source, fitted, import_tower, own_file, write_converted
 from models.weights.rules import WeightsError, listed
 
 EXAMPLE = "shelfmark import weights/start --vision hub/dinov2-base --text hub/xlm-roberta-base"
@@ -30,6 +32,8 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
+
+_LINE = 1000  # characters of a message that names tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,21 +71,25 @@ def run(config: ImportConfig) -> dict[str, Any]:
             for tower, folder in wanted.items()
         }
     except WeightsError as error:
-        raise UserError(str(error), "See docs/weights.md for what can be imported") from error
+        raise UserError(printable(str(error), _LINE), "See docs/weights.md for what can be imported") from error
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from error
     with staged_folder(config.out) as stage:
         write_converted(stage, towers)
         recipe = {"model": {tower: _chosen(converted) for tower, converted in towers.items()}}
         (stage / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
         copied = [] if config.text is None else _copy_tokenizer(config.text, stage / "tokenizer")
+        write_manifest(stage, algorithm="sha256")
     figures: dict[str, Any] = {}
     for tower, converted in towers.items():
         numbers = sum(tensor.numel() for tensor in converted.state.values())
         figures[tower] = {"parameters": numbers, "left_out": converted.left_out}
         left = f"; left out: {listed(converted.left_out)}" if converted.left_out else ""
-        line = f"{config.out}: {tower} tower of {wanted[tower]} ({converted.origin}), {numbers:,} parameters{left}"
-        print(printable(line, 2000))
+        what = printable(f"{wanted[tower]} ({converted.origin}), {numbers:,} parameters{left}", _LINE)
+        print(f"{config.out}: {tower} tower of {what}")
     if copied:
         print(f"{config.out}/tokenizer: {', '.join(copied)}")
+    print(f"{config.out}/{MANIFEST}: SHA-256 {fingerprint(config.out)}")
     return figures
 
 
@@ -91,10 +99,18 @@ def init_towers(towers: nn.Module, folder: Path, group: ProcessGroup) -> None:
     Raises:
         UserError: the folder holds no weights, or those of other towers than these; what differs is named.
     """
+    require_whole(folder)
     try:
         load_merged(towers, fitted(folder, towers), group)
     except WeightsError as error:
-        raise UserError(str(error), f"Take the model part of {folder}/recipe.yaml into the recipe") from error
+        advice = f"Take the model part of {folder}/recipe.yaml into the recipe"
+        raise UserError(printable(str(error), _LINE), advice) from error
+
+
+def require_whole(folder: Path) -> None:
+    """Raises UserError where a file of an imported folder is damaged, missing or too much."""
+    if problem := verify(folder):
+        raise UserError(f"imported weights {folder}: {problem}", "Copy them again, or run `shelfmark import` again")
 
 
 def _chosen(converted: Converted) -> Mapping[str, Any]:
@@ -108,5 +124,8 @@ def _copy_tokenizer(folder: Path, into: Path) -> list[str]:
     names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     for name in names:
         into.mkdir(exist_ok=True)
-        shutil.copyfile(folder / name, into / name)
+        try:
+            shutil.copyfile(own_file(folder, name), into / name)
+        except (WeightsError, OSError) as error:
+            raise UserError(f"{folder / name} cannot be taken along: {error}", "Remove it, or mend it") from error
     return names

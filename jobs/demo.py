@@ -27,11 +27,17 @@ from harness.data.catalogue import Catalogue
 from harness.embed import ClassKeys, Side, side_of
 from harness.errors import UserError
 from harness.files import write_json
+from harness.lock import locked
 from harness.panel import picture
 from harness.search import save_sheet
 
+LAUNCHER = os.path.relpath(Path(__file__).parent / "torchrun.py")
 RECIPE = os.path.relpath(Path(__file__).parent / "recipes" / "oclear_demo.yaml")
 MARK = ".demo"  # a folder with this file is a demo's, and may be replaced
+MADE = (
+    *("products", "catalogue", "run", "artefact"),
+    *("train.json", "eval.json", "search.json", "contact_sheet.png", "summary.json"),
+)
 PHOTOS = 8
 
 
@@ -62,16 +68,17 @@ class Stages:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    def run(self, name: str, line: str) -> None:
-        """Echoes and runs one command line in this process's environment.
+    def run(self, name: str, *words: object) -> None:
+        """Echoes and runs one command in this process's environment.
 
         Raises:
             UserError: it failed.
         """
-        print(f"\n[{name}]\n$ {line}", flush=True)
+        command = [str(word) for word in words]
+        print(f"\n[{name}]\n$ {shlex.join(command)}", flush=True)
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         started = time.perf_counter()
-        code = subprocess.run(shlex.split(line), env={"OMP_NUM_THREADS": "1", **os.environ, "PATH": path}).returncode
+        code = subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ, "PATH": path}).returncode
         self.seconds[name] = round(time.perf_counter() - started, 1)
         if code:
             raise UserError(f"the demo stopped in stage '{name}': exit code {code}", "The reason stands above")
@@ -83,46 +90,51 @@ def demo(config: DemoConfig) -> None:
     Raises:
         UserError: a stage failed, or `out` holds something else.
     """
+    out = config.out
+    if out.exists() and not (out / MARK).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is no demo's", "Choose another --out, or remove it")
+    with locked(out / ".lock", f"demo {out}"):
+        (out / MARK).touch()
+        clear(out)
+        _stages(config, out)
+
+
+def clear(out: Path) -> None:
+    """Removes what an earlier demo made there, by its names; anything else stays."""
+    for name in MADE:
+        (out / name).unlink() if (out / name).is_file() else shutil.rmtree(out / name, ignore_errors=True)
+
+
+def _stages(config: DemoConfig, out: Path) -> None:
     started = time.perf_counter()
-    out = fresh_folder(config.out)
-    products, catalogue, run, artefact = (out / name for name in ("products", "catalogue", "run", "artefact"))
+    products, catalogue, run, artefact = (out / name for name in MADE[:4])
     ranks = config.ranks or torch.cuda.device_count() or 2
-    torchrun = f"torchrun --standalone --nproc-per-node {ranks} -m"
-    steps = "" if config.steps is None else f" --train.steps {config.steps}"
+    torchrun = ["python", LAUNCHER, "--nproc-per-node", str(ranks), "-m"]
+    steps = [] if config.steps is None else ["--train.steps", str(config.steps)]
     stages = Stages()
-    stages.run("synth", f"shelfmark synth {products} --products {config.products} --seed {config.seed}")
+    stages.run("synth", "shelfmark", "synth", products, "--products", config.products, "--seed", config.seed)
     stages.run(
         "ingest",
-        f"shelfmark ingest --manifest {products}/manifest.tsv --images {products} --out {catalogue} "
-        "--attribute-columns category,colour,pattern,brand",
+        *("shelfmark", "ingest", "--manifest", products / "manifest.tsv", "--images", products, "--out", catalogue),
+        *("--attribute-columns", "category,colour,pattern,brand"),
     )
-    stages.run("govern", f"shelfmark govern {catalogue}")
-    stages.run("tokenizer", f"shelfmark tokenizer {catalogue} --vocab-size {config.vocab_size}")
+    stages.run("govern", "shelfmark", "govern", catalogue)
+    stages.run("tokenizer", "shelfmark", "tokenizer", catalogue, "--vocab-size", config.vocab_size)
     stages.run(
         "train",
-        f"{torchrun} harness.train --config {RECIPE} --data.catalogue {catalogue} --run-dir {run}{steps} "
-        f"--json {out}/train.json",
+        *(*torchrun, "harness.train", "--config", RECIPE, "--data.catalogue", catalogue, "--run-dir", run, *steps),
+        *("--json", out / "train.json"),
     )
-    stages.run("eval", f"{torchrun} harness eval {run} --split test --json {out}/eval.json")
-    stages.run("export", f"{torchrun} harness export {run} --out {artefact}")
+    stages.run("eval", *torchrun, "harness", "eval", run, "--split", "test", "--json", out / "eval.json")
+    stages.run("export", *torchrun, "harness", "export", run, "--out", artefact)
     photos = held_out_photos(products, PHOTOS)
-    files = " ".join(str(products / photo) for photo in photos)
-    stages.run("search", f"shelfmark search {artefact} {files} --top 5 --json {out}/search.json")
+    found = out / "search.json"
+    stages.run("search", "shelfmark", "search", artefact, *(products / p for p in photos), "--top", 5, "--json", found)
     draw_sheet(out, list(photos.values()))
 
     summary = summarise(out, catalogue, stages.seconds, time.perf_counter() - started)
     write_json(out / "summary.json", summary)
     print_summary(summary, out)
-
-
-def fresh_folder(out: Path) -> Path:
-    """`out`, empty, where nothing was or an earlier demo."""
-    if out.exists() and not (out / MARK).exists():
-        raise UserError(f"{out} exists and is no demo's", "Choose another --out, or remove it")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    (out / MARK).touch()
-    return out
 
 
 def held_out_photos(products: Path, number: int) -> dict[str, str]:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from models.activation import ACTIVATIONS, GATED
 
+MOST_LAYERS = 1000  # building so many takes seconds, and a number that is none of layers must not take for ever
+
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerShape:
@@ -81,7 +83,15 @@ class TransformerShape:
 
 def shape_errors(shape: TransformerShape, tensor_parallel: int, where: str) -> list[str]:
     """What does not divide in `shape` over `tensor_parallel` ranks; empty if all is well. `where` is its key, e.g. model.vision."""
-    errors = []
+    errors = [
+        f"{where}.{name} is {size}; it must be above 0"
+        for name in ("num_layers", "hidden_size", "num_attention_heads")
+        if (size := getattr(shape, name)) < 1
+    ]
+    if errors:  # the others divide by these
+        return errors
+    if shape.num_layers > MOST_LAYERS:
+        errors.append(f"{where}.num_layers is {shape.num_layers}; at most {MOST_LAYERS}")
     if shape.hidden_size % shape.num_attention_heads:
         errors.append(
             f"{where}.hidden_size {shape.hidden_size} is no multiple of {where}.num_attention_heads {shape.num_attention_heads}"

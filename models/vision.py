@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models.pool import AttentionPool
 from models.positions import RESIZES, resized, rotary_angles, sine_cosine
-from models.shape import TransformerBuilder, TransformerShape
+from models.shape import MOST_LAYERS, TransformerBuilder, TransformerShape
 from models.stem import conv_stem, patch_stem
 
 POOLINGS = ("mean", "class", "attention", "mean_max")
@@ -96,6 +96,8 @@ class VisionConfig(TransformerShape):
             errors.append(
                 f"{where}.stem_blocks needs one number for each of the {len(self.stem_channels)} stem_channels"
             )
+        if sum(self.stem_blocks) > MOST_LAYERS:
+            errors.append(f"{where}.stem_blocks has {sum(self.stem_blocks)} blocks; at most {MOST_LAYERS}")
         for key, choices in (("pooling", POOLINGS), ("positions", POSITIONS), ("position_resize", tuple(RESIZES))):
             if (value := getattr(self, key)) not in choices:
                 errors.append(f"{where}.{key} is '{value}'; it can be {', '.join(choices)}")

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
-from collections.abc import Callable
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from harness import checkpoint
 from harness.checksums import verify, write_manifest
+from harness.errors import UserError
+from harness.trained import find_checkpoint
+from tests.runs import arguments, tiny_config, trainer
 
 CONTENT = {".metadata": b"m", "a/.b/c": b"12345", "a/d": b"", "state.json": b"{}"}
 
@@ -119,3 +137,285 @@ def test_a_manifest_of_format_1_leaves_out_two_hidden_files_which_must_be_there(
         (tmp_path / extra).touch()
         assert verify(tmp_path) == f"{extra} is not listed in manifest.json"
         (tmp_path / extra).unlink()
+
+
+# --- a checkpoint by somebody else, whose manifest fits ---
+
+Change = Callable[[Path], Any]
+
+
+@pytest.fixture(scope="module")
+def run(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two checkpoints; its third step is still to be trained. Read only!"""
+    folder = tmp_path_factory.mktemp("checkpoints") / "run"
+    with trainer(tiny_config(catalogue, folder, **SETTINGS)) as t:
+        t.fit()
+    return folder
+
+
+SETTINGS: dict[str, Any] = {"train.steps": 3, "train.stop_at": 2, "train.checkpoint_every": 1, "train.ema_decay": 0.5}
+
+
+class Runs:
+    """A pickle of this writes a file PWNED in the folder where it is read."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {PWNED}",)
+
+
+PWNED = Path(tempfile.gettempdir()) / f"shelfmark-pwned-{os.getpid()}"
+
+
+def forge(checkpoint: Path, change: Change) -> None:
+    """Changes a checkpoint, and its manifest with it."""
+    change(checkpoint)
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint)
+
+
+def with_metadata(change: Callable[[Any], Any], part: str = "towers") -> Change:
+    def changed(checkpoint: Path) -> None:
+        file = checkpoint / part / ".metadata"
+        metadata = pickle.loads(file.read_bytes())
+        file.write_bytes(pickle.dumps(change(metadata) or metadata))
+
+    return changed
+
+
+def as_bytes(checkpoint: Path, part: str, key: str) -> None:
+    """Makes `key` an object instead of a tensor, and its data a pickle that runs a command."""
+    data = io.BytesIO()
+    torch.save(Runs(), data)
+    (checkpoint / part / "__9_0.distcp").write_bytes(data.getvalue())
+
+    def change(metadata: Any) -> None:
+        metadata.state_dict_metadata[key] = BytesStorageMetadata()
+        metadata.storage_data[MetadataIndex(key)] = _StorageInfo("__9_0.distcp", 0, len(data.getvalue()))
+
+    with_metadata(change, part)(checkpoint)
+
+
+def replace_tensor(checkpoint: Path) -> None:
+    """A pickle that runs a command, where the data of a tensor are."""
+    data = io.BytesIO()
+    torch.save(Runs(), data)
+    (checkpoint / "head/__0_0.distcp").write_bytes(data.getvalue())
+
+    def change(metadata: Any) -> None:
+        for place in metadata.storage_data.values():
+            place.offset, place.length = 0, len(data.getvalue())
+
+    with_metadata(change, "head")(checkpoint)
+
+
+HOSTILE: dict[str, Change] = {
+    "towers/.metadata": lambda c: (c / "towers/.metadata").write_bytes(pickle.dumps(Runs())),
+    "head/.metadata": lambda c: (c / "head/.metadata").write_bytes(pickle.dumps(Runs())),
+    "an attribute of towers/.metadata": with_metadata(lambda m: setattr(m, "planner_data", Runs())),
+    "an object for a tensor of the towers": lambda c: as_bytes(c, "towers", "vision.position"),
+    "an object for the rows": lambda c: as_bytes(c, "head", "rows"),
+    "common.pt": lambda c: torch.save(Runs(), c / "towers/common.pt"),
+    "common.pt, an old pickle": lambda c: (c / "towers/common.pt").write_bytes(pickle.dumps(Runs())),
+}
+ODD: dict[str, Change] = {
+    "another file": with_metadata(lambda m: [setattr(p, "relative_path", "/dev/zero") for p in m.storage_data.values()]),
+    "transforms": with_metadata(lambda m: [setattr(p, "transform_descriptors", ["zstd"]) for p in m.storage_data.values()]),
+    "no metadata of a checkpoint": with_metadata(lambda m: torch.Size([1])),
+    "a billion entries of a memo": lambda c: (c / "towers/.metadata").write_bytes(b"\x80\x04Nr\xff\xff\xff\x7f."),
+    "another format": lambda c: (c / "towers/metadata.json").write_text('{"sharded_backend": "zarr"}'),
+    "state.json, a list": lambda c: (c / "state.json").write_text("[]"),
+    "state.json, deep": lambda c: (c / "state.json").write_text("[" * 100_000),
+    "state.json, a step that is a text": lambda c: edit(c, step="2"),
+    "state.json, an endless ledger": lambda c: edit(c, step=1 << 40, ledger_before={"step": 0, "ledger": "0" * 16}),
+    "state.json, a ledger that is no number": lambda c: edit(c, ledger="x"),
+    "classes.parquet, text": lambda c: (c / "classes.parquet").write_text("class_id"),
+    "classes.parquet, other columns": lambda c: pq.write_table(pa.table({"x": [1]}), c / "classes.parquet"),
+}  # fmt: skip
+
+
+def edit(checkpoint: Path, **values: Any) -> None:
+    file = checkpoint / "state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.fixture
+def forged(run: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the run, whose newer checkpoint may be changed."""
+    PWNED.unlink(missing_ok=True)
+    yield Path(shutil.copytree(run, tmp_path / "run"))
+    assert not PWNED.exists()
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, *ODD])
+def test_a_forged_checkpoint_is_passed_over_and_runs_nothing(forged: Path, name: str) -> None:
+    newer = forged / "checkpoints/step-00000002"
+    forge(newer, {**HOSTILE, **ODD}[name])
+    assert verify(newer) == ""
+    path, passed_over = checkpoint.newest(forged / "checkpoints")
+    assert path == forged / "checkpoints/step-00000001"
+    assert len(passed_over) == 1 and passed_over[0].startswith("step-00000002: ") and "\n" not in passed_over[0]
+    with pytest.raises(UserError):
+        find_checkpoint(forged, newer)
+
+
+def test_data_of_a_tensor_are_read_as_tensors_alone(forged: Path, catalogue: Path) -> None:
+    forge(forged / "checkpoints/step-00000002", replace_tensor)
+    with (
+        pytest.raises(UserError, match=r"step-00000002 does not fit this model .a file that should hold tensors"),
+        trainer(tiny_config(catalogue, forged, **SETTINGS)),
+    ):
+        pass
+
+
+def test_init_from_runs_nothing(forged: Path, catalogue: Path, tmp_path: Path) -> None:
+    newer = forged / "checkpoints/step-00000002"
+    forge(newer, HOSTILE["an attribute of towers/.metadata"])
+    config = tiny_config(catalogue, tmp_path / "other", **SETTINGS, **{"train.init_from": newer})
+    with pytest.raises(UserError, match=r"init_from .*step-00000002: towers/.metadata"), trainer(config):
+        pass
+
+
+# --- damage ---
+
+
+def damages(file: Path) -> Iterator[bytes | None]:
+    """Contents of a damaged `file`; None for none."""
+    whole = file.read_bytes()
+    for place in {0, len(whole) // 3, len(whole) // 2, len(whole) - 1}:
+        yield whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    yield from (whole[: len(whole) // 2], whole[:-9], whole + b"\0", b"", None)
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+
+
+def test_a_damaged_file_of_any_kind_is_named_and_the_checkpoint_before_it_taken(forged: Path) -> None:
+    newer = forged / "checkpoints/step-00000002"
+    names = files_of(newer)
+    assert {"manifest.json", "state.json", "classes.parquet", "towers/.metadata", "head/.metadata", "towers/common.pt"} < set(names)  # fmt: skip
+    for name in names:
+        whole = (newer / name).read_bytes()
+        for content in damages(newer / name):
+            (newer / name).unlink() if content is None else (newer / name).write_bytes(content)
+            path, passed_over = checkpoint.newest(forged / "checkpoints")
+            assert path == forged / "checkpoints/step-00000001", name
+            named = "" if name == "manifest.json" else f"{name} "  # which may seem to be what is wrong with another
+            assert len(passed_over) == 1 and passed_over[0].startswith(f"step-00000002: {named}"), (passed_over, name)
+            (newer / name).write_bytes(whole)
+    for name in ("more", ".more", "towers/__5_0.distcp", "towers/.metadata.tmp"):
+        (newer / name).touch()
+        assert checkpoint.newest(forged / "checkpoints")[1] == [f"step-00000002: {name} is not listed in manifest.json"]
+        (newer / name).unlink()
+    assert checkpoint.newest(forged / "checkpoints") == (newer, [])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("command", ["eval", "train"])
+def test_commands_pass_over_any_damaged_file(run: Path, catalogue: Path, tmp_path: Path, command: str) -> None:
+    for number, name in enumerate(files_of(run / "checkpoints/step-00000002")):
+        copy = Path(shutil.copytree(run, tmp_path / str(number)))
+        file = copy / "checkpoints/step-00000002" / name
+        file.write_bytes(file.read_bytes()[:-9])
+        options = arguments(catalogue, copy, **SETTINGS) if command == "train" else [str(copy), "--batch-size", "8"]
+        line = [sys.executable, "-m", "harness", command, *options]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        assert f"passed over checkpoint step-00000002: {name}" in done.stdout
+
+
+# --- retention ---
+
+
+def kept(run: Path) -> list[str]:
+    for thread in threading.enumerate():
+        if thread.name == "delete-checkpoints":
+            thread.join()
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def flip(file: Path) -> None:
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+
+
+def test_a_damaged_checkpoint_pushes_no_good_one_out(catalogue: Path, tmp_path: Path) -> None:
+    settings = {"train.steps": 6, "train.keep_checkpoints": 1, "train.checkpoint_every": 2}
+    with trainer(tiny_config(catalogue, tmp_path / "run", **settings)) as t:
+        t.fit()
+    assert kept(tmp_path / "run") == ["latest", "step-00000006"]
+    flip(tmp_path / "run/checkpoints/step-00000006/head/__0_0.distcp")
+    for end in (2, 4):
+        with trainer(tiny_config(catalogue, tmp_path / "run", **settings, **{"train.stop_at": end})) as t:
+            assert t.step == end - 2
+            assert any("passed over checkpoint step-00000006: head/__0_0.distcp" in note for note in t.notes)
+            t.fit()
+        assert kept(tmp_path / "run") == ["latest", f"step-{end:08d}", "step-00000006"]
+        assert (tmp_path / "run/checkpoints/latest").read_text() == f"step-{end:08d}"
+        assert find_checkpoint(tmp_path / "run", None).name == f"step-{end:08d}"
+    with trainer(tiny_config(catalogue, tmp_path / "run", **settings)) as t:
+        t.fit()
+    assert kept(tmp_path / "run") == ["latest", "step-00000006"], "written again"
+    assert checkpoint.problem(tmp_path / "run/checkpoints/step-00000006") == ""
+
+
+def test_only_what_is_ours_is_deleted(forged: Path, catalogue: Path) -> None:
+    folder = forged / "checkpoints"
+    theirs = ["step-00000001.bak", "step-1", "step-best", "step-00000001.tmp.old", ".step-note", "step-0000000a.tmp"]
+    ours = ["step-00000007.tmp", ".step-00000001.old", ".step-00000001.replaced"]
+    for name in theirs + ours:
+        (folder / name).mkdir()
+        (folder / name / "photo").touch()
+    (folder / "step-00000000").mkdir()  # no manifest: not of ours
+    archive = Path(shutil.copytree(folder / "step-00000001", forged / "archive"))
+    shutil.rmtree(folder / "step-00000001")
+    (folder / "step-00000001").symlink_to(archive)
+    settings = {**SETTINGS, "train.stop_at": 3, "train.keep_checkpoints": 1}
+    with trainer(tiny_config(catalogue, forged, **settings)) as t:
+        t.fit()
+    assert kept(forged) == sorted(["latest", "step-00000000", "step-00000001", "step-00000003", *theirs])
+    assert checkpoint.problem(archive) == ""
+
+
+# --- weights that are no numbers ---
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e12])
+@pytest.mark.parametrize("place", ["towers", "rows", "average"])
+def test_weights_that_are_not_finite_are_not_saved(forged: Path, catalogue: Path, value: float, place: str) -> None:
+    with trainer(tiny_config(catalogue, forged, **SETTINGS)) as t:
+        tensors = {"towers": t.method.towers.state_dict(), "average": t.ema.state, "rows": {"": t.method.head.rows}}
+        with torch.no_grad():
+            list(tensors[place].values())[-1].view(-1)[-1] = value
+        t.step = 3
+        with pytest.raises(
+            UserError, match=r"step 3: a weight is not finite.*no checkpoint.*the run resumes step-00000002"
+        ):
+            t.save()
+    assert kept(forged) == ["latest", "step-00000001", "step-00000002"]
+
+
+def test_a_run_goes_on_after_a_learning_rate_that_ruined_it(forged: Path, catalogue: Path) -> None:
+    for rate in (1e20, 1e14):
+        settings = {**SETTINGS, "train.stop_at": 3, "optimizer.lr": rate}
+        with (
+            trainer(tiny_config(catalogue, forged, **settings)) as t,
+            pytest.raises(UserError, match="resumes step-00000002"),
+        ):
+            t.fit()
+    with trainer(tiny_config(catalogue, forged, **{**SETTINGS, "train.stop_at": 3})) as t:
+        assert t.step == 2 and math.isfinite(t.fit()["loss"])
+
+
+def test_a_checkpoint_with_weights_that_are_not_finite_is_not_taken(forged: Path, catalogue: Path) -> None:
+    """As versions before wrote it."""
+    with (
+        trainer(tiny_config(catalogue, forged, **SETTINGS)) as t,
+        mock.patch.object(checkpoint, "_finite", return_value=True),
+    ):
+        t.train_step(t.loader.load(2))
+        with torch.no_grad():
+            t.method.head.rows[0, 0] = math.nan
+        t.save()
+    with pytest.raises(UserError, match=r"step-00000003: a weight is not finite.*move it elsewhere"):
+        with trainer(tiny_config(catalogue, forged, **SETTINGS)):
+            pass

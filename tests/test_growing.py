@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -21,6 +20,8 @@ from harness.data.catalogue import Catalogue
 from harness.data.ingest import IngestConfig, run
 from harness.data.merge import MergeConfig
 from harness.data.order import ClassOrder
+from harness.data.staging import held
+from harness.data.whole import require_whole
 from harness.errors import UserError
 from tests.catalogues import COLUMNS, draw_rows, write_manifest
 
@@ -44,8 +45,9 @@ def ingest(drawn: Drawn, out: Path, rows: slice = slice(None), suffix: str = ".t
 
 
 def snapshot(out: Path) -> dict[str, Any]:
-    """All that a reader gets, by id; only the places in the shards are left out."""
+    """All that a reader gets, by id, once its checksums were found right; only the places in the shards are left out."""
     catalogue = Catalogue(out)
+    require_whole(catalogue)
     try:
         return {
             "rows": catalogue.table().to_pylist(),
@@ -169,25 +171,76 @@ def test_an_append_that_cannot_be_is_refused(drawn: Drawn, tmp_path: Path) -> No
         ingest(drawn, out, slice(30, 31), append=True)
     with pytest.raises(UserError, match="exclude each other"):
         ingest(drawn, out, append=True, part="1/2")
-    with (out / "index.npy").open("rb") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match=r"another append to .* is under way"):
-            ingest(drawn, out, slice(14, 36), append=True)
+    with held(out / "append"), pytest.raises(UserError, match="append is in use by `"):
+        ingest(drawn, out, slice(14, 36), append=True)
     assert files(out) == before
     (out / "shards.json").write_text("{}")
     with pytest.raises(UserError, match=r"are read from where its shards\.json says"):
         ingest(drawn, out, slice(14, 36), append=True)
 
 
-def test_a_catalogue_without_num_parts_grows(drawn: Drawn, tmp_path: Path) -> None:
+def test_an_append_again_adds_nothing(drawn: Drawn, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "cat"
+    ingest(drawn, out, slice(0, 14))
+    ingest(drawn, out, slice(14, 24), append=True)
+    before = files(out)
+    capsys.readouterr()
+    figures = ingest(drawn, out, slice(14, 24), append=True, workers=1)
+    assert f"{out}: these rows are there already" in capsys.readouterr().out
+    assert (figures["added"], figures["num_samples"]) == (0, 23) and files(out) == before
+    assert ingest(drawn, out, slice(14, 24), append=True, max_pixels=10**6)["added"] == 10  # another request
+    assert ingest(drawn, out, slice(14, 25), append=True)["added"] == 11  # other rows
+    assert ingest(drawn, out, slice(14, 24), append=True)["added"] == 10  # not the last one
+
+
+def test_an_append_removes_nothing_but_what_an_append_left(drawn: Drawn, tmp_path: Path) -> None:
+    """A file of somebody else's there is neither removed nor counted, wherever its name sorts."""
+    out = tmp_path / "cat"
+    ingest(drawn, out, slice(0, 14))
+    strange = [out / folder / name for folder in ("shards", "samples") for name in ("README", "zz-notes.txt", "a.json")]
+    for file in strange:
+        file.write_text("precious")
+    (out / "append").mkdir()
+    left = [out / "shards/shard-000007.tar", out / "samples/part-00003.parquet"]
+    for file in left:
+        file.write_text("of a killed append")
+    ingest(drawn, out, slice(14, 36), append=True)
+    assert all(file.read_text() == "precious" for file in strange) and (out / "append").is_dir()
+    assert not any(file.exists() for file in left)
+    ingest(drawn, tmp_path / "whole")
+    assert snapshot(out) == snapshot(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["index.npy", "samples/part-00000.parquet"])
+def test_an_append_does_not_take_damage_for_what_was_written(drawn: Drawn, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "cat"
+    ingest(drawn, out, slice(0, 14))
+    data = bytearray((out / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (out / name).write_bytes(data)
+    ingest(drawn, out, slice(14, 36), append=True)
+    with pytest.raises(UserError, match=rf"{name}.* differs from its checksum"):
+        require_whole(Catalogue(out))
+
+
+def test_a_catalogue_of_an_earlier_version_grows(
+    drawn: Drawn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "cat"
     ingest(drawn, out, slice(0, 14), rows_per_part=5)
     meta = json.loads((out / "catalogue.json").read_text())
-    del meta["num_parts"]
+    for name in ("num_parts", "files", "checksum"):
+        del meta[name]
     (out / "catalogue.json").write_text(json.dumps(meta))
+    capsys.readouterr()
+    require_whole(Catalogue(out))
+    assert "an earlier version, which wrote no checksums; append to it" in capsys.readouterr().out
     ingest(drawn, out, slice(14, 36), append=True)
     ingest(drawn, tmp_path / "whole")
     assert snapshot(out) == snapshot(tmp_path / "whole")
+    capsys.readouterr()
+    require_whole(Catalogue(out))
+    assert capsys.readouterr().out == "", "now it has them"
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
@@ -208,9 +261,10 @@ def test_parts_and_merge_equal_one_ingest(drawn: Drawn, tmp_path: Path, suffix: 
     assert (figures["num_samples"], figures["quarantined"], figures["parts"]) == (34, 2, 5)
     quarantines = [pq.read_table(folder / "quarantine.parquet") for folder in (out, tmp_path / "whole")]
     assert quarantines[0].equals(quarantines[1])
-    # The shards are the parts' own files, and the parts are gone.
+    # The shards are the parts' own files, and the parts are gone; the same command again finds everything done.
     assert sorted(shards) == sorted(path.stat().st_ino for path in (out / "shards").iterdir())
     assert not (tmp_path / "cat.parts").exists()
+    assert merge.run(MergeConfig(catalogue=out)) == figures
     ingest(drawn, out, slice(0, 6), append=True)
     assert snapshot(out)["bytes"][34:] == snapshot(tmp_path / "whole")["bytes"][:5]
 
@@ -257,6 +311,24 @@ def test_parts_that_do_not_make_a_whole_are_refused(drawn: Drawn, tmp_path: Path
     assert files(parts) == before  # nothing was moved
     out.rmdir()
     assert merge.run(MergeConfig(catalogue=out))["num_samples"] == 34
+
+
+def test_a_merge_takes_no_parts_that_the_catalogue_is_not_made_of(drawn: Drawn, tmp_path: Path) -> None:
+    """Parts of the same rows, ingested again beside a merged catalogue, are not removed as those that it was made of."""
+    out, parts = tmp_path / "cat", tmp_path / "cat.parts"
+    for _ in range(2):
+        for number in (1, 2):
+            ingest(drawn, out, part=f"{number}/2")
+        before = files(parts)
+        if not out.exists():
+            merge.run(MergeConfig(catalogue=out))
+    with pytest.raises(UserError, match="cat exists already"):
+        merge.run(MergeConfig(catalogue=out))
+    assert files(parts) == before
+    (parts / "mine").mkdir()
+    shutil.rmtree(out)
+    merge.run(MergeConfig(catalogue=out))
+    assert [path.name for path in parts.iterdir()] == ["mine"]
 
 
 def test_a_merge_that_ends_early_leaves_the_parts(

@@ -17,7 +17,7 @@ import transformers
 import yaml
 
 from harness.arguments import leaves
-from harness.data.imported_tokenizer import read_imported
+from harness.data.imported_tokenizer import FILES, read_imported
 from harness.data.masking import MaskConfig, draw_masks, mask_words
 from harness.data.special_tokens import SpecialTokens
 from harness.data.tokenizer import Tokenizer, TokenizerConfig, TokenStore, run
@@ -184,6 +184,64 @@ def test_what_cannot_be_kept_is_named(hub: Path, tmp_path: Path) -> None:
     refused(r"does not say which of its tokens is pad.*\(pad_token\)", tokenizer_json=text.encode())
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": "[FILL]"}}))
     assert opened(tmp_path).special.pad == opened(hub / "bert").special.pad
+
+
+ODD = [None, True, 3, 1e300, "x", "\x1b[2J", [], ["[PAD]"], {}, {"content": 3}, {"content": ["[PAD]"]}]
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_odd_words_on_special_tokens_are_one_line(hub: Path, tmp_path: Path, file: str) -> None:
+    folder, told = shutil.copytree(hub / "bert", tmp_path / "bert"), 0
+
+    def tried(content: str) -> None:
+        nonlocal told
+        (folder / file).write_text(content)
+        try:
+            read_imported(folder)
+        except UserError as error:
+            assert file in str(error) or "does not say which" in str(error)
+            assert str(error).isprintable() and len(str(error)) < 500
+            told += 1
+
+    for key in ("pad_token", "cls_token", "mask_token", "tokenizer_class", "add_bos_token"):
+        for value in ODD:
+            tried(json.dumps({key: value}))
+    for content in (
+        "",
+        "[]",
+        "3",
+        "[" * 100_000,
+        '{"pad_token": NaN}',
+        "\udcff".encode("utf-8", "surrogateescape").decode("latin-1"),
+    ):
+        tried(content)
+    assert told > 25
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlmr", "siglip", "siglip2"])
+def test_odd_vocabularies_are_one_line(hub: Path, tmp_path: Path, kind: str) -> None:
+    folder = shutil.copytree(hub / kind, tmp_path / kind)
+    file = next(file for file in folder.iterdir() if file.name in FILES)
+    content = file.read_bytes()
+    for garbage in (b"", b"[" * 100_000, b"[]", b"\xff" * 999, content[: len(content) // 2], bytes(len(content))):
+        file.write_bytes(garbage)
+        with pytest.raises(UserError, match=file.name) as error:
+            read_imported(folder)
+        assert str(error.value).isprintable() and len(str(error.value)) < 500
+
+
+def test_a_vocabulary_of_absurd_ids_or_without_a_piece_for_what_is_unknown_is_told(hub: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(hub / "bert", tmp_path / "bert")
+    text = json.loads((folder / "tokenizer.json").read_text())
+    text["model"]["vocab"]["absurd"] = 2**31
+    (folder / "tokenizer.json").write_text(json.dumps(text))
+    with pytest.raises(UserError, match=r"it has the id 2,147,483,648; a vocabulary may have 16,777,216"):
+        read_imported(folder)
+    del text["model"]["vocab"]["absurd"], text["model"]["vocab"]["[UNK]"]
+    text["added_tokens"] = [token for token in text["added_tokens"] if token["content"] != "[UNK]"]
+    (folder / "tokenizer.json").write_text(json.dumps(text))
+    with pytest.raises(UserError, match=r"tokenizer\.json: no tokenizer\.json of the tokenizers library"):
+        read_imported(folder)
 
 
 def test_a_tower_of_other_ids_is_named() -> None:

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from harness.data.ingest import IngestConfig, run
 from harness.data.manifest import Manifest
 from harness.data.writers import NpyWriter, ParquetWriter
 from harness.errors import UserError
+from harness.files import sealed
 from tests.catalogues import COLUMNS, draw_rows, make_catalogue, write_manifest
 
 
@@ -388,7 +388,7 @@ def test_full_disk_is_told_and_leaves_nothing(drawn, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["cat.tsv"]
 
 
-def test_killed_run_leaves_nothing_and_the_next_one_cleans_up(drawn, tmp_path):
+def test_killed_run_leaves_nothing_and_the_next_one_cleans_up(drawn, tmp_path, capsys):
     manifest = write_manifest(tmp_path / "m.tsv", drawn[1])
     code = f"""
 import time
@@ -410,23 +410,15 @@ ingest.run(ingest.IngestConfig(manifest=Path({str(manifest)!r}), images=Path({st
     process.wait()
     process.stdout.close()
     left = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
-    assert left == [f"cat.tmp-{process.pid}"]
+    assert left == ["cat.tmp"]
     with pytest.raises(UserError, match="no such folder"):
         Catalogue(tmp_path / "cat")
     with pytest.raises(UserError, match="unfinished"):
-        Catalogue(tmp_path / left[0])
-
-    alive = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    running, elsewhere = tmp_path / f"cat.tmp-{alive.pid}", tmp_path / "cat.tmp-99999999"
-    for folder, host in ((running, socket.gethostname()), (elsewhere, "another-host")):
-        folder.mkdir()
-        (folder / ".host").write_text(host)
-    try:
-        ingest_rows(drawn, tmp_path / "cat", shard_size=4096)
-    finally:
-        alive.communicate(b"\n")
-    # Only what a dead process of this machine left is removed.
-    assert {path for path in tmp_path.iterdir() if path.is_dir()} == {tmp_path / "cat", elsewhere, running}
+        Catalogue(tmp_path / "cat.tmp/new")
+    capsys.readouterr()
+    ingest_rows(drawn, tmp_path / "cat", shard_size=4096)
+    assert "cleared away what a process that was killed left in cat.tmp" in capsys.readouterr().out
+    assert {path for path in tmp_path.iterdir() if path.is_dir()} == {tmp_path / "cat"}
     assert contents(tmp_path / "cat") == contents(ingest_rows(drawn, tmp_path / "undisturbed", shard_size=4096))
 
 
@@ -438,7 +430,8 @@ def test_everything_is_synced_before_the_rename(drawn, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(Path, "rename", lambda self, to: (events.append("rename"), rename(self, to))[1])
     out = ingest_rows(drawn, tmp_path / "cat", shard_size=20_000)
-    stage = f"{out}.tmp-{os.getpid()}"
+    stage = f"{out}.tmp/new"
+    events.remove(f"{out}.tmp/lock")
     before = {event.removeprefix(stage).lstrip("/") for event in events[: events.index("rename")]}
     paths = {str(path.relative_to(out)) for path in out.rglob("*")}
     assert paths | {""} == before
@@ -531,8 +524,9 @@ def test_a_catalogue_that_is_none_is_refused(drawn, tmp_path):
     meta = json.loads((out / "catalogue.json").read_text())
     for text, message in (
         (json.dumps(meta | {"format": 2}), "format 2, this version reads format 1"),
-        (json.dumps(meta | {"num_samples": 37}), "has 36 entries"),
-        ("{", "does not parse"),
+        (json.dumps(sealed(meta | {"num_samples": 37})), "has 36 entries"),
+        (json.dumps(meta | {"num_samples": 35}), "its values differ from their checksum"),
+        ("{", r"catalogue\.json is damaged"),
     ):
         (out / "catalogue.json").write_text(text)
         with pytest.raises(UserError, match=message):

@@ -183,18 +183,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_reaches_the_weights(ca
     settings = {"train.checkpoint_every": 1, "optimizer.warmup_steps": 0}
     with trainer(tiny_config(catalogue, tmp_path / "run", **settings, **{"optimizer.lr": 1e30})) as t:
         batch = t.loader.load(1).batches[0]
+        t.train_step(t.loader.load(0))
         with pytest.raises(
             UserError, match=r"step 1: loss .* is not finite; nothing was updated.*nonfinite-step-1-rank-0"
         ):
             t.fit()
         assert t.step == 1
-        left = weights(t)
     found = json.loads((tmp_path / "run" / "nonfinite-step-1-rank-0.json").read_text())
     assert found["step"] == 1 and "nan" in found["loss"] + found["gradient_norm"]
     assert found["sample_ids"] == torch.cat([batch.query_ids, batch.document_ids]).tolist()
-    assert checkpoint.newest(tmp_path / "run" / "checkpoints") == (tmp_path / "run/checkpoints/step-00000001", [])
-    with trainer(tiny_config(catalogue, tmp_path / "run", **settings)) as t:
-        assert t.step == 1 and same(weights(t), left)
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints") == (None, [])
 
 
 def test_a_weight_that_is_not_a_number_changes_nothing_and_the_checkpoint_stays_good(

@@ -16,6 +16,7 @@ from harness.data.catalogue import Catalogue
 from harness.data.product_queries import ProductQueries, words_of
 from harness.data.queries import QueriesConfig, run
 from harness.errors import UserError
+from harness.files import sealed
 from tests.twins import documents_alone
 
 CLICKS = [
@@ -190,7 +191,7 @@ def grow(catalogue: Path, _: Path) -> dict[str, Any]:
     """The catalogue counts one document less than it has queries for."""
     made(catalogue)
     file = catalogue / "catalogue.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "num_samples": 11}))
+    file.write_text(json.dumps(sealed({**json.loads(file.read_text()), "num_samples": 11})))
     ProductQueries(Catalogue(catalogue))
     raise AssertionError
 

@@ -20,7 +20,7 @@ from harness.data import tokenizer
 from harness.data.catalogue import Catalogue
 from harness.data.tokenizer import TokenStore
 from harness.embed import ClassKeys, side_of
-from harness.export import index_head
+from harness.flat_index import index_head
 from harness.probe import chosen
 from tests.pool import ranks
 from tests.runs import UNUSED, tiny_config, trainer

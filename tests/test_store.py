@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -90,9 +91,16 @@ def placed(tmp_path: Path) -> Iterator[tuple[Path, Server]]:
     server.server_close()
 
 
-def test_the_same_bytes_from_a_server(placed: tuple[Path, Server], tmp_path: Path) -> None:
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache that the environment names: the folder that a reader makes in it."""
+    monkeypatch.setenv("SHELFMARK_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "shelfmark-shards"
+
+
+def test_the_same_bytes_from_a_server(placed: tuple[Path, Server], tmp_path: Path, cached: Path) -> None:
     catalogue, server = placed
-    figures = shards.run(shards.ShardsConfig(catalogue=catalogue, at=server.url, cache=tmp_path / "cache"))
+    figures = shards.run(shards.ShardsConfig(catalogue=catalogue, at=server.url))
     assert figures["shards"] == 1
     local = LocalStore(tmp_path / "away")
     opened = Catalogue(catalogue)
@@ -105,11 +113,11 @@ def test_the_same_bytes_from_a_server(placed: tuple[Path, Server], tmp_path: Pat
     assert sizes == [int(opened.index[sample]["length"]) for sample in (5, 0)]
 
 
-def test_a_damaged_cache_is_read_again(placed: tuple[Path, Server], tmp_path: Path) -> None:
+def test_a_damaged_cache_is_read_again(placed: tuple[Path, Server], cached: Path) -> None:
     catalogue, server = placed
-    shards.run(shards.ShardsConfig(catalogue=catalogue, at=server.url, cache=tmp_path / "cache"))
+    shards.run(shards.ShardsConfig(catalogue=catalogue, at=server.url))
     good = Catalogue(catalogue).read_bytes(7)
-    for file in (p for p in (tmp_path / "cache").rglob("*") if p.is_file()):
+    for file in cached.glob("??/*"):
         file.write_bytes(b"x" * file.stat().st_size)
     assert Catalogue(catalogue).read_bytes(7) == good
     server.folder.joinpath("shard-000000.tar").write_bytes(b"y" * 10**6)
@@ -153,6 +161,7 @@ def test_a_place_without_the_shards_is_refused(placed: tuple[Path, Server], tmp_
     refused(f"file://{tmp_path}/empty", "shard-000000.tar is missing")
     refused("nosuch://bucket/shards", "nosuch")
     refused("here", "shards is missing")
+    refused("simplecache::file:///tmp", "is a chain of several")
     cut = tmp_path / "cut"
     shutil.copytree(server.folder, cut)
     os.truncate(cut / "shard-000000.tar", 20_000)
@@ -177,6 +186,106 @@ def test_the_cache_keeps_its_bound_and_what_was_used_last(tmp_path: Path) -> Non
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cache .*File exists"):
         ReadCache(tmp_path / "file", 1)
+
+
+def test_the_cache_deletes_nothing_but_its_own(
+    placed: tuple[Path, Server], tmp_path: Path, cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder full of somebody's files, at every depth and under names like a cache's, keeps them all."""
+    catalogue, server = placed
+    monkeypatch.setenv("SHELFMARK_CACHE_GIB", "0.00001")
+    names = [
+        "thesis.txt",
+        "photos/a.raw",
+        ".ssh/id_rsa",
+        "ab/notes.txt",
+        f"ab/{'0' * 31}",
+        "abc/deep/er.txt",
+        "CACHEDIR.TAG.old",
+    ]
+    precious = [folder / name for folder in (cached.parent, cached) for name in names]
+
+    def fill() -> None:
+        for file in precious:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(b"p" * 20_000)
+            os.utime(file, (0, 0))  # older than all that a cache holds
+
+    def read_all() -> None:
+        opened = Catalogue(catalogue)
+        for sample in range(opened.num_samples):
+            opened.read_bytes(sample)
+
+    shards.run(shards.ShardsConfig(catalogue=catalogue, at=server.url))
+    fill()
+    read_all()
+    assert all(file.stat().st_size == 20_000 for file in precious)
+    kept = [file for file in cached.glob("??/*") if len(file.name) == 30]
+    assert 0 < sum(file.stat().st_size for file in kept) <= 0.00001 * 2**30 and len(kept) < 36
+    # Without the mark it is somebody else's folder, and nothing in it is touched.
+    (cached / "CACHEDIR.TAG").unlink()
+    before = {file: file.read_bytes() for file in cached.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match=r"shelfmark-shards holds files and no mark .*nothing was deleted"):
+        Catalogue(catalogue)
+    (cached / "CACHEDIR.TAG").write_text("Signature: 8a477f597d28d172789f06886806bc55\n# of another program\n")
+    with pytest.raises(UserError, match="no mark that it is a cache of ours"):
+        Catalogue(catalogue)
+    (cached / "CACHEDIR.TAG").unlink()
+    assert {file: file.read_bytes() for file in cached.rglob("*") if file.is_file()} == before
+
+
+def test_a_catalogue_does_not_say_where_a_cache_is(
+    placed: tuple[Path, Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A stranger's shards.json names a home as its cache, with no room in it: nothing there is read, written or deleted."""
+    catalogue, server = placed
+    home = tmp_path / "home"
+    (home / ".ssh").mkdir(parents=True)
+    (home / ".ssh/id_rsa").write_text("key")
+    place = {"url": server.url, "cache": str(home), "cache_bytes": 0}
+    (catalogue / store.PLACE_FILE).write_text(json.dumps(place))
+    for _ in range(2):
+        opened = Catalogue(catalogue)
+        opened.read_bytes(3)
+    assert [path for path in home.rglob("*") if path.is_file()] == [home / ".ssh/id_rsa"]
+    assert capfd.readouterr().err.count("its cache is not used; SHELFMARK_CACHE names one") == 1
+    for bound in ("0", "-1", "much", "nan"):
+        monkeypatch.setenv("SHELFMARK_CACHE_GIB", bound)
+        monkeypatch.setenv("SHELFMARK_CACHE", str(home))
+        with pytest.raises(UserError, match=f"SHELFMARK_CACHE_GIB is '{bound}'"):
+            Catalogue(catalogue)
+
+
+@pytest.mark.parametrize("url", ["http://me:PW@{host}/x", "http://:PW@{host}", "s3://k:PW@bucket/a"])
+def test_a_password_is_refused_and_shown_nowhere(
+    placed: tuple[Path, Server], url: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    catalogue, server = placed
+    url = url.format(host=server.url.removeprefix("http://"))
+    with pytest.raises(UserError, match="holds a password") as asked:
+        shards.run(shards.ShardsConfig(catalogue=catalogue, at=url))
+    assert not (catalogue / store.PLACE_FILE).exists()
+    (catalogue / store.PLACE_FILE).write_text(json.dumps({"url": url}))
+    with pytest.raises(UserError, match="holds a password") as read:
+        Catalogue(catalogue)
+    assert "PW" not in f"{asked.value}{read.value}{capfd.readouterr()}"
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("{}", r"shards\.json is damaged \(url is missing\)"),
+        ("[", "is damaged"),
+        ('{"url": 7}', "url is 7, not text"),
+        ('{"url": "simplecache::file:///tmp"}', "is a chain of several"),
+        ('{"url": "reference://a"}', "reference://a: "),
+    ],
+)
+def test_an_odd_place_is_one_line(placed: tuple[Path, Server], text: str, message: str) -> None:
+    catalogue, _ = placed
+    (catalogue / store.PLACE_FILE).write_text(text)
+    with pytest.raises(UserError, match=message):
+        Catalogue(catalogue)
 
 
 def test_a_full_disk_costs_the_cache_alone(placed: tuple[Path, Server], small_disk: Callable[[int], Path]) -> None:

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch.distributed as dist
 
-from harness import checkpoint, checksums, export, probe, waiting
+from harness import checkpoint, checksums, export, probe, waiting, watch
 from harness.checksums import shared_out, verify, write_manifest
 from harness.errors import UserError
 from harness.mesh import Mesh, MeshConfig
@@ -81,8 +81,8 @@ def silent(rendezvous: Path, rank: int) -> str:
     def work() -> None:
         time.sleep(5 if dist.get_rank() == rank else 0)
 
-    quiet = patch.object(waiting._Place, "beating", lambda place: nullcontext())
-    with hurried(rendezvous, 1.5) as mesh, quiet if dist.get_rank() == rank else nullcontext():
+    quiet = patch.object(watch.Watch, "_run", lambda watch: None)
+    with quiet if dist.get_rank() == rank else nullcontext(), hurried(rendezvous, 1.5) as mesh:
         try:
             waiting.in_own_time(work, mesh, "the index")
         except UserError as error:
@@ -124,13 +124,13 @@ def test_files_are_read_by_who_wrote_them_and_the_rest_by_who_has_least(world: i
 def listed(folder: Path) -> tuple[list[str], list[str]]:
     """In a pool: what is wrong with the folder as it is, and with one file damaged; also the files that this rank read."""
     read: list[str] = []
-    real = checksums._checksum
+    real = checksums.checksum
 
     def counted(file: Path, algorithm: str) -> str:
         read.append(file.name)
         return real(file, algorithm)
 
-    with layout() as mesh, patch.object(checksums, "_checksum", counted):
+    with layout() as mesh, patch.object(checksums, "checksum", counted):
         write_manifest(folder, mesh)
         wrong = [verify(folder, mesh)]
         mesh.barrier()
@@ -175,7 +175,7 @@ def whole_run(rendezvous: Path, catalogue: Path, run: Path) -> list[str]:
     tasks = {"evaluation.tasks": ["photo", "category"], "evaluation.category": "shape", "evaluation.learn_split": "val"}
     settings = {"train.steps": 1, **tasks}
     with (
-        patch.object(checksums, "_checksum", slow("save", 1, checksums._checksum)),
+        patch.object(checksums, "checksum", slow("save", 1, checksums.checksum)),
         patch.object(probe, "predicted", slow("probe", 0, probe.predicted)),
         patch.object(export, "write_index", slow("index", 0, export.write_index)),
         patch.object(export, "write_documents", slow("documents", 1, export.write_documents)),

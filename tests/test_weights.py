@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import pickle
 import shutil
+import struct
 import warnings
 import zlib
 from dataclasses import dataclass, replace
@@ -13,10 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from harness.checksums import verify, write_manifest
 from harness.errors import UserError
 from harness.export_weights import ExportWeightsConfig
 from harness.export_weights import run as run_export
@@ -32,6 +37,7 @@ from models.vision import VisionConfig, VisionTower
 from models.weights.convert import Converted, Source, _differences, export_tower, import_tower, write_exported
 from models.weights.huggingface import FAMILIES, family_of
 from models.weights.rules import WeightsError
+from tests.damages import damages
 from tests.pool import layout, ranks
 from tests.runs import tiny_config, trainer
 
@@ -594,6 +600,175 @@ def test_a_trained_tower_goes_out(catalogue: Path, tmp_path: Path) -> None:
         assert len(found) == sum(key.startswith("vision.") for key in state)
         assert all(torch.equal(state[key], value) for key, value in found.items())
     assert transformers.ViTModel.from_pretrained(tmp_path / "vit").config.image_size == 32
+
+
+ODD = [None, True, -1, 0, 7, 10**8, 2**62, 1e300, float("nan"), "x", "\x1b[2J", [], ["gelu"], {}, {"x": 1}]
+
+
+@pytest.mark.parametrize(
+    "name", ["bert", "dinov2 giant", "dinov3", "clip vision", "siglip text", "siglip2 vision", "roberta", *RECORDED]
+)
+def test_odd_descriptions_are_one_line(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Every value of a description, replaced by odd ones: refused in a line, or of no consequence; never a traceback, never long."""
+    source = Source(folders[name] if name in folders else recorded(name, tmp_path / "model"))
+    tower = "text" if name in ("bert", "siglip text", "roberta") else "vision"
+    config, section = source.config, source.config.get("vision_cfg")
+    known = family_of(config, tower)[0].defaults if name in folders else config
+    told = 0
+
+    def tried(changed: dict[str, Any]) -> None:
+        nonlocal told
+        source.config = changed
+        try:
+            import_tower(source, tower)
+        except WeightsError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000, str(error)
+            told += 1
+
+    for number, key in enumerate(["model_type", *known]):
+        for value in ODD[number % 3 :: 3]:
+            tried({**config, key: value})
+    for number, key in enumerate(section or ()):
+        for value in ODD[number % 3 :: 3]:
+            tried({**config, "vision_cfg": {**section, key: value}})
+    assert told > 3
+
+
+def test_what_a_folder_claims_is_compared_before_memory_is_taken(folders: dict[str, Path], tmp_path: Path) -> None:
+    bert = Source(folders["bert"])
+    tensors = bert.tensors(list(bert.shapes))
+    for change, message in (
+        ({"num_hidden_layers": 10**8}, "text.num_layers is 100000000; at most 1000"),
+        ({"num_hidden_layers": 999}, "has 39 tensors, too few for 999 layers"),
+        ({"vocab_size": 2**31}, "word_embeddings.weight has 100 rows, but the description says 2147483648"),
+        ({"max_position_embeddings": 2**31}, r"text.position is \[12, 32\]"),
+        ({"hidden_size": 2**31 - 4}, "does not fit|odd values"),
+        ({"hidden_size": "32"}, "hidden_size is '32', not of type int"),
+        ({"num_attention_heads": 0}, "0"),
+        ({"hidden_act": ["gelu"]}, "hidden_act is .* not of type str"),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            import_tower(Source(written(tmp_path / "claims", bert.config | change, tensors)), "text")
+    header = json.dumps({"x": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
+    for content in (struct.pack("<Q", len(header)) + header, struct.pack("<Q", 1 << 62) + header, b"", b"{"):
+        (tmp_path / "claims" / "model.safetensors").write_bytes(content)
+        with pytest.raises(WeightsError, match=r"model\.safetensors: "):
+            Source(tmp_path / "claims")
+
+
+def test_files_outside_the_folder_are_not_read(folders: dict[str, Path], tmp_path: Path) -> None:
+    bert = Source(folders["bert"])
+    tensors = bert.tensors(list(bert.shapes))
+    secret = written(tmp_path / "secret", bert.config, tensors) / "model.safetensors"
+    theirs = written(tmp_path / "theirs", bert.config, {})
+    (theirs / "model.safetensors").unlink()
+    index = theirs / "model.safetensors.index.json"
+    for name in ("../secret/model.safetensors", str(secret), "sub/../../secret/model.safetensors"):
+        index.write_text(json.dumps({"weight_map": {"x": name}}))
+        with pytest.raises(WeightsError, match="leads out of its folder"):
+            Source(theirs)
+    for content in ('{"weight_map": {"x": 3}}', '{"weight_map": [1]}', "[]", "{", "[" * 100_000, "{}"):
+        index.write_text(content)
+        with pytest.raises(WeightsError, match=r"index\.json"):
+            Source(theirs)
+    index.unlink()
+    (theirs / "model.safetensors").symlink_to(secret)
+    with pytest.raises(WeightsError, match="leads out of its folder"):
+        Source(theirs)
+    # The hub's cache: models--x/snapshots/1234/model.safetensors leads to models--x/blobs/abcd.
+    snapshot, blobs = tmp_path / "models--x" / "snapshots" / "1234", tmp_path / "models--x" / "blobs"
+    shutil.copytree(tmp_path / "secret", snapshot)
+    blobs.mkdir()
+    for file in list(snapshot.iterdir()):
+        file.rename(blobs / file.name)
+        file.symlink_to(Path("../../blobs") / file.name)
+    assert len(Source(snapshot).shapes) == len(tensors)
+    (theirs / "model.safetensors").unlink()
+    written(theirs, bert.config, tensors)
+    (theirs / "tokenizer.json").symlink_to(secret)
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be taken along: .* leads out"):
+        run_import(ImportConfig(out=tmp_path / "out", text=theirs))
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickled_weights_are_refused_by_name(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copy(folders["bert"] / "config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(1))
+    with pytest.raises(UserError, match=r"has pytorch_model\.bin and no .*safetensors.*save_pretrained"):
+        run_import(ImportConfig(out=tmp_path / "out", text=tmp_path))
+
+
+def test_every_damaged_file_of_imported_weights_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    source = shutil.copytree(folders["bert"], tmp_path / "source")
+    (source / "tokenizer.json").write_text("{}")
+    out = tmp_path / "start"
+    run_import(ImportConfig(out=out, text=source))
+    files = sorted(file for file in out.rglob("*") if file.is_file())
+    names = {"manifest.json", "recipe.yaml", "tokenizer.json", "weights.json", "weights.safetensors"}
+    assert {file.name for file in files} == names
+
+    def refused(name: str) -> None:
+        with pytest.raises(UserError, match=name) as error:
+            init_towers(nn.Module(), out, None)
+        assert "\n" not in str(error.value)
+
+    for file in files:
+        content = file.read_bytes()
+        for damaged in damages(content):
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            refused("." if file.name == "manifest.json" else file.name)
+        file.write_bytes(content)
+    (out / "more").touch()
+    refused("more")
+    with pytest.raises(UserError, match="more is not listed"):
+        run_export(ExportWeightsConfig(source=out, out=tmp_path / "back", tower="text", layout="bert"))
+    (out / "more").unlink()
+    run_export(ExportWeightsConfig(source=out, out=tmp_path / "back", tower="text", layout="bert"))
+    assert not verify(tmp_path / "back") and '"sha256"' in (tmp_path / "back" / "manifest.json").read_text()
+
+
+def test_odd_imported_weights_are_one_line(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Their manifest genuine."""
+    out, told = tmp_path / "start", 0
+    run_import(ImportConfig(out=out, text=folders["bert"]))
+    meta = json.loads((out / "weights.json").read_text())
+    towers = nn.ModuleDict({"text": TextTower(TextConfig(**meta["model"]["text"]), PlainBuilder())})
+    fields = [("text", key) for key in meta["model"]["text"]]
+    for number, at in enumerate([("format",), ("model",), ("text",), *fields]):
+        for value in ODD[number % 4 :: 4]:
+            changed = json.loads(json.dumps(meta))
+            place = changed if at[0] in meta else changed["model"]
+            for key in at[:-1]:
+                place = place[key]
+            place[at[-1]] = value
+            (out / "weights.json").write_text(json.dumps(changed))
+            write_manifest(out, algorithm="sha256")
+            try:
+                init_towers(towers, out, dist.group.WORLD)
+            except UserError as error:
+                assert str(error).isprintable() and len(str(error)) < 1500
+                told += 1
+            except ValueError as error:  # weights that fit, which this process has no ranks to share with
+                assert "process group" in str(error)
+    assert told > 40
+    (out / "weights.json").write_text(json.dumps(meta))
+    for content in (b"", b"[" * 9999, (out / "weights.safetensors").read_bytes()[:999]):
+        (out / "weights.safetensors").write_bytes(content)
+        write_manifest(out, algorithm="sha256")
+        with pytest.raises(UserError, match=r"weights\.safetensors"):
+            init_towers(towers, out, None)
+
+
+def test_written_weights_respect_the_umask(folders: dict[str, Path], tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        run_import(ImportConfig(out=tmp_path / "own", text=folders["bert"]))
+        os.umask(0o022)
+        run_import(ImportConfig(out=tmp_path / "shared", text=folders["bert"]))
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name / "weights.safetensors").stat().st_mode & 0o777 for name in ("own", "shared")]
+    assert modes == [0o600, 0o644]
 
 
 def test_mistakes_of_import_are_one_line(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ from harness.data.writers import ROW_GROUP, NpyWriter
 from harness.embed import side_of
 from harness.errors import UserError
 from harness.evaluate import Evaluation, EvaluationConfig
-from harness.export import write_documents, write_index
+from harness.export import write_documents
+from harness.flat_index import write_index
 from harness.mesh import Mesh, MeshConfig
 from harness.waiting import in_own_time, on_first_rank
 from models.batch import Batch

@@ -1,15 +1,14 @@
 """A catalogue that grows: what is added comes after what is there, and catalogue.json, replaced last, makes it count.
 
 A reader takes from index.npy, shards/ and samples/ only as much as catalogue.json counts. So whatever a killed append left
-beyond that is nobody's, and the next append removes or overwrites it.
+beyond that is nobody's, and the next append removes or overwrites it: files under the names that it gives, and no others.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from harness.data.catalogue import INDEX_DTYPE, Catalogue, shard_name
-from harness.data.staging import sync
+from harness.data.catalogue import INDEX_DTYPE, Catalogue, part_name, quarantine_names, shard_name
+from harness.data.staging import Holder, held, sync, sync_tree
 from harness.data.store import PLACE_FILE
+from harness.data.whole import with_checksums
 from harness.errors import UserError
 
 RECORDS_AT_ONCE = 1 << 20
+SHARD, PART = re.compile(r"shard-(\d{6,})\.tar"), re.compile(r"part-(\d{5,})\.parquet")
 
 
 def part_folder(catalogue: Path, number: int, parts: int) -> Path:
@@ -31,15 +32,9 @@ def part_folder(catalogue: Path, number: int, parts: int) -> Path:
     return catalogue.with_name(f"{catalogue.name}.parts") / f"part-{number}-of-{parts}"
 
 
-def part_name(number: int) -> str:
-    """File name of a Parquet file under samples/."""
-    return f"part-{number:05d}.parquet"
-
-
 def quarantine_name(meta: dict[str, Any]) -> str:
-    """File name of the quarantine of the newest ingest into a catalogue: an append has one of its own."""
-    appends = len(meta.get("appended", ()))
-    return f"quarantine-{appends:05d}.parquet" if appends else "quarantine.parquet"
+    """File name of the quarantine of the newest ingest into a catalogue."""
+    return quarantine_names(meta)[-1]
 
 
 def add_up(metas: list[dict[str, Any]]) -> dict[str, Any]:
@@ -53,9 +48,9 @@ def add_up(metas: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write_meta(catalogue: Path, meta: dict[str, Any], name: str = "catalogue.json") -> Path:
-    """Writes the catalogue.json of a folder that is still staged."""
+    """Writes the catalogue.json of a folder that is still staged; checksums of what `meta` counts are added where it has none."""
     file = catalogue / name
-    file.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(with_checksums(catalogue, meta), indent=2) + "\n", encoding="utf-8")
     return file
 
 
@@ -67,11 +62,11 @@ def _replace_meta(catalogue: Path, meta: dict[str, Any]) -> None:
 
 
 @contextmanager
-def growing(path: Path, attributes: list[str]) -> Iterator[tuple[dict[str, Any], Path]]:
-    """Locks a catalogue for one append, and removes what a killed one left.
+def growing(path: Path, attributes: list[str]) -> Iterator[tuple[dict[str, Any], Holder]]:
+    """Holds a catalogue for one append, and removes what a killed one left.
 
     Yields:
-        Its catalogue.json, and the folder that is to hold the addition for `grow`.
+        Its catalogue.json, and the holder of the addition, for `grow`.
 
     Raises:
         UserError: no catalogue there, one of other attributes or with its shards elsewhere, or another append is under way.
@@ -88,27 +83,26 @@ def growing(path: Path, attributes: list[str]) -> Iterator[tuple[dict[str, Any],
             f"not {', '.join(attributes) or '(none)'}",
             f"Give --attribute-columns '{','.join(catalogue.attributes)}'",
         )
-    with (path / "index.npy").open("r+b") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another append to {path} is under way", "Wait for its end") from None
-        meta = Catalogue(path).meta  # read under the lock: an append may have ended since
-        parts = sorted(os.listdir(path / "samples"))
+    with held(path / "append") as holder:
+        meta = Catalogue(path).meta  # read while it is held: an append may have ended since
+        parts = _numbered(path / "samples", PART)
         if "num_parts" not in meta:  # made before catalogues grew: without it, a reader takes every file there
             meta["num_parts"] = len(parts)
             _replace_meta(path, meta)
-        folder = path / "append"
-        shutil.rmtree(folder, ignore_errors=True)
-        for name in parts[meta["num_parts"] :]:
-            (path / "samples" / name).unlink()
-        for name in sorted(os.listdir(path / "shards"))[meta["num_shards"] :]:
-            (path / "shards" / name).unlink()
-        yield meta, folder
+        for folder, pattern, counted in (("samples", PART, "num_parts"), ("shards", SHARD, "num_shards")):
+            for number, name in _numbered(path / folder, pattern):
+                if number >= meta[counted]:
+                    (path / folder / name).unlink()
+        yield meta, holder
 
 
-def grow(path: Path, old: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:
-    """Adds what `growing`'s folder holds, its ids and shards numbered after those there.
+def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, str]]:
+    """Number and name of the files there that are named as ours are."""
+    return [(int(match[1]), name) for name in sorted(os.listdir(folder)) if (match := pattern.fullmatch(name))]
+
+
+def grow(path: Path, old: dict[str, Any], added: dict[str, Any], folder: Path, holder: Holder) -> dict[str, Any]:
+    """Adds what `folder` holds, its ids and shards numbered after those there.
 
     classes/ is renamed to classes-<samples of before>, for nothing in it would tell that it is old. (tokenizer/ tells.)
 
@@ -116,12 +110,14 @@ def grow(path: Path, old: dict[str, Any], added: dict[str, Any]) -> dict[str, An
         path: the catalogue.
         old: its catalogue.json.
         added: that of the folder.
+        folder: a catalogue whose sample ids and shards go on after those of `path`.
+        holder: from `growing`.
 
     Returns:
         The new catalogue.json.
     """
-    folder = path / "append"
     meta = {**old, **add_up([old, added]), "appended": [*old.get("appended", ()), added["source"]]}
+    sync_tree(folder)
     for number in range(old["num_shards"], meta["num_shards"]):
         os.replace(folder / "shards" / shard_name(number), path / "shards" / shard_name(number))
     for number in range(added["num_parts"]):
@@ -130,13 +126,12 @@ def grow(path: Path, old: dict[str, Any], added: dict[str, Any]) -> dict[str, An
     # Before catalogue.json: a kill in between costs a run of govern, the other order would keep classes that lack samples.
     if (path / "classes").exists():
         kept = path / f"classes-{old['num_samples']}"
-        shutil.rmtree(kept, ignore_errors=True)
+        holder.discard(kept)
         (path / "classes").rename(kept)
     for name in ("shards", "samples"):
         sync(path / name)
     _grow_index(path / "index.npy", old["num_samples"], np.load(folder / "index.npy", mmap_mode="r"))
     _replace_meta(path, meta)
-    shutil.rmtree(folder)
     return meta
 
 

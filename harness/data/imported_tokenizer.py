@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.data.pieces import Kind, LibraryPieces, Pieces, XlmRobertaPieces, open_pieces
 from harness.data.special_tokens import SpecialTokens
 from harness.errors import UserError
+from harness.files import printable, read_record
 
 # In the order of preference; SentencePiece's are told apart by name, as transformers does.
 FILES: dict[str, Kind] = {
@@ -59,23 +59,25 @@ def read_imported(folder: Path) -> Imported:
             "transformers writes tokenizer.json: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
         )
     file, kind = folder / names[0], FILES[names[0]]
-    config = _json(folder / "tokenizer_config.json")
+    config = _said(folder / "tokenizer_config.json")
     if kind == "sentencepiece" and config.get("tokenizer_class") == "SiglipTokenizer":
         kind = "siglip"
-    model = file.read_bytes()
+    try:
+        model = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from error
     try:
         pieces = open_pieces(kind, model)
     except ValueError as error:
-        raise UserError(f"{file}: {error}") from error
-    special = _special(pieces, {**config, **_json(folder / "special_tokens_map.json")}, file)
+        raise UserError(f"{file}: {printable(str(error))}") from error
+    special = _special(pieces, {**config, **_said(folder / "special_tokens_map.json")}, file)
     return Imported(kind, model, special, names[0])
 
 
 def _special(pieces: Pieces, config: dict[str, Any], file: Path) -> SpecialTokens:
     ids: dict[str, int | None] = {}
     for name, keys in KEYS.items():
-        # A token is given by its piece, or by an object with the piece as its content.
-        said = [value["content"] if isinstance(value, dict) else value for key in keys if (value := config.get(key))]
+        said = [value for key in keys if (value := config.get(key))]
         # Where SentencePiece alone encodes, only who names a first token has one: SigLIP has none, though <s> may be a piece.
         sure = name == "bos" and not isinstance(pieces, LibraryPieces | XlmRobertaPieces)
         usual = [] if sure else USUAL[name]
@@ -100,5 +102,19 @@ def _special(pieces: Pieces, config: dict[str, Any], file: Path) -> SpecialToken
     )
 
 
-def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def _said(file: Path) -> dict[str, Any]:
+    """What a file says of special tokens: those keys of it that are read, each token as its piece; nothing where there is no file."""
+    if not file.is_file():
+        return {}
+    record = read_record(file)
+    found = {}
+    for key in (*(key for keys in KEYS.values() for key in keys), "tokenizer_class", "add_bos_token"):
+        value = record.values.get(key)
+        # A token is given by its piece, or by an object with the piece as its content.
+        if isinstance(value, dict):
+            value = value.get("content")
+        if value is not None and not isinstance(value, bool if key == "add_bos_token" else str):
+            record.refuse(f"{key} is {printable(repr(value), 40)}")
+        if key in record.values:
+            found[key] = value
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import stat
@@ -12,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -60,7 +61,8 @@ class IngestConfig:
         images: folder that the manifest's image paths are relative to; a path out of it is quarantined.
         out: catalogue folder to create; it appears only when it is complete.
         append: add the rows to the catalogue `out` instead. Its samples keep their ids and the new ones follow. Every
-            row is added as given: one that is in the catalogue already is then there twice.
+            row is added as given: one that is in the catalogue already is then there twice. Only the very append that
+            was the last one adds nothing when it is run again: the same manifest, byte by byte, with the same options.
         part: 'i/n' ingests the i-th (from 1) of n contiguous parts of the manifest's rows into
             OUT.parts/part-i-of-n; `shelfmark merge OUT` joins them when all n are there.
         image_column: column of the image path.
@@ -311,20 +313,27 @@ def run(config: IngestConfig) -> dict[str, Any]:
     if not config.images.is_dir():
         raise UserError(f"no image folder {config.images} (--images)")
     if config.append:
-        out = config.out
-        with growing(out, columns.attributes) as (old, folder):
+        out, request = config.out, _request(config)
+        with growing(out, columns.attributes) as (old, holder):
+            before = (old.get("appended") or [{}])[-1]
+            if before.get("request") == request:
+                print(f"{out}: these rows are there already, by an append of the same manifest with the same options")
+                return _figures(out, old, 0, Counter(), start)
+            folder = holder.new()
             added, reasons = _ingest(folder, manifest, columns, config, old)
-            meta = grow(out, old, added)
+            added["source"]["request"] = request
+            meta = grow(out, old, added, folder, holder)
     else:
         out = config.out if config.part is None else part_folder(config.out, *parse_part(config.part))
-        meta, reasons = _ingest(out, manifest, columns, config)
+        with staged_folder(out) as folder:
+            meta, reasons = _ingest(folder, manifest, columns, config)
         added = meta
-    seconds = round(time.perf_counter() - start, 3)
+    figures = _figures(out, meta, added["num_samples"], reasons, start)
     counts = added["counts"]
     print(
         f"{out}: {'+' * config.append}{added['num_samples']:,} samples ({counts['query']:,} queries, "
         f"{counts['document']:,} documents) in {added['num_shards']:,} shard{'s' * (added['num_shards'] != 1)}, "
-        f"{seconds:.1f} s"
+        f"{figures['seconds']:.1f} s"
     )
     if reasons:
         print(f"{counts['quarantined']:,} rows in {quarantine_name(meta)}: {commonest(reasons)}")
@@ -333,15 +342,35 @@ def run(config: IngestConfig) -> dict[str, Any]:
             f"now {meta['num_samples']:,} samples; classes/ and tokenizer/ of before do not fit them. "
             f"Next: shelfmark govern {out}; shelfmark tokenizer {out}"
         )
+    return figures
+
+
+def _figures(out: Path, meta: dict[str, Any], added: int, reasons: Counter[str], start: float) -> dict[str, Any]:
     return {
         "catalogue": str(out),
         "num_samples": meta["num_samples"],
         **meta["counts"],
         "num_shards": meta["num_shards"],
-        "added": added["num_samples"],
+        "added": added,
         "reasons": dict(reasons.most_common()),
-        "seconds": seconds,
+        "seconds": round(time.perf_counter() - start, 3),
     }
+
+
+def _request(config: IngestConfig) -> str:
+    """Fingerprint of the manifest's bytes and of all that decides what is made of them: a rerun of one append has the same."""
+    options = {
+        **asdict(config),
+        "images": os.path.abspath(config.images),
+        "out": None,
+        "workers": None,
+        "manifest": None,
+    }
+    digest = xxhash.xxh3_64(json.dumps(options).encode())
+    with config.manifest.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -365,15 +394,15 @@ def commonest(reasons: Counter[str]) -> str:
 
 
 def _ingest(
-    out: Path, manifest: Manifest, columns: Columns, config: IngestConfig, old: dict[str, Any] | None = None
+    stage: Path, manifest: Manifest, columns: Columns, config: IngestConfig, old: dict[str, Any] | None = None
 ) -> tuple[dict[str, Any], Counter[str]]:
-    """Makes the folder `out` of the rows that `config` asks for, its numbers going on after those of `old`.
+    """Fills the folder `stage` from the rows that `config` asks for, its numbers going on after those of `old`.
 
     Returns:
         What stands in its catalogue.json, and quarantined rows by category.
     """
     rows = _part_rows(manifest, config.part)
-    with staged_folder(out) as stage, own_pixel_limit():
+    with own_pixel_limit():
         first = (old["num_samples"], old["num_shards"]) if old else (0, 0)
         counts, reasons = _write_samples(stage, manifest, columns, config, rows, *first)
         samples = counts["query"] + counts["document"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 
 from harness.data.catalogue import INDEX_DTYPE, Catalogue, shard_name
 from harness.data.growth import RECORDS_AT_ONCE, add_up, part_folder, part_name, write_meta
-from harness.data.staging import staged_folder
+from harness.data.staging import held
+from harness.data.whole import require_whole
 from harness.data.writers import ROW_GROUP, NpyWriter
 from harness.errors import UserError
 
@@ -28,7 +29,7 @@ class MergeConfig:
     """Joins the parts in CATALOGUE.parts (`shelfmark ingest --part i/n`) into CATALOGUE and removes them.
 
     Ids follow the manifest: they are those of one ingest of the whole. Shards are taken over as they are, so the names
-    inside them count from each part's start.
+    inside them count from each part's start. After a merge that was killed the same command finishes it.
 
     Args:
         catalogue: catalogue folder to create; it appears only when it is complete.
@@ -43,11 +44,7 @@ def find_parts(catalogue: Path) -> list[Catalogue]:
     Raises:
         UserError: some are missing, there are parts of several divisions, or they are not of one manifest and one request.
     """
-    folder = part_folder(catalogue, 1, 1).parent
-    names = os.listdir(folder) if folder.is_dir() else []
-    found = sorted(
-        tuple(map(int, match.groups())) for match in map(re.compile(r"part-(\d+)-of-(\d+)").fullmatch, names) if match
-    )
+    folder, found = part_folder(catalogue, 1, 1).parent, _numbers(catalogue)
     if not found:
         raise UserError(f"there are no parts in {folder}", "Make them with `shelfmark ingest --part i/n`")
     divisions = sorted({parts for _, parts in found})
@@ -73,9 +70,33 @@ def find_parts(catalogue: Path) -> list[Catalogue]:
     return parts
 
 
+def _numbers(catalogue: Path) -> list[tuple[int, int]]:
+    """i and n of each part-i-of-n that there is, in order."""
+    folder = part_folder(catalogue, 1, 1).parent
+    names = os.listdir(folder) if folder.is_dir() else []
+    matches = map(re.compile(r"part-(\d+)-of-(\d+)").fullmatch, names)
+    return sorted((int(match[1]), int(match[2])) for match in matches if match)
+
+
 def _request(part: Catalogue) -> dict[str, Any]:
     """What all parts must have in common."""
-    return {**part.meta["source"], "rows": None, "attributes": part.attributes}
+    return {**part.meta["source"], "rows": None, "parts": None, "attributes": part.attributes}
+
+
+def _is_made_of(catalogue: Path, found: list[tuple[int, int]]) -> bool:
+    """True where a merge made `catalogue` of these parts: of one request with it, and each of their shards is a file of the catalogue too."""
+    made = Catalogue(catalogue)
+    number = made.meta["source"].get("parts")
+    parts = [Catalogue(part_folder(catalogue, *part)) for part in found if part[1] == number]
+    shards = [part.path / "shards" / shard_name(shard) for part in parts for shard in range(part.meta["num_shards"])]
+    own = {_inode(catalogue / "shards" / shard_name(shard)) for shard in range(made.meta["num_shards"])}
+    of_one_request = all(_request(part) == _request(made) for part in parts)
+    return number is not None and len(parts) == len(found) and of_one_request and own.issuperset(map(_inode, shards))
+
+
+def _inode(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_dev, status.st_ino
 
 
 def run(config: MergeConfig) -> dict[str, Any]:
@@ -85,41 +106,56 @@ def run(config: MergeConfig) -> dict[str, Any]:
         catalogue, num_samples, query, document, quarantined, splits, num_shards, parts (those merged).
 
     Raises:
-        UserError: from `find_parts`; `catalogue` exists; its disk has no hard links; or no part has a sample.
+        UserError: from `find_parts`; `catalogue` exists and was not made of these parts; its disk has no hard links; or no part has a sample.
     """
-    parts = find_parts(config.catalogue)
-    totals = add_up([part.meta for part in parts])
-    if totals["num_samples"] == 0:
-        raise UserError(f"no part of {config.catalogue} has a sample", "Their quarantine.parquet lists the reasons")
-    source = {name: value for name, value in parts[0].meta["source"].items() if name != "rows"}
-    meta = {
-        **parts[0].meta,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **totals,
-        "source": source,
-    }
-    with staged_folder(config.catalogue) as stage:
-        (stage / "shards").mkdir()
-        (stage / "samples").mkdir()
-        _link_shards(stage, parts)
-        _join_index(stage, parts)
-        _join_samples(stage, parts)
-        quarantines = [pq.read_table(part.path / "quarantine.parquet") for part in parts]
-        pq.write_table(pa.concat_tables(quarantines), stage / "quarantine.parquet")
-        write_meta(stage, meta)
-    shutil.rmtree(parts[0].path.parent)
-    counts = totals["counts"]
+    catalogue = config.catalogue
+    if not catalogue.exists():
+        find_parts(catalogue)  # before anything is written
+    with held(catalogue) as holder:
+        found = _numbers(catalogue)
+        # Made of these parts already, or of parts that are gone: what is left to do is to remove them.
+        if not (catalogue / "catalogue.json").is_file() or not _is_made_of(catalogue, found):
+            parts = find_parts(catalogue)
+            with holder.stage() as stage:
+                _join(stage, parts)
+        for part in found:
+            holder.discard(part_folder(catalogue, *part))
+        with suppress(OSError):  # there is none, or somebody has more in it
+            part_folder(catalogue, 1, 1).parent.rmdir()
+    meta = Catalogue(catalogue).meta
+    counts, number = meta["counts"], meta["source"]["parts"]
     print(
-        f"{config.catalogue}: {totals['num_samples']:,} samples ({counts['query']:,} queries, {counts['document']:,} "
-        f"documents) in {totals['num_shards']:,} shard{'s' * (totals['num_shards'] != 1)} of {len(parts):,} parts"
+        f"{catalogue}: {meta['num_samples']:,} samples ({counts['query']:,} queries, {counts['document']:,} "
+        f"documents) in {meta['num_shards']:,} shard{'s' * (meta['num_shards'] != 1)} of {number:,} parts"
     )
     return {
-        "catalogue": str(config.catalogue),
-        "num_samples": totals["num_samples"],
+        "catalogue": str(catalogue),
+        "num_samples": meta["num_samples"],
         **counts,
-        "num_shards": totals["num_shards"],
-        "parts": len(parts),
+        "num_shards": meta["num_shards"],
+        "parts": number,
     }
+
+
+def _join(stage: Path, parts: list[Catalogue]) -> None:
+    """Writes the whole into `stage`."""
+    for part in parts:
+        require_whole(part)
+    totals = add_up([part.meta for part in parts])
+    if totals["num_samples"] == 0:
+        raise UserError(f"no part in {parts[0].path.parent} has a sample", "Their quarantine.parquet lists the reasons")
+    source = {name: value for name, value in parts[0].meta["source"].items() if name != "rows"}
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    meta = {**parts[0].meta, "created": created, **totals, "source": {**source, "parts": len(parts)}}
+    meta["files"] = {}  # none of the parts' checksums holds here
+    (stage / "shards").mkdir()
+    (stage / "samples").mkdir()
+    _link_shards(stage, parts)
+    _join_index(stage, parts)
+    _join_samples(stage, parts)
+    quarantines = [pq.read_table(part.path / "quarantine.parquet") for part in parts]
+    pq.write_table(pa.concat_tables(quarantines), stage / "quarantine.parquet")
+    write_meta(stage, meta)
 
 
 def _link_shards(stage: Path, parts: list[Catalogue]) -> None:

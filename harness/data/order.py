@@ -8,19 +8,23 @@ exist as prefix sums only, mapped from disk, so that ten billion of them open as
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
+from harness.data.catalogue import MOST, open_array
 from harness.data.keyed import keyed_hash, keyed_permutation
 from harness.errors import UserError
+from harness.files import read_record
 
 Ints = npt.NDArray[np.int64]
 
+GOVERNANCE_FORMAT = 1
 KINDS = {"query": 1, "document": 2}
+ARRAYS = ("members", "member_offsets", "slot_offsets")
 # One word per use of the seed keeps the streams apart.
 _SLOT, _MEMBER, _PAIR = 1, 2, 3
 
@@ -65,29 +69,21 @@ class ClassOrder:
         Raises:
             UserError: the catalogue has no classes, or they are incomplete.
         """
-        folder = Path(catalogue) / "classes"
+        folder, remedy = Path(catalogue) / "classes", f"Run: shelfmark govern {catalogue}"
         if not (folder / "governance.json").is_file():
             raise UserError(f"{catalogue} has no classes; run: shelfmark govern {catalogue}")
-        meta = json.loads((folder / "governance.json").read_text())
-        if meta.get("format") != 1:
-            raise UserError(f"{folder} has format {meta.get('format')}, not 1", f"Run: shelfmark govern {catalogue}")
-        num_classes = int(meta["num_classes"])
+        meta = read_record(folder / "governance.json", remedy)
+        if meta.values.get("format") != GOVERNANCE_FORMAT:
+            raise UserError(f"{folder} has format {meta.values.get('format')}, not {GOVERNANCE_FORMAT}", remedy)
+        num_classes = meta.number("num_classes", MOST)
         kinds = {}
         for name in KINDS:
-            try:
-                members, member_offsets, slot_offsets = (
-                    np.load(folder / f"{name}.{array}.npy", mmap_mode="r")
-                    for array in ("members", "member_offsets", "slot_offsets")
-                )
-            except (OSError, ValueError) as error:
-                raise UserError(f"{folder} is damaged: {error}", f"Run: shelfmark govern {catalogue}") from error
-            lengths = (len(member_offsets), len(slot_offsets), int(member_offsets[-1]))
-            if lengths != (num_classes + 1, num_classes + 1, len(members)):
-                raise UserError(
-                    f"{folder}: the {name} arrays do not fit together", f"Run: shelfmark govern {catalogue}"
-                )
-            kinds[name] = _Kind(members, member_offsets, slot_offsets)
-        return cls(kinds, str(meta["order_id"]), num_classes, seed)
+            arrays = _Kind(*(open_array(folder / f"{name}.{array}.npy", np.int64, remedy) for array in ARRAYS))
+            offsets, slots = arrays.member_offsets, arrays.slot_offsets
+            if not len(offsets) == len(slots) == num_classes + 1 or offsets[-1] != len(arrays.members):
+                raise UserError(f"{folder}: the {name} arrays do not fit together", remedy)
+            kinds[name] = arrays
+        return cls(kinds, meta.get("order_id", str), num_classes, seed)
 
     def slots(self, kind: str) -> int:
         """Positions in one epoch of `kind` ('query' or 'document')."""
@@ -150,6 +146,17 @@ class ClassOrder:
                 "Run shelfmark govern again, or choose a method that needs none",
             )
         return begin, size
+
+
+def order_id(folder: Path) -> str:
+    """16 hex digits over the values of the six arrays in a classes/ folder: what an order of samples depends on."""
+    digest = xxhash.xxh3_64()
+    for kind in KINDS:
+        for name in ARRAYS:
+            array = open_array(folder / f"{kind}.{name}.npy", np.int64, f"Run: shelfmark govern {folder.parent}")
+            for start in range(0, len(array), 1 << 20):
+                digest.update(array[start : start + (1 << 20)].tobytes())
+    return digest.hexdigest()
 
 
 def ledger(positions: npt.ArrayLike, ids: npt.ArrayLike, kind: str, key: int) -> int:

@@ -12,6 +12,7 @@ import sentencepiece
 Kind = Literal["sentencepiece", "xlm-roberta", "siglip", "tokenizers"]
 # fairseq put these before SentencePiece's pieces, which moved up by one, and <mask> behind them (Conneau et al. 2020, XLM-R).
 XLMR_IDS = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
+MOST_IDS = 1 << 24
 _AT_ONCE = 4096  # what the library returns of a text is a hundred times the text
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -118,12 +119,17 @@ class LibraryPieces:
 
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(model.decode())
+            self._tokenizer.encode(
+                "\U0002a6d6"
+            )  # of some files only a text shows that they lack a piece for what is unknown
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"no tokenizer.json of the tokenizers library ({error})") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True  # what stands for one in a text is text
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
+        if self.vocab_size > MOST_IDS:
+            raise ValueError(f"it has the id {self.vocab_size - 1:,}; a vocabulary may have {MOST_IDS:,}")
 
     def id_of(self, piece: str) -> int | None:
         """See `Pieces`."""

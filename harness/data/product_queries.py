@@ -6,7 +6,6 @@ attributes' values in any order, each in one of its wordings. The papers train o
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,20 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from harness.data.catalogue import Catalogue
+from harness.data.catalogue import MOST, Catalogue, open_array
 from harness.data.keyed import keyed_hash, keyed_uniform
 from harness.errors import UserError
+from harness.files import Record, read_record
 
 QUERIES_FORMAT = 1
-ARRAYS = ("attributes", "keywords", "categories", "text_offsets", "text_clicks")
+# Of queries/: type and number of dimensions.
+ARRAYS: dict[str, tuple[type[np.integer], int]] = {
+    "attributes": (np.int32, 2),
+    "keywords": (np.int32, 2),
+    "categories": (np.int32, 1),
+    "text_offsets": (np.int64, 1),
+    "text_clicks": (np.int64, 1),
+}
 # They keep these draws apart from those of order.py, preprocess.py and masking.py under the same seed.
 _COUNT, _ORDER, _WORDING, _TEXT = 24, 25, 26, 27
 
@@ -47,15 +54,17 @@ class ProductQueries:
     def __init__(self, catalogue: Catalogue) -> None:
         folder = catalogue.path / "queries"
         self.meta = read_meta(catalogue.path)
+        again = f"Run `shelfmark queries {catalogue.path}` again"
+        loaded = {name: open_array(folder / f"{name}.npy", of, again, ndim) for name, (of, ndim) in ARRAYS.items()}
         try:
-            loaded = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
             texts = pa.ipc.open_file(pa.memory_map(str(folder / "texts.arrow"))).read_all()
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{folder} is damaged: {error}", f"Run `shelfmark queries {catalogue.path}` again"
-            ) from error
-        if len(loaded["keywords"]) != catalogue.num_samples:
-            raise UserError(f"{folder} does not fit the catalogue", f"Run `shelfmark queries {catalogue.path}` again")
+            texts.column("text")
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{folder} is damaged: {error}", again) from error
+        rows, offsets = catalogue.num_samples, loaded["text_offsets"]
+        fits = all(len(loaded[name]) == rows for name in ("attributes", "keywords", "categories"))
+        if not fits or len(offsets) != rows + 1 or not offsets[-1] == len(loaded["text_clicks"]) == len(texts):
+            raise UserError(f"{folder} does not fit the catalogue", again)
         self.keywords, self.categories = loaded["keywords"], loaded["categories"]
         self._codes, self._offsets, self._clicks = loaded["attributes"], loaded["text_offsets"], loaded["text_clicks"]
         self._texts = texts.column("text")
@@ -131,7 +140,19 @@ def read_meta(catalogue: Path) -> dict[str, Any]:
     file = catalogue / "queries" / "queries.json"
     if not file.is_file():
         raise UserError(f"{catalogue} has no queries", f"Run `shelfmark queries {catalogue}`")
-    meta: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if meta["format"] != QUERIES_FORMAT:
-        raise UserError(f"{file} has format {meta['format']}, this version reads {QUERIES_FORMAT}", "Make it again")
-    return meta
+    record = read_record(file, f"Run `shelfmark queries {catalogue}` again")
+    if record.values.get("format") != QUERIES_FORMAT:
+        raise UserError(
+            f"{file} has format {record.values.get('format')}, this version reads {QUERIES_FORMAT}", "Make it again"
+        )
+    record.get("id", str)
+    record.number("keywords_per_product", MOST, 1)
+    record.list_of("keywords", str)
+    record.list_of("categories", str)
+    for values in record.list_of("attributes", dict):
+        attribute = Record(file, values, record.remedy)
+        attribute.get("name", str)
+        for wordings in attribute.list_of("wordings", list):
+            if not wordings or not all(isinstance(wording, str) for wording in wordings):
+                attribute.refuse("wordings are no lists of texts")
+    return dict(record.values)

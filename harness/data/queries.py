@@ -22,10 +22,12 @@ import pyarrow as pa
 import xxhash
 import yaml
 
+from harness.checksums import write_manifest
 from harness.data.catalogue import Catalogue, nearest_first
 from harness.data.manifest import Manifest
 from harness.data.product_queries import ARRAYS, QUERIES_FORMAT, words_of
 from harness.data.staging import staged_folder
+from harness.data.whole import require_whole
 from harness.errors import UserError
 from harness.files import printable
 
@@ -68,6 +70,7 @@ def run(config: QueriesConfig) -> dict[str, Any]:
         UserError: an unknown attribute, a click log or a file of synonyms that cannot be used, or nothing to make a query of.
     """
     catalogue = Catalogue(config.catalogue)
+    require_whole(catalogue)
     attributes = _columns(catalogue, config)
     splits = catalogue.meta["counts"]["splits"]
     if config.split not in splits:
@@ -126,6 +129,7 @@ def run(config: QueriesConfig) -> dict[str, Any]:
         with pa.ipc.new_file(stage / "texts.arrow", rows.schema) as writer:
             writer.write_table(rows)
         (stage / "queries.json").write_text(json.dumps({**meta, "id": digest.hexdigest()}, indent=1), encoding="utf-8")
+        write_manifest(stage)
     figures = {
         "keywords": len(keywords),
         "categories": len(categories),

@@ -39,9 +39,20 @@ class SpecialTokens:
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> SpecialTokens:
-        """What `to_meta` wrote."""
-        named = {name: meta[f"{name}_id"] for name in NAMES}
-        return cls(vocab_size=meta["vocab_size"], more=tuple(meta.get("more_special_ids", ())), **named)
+        """What `to_meta` wrote.
+
+        Raises:
+            ValueError: an id is missing, or is no integer below vocab_size; it is named.
+        """
+        named: dict[str, Any] = {name: meta.get(f"{name}_id") for name in NAMES}
+        size, more = meta.get("vocab_size"), meta.get("more_special_ids", [])
+        if type(size) is not int or not isinstance(more, list):
+            raise ValueError("vocab_size is no integer, or more_special_ids no list")
+        for name, token in [*named.items(), *(("more_special", token) for token in more)]:
+            optional = name in ("bos", "mask") and token is None
+            if not optional and (type(token) is not int or not 0 <= token < size):
+                raise ValueError(f"{name}_id is none of {size:,} ids")
+        return cls(vocab_size=size, more=tuple(more), **named)
 
     def to_meta(self) -> dict[str, Any]:
         """As plain values, for a tokenizer's tokenizer.json."""

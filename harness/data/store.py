@@ -6,10 +6,12 @@ a sample costs one ranged request, once.
 
 from __future__ import annotations
 
-import json
+import functools
 import os
 import random
+import re
 import resource
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,12 +22,19 @@ import fsspec
 import xxhash
 
 from harness.errors import UserError
+from harness.files import printable, read_record
 
 T = TypeVar("T")
 TRIES = 5
 FIRST_PAUSE = 0.5  # seconds before the second try; each further pause is twice as long
-PLACE_FILE = "shards.json"
+PLACE_FILE, HERE = "shards.json", "here"
+MOST_BYTES = 1 << 30  # of one read where the file's size is not known
 TIMEOUT = 30.0  # seconds that one try may take
+CACHE_PLACE, CACHE_BOUND = "SHELFMARK_CACHE", "SHELFMARK_CACHE_GIB"  # names in the environment
+CACHE_FOLDER = "shelfmark-shards"  # below SHELFMARK_CACHE
+ENTRY = re.compile(r"[0-9a-f]{30}(\.\d+-\d+)?")  # of a cache: a finished file, or one that is being written
+# The convention of https://bford.info/cachedir/, by which backups leave caches out.
+TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# This folder is a cache of Shelfmark, which deletes in it.\n"
 
 
 class Store(Protocol):
@@ -72,10 +81,10 @@ class LocalStore:
             if handle is None and len(self._handles) < self._most:
                 handle = self._handles[name] = os.open(self.folder / name, os.O_RDONLY)
         if handle is not None:
-            return os.pread(handle, length, offset)
+            return _pread(handle, offset, length)
         handle = os.open(self.folder / name, os.O_RDONLY)
         try:
-            return os.pread(handle, length, offset)
+            return _pread(handle, offset, length)
         finally:
             os.close(handle)
 
@@ -91,22 +100,41 @@ class LocalStore:
             self._handles.clear()
 
 
+def _pread(handle: int, offset: int, length: int) -> bytes:
+    """No memory is taken for more than the file holds."""
+    length = min(length, os.fstat(handle).st_size - offset)
+    return os.pread(handle, length, offset) if length > 0 else b""
+
+
 class RemoteStore:
     """Files below a URL.
 
     Args:
         url: folder of the files, in any protocol that fsspec has a package for.
         cache: keeps what was read; None keeps nothing.
+
+    Raises:
+        UserError: a URL of an unknown protocol, or one with a password.
     """
 
     def __init__(self, url: str, cache: ReadCache | None = None) -> None:
         self.url, self._cache = url.rstrip("/"), cache
+        if match := re.search(r"//[^/]*:[^/]*@", url):
+            shown = printable(url.replace(match[0], "//…@"))
+            raise UserError(
+                f"the URL of the shards, {shown}, holds a password, which would stand in files and errors",
+                "Leave it out, and give it to fsspec: ~/.config/fsspec/*.json, or the protocol's own place",
+            )
+        if "::" in url:  # a chain may run or unpack what lies there
+            raise UserError(f"the URL of the shards, {printable(url)}, is a chain of several", "Name one place")
         try:
             self._fs, self._root = fsspec.core.url_to_fs(self.url)
-        except (ValueError, ImportError) as error:
+        except Exception as error:  # every protocol has errors of its own
             raise UserError(
-                f"{url}: {error}", "Install the fsspec package of that protocol (s3fs, gcsfs, …)"
+                f"{printable(url)}: {printable(str(error))}",
+                "Install the fsspec package of that protocol (s3fs, gcsfs, …)",
             ) from error
+        self._sizes: dict[str, int | None] = {}  # of the files, where the server tells
         self._limit = {"timeout": TIMEOUT} if self._fs.async_impl else {}
 
     def read(self, name: str, offset: int, length: int, fresh: bool = False) -> bytes:
@@ -114,6 +142,11 @@ class RemoteStore:
         key = f"{self.url}/{name} {offset} {length}"
         if self._cache is not None and not fresh and (known := self._cache.get(key)) is not None:
             return known
+
+        size = self._sizes.get(name)
+        length = min(length, MOST_BYTES if size is None else size - offset)
+        if length <= 0:
+            return b""
 
         def ranged() -> bytes:
             data: bytes = self._fs.cat_file(f"{self._root}/{name}", start=offset, end=offset + length, **self._limit)
@@ -126,40 +159,72 @@ class RemoteStore:
 
     def names(self) -> set[str]:
         """See `Store.names`."""
-        found = _patiently(lambda: self._fs.ls(self._root, detail=False, **self._limit), self.url)
-        return {entry.rstrip("/").rsplit("/", 1)[-1] for entry in found}
+        found = _patiently(lambda: self._fs.ls(self._root, detail=True, **self._limit), self.url)
+        self._sizes = {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry.get("size") for entry in found}
+        return set(self._sizes)
 
     def close(self) -> None:
         """See `Store.close`."""
 
 
-def open_store(catalogue: Path) -> Store:
-    """The shards of the catalogue folder: where its shards.json says (`shelfmark shards`), else in its own shards/.
+def open_store(catalogue: Path, at: str | None = None) -> Store:
+    """The shards of the catalogue folder.
+
+    Args:
+        catalogue: the folder.
+        at: URL of the shards, or 'here' for the folder's own shards/; by default what shards.json says (`shelfmark shards`), and 'here'
+            without one.
 
     Raises:
-        UserError: shards.json is damaged, no shards/, or no package for the URL's protocol.
+        UserError: shards.json is damaged, no shards/, no package for the URL's protocol, or a cache that cannot be used.
     """
     file = catalogue / PLACE_FILE
-    if not file.exists():
+    if at is None and file.exists():
+        place = read_record(file, f"Write it anew: shelfmark shards {catalogue} --at URL")
+        if place.values.get("cache"):
+            _say_ignored(file)
+        at = place.get("url", str)
+    if at is None or at == HERE:
         if not (catalogue / "shards").is_dir():
             raise UserError(f"catalogue {catalogue}: shards is missing", "Restore it, or ingest again")
         return LocalStore(catalogue / "shards")
+    return RemoteStore(at, cache_of_environment())
+
+
+@functools.cache
+def _say_ignored(file: Path) -> None:
+    """Once for a file, on the first rank. A catalogue may be anybody's: it must not say what is written, and deleted, where."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{file}: its cache is not used; {CACHE_PLACE} names one", file=sys.stderr, flush=True)
+
+
+def cache_of_environment() -> ReadCache | None:
+    """The cache that SHELFMARK_CACHE names (a folder), of SHELFMARK_CACHE_GIB GiB (50); None where it names none.
+
+    Raises:
+        UserError: the bound is no number above 0, or the folder cannot be used.
+    """
+    folder, bound = os.environ.get(CACHE_PLACE), os.environ.get(CACHE_BOUND, "50")
+    if not folder:
+        return None
     try:
-        place = json.loads(file.read_text(encoding="utf-8"))
-        url, cache, limit = place["url"], place["cache"], place["cache_bytes"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{file} is damaged ({error})", f"Write it anew: shelfmark shards {catalogue} --at URL"
-        ) from error
-    return RemoteStore(url, None if cache is None else ReadCache(Path(cache), limit))
+        limit = int(float(bound) * 2**30)
+    except (ValueError, OverflowError):
+        limit = 0
+    if limit <= 0:
+        raise UserError(f"{CACHE_BOUND} is {bound!r}", "It must be a number of GiB above 0")
+    return ReadCache(Path(folder).absolute() / CACHE_FOLDER, limit)
 
 
 class ReadCache:
     """Bytes on a local disk, at most so many; processes of a node may share the folder.
 
     Args:
-        folder: made where it is missing.
+        folder: made where it is missing. Nothing is deleted in it but files under the names that a cache gives.
         limit: bytes. Where they are used up, what was not asked for longest makes room.
+
+    Raises:
+        UserError: the folder cannot be made, or holds something and no mark of a cache of ours.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -167,9 +232,28 @@ class ReadCache:
         self._lock = threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._mark()
         except OSError as error:
-            raise UserError(f"cache {folder}: {error.strerror}", "Choose another folder") from error
+            raise UserError(f"cache {folder}: {error.strerror}", f"Choose another folder ({CACHE_PLACE})") from error
         self._used = sum(size for _, size, _ in self._entries())
+
+    def _mark(self) -> None:
+        """The mark is there before anything else, so that a folder which holds more without it is somebody else's."""
+        mark = self.folder / "CACHEDIR.TAG"
+        others = [name for name in os.listdir(self.folder) if not name.startswith(mark.name)]
+        if mark.exists():
+            ours = mark.read_bytes()[: len(TAG)] == TAG.encode()
+        else:
+            ours = not others
+        if not ours:
+            raise UserError(
+                f"cache {self.folder} holds files and no mark that it is a cache of ours",
+                f"Rename it, or choose another folder ({CACHE_PLACE}); nothing was deleted",
+            )
+        if not mark.exists():
+            new = mark.with_name(f"{mark.name}.{os.getpid()}")
+            new.write_text(TAG)
+            new.replace(mark)
 
     def get(self, key: str) -> bytes | None:
         """What was put under `key`, if it is still there."""
@@ -208,15 +292,18 @@ class ReadCache:
             self._used -= size
 
     def _entries(self) -> list[tuple[float, int, str]]:
-        """(time of last use, bytes, path) of every file."""
+        """(time of last use, bytes, path) of every file that a cache of ours wrote."""
         found = []
         for folder in os.scandir(self.folder):
-            for entry in os.scandir(folder) if folder.is_dir() else ():
+            if not re.fullmatch("[0-9a-f]{2}", folder.name) or not folder.is_dir(follow_symlinks=False):
+                continue
+            for entry in os.scandir(folder):
                 try:
-                    status = entry.stat()
+                    if ENTRY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                        status = entry.stat()
+                        found.append((status.st_mtime, status.st_size, entry.path))
                 except OSError:  # another process made room
                     continue
-                found.append((status.st_mtime, status.st_size, entry.path))
         return found
 
     def _file(self, key: str) -> Path:

@@ -19,21 +19,23 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import sentencepiece
 import xxhash
 from tqdm import tqdm
 
-from harness.data.catalogue import Catalogue
+from harness.checksums import write_manifest
+from harness.data.catalogue import Catalogue, open_array
 from harness.data.imported_tokenizer import read_imported
 from harness.data.pieces import Kind, open_pieces
 from harness.data.special_tokens import SpecialTokens
 from harness.data.staging import staged_folder
+from harness.data.whole import require_whole
 from harness.data.writers import NpyWriter
 from harness.errors import UserError
-from harness.files import printable
+from harness.files import printable, read_record
 
 EXAMPLE = "shelfmark tokenizer catalogues/products --vocab-size 8000"
 TOKENIZER_FORMAT = 1
@@ -43,6 +45,7 @@ SPECIAL_PIECES = {"pad": "[PAD]", "unk": "[UNK]", "bos": "[CLS]", "eos": "[SEP]"
 SPECIAL_IDS = {name: token for token, name in enumerate(SPECIAL_PIECES)}
 # SentencePiece skips longer texts in silence, 4,192 bytes by default.
 MAX_TEXT_BYTES = 1 << 20
+AGAIN = "Run `shelfmark tokenizer` again"
 QUIET = 3  # SentencePiece's log level above errors: those come as exceptions
 
 
@@ -103,12 +106,23 @@ class Tokenizer:
             UserError: none there, one of another format, or one whose model differs from its checksum.
         """
         folder, meta = _read_meta(catalogue)
-        model = (folder / _model_name(meta)).read_bytes()
+        file = folder / _model_name(meta)
+        try:
+            model = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror}", AGAIN) from error
         if _checksum(meta, model) != meta["xxh3"]:
+            raise UserError(f"{file} differs from its checksum", AGAIN)
+        try:
+            tokenizer = cls(model, SpecialTokens.from_meta(meta), _kind(meta), meta["xxh3"])
+        except ValueError as error:
+            raise UserError(f"{file}: {error}", AGAIN) from error
+        if tokenizer._pieces.vocab_size != tokenizer.vocab_size:
             raise UserError(
-                f"{folder}/{_model_name(meta)} differs from its checksum", "Run `shelfmark tokenizer` again"
+                f"{file} has {tokenizer._pieces.vocab_size} pieces, its tokenizer.json says {tokenizer.vocab_size}",
+                AGAIN,
             )
-        return cls(model, SpecialTokens.from_meta(meta), _kind(meta), meta["xxh3"])
+        return tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens; what stands for one in the text is ordinary text."""
@@ -147,13 +161,11 @@ class TokenStore:
         """
         folder, meta = _read_meta(catalogue)
         samples = Catalogue(catalogue).num_samples
-        tokens = {field: np.load(folder / f"{field}.tokens.npy", mmap_mode="r") for field in meta["fields"]}
-        offsets = {field: np.load(folder / f"{field}.offsets.npy", mmap_mode="r") for field in meta["fields"]}
+        tokens = {field: open_array(folder / f"{field}.tokens.npy", np.int32, AGAIN) for field in meta["fields"]}
+        offsets = {field: open_array(folder / f"{field}.offsets.npy", np.int64, AGAIN) for field in meta["fields"]}
         for field in meta["fields"]:
             if len(offsets[field]) != samples + 1 or offsets[field][-1] != len(tokens[field]):
-                raise UserError(
-                    f"the {field} tokens in {folder} do not fit the catalogue", "Run `shelfmark tokenizer` again"
-                )
+                raise UserError(f"the {field} tokens in {folder} do not fit the catalogue", AGAIN)
         return cls(tokens, offsets, SpecialTokens.from_meta(meta), meta["xxh3"])
 
     @classmethod
@@ -210,10 +222,19 @@ def _read_meta(catalogue: Path) -> tuple[Path, dict[str, Any]]:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise UserError(f"{catalogue} has no tokenizer", f"Run `shelfmark tokenizer {catalogue}`")
-    meta = json.loads(file.read_text(encoding="utf-8"))
-    if meta.get("format") not in (TOKENIZER_FORMAT, IMPORTED_FORMAT):
+    record = read_record(file, AGAIN)
+    if (version := record.get("format", int)) not in (TOKENIZER_FORMAT, IMPORTED_FORMAT):
         known = f"{TOKENIZER_FORMAT} and {IMPORTED_FORMAT}"
-        raise UserError(f"{folder} has format {meta.get('format')}, this version reads {known}")
+        raise UserError(f"{folder} has format {version}, this version reads {known}")
+    record.get("xxh3", str)
+    if _kind(meta := dict(record.values)) not in get_args(Kind):
+        record.refuse("kind is not known")
+    if set(map(str, record.get("fields", list))) != set(FIELDS):
+        record.refuse("fields are not known")
+    try:
+        SpecialTokens.from_meta(meta)
+    except ValueError as error:
+        record.refuse(str(error))
     return folder, meta
 
 
@@ -262,12 +283,14 @@ def run(config: TokenizerConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     catalogue = Catalogue(config.catalogue)
+    require_whole(catalogue)
     with staged_folder(catalogue.path / "tokenizer", replace=True) as stage:
         model, meta = _trained(catalogue, config) if config.keep_from is None else _kept(config.keep_from)
         tokenizer = Tokenizer(model, SpecialTokens.from_meta(meta), _kind(meta))
         (stage / _model_name(meta)).write_bytes(model)
         tokens, unknown = _encode_catalogue(catalogue, tokenizer, stage)
         (stage / "tokenizer.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        write_manifest(stage)
     share = unknown / max(sum(tokens.values()), 1)
     texts = meta.get("texts", 0)
     source = f"of {printable(str(meta['source']))}" if "source" in meta else f"learned from {texts:,} texts"
@@ -289,7 +312,7 @@ def _kept(owner: Path) -> tuple[bytes, dict[str, Any]]:
     """The same of a tokenizer that exists: that of a run or catalogue, or one that came with weights."""
     folder = owner / "tokenizer" if (owner / "tokenizer").is_dir() else owner
     file = folder / "tokenizer.json"  # ours is one page; the library's holds the vocabulary
-    if folder != owner and file.is_file() and "xxh3" in json.loads(file.read_text(encoding="utf-8")):
+    if folder != owner and file.is_file() and "xxh3" in read_record(file).values:
         Tokenizer.load(owner)  # compares its checksum
         _, meta = _read_meta(owner)
         return (folder / _model_name(meta)).read_bytes(), meta

@@ -38,6 +38,7 @@ from harness.data.staging import staged_folder
 from harness.data.store import PLACE_FILE
 from harness.data.writers import NpyWriter, ParquetWriter
 from harness.errors import UserError
+from harness.files import write_json
 
 EXAMPLE = "shelfmark index /shared/tars --out catalogues/products --kind document"
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")  # extensions of the member that is the sample's image
@@ -133,8 +134,7 @@ def run(config: IndexConfig) -> dict[str, Any]:
             },
             "source": {"tars": str(config.tars), "kind": config.kind},
         }
-        place = {"url": config.tars.absolute().as_uri(), "cache": None, "cache_bytes": 0}
-        (stage / PLACE_FILE).write_text(json.dumps(place, indent=1))
+        write_json(stage / PLACE_FILE, {"url": config.tars.absolute().as_uri()})
         write_meta(stage, meta)
     seconds = round(time.perf_counter() - started, 3)
     print(

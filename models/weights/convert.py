@@ -19,15 +19,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from models.plain_values import from_plain, shown
+from models.shape import shape_errors
 from models.text import TextConfig
 from models.vision import VisionConfig
 from models.weights.huggingface import FAMILIES, family_of
 from models.weights.layout import Json, Layout, TowerConfig, tower_shapes
-from models.weights.rules import WeightsError, listed, load_all, save_all, unused
+from models.weights.rules import Rule, WeightsError, listed, load_all, save_all, unused
 from models.weights.timm import OPEN_CLIP_TEXT, OPEN_CLIP_VISION, TIMM, open_clip_of, timm_said
 
 LAYOUTS = (*FAMILIES.values(), TIMM, OPEN_CLIP_VISION, OPEN_CLIP_TEXT)
 FORMAT = 1
+LARGEST_JSON = 1 << 24  # bytes of a description or an index
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Fields that weights do not fix: a recipe may choose them, and at another resolution or with shorter texts.
 FREE = (
     "preset",
@@ -96,15 +100,13 @@ def import_tower(source: Source, tower: str, projection: bool = False, allow_unu
     Raises:
         WeightsError: a tower that we cannot hold, tensors that are missing, of another shape, or (unless allowed) of no use.
     """
-    layout, said, origin = _recognised(source, tower)
-    prefix = layout.prefix(source.shapes)
-    if prefix is None:
-        raise WeightsError(f"{source.folder} has no tensor {layout.first}, so it is no {layout.name}")
-    config = _config(tower, layout.fields(said), projection)
-    if config.projection_dim:
-        last = layout.rule(config, f"{tower}.projection.weight", prefix).theirs[0]
-        config = config if last in source.shapes else _config(tower, layout.fields(said), projection=False)
-    rules = layout.rules(config, prefix)
+    try:
+        layout, config, rules, origin = _understood(source, tower, projection)
+    except WeightsError:
+        raise
+    # What a description of odd values ends in, wherever arithmetic or a look-up meets them.
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise WeightsError(f"{source.folder} is described by odd values ({type(error).__name__}: {error})") from error
     own = [name for name in source.shapes if not re.fullmatch(layout.sibling, name)]
     left_out, unmatched = unused(own, rules, layout.known)
     if unmatched and not allow_unused:
@@ -114,6 +116,21 @@ def import_tower(source: Source, tower: str, projection: bool = False, allow_unu
     state = load_all(rules, source.tensors(name for rule in rules for name in rule.theirs))
     _check_shapes({name: tuple(t.shape) for name, t in state.items()}, tower_shapes(config), str(source.folder))
     return Converted(config, state, left_out + unmatched, origin)
+
+
+def _understood(source: Source, tower: str, projection: bool) -> tuple[Layout, TowerConfig, list[Rule], str]:
+    """(layout, our configuration, the rules of its tensors, origin) of the `tower` of a source."""
+    layout, said, origin = _recognised(source, tower)
+    prefix = layout.prefix(source.shapes)
+    if prefix is None:
+        raise WeightsError(f"{source.folder} has no tensor {layout.first}, so it is no {layout.name}")
+    config = _config(tower, layout.fields(said), projection)
+    if config.projection_dim:
+        last = layout.rule(config, f"{tower}.projection.weight", prefix).theirs[0]
+        config = config if last in source.shapes else _config(tower, layout.fields(said), projection=False)
+    if config.num_layers > len(source.shapes):
+        raise WeightsError(f"{source.folder} has {len(source.shapes)} tensors, too few for {config.num_layers} layers")
+    return layout, config, layout.rules(config, prefix), origin
 
 
 def export_tower(config: TowerConfig, state: Mapping[str, Tensor], name: str) -> tuple[Json, dict[str, Tensor]]:
@@ -165,9 +182,11 @@ def write_exported(folder: Path, described: Json, tensors: dict[str, Tensor]) ->
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Writes a safetensors file as transformers does; readable by others, which the library's own files are not."""
+    """Writes a safetensors file as transformers does, with the permissions of any new file; the library's own are for the writer alone."""
+    file.touch()
+    mode = file.stat().st_mode
     save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod(0o644)
+    file.chmod(mode)
 
 
 def write_converted(folder: Path, towers: Mapping[str, Converted]) -> None:
@@ -184,19 +203,34 @@ def write_converted(folder: Path, towers: Mapping[str, Converted]) -> None:
 
 
 def read_converted(folder: Path) -> tuple[dict[str, TowerConfig], dict[str, Tensor]]:
-    """(configuration of each tower, all tensors) of a converted folder.
+    """(configuration of each tower, all tensors) of a converted folder; names and shapes are compared before any tensor is read.
 
     Raises:
         WeightsError: it is none, or it is damaged.
     """
-    try:
-        meta = json.loads((folder / "weights.json").read_text(encoding="utf-8"))
-        state = load_file(folder / "weights.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise WeightsError(f"{folder} holds no converted weights ({error})") from error
+    meta, file = read_object(folder / "weights.json"), folder / "weights.safetensors"
     if meta.get("format") != FORMAT:
-        raise WeightsError(f"{folder} has the format {meta.get('format')}; this version reads {FORMAT}")
-    return {tower: _config(tower, given) for tower, given in meta["model"].items()}, state
+        raise WeightsError(f"{folder} has the format {shown(meta.get('format'))}; this version reads {FORMAT}")
+    given = meta.get("model")
+    if not isinstance(given, dict) or not given.keys() <= {"vision", "text"}:
+        raise WeightsError(f"{folder / 'weights.json'} is damaged (model is {shown(given)})")
+    configs = {tower: _checked(tower, values) for tower, values in given.items()}
+    try:
+        with safe_open(file, "pt") as tensors:
+            parts = {name: tensors.get_slice(name) for name in tensors.keys()}
+            found = {name: tuple(part.get_shape()) for name, part in parts.items()}
+            kinds = {part.get_dtype() for part in parts.values()}
+        wanted = {name: shape for config in configs.values() for name, shape in tower_shapes(config).items()}
+        _check_shapes(found, wanted, str(file))
+        if kinds - {"F32"}:
+            raise WeightsError(f"{file} holds {', '.join(sorted(kinds))}, not F32 alone")
+        return configs, load_file(file)
+    except WeightsError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{file} holds no converted weights ({error})") from error
+    except (RuntimeError, ValueError, ArithmeticError) as error:  # sizes of which torch makes no layer
+        raise WeightsError(f"{folder / 'weights.json'} describes no tower ({error})") from error
 
 
 def fitted(folder: Path, towers: nn.Module) -> dict[str, Tensor]:
@@ -236,14 +270,31 @@ def _recognised(source: Source, tower: str) -> tuple[Layout, Json, str]:
 
 
 def _config(tower: str, given: Mapping[str, Any], projection: bool = True) -> TowerConfig:
-    kind: type[Any] = VisionConfig if tower == "vision" else TextConfig
-    known = {field.name for field in fields(kind)}
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items() if key in known}
-    return kind(**_without_projection(values, projection))
+    known = {field.name for field in fields(_kind(tower))}
+    kept = {key: value for key, value in given.items() if projection or not key.startswith("projection_")}
+    return _checked(tower, {key: value for key, value in kept.items() if key in known})
 
 
-def _without_projection(given: dict[str, Any], projection: bool) -> dict[str, Any]:
-    return {key: value for key, value in given.items() if projection or not key.startswith("projection_")}
+def _checked(tower: str, given: Any) -> TowerConfig:
+    """A tower's configuration from plain values.
+
+    Raises:
+        WeightsError: values of another type or size, or that do not fit together.
+    """
+    try:
+        config: TowerConfig = from_plain(_kind(tower), given, tower)
+        errors = config.errors(tower) + shape_errors(config, 1, tower)
+    except ValueError as error:
+        errors = [str(error)]
+    except ZeroDivisionError:
+        errors = [f"a size of the {tower} tower is 0"]
+    if errors:
+        raise WeightsError(errors[0])
+    return config
+
+
+def _kind(tower: str) -> type[Any]:
+    return VisionConfig if tower == "vision" else TextConfig
 
 
 def _differences(mine: TowerConfig, theirs: TowerConfig, where: str = "") -> list[str]:
@@ -271,27 +322,66 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tup
         raise WeightsError(f"{where} does not fit the tower: {listed(problems)}")
 
 
-def _description(folder: Path) -> tuple[dict[str, Any], str]:
+def read_object(file: Path) -> Json:
+    """The object that a JSON file holds.
+
+    Raises:
+        WeightsError: there is no such file, or it holds anything else.
+    """
+    try:
+        with file.open("rb") as handle:
+            content = handle.read(LARGEST_JSON + 1)
+        found = json.loads(content) if len(content) <= LARGEST_JSON else None
+    except OSError as error:
+        raise WeightsError(f"{file}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{file} is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise WeightsError(f"{file} is no JSON object of at most {LARGEST_JSON:,} bytes")
+    return found
+
+
+def own_file(folder: Path, name: str) -> Path:
+    """The file `name` of a folder that somebody else may have written.
+
+    Raises:
+        WeightsError: it lies elsewhere. A link may lead into the folder and, as in the cache of the Hugging Face hub, into blobs/ two folders above.
+    """
+    file, home = folder / name, folder.resolve()
+    if Path(name).name != name or not {home, home.parent.parent / "blobs"} & {file.resolve().parent}:
+        raise WeightsError(f"{file} leads out of its folder")
+    return file
+
+
+def _description(folder: Path) -> tuple[Json, str]:
     for name in ("open_clip_config.json", "config.json"):
         if (folder / name).is_file():
-            try:
-                config = json.loads((folder / name).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise WeightsError(f"{folder / name} is no JSON ({error})") from error
-            if name == "open_clip_config.json":
-                return config["model_cfg"], "open_clip"
-            return config, "timm" if "architecture" in config else "transformers"
+            config = read_object(own_file(folder, name))
+            if name == "config.json":
+                return config, "timm" if "architecture" in config else "transformers"
+            if not isinstance(config.get("model_cfg"), dict):
+                raise WeightsError(f"{folder / name} has no model_cfg")
+            return config["model_cfg"], "open_clip"
     raise WeightsError(f"{folder} has neither a config.json nor an open_clip_config.json")
 
 
 def _safetensors(folder: Path) -> list[Path]:
-    index = sorted(folder.glob("*.safetensors.index.json"))
-    if index:
-        named = sorted(set(json.loads(index[0].read_text(encoding="utf-8"))["weight_map"].values()))
-        if missing := [name for name in named if not (folder / name).is_file()]:
+    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    if index := sorted(folder.glob("*.safetensors.index.json")):
+        named = read_object(own_file(folder, index[0].name)).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+            raise WeightsError(f"{index[0]} has no weight_map of names")
+        files = sorted(set(named.values()))
+        found = [own_file(folder, name) for name in files]
+        if missing := [file.name for file in found if not file.is_file()]:
             raise WeightsError(f"{folder} lacks {listed(missing)}, which {index[0].name} names")
-        return [folder / name for name in named]
-    files = sorted(folder.glob("*.safetensors"))
+        return found
+    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
+    if pickled and not files:
+        raise WeightsError(
+            f"{folder} has {listed(pickled)} and no *.safetensors. Pickled weights can run their author's code and are not read. Where you "
+            "trust them, transformers converts them: AutoModel.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
     if len(files) != 1:
         raise WeightsError(f"{folder} has {len(files)} files *.safetensors and no index; one is needed")
-    return files
+    return [own_file(folder, files[0])]

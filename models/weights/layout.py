@@ -11,6 +11,7 @@ import torch
 
 from models.activation import GATED
 from models.plain.transformer import PlainBuilder
+from models.plain_values import LARGEST, shown
 from models.shape import padded_vocab
 from models.text import TextConfig, TextTower
 from models.vision import VisionConfig, VisionTower
@@ -96,12 +97,14 @@ class Layout:
         Raises:
             WeightsError: a value that our towers do not know.
         """
+        for key, default in self.defaults.items():
+            _require_like(key, said[key], default)
         said = self.unfold(said)
         found = dict(self.fixed)
         for key, how in self.keys.items():
             if isinstance(how, str):
                 found[how] = said[key]
-            elif said[key] not in how.values:
+            elif not isinstance(said[key], str | int) or said[key] not in how.values:
                 known = ", ".join(str(value) for value in how.values)
                 raise WeightsError(f"{key} is '{said[key]}'; known for {self.name}: {known}")
             elif how.ours:
@@ -178,6 +181,15 @@ class Layout:
                 before, parts, after = re.fullmatch(r"([^(]*)\(?([^)]*)\)?(.*)", self.names[key]).groups()  # type: ignore[union-attr]
                 return tuple(f"{before}{one}{after}{end}" for one in parts.split("|"))
         raise WeightsError(f"{self.name} has no place for {part}")
+
+
+def _require_like(key: str, value: Any, default: Any) -> None:
+    """Refuses a value of another type than the default's, or a number of no size; numbers may be whole or not, None stands for what was left out."""
+    numbers = type(default) in (int, float) and type(value) in (int, float)
+    if default is not None and value is not None and not numbers and type(value) is not type(default):
+        raise WeightsError(f"{key} is {shown(value)}, not of type {type(default).__name__}")
+    if type(value) in (int, float) and not 0 <= value <= LARGEST:
+        raise WeightsError(f"{key} is {shown(value)}, not between 0 and {LARGEST:,}")
 
 
 def tower_shapes(config: TowerConfig) -> dict[str, tuple[int, ...]]:

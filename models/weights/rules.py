@@ -48,7 +48,13 @@ def rows(ours: tuple[str, ...], theirs: str, dims: int) -> Rule:
 
 def padded_rows(ours: str, theirs: str, rows: int, padded: int) -> Rule:
     """A table whose `rows` rows we fill up with zeros to `padded`."""
-    return Rule((ours,), (theirs,), lambda t: [F.pad(t[0], (0, 0, 0, padded - len(t[0])))], lambda t: [t[0][:rows]])
+
+    def load(t: Tensors) -> Tensors:
+        if len(t[0]) != rows:
+            raise WeightsError(f"{theirs} has {len(t[0])} rows, but the description says {rows}")
+        return [F.pad(t[0], (0, 0, 0, padded - rows))]
+
+    return Rule((ours,), (theirs,), load, lambda t: [t[0][:rows]])
 
 
 def interleaved(ours: str, theirs: tuple[str, ...], parts: int, groups: int) -> Rule:
@@ -113,7 +119,9 @@ def load_all(rules: Iterable[Rule], theirs: Mapping[str, Tensor]) -> dict[str, T
     for rule in rules:
         try:
             found = rule.load([theirs[name].float() for name in rule.theirs])
-        except RuntimeError as error:
+        except WeightsError:
+            raise
+        except (RuntimeError, IndexError, ValueError) as error:
             raise WeightsError(f"{', '.join(rule.theirs)} does not fit the description: {error}") from error
         ours.update(zip(rule.ours, (t.contiguous() for t in found), strict=True))
     return ours

@@ -1,0 +1,23 @@
+"""The end of a rank with the launcher that started it: torchrun killed, by the kernel or by SIGUSR1, would leave its ranks training without it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+def end_with_launcher() -> None:
+    """Has the kernel kill this process when its parent ends, if torchrun started it; Linux alone can.
+
+    It watches the thread that started the process: torchrun's main one. For processes that a rank starts itself it holds not.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended just before
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,49 @@
+"""Configuration classes from plain values that somebody else may have written: JSON of an artefact, of imported weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+LARGEST = 1 << 31  # of any number in a configuration; those that cost memory are bounded by what they are compared with
+
+
+def from_plain(kind: type[T], values: Any, where: str) -> T:
+    """An instance of the dataclass `kind`, with fields of bool, int, float, str, tuples of one of these, and other such dataclasses.
+
+    Args:
+        kind: the dataclass.
+        values: what `asdict` and a trip through JSON made of one; fields that are left out take their default.
+        where: its place, for errors: model.vision.
+
+    Raises:
+        ValueError: a field that `kind` lacks, or a value of another type or size; the message names it.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} is {shown(values)}, not an object")
+    hints = get_type_hints(kind)
+    if unknown := sorted(values.keys() - hints.keys()):
+        raise ValueError(f"{where} has {shown(unknown[0])}, which this version does not know")
+    return kind(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    if is_dataclass(kind):
+        return from_plain(kind, value, where)  # type: ignore[arg-type]
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where} is {shown(value)}, not a list")
+        return tuple(_value(get_args(kind)[0], one, where) for one in value)
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise ValueError(f"{where} is {shown(value)}, not of type {kind.__name__}")
+    if kind in (int, float) and not 0 <= value <= LARGEST:  # nor NaN
+        raise ValueError(f"{where} is {shown(value)}, not between 0 and {LARGEST:,}")
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:39]}…"

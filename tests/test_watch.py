@@ -1,0 +1,138 @@
+"""Ranks and their launcher: ranks end with it, and one that stands still is named."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.runs import arguments
+
+LAUNCHERS = {"ours": ["jobs/torchrun.py"], "plain": ["-m", "torch.distributed.run"]}
+PATIENCE = 120.0  # seconds, for what takes a few
+
+# Trains; the rank STOPPED stops itself at the CALL-th call of its clock, some beats after it: one at the start, then five a step.
+SCRIPT = """
+import os, signal, sys, time
+from harness import arguments, meters, train
+
+arguments.OTHERS_WAIT = 60  # in which torchrun ends the other ranks, however loaded the machine
+
+def stopping(name):
+    call = getattr(meters.StepClock, name)
+
+    def stop(clock, *args, **options):
+        call(clock, *args, **options)
+        clock.calls = getattr(clock, "calls", 0) + 1
+        if os.environ["RANK"] == os.environ["STOPPED"] and clock.calls == int(os.environ["CALL"]):
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    setattr(meters.StepClock, name, stop)
+
+stopping("start")
+stopping("mark")
+sys.exit(train.main())
+"""
+
+
+def wait_for(what: Callable[[], bool], started: subprocess.Popen[str] | None = None) -> float:
+    """Seconds until what() holds."""
+    begin = time.monotonic()
+    while not what():
+        assert time.monotonic() - begin < PATIENCE and (started is None or started.poll() is None)
+        time.sleep(0.1)
+    return time.monotonic() - begin
+
+
+def state(pid: int) -> str:
+    """Of a process, as the kernel calls it: R, S, T …; Z where it has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "Z"
+
+
+def ranks_of(launcher: int) -> list[int]:
+    found = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return [int(pid) for pid in found if b"RANK=" in Path(f"/proc/{pid}/environ").read_bytes()]
+
+
+@contextmanager
+def launched(
+    launcher: str, world: int, program: list[str], errors: Path, **environment: str
+) -> Iterator[subprocess.Popen[str]]:
+    line = [sys.executable, *LAUNCHERS[launcher], f"--nproc-per-node={world}", *program]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ".", **environment}
+    ranks: list[int] = []
+    with errors.open("w") as file:
+        process = subprocess.Popen(line, env=environment, stdout=file, stderr=file, text=True)
+    try:
+        wait_for(lambda: len(ranks_of(process.pid)) == world, process)
+        ranks = ranks_of(process.pid)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        for pid in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "launcher,end",
+    [
+        ("ours", signal.SIGKILL),
+        pytest.param("ours", signal.SIGUSR1, marks=pytest.mark.full),
+        pytest.param("plain", signal.SIGKILL, marks=pytest.mark.full),
+        pytest.param("plain", signal.SIGUSR1, marks=pytest.mark.full),
+    ],
+)
+def test_ranks_end_with_their_launcher(catalogue: Path, tmp_path: Path, launcher: str, end: signal.Signals) -> None:
+    run = tmp_path / "run"
+    program = ["-m", "harness.train", *arguments(catalogue, run, **{"train.steps": 100_000})]
+    with launched(launcher, 2, program, tmp_path / "errors") as process:
+        wait_for(lambda: (run / "log.jsonl").is_file() and len((run / "log.jsonl").read_text()) > 0, process)
+        ranks = ranks_of(process.pid)
+        process.send_signal(end)
+        process.wait()
+        took = wait_for(lambda: all(state(pid) == "Z" for pid in ranks))
+    assert took < 15.0
+    print(f"ranks gone after {took:.2f} s")
+
+
+@pytest.mark.parametrize(
+    "world,stopped,call,place",
+    [
+        (2, 1, 12, "step 2, forward, samples "),
+        pytest.param(3, 2, 11, "step 2, data", marks=pytest.mark.full),
+        pytest.param(3, 0, 13, "step 2, backward, samples ", marks=pytest.mark.full),
+        pytest.param(3, 1, 14, "step 2, optimizer, samples ", marks=pytest.mark.full),
+    ],
+)
+def test_a_rank_that_stands_still_is_named(
+    catalogue: Path, tmp_path: Path, world: int, stopped: int, call: int, place: str
+) -> None:
+    script, errors = tmp_path / "stopping.py", tmp_path / "errors"
+    script.write_text(SCRIPT)
+    settings = {"train.steps": 100, "mesh.timeout_minutes": 0.1}
+    program = [str(script), *arguments(catalogue, tmp_path / "run", **settings)]
+    environment = {"STOPPED": str(stopped), "CALL": str(call)}
+    with launched("ours", world, program, errors, **environment) as process:
+        ranks = ranks_of(process.pid)
+        wait_for(lambda: any(state(pid) == "T" for pid in ranks), process)
+        took = wait_for(lambda: "error: " in errors.read_text(), process)
+        os.kill(next(pid for pid in ranks if state(pid) == "T"), signal.SIGKILL)  # the launcher gives it 30 s
+        wait_for(lambda: process.poll() is not None)
+    lines = [line for line in errors.read_text().splitlines() if "error: " in line]
+    assert len(lines) == 1 and f"rank {stopped} was not heard of for 6 s; it was last in {place}" in lines[0], lines
+    assert "Traceback" not in errors.read_text()
+    assert process.returncode in (2, 137)  # the latter of the rank that stood still, ended here
+    print(f"told after {took:.2f} s: {lines[0]}")
