@@ -77,7 +77,7 @@ class Parser(jsonargparse.ArgumentParser):
         try:
             given = self.parse_object(dict(recipe)) if recipe else None
             values = self.parse_args(argv, namespace=given)
-        except (argparse.ArgumentError, jsonargparse.ArgumentError, RecursionError) as error:
+        except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
             raise UserError(_plain(str(error)), f"See `{self.prog} --help`") from error
         for key, value in values.items():
             for number in value if isinstance(value, tuple | list) else [value]:

@@ -39,21 +39,12 @@ def read_json(file: Path, remedy: str = "") -> Any:
     try:
         if (size := file.stat().st_size) > LARGEST_JSON:
             raise UserError(f"{file} has {size:,} bytes, more than the {LARGEST_JSON:,} of any that is ours", remedy)
-        return parse_json(file.read_bytes())
+        return json.loads(file.read_bytes())
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}", remedy) from error
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error})", remedy) from error
-
-
-def parse_json(data: bytes) -> Any:
-    """What JSON says. Raises ValueError, in one line, where it is not JSON, not UTF-8 or nested too deep."""
-    try:
-        return json.loads(data)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-    except ValueError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
+        reason = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise UserError(f"{file} is damaged ({reason})", remedy) from error
 
 
 def read_record(file: Path, remedy: str = "") -> Record:

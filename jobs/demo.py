@@ -38,7 +38,7 @@ MADE = (
     *("products", "catalogue", "run", "artefact"),
     *("train.json", "eval.json", "search.json", "contact_sheet.png", "summary.json"),
 )
-PHOTOS = 8
+PHOTOS, LOCK = 8, ".lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +91,9 @@ def demo(config: DemoConfig) -> None:
         UserError: a stage failed, or `out` holds something else.
     """
     out = config.out
-    if out.exists() and not (out / MARK).exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out / MARK).exists() and (not out.is_dir() or set(os.listdir(out)) - {LOCK}):
         raise UserError(f"{out} exists and is no demo's", "Choose another --out, or remove it")
-    with locked(out / ".lock", f"demo {out}"):
+    with locked(out / LOCK, f"demo {out}"):
         (out / MARK).touch()
         clear(out)
         _stages(config, out)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 
-def damages(content: bytes) -> Iterator[bytes | None]:
-    """`content` with a byte changed in its first, middle and last place, cut, emptied; None: removed."""
-    for place in (0, len(content) // 2, -1):
+def damages(content: bytes, places: int = 3) -> Iterator[bytes | None]:
+    """`content` with a byte changed, in turn at so many places from the first to the last, cut, emptied; None: removed."""
+    for place in [(len(content) - 1) * number // (places - 1) for number in range(places)]:
         changed = bytearray(content)
         changed[place] ^= 1
         yield bytes(changed)

@@ -131,9 +131,7 @@ def _forked(folder: Path, words: str, killed_before: int = 0) -> int:
             sys.argv = ["shelfmark", *argv]
             if argv[0] == "synth":  # what its processes do is counted too
                 pool = "ProcessPoolExecutor"
-                setattr(
-                    sys.modules["harness.synth.command"], pool, lambda workers, mp_context: ThreadPoolExecutor(workers)
-                )
+                setattr(sys.modules["harness.synth.command"], pool, lambda workers, *_: ThreadPoolExecutor(workers))
             if killed_before:
                 _arm(folder, killed_before)
             code = run_command(lambda: command(argv[0], argv[1:]))
@@ -189,7 +187,8 @@ def _content(path: Path) -> Any:
     if path.is_dir():
         return None
     if path.name == "catalogue.json":
-        return {name: value for name, value in json.loads(path.read_text()).items() if name != "created"}
+        timed = ("created", "checksum")
+        return {name: value for name, value in json.loads(path.read_text()).items() if name not in timed}
     if path.name == "log.jsonl":  # the steps behind the last checkpoint come again, and are the same
         lines = map(json.loads, path.read_text().splitlines())
         return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}

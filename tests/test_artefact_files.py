@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import xxhash
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -215,6 +216,7 @@ def test_odd_values_are_one_line(made: dict[str, Path], tmp_path: Path, method: 
         (("model", "vision", "num_layers"), 10**9, "num_layers is 1000000000; at most 1000"),
         (("model", "vision", "stem_blocks"), [10**9], "stem_blocks"),
         (("model", "vision", "hidden_size"), 2**30, "encoder.safetensors does not fit|describes no model"),
+        (("model", "vision", "layernorm_eps"), float("nan"), "layernorm_eps is nan, not between 0"),
         (("model", "embedding_dim"), 9, "embedding_dim is not the model's 9"),
         (("model", "vision", "pooling"), "os", "pooling is 'os'; it can be"),
         (("model", "vision", "more"), 1, "has 'more', which this version does not know"),
@@ -362,6 +364,13 @@ def test_odd_tokenizers_are_one_line(made: dict[str, Path], tmp_path: Path) -> N
                 assert "tokenizer" in str(error) and str(error).isprintable()
                 told += 1
     assert told > 15
+    model = copy / "tokenizer" / "spm.model"
+    content = model.read_bytes()
+    for garbage in (b"", b"\xff" * 99, content[: len(content) // 2]):
+        model.write_bytes(garbage)
+        file.write_text(json.dumps({**values, "xxh3": xxhash.xxh3_64_hexdigest(garbage)}))
+        refused(copy, "spm.model: no SentencePiece model")
+    model.write_bytes(content)
     file.write_text(json.dumps({**values, "vocab_size": 47}))
     refused(copy, r"has 48 pieces, its tokenizer\.json says 47")
     file.write_text(json.dumps({**values, "vocab_size": 4800}))

@@ -19,13 +19,13 @@ from harness import verify
 from harness.checksums import write_manifest
 from harness.data import queries, store
 from harness.data.catalogue import Catalogue, CorruptSample
-from harness.data.imported_tokenizer import read_imported
 from harness.data.order import ClassOrder
 from harness.data.product_queries import ProductQueries
 from harness.data.tokenizer import Tokenizer, TokenStore
 from harness.data.whole import FOLDERS, require_whole
 from harness.errors import UserError
 from harness.files import sealed
+from tests.damages import damages
 from tests.pool import layout, ranks
 from tests.runs import arguments
 
@@ -75,17 +75,6 @@ def changed(file: Path, data: bytes | None) -> Iterator[None]:
         file.write_bytes(before)
 
 
-def damages(data: bytes) -> Iterator[bytes | None]:
-    """One bit changed at several places; cut off, emptied, removed."""
-    places = {0, 1, 8, len(data) // 4, len(data) // 2, len(data) * 3 // 4, len(data) - 2, len(data) - 1}
-    for place in sorted(places):
-        yield data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
-    yield data[: len(data) // 2]
-    yield data[:-2]
-    yield b""
-    yield None
-
-
 def said(call: Callable[[], Any]) -> str:
     """The one line of a UserError; '' where there is none."""
     try:
@@ -123,7 +112,7 @@ def test_a_whole_one_is_found_whole(prepared: Path, capsys: pytest.CaptureFixtur
 def test_a_damaged_file_is_named(prepared: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = prepared / name
     named = "" if file.name == "manifest.json" else file.name
-    for data in damages(file.read_bytes()):
+    for data in damages(file.read_bytes(), places=8):
         with changed(file, data):
             start = said(lambda: opened(prepared))
             printed = capsys.readouterr().out
@@ -178,7 +167,7 @@ def test_a_damaged_place_of_the_shards_is_named(
     for data in [*damages(place.read_bytes()), *odd]:
         with changed(place, data):
             found = said(lambda: opened(copy))
-            assert str(place) in found or "shards" in found or "cannot be read" in found, (data, found)
+            assert any(name in found for name in ("shards", "elsewhere", "nowhere")), (data, found)
 
 
 def without_manifests(catalogue: Path, folder: Path) -> Path:
@@ -350,22 +339,6 @@ def test_odd_values_of_derived_files_are_refused(
         found = said(lambda: opened(prepared))
     write_manifest(file.parent)
     assert message in found and file.parent.name in found, found
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ("[]", "tokenizer_config.json is damaged (not a JSON object)"),
-        ("{", "tokenizer_config.json is damaged"),
-        ("[" * 100_000, "tokenizer_config.json is damaged (nested too deep)"),
-        ('{"pad_token": [1]}', "does not say which of its tokens is pad"),
-        ('{"pad_token": {"piece": "[PAD]"}}', "does not say which of its tokens is pad"),
-    ],
-)
-def test_an_odd_tokenizer_config_is_refused(prepared: Path, tmp_path: Path, config: str, message: str) -> None:
-    shutil.copyfile(prepared / "tokenizer/spm.model", tmp_path / "tokenizer.model")
-    (tmp_path / "tokenizer_config.json").write_text(config)
-    assert message in said(lambda: read_imported(tmp_path))
 
 
 @pytest.mark.parametrize("remote", [False, True])

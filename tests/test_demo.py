@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from harness.data.catalogue import Catalogue
+from harness.lock import locked
 from tests.catalogues import make_catalogue
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +27,7 @@ def run_demo(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_demo_runs_to_its_table(tmp_path: Path) -> None:
-    out = tmp_path / "demo"
+    out = tmp_path / "my demo's"  # a blank and a quote
     small = ("--products", "14", "--vocab-size", "80", "--steps", "6")
     done = run_demo("--out", str(out), *small)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -60,6 +61,14 @@ def test_demo_replaces_nothing_but_a_demo(tmp_path: Path) -> None:
     refused = run_demo("--out", str(tmp_path))
     assert refused.returncode == 2 and "is no demo's" in refused.stderr
     assert (tmp_path / "mine.txt").read_text() == "precious"
+    # In a demo's folder too, what somebody put there stays; and two demos do not meet.
+    (tmp_path / demo.MARK).touch()
+    (tmp_path / "run").mkdir()
+    demo.clear(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [demo.MARK, "mine.txt"]
+    with locked(tmp_path / demo.LOCK, "it"):
+        refused = run_demo("--out", str(tmp_path))
+    assert refused.returncode == 2 and f"demo {tmp_path} is in use by `" in refused.stderr
 
 
 @pytest.mark.parametrize("colours,expected", [(True, 1.0), (False, 0.0)])

@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from harness.bench.gpu import empty_folder
 from harness.bench.photos import photo
 from harness.data.preprocess import PreprocessSpec, draw_parameters
 from tests.test_bench import check_report
@@ -317,3 +318,18 @@ def test_the_whole_check_runs_small_on_a_cpu(tmp_path: Path) -> None:
     rows = json.loads(report.read_text())["rows"]
     assert len({(row["case"], row["precision"]) for row in rows}) == 2 * len(training.CASES)
     assert all(row["ok"] for row in rows)
+
+
+def test_a_folder_that_no_check_made_is_not_emptied(tmp_path: Path) -> None:
+    """The default of one program is catalogues/, where a user's own may lie."""
+    precious = tmp_path / "catalogues/products/catalogue.json"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("{}")
+    with pytest.raises(SystemExit) as ended:
+        empty_folder(tmp_path / "catalogues")
+    assert ended.value.code == 2 and precious.exists()
+    for _ in range(2):
+        empty_folder(tmp_path / "work/part")
+        (tmp_path / "work/part/left").touch()
+    empty_folder(tmp_path / "work/part")
+    assert [path.name for path in (tmp_path / "work/part").iterdir()] == [".gpu-check"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -95,6 +96,21 @@ def test_the_lock_of_a_killed_process_holds_nobody_up(tmp_path: Path) -> None:
     with locked(file, "it"):
         pass
     assert not file.exists()
+
+
+def test_a_lock_that_its_holder_removes_just_now_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening and locking the file, its holder ends: what is locked must be the file that the next one finds."""
+    file, flock, ended = tmp_path / ".lock", fcntl.flock, []
+
+    def late(handle: int, how: int) -> None:
+        if not ended:
+            ended.append(True)
+            file.unlink()
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with locked(file, "it"), pytest.raises(UserError, match="in use"), locked(file, "it"):
+        pass
 
 
 def test_a_forked_child_does_not_hold_on(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 
 import faiss
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -170,6 +172,28 @@ def test_search_prints_and_draws(artefact: Path, tmp_path: Path, capsys: pytest.
     assert all(f"{hit['score']:7.4f}  {hit['id']}" in out and hit["title"] in out for hit in first)
     drawn = Image.open(sheet)
     assert drawn.width == 4 * 152 and len(drawn.convert("RGB").getcolors(1 << 20) or []) > 50
+
+
+def test_titles_and_ids_cannot_steer_a_terminal(
+    artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three hits are three lines, whatever their titles hold, and a long id does not push the others aside."""
+    copy, photo = tmp_path / "copy", tmp_path / "photo.png"
+    shutil.copytree(artefact, copy)
+    Image.new("RGB", (64, 48), (200, 40, 40)).save(photo)
+    (part,) = (copy / "documents").iterdir()
+    rows = pq.read_table(part)
+    evil = "\x1b]0;owned\x07\x1b[2J\r\n  1.  0.9999  forged\n" + "x" * 5000
+    for name in ("title", "item"):
+        place = rows.column_names.index(name)
+        rows = rows.set_column(place, name, pa.array([f"{n}{evil}" for n in range(len(rows))]))
+    pq.write_table(rows, part)
+    (copy / "manifest.json").unlink()
+    write_manifest(copy)
+    search.run(search.SearchConfig(artefact=copy, photos=(photo,), top=3, sheet=tmp_path / "sheet.png"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 3 + 1 and all(line.isprintable() and len(line) < 300 for line in lines)
+    assert [line[:6] for line in lines[1:4]] == ["    1.", "    2.", "    3."]
 
 
 def test_every_damaged_file_of_an_artefact_is_named(artefact: Path, tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
+import time
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +21,7 @@ from harness.synth.command import SynthConfig, run
 from harness.synth.products import KINDS, make_products
 from harness.synth.shapes import cutout
 
+ROOT = Path(__file__).parents[1]
 SMALL = SynthConfig(out=Path(), products=12, photos=4, held_out=1, unseen=0.25, near_duplicates=0.34, seed=3, workers=1)
 
 
@@ -154,3 +158,25 @@ def test_an_existing_folder_is_kept(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exists already"):
         run(replace(SMALL, out=tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_drawing_processes_end_with_a_killed_command(tmp_path: Path) -> None:
+    """They would wait for more work for ever; here they are killed amid theirs, and the next command clears away what they drew."""
+    out = tmp_path / "out"
+    words = ["synth", str(out), *"--products 8 --photos 12 --held-out 1 --unseen 0 --workers 1".split()]
+    command = [sys.executable, "-m", "harness", *words]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not list(out.with_name("out.tmp").glob("new/images/*")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+    assert len(children) >= 1
+    for _ in range(600):
+        if not any(Path("/proc", child).exists() for child in children):
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError(f"{children} live on")
+    run(replace(SMALL, out=out, products=8, photos=1, near_duplicates=0.0, unseen=0.0))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

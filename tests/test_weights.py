@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from harness.checksums import verify, write_manifest
@@ -752,6 +752,17 @@ def test_odd_imported_weights_are_one_line(folders: dict[str, Path], tmp_path: P
                 assert "process group" in str(error)
     assert told > 40
     (out / "weights.json").write_text(json.dumps(meta))
+    state = load_file(out / "weights.safetensors")
+    for message, damaged in (
+        ("text.position is missing", {name: t for name, t in state.items() if name != "text.position"}),
+        ("more is too much", state | {"\x1b[2Jmore": torch.ones(1)}),
+        ("holds F16, F32", state | {"text.position": state["text.position"].half()}),
+    ):
+        save_file(damaged, out / "weights.safetensors")
+        write_manifest(out, algorithm="sha256")
+        with pytest.raises(UserError, match=message) as shown:
+            run_export(ExportWeightsConfig(source=out, out=tmp_path / "back", tower="text", layout="bert"))
+        assert str(shown.value).isprintable()
     for content in (b"", b"[" * 9999, (out / "weights.safetensors").read_bytes()[:999]):
         (out / "weights.safetensors").write_bytes(content)
         write_manifest(out, algorithm="sha256")

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -95,6 +96,17 @@ class Program:
         temporary = self.out.with_suffix(".tmp")
         temporary.write_text(json.dumps(self._report, indent=1, default=str) + "\n")
         os.replace(temporary, self.out)
+
+
+def empty_folder(folder: Path) -> None:
+    """Makes `folder` anew where nothing is, or what an earlier program left; ends this program where it holds anything else."""
+    mark = folder / ".gpu-check"
+    if os.path.lexists(folder) and not mark.is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        print(f"error: {folder} holds something that no check of a GPU made. Name another folder", file=sys.stderr)
+        sys.exit(2)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    mark.touch()
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

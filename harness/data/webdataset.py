@@ -5,6 +5,7 @@ A webdataset sample is a run of members that share their name up to its first do
 
 from __future__ import annotations
 
+import json
 import os
 import tarfile
 import time
@@ -37,7 +38,7 @@ from harness.data.staging import staged_folder
 from harness.data.store import PLACE_FILE
 from harness.data.writers import NpyWriter, ParquetWriter
 from harness.errors import UserError
-from harness.files import parse_json, write_json
+from harness.files import write_json
 
 EXAMPLE = "shelfmark index /shared/tars --out catalogues/products --kind document"
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")  # extensions of the member that is the sample's image
@@ -263,7 +264,7 @@ def _fields(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> dict[s
     fields: Any = {}
     try:
         if "json" in members:
-            fields = parse_json(_bytes(tar, members["json"], MOST_FIELDS))
+            fields = json.loads(_bytes(tar, members["json"], MOST_FIELDS))
             if not isinstance(fields, dict):
                 raise ValueError("no object")
         if "txt" in members:

@@ -6,13 +6,14 @@ import csv
 import io
 import json
 import os
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import repeat
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def run(config: SynthConfig) -> dict[str, Any]:
     with staged_folder(config.out) as stage:
         (stage / "images").mkdir()
         # Not forked: the caller may have threads.
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, get_context("spawn"), _end_with_parent) as pool:
             drawn = pool.map(_draw_product, repeat(config), repeat(stage), range(config.products))
             rows = [row for some in tqdm(drawn, total=config.products, desc="synth", unit=" products") for row in some]
         with (stage / "manifest.tsv").open("w", encoding="utf-8", newline="") as file:
@@ -139,6 +140,18 @@ def _check(config: SynthConfig) -> None:
         if not least <= getattr(config, name) <= most:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} is {getattr(config, name)}", f"It must be from {least} to {most}")
+
+
+def _end_with_parent() -> None:
+    """Ends this drawing process where the command was killed: it would wait for more work for ever."""
+
+    def watch() -> None:
+        parent = parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _draw_product(config: SynthConfig, folder: Path, number: int) -> list[dict[str, str]]:

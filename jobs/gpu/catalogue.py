@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from harness import govern
-from harness.bench.gpu import Program
+from harness.bench.gpu import Program, empty_folder
 from harness.bench.photos import photos as made_up
 from harness.data import ingest, queries, tokenizer
 from harness.synth import command as synth
@@ -57,7 +57,7 @@ def main() -> None:
     """Entry point."""
     program = Program("gpu catalogue", "Draws the catalogues for the check of a GPU.", {"folder": "catalogues"})
     folder = Path(program.given.folder)
-    shutil.rmtree(folder, ignore_errors=True)
+    empty_folder(folder)
     for name, make in (
         ("drawn", lambda: drawn(folder, *((8, 1) if program.tiny else (64, 4)))),
         ("photos", lambda: photos(folder, *((8, 64) if program.tiny else (512, LONG_SIDE)))),

@@ -11,7 +11,7 @@ import json
 import shutil
 from pathlib import Path
 
-from harness.bench.gpu import Program
+from harness.bench.gpu import Program, empty_folder
 from harness.config import parse
 from harness.loop import Trainer
 from harness.mesh import Mesh
@@ -25,6 +25,7 @@ def main() -> None:
         "gpu from jpegs", "Training steps from JPEGs.", {"catalogues": "catalogues", "work": "work", "batch": 256}
     )
     work = Path(program.given.work)
+    empty_folder(work)
     batch, steps, threads = (8, 2, [1]) if program.tiny else (program.given.batch, 24, [4, 8, 16])
     recipe = {
         "data.catalogue": str(Path(program.given.catalogues) / "photos"),

@@ -21,7 +21,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from harness.bench.gpu import Program
+from harness.bench.gpu import Program, empty_folder
 from harness.data.catalogue import Catalogue
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "oclear_demo.yaml"
@@ -67,8 +67,7 @@ def main() -> None:
     """Entry point."""
     program = Program("gpu line", "The commands of a run.", {"catalogues": "catalogues", "work": "work"})
     work, catalogue = Path(program.given.work), Path(program.given.catalogues) / "drawn"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    empty_folder(work)
     line, run, half, steps = (
         Line(program, program.out.parent),
         work / "run",

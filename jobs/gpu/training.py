@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from harness.bench.gpu import Program
+from harness.bench.gpu import Program, empty_folder
 
 SAVED, STEPS = 4, 6  # the checkpoint is of the fourth step
 WAIT = 300.0  # seconds for the other side's checkpoint
@@ -298,8 +298,7 @@ def main() -> None:
     flags = {"catalogues": "catalogues", "work": "work", "cases": list[str]()}
     program = Program("gpu training", "Training steps on the GPU against the same on a CPU.", flags)
     work, catalogue = Path(program.given.work), Path(program.given.catalogues) / "drawn"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    empty_folder(work)
     cases = program.given.cases or list(TINY if program.tiny else CASES)
     sides = {side: start(side, program, work, catalogue, cases) for side in ("here", "twin")}
     try:
