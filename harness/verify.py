@@ -1,6 +1,7 @@
 """`shelfmark verify`: reads catalogues, runs, checkpoints, artefacts and folders of weights through, and names what is damaged.
 
-Checksums tell that nothing has changed since a folder was written, not who wrote it. Nothing that is read is run, and PyTorch is not needed.
+Checksums tell that nothing has changed since a folder was written, not who wrote it. Nothing that is read is run. PyTorch is loaded only for
+checkpoints, whose pickles are looked through too.
 """
 
 from __future__ import annotations
@@ -86,6 +87,10 @@ def _findings(path: Path, config: VerifyConfig) -> Iterator[Finding]:
 def _folder(path: Path, kind: str, remedy: str) -> Finding:
     if not (path / MANIFEST).exists() and kind == "weights":
         return Finding(f"{kind} {path}", "", "", "of an earlier version, which wrote no checksums; import them again")
+    if kind == "checkpoint":
+        from harness.checkpoint import problem  # here: it loads PyTorch
+
+        return Finding(f"{kind} {path}", problem(path), remedy)
     return Finding(f"{kind} {path}", verify(path), remedy)
 
 

@@ -28,6 +28,8 @@ from harness import checkpoint
 from harness.checksums import verify, write_manifest
 from harness.errors import UserError
 from harness.trained import find_checkpoint
+from harness.verify import VerifyConfig
+from harness.verify import run as run_verify
 from tests.runs import arguments, tiny_config, trainer
 
 CONTENT = {".metadata": b"m", "a/.b/c": b"12345", "a/d": b"", "state.json": b"{}"}
@@ -268,6 +270,8 @@ def test_a_forged_checkpoint_is_passed_over_and_runs_nothing(forged: Path, name:
     assert len(passed_over) == 1 and passed_over[0].startswith("step-00000002: ") and "\n" not in passed_over[0]
     with pytest.raises(UserError):
         find_checkpoint(forged, newer)
+    with pytest.raises(UserError, match="1 of 1 are damaged"):
+        run_verify(VerifyConfig(paths=(newer,)))
 
 
 def test_data_of_a_tensor_are_read_as_tensors_alone(forged: Path, catalogue: Path) -> None:
