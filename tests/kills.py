@@ -187,7 +187,8 @@ def _content(path: Path) -> Any:
     if path.is_dir():
         return None
     if path.name == "catalogue.json":
-        return {name: value for name, value in json.loads(path.read_text()).items() if name != "created"}
+        timed = ("created", "checksum")
+        return {name: value for name, value in json.loads(path.read_text()).items() if name not in timed}
     if path.name == "log.jsonl":  # the steps behind the last checkpoint come again, and are the same
         lines = map(json.loads, path.read_text().splitlines())
         return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
