@@ -119,9 +119,8 @@ class LibraryPieces:
 
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(model.decode())
-            self._tokenizer.encode(
-                "\U0002a6d6"
-            )  # of some files only a text shows that they lack a piece for what is unknown
+            # Of some files only a text shows that they lack a piece for what is unknown.
+            self._tokenizer.encode("\U0002a6d6")
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"no tokenizer.json of the tokenizers library ({error})") from error
         self._tokenizer.no_padding()
