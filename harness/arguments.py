@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import Any, get_origin
 
 import jsonargparse
-import yaml
 
 from harness.errors import UserError
-from harness.files import printable
+from harness.files import printable, read_yaml
 from harness.launcher import end_with_launcher
 
 USER_ERROR_CODE = 2
-LARGEST_RECIPE = 1 << 20  # bytes
 LONGEST_LINE = 2000  # characters of an error that are printed
 OTHERS_WAIT = 1.0  # seconds; torchrun looks after its ranks ten times in one
 # Errors that are the machine's, not the program's, and what to do about them.
@@ -117,32 +115,13 @@ def unknown_key(key: str, known: Iterable[str], where: str) -> UserError:
     return UserError(f"{where}: unknown key '{key}'", f"Did you mean '{near[0]}'?" if near else "")
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads YAML without aliases: a page of them can stand for more than a memory holds."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """As the base class, but raises ComposerError for an alias."""
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "an alias (*) is not taken", self.peek_event().start_mark)
-        return super().compose_node(parent, index)
-
-
 def read_recipe(path: Path, known: Iterable[str]) -> dict[str, Any]:
     """The mapping of a YAML recipe, its keys checked against `known` (dotted).
 
     Raises:
         UserError: no such file, no YAML mapping, an unknown key, or one without a value.
     """
-    try:
-        with path.open("rb") as file:
-            text = file.read(LARGEST_RECIPE + 1)
-        if len(text) > LARGEST_RECIPE:
-            raise UserError(f"recipe {path} has more than {LARGEST_RECIPE:,} bytes", "Recipes lie in jobs/recipes")
-        recipe = yaml.load(text.decode(), _Loader)
-    except OSError as error:
-        raise UserError(f"recipe {path}: {error.strerror}", "Recipes lie in jobs/recipes") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also bytes that are not UTF-8
-        raise UserError(f"recipe {path} is no YAML: {_one_line(str(error))}") from error
+    recipe = read_yaml(path, f"recipe {path}", "Recipes lie in jobs/recipes")
     if not isinstance(recipe, dict):
         raise UserError(f"recipe {path} must be a YAML mapping of keys to values")
     names = set(known)

@@ -158,9 +158,14 @@ def _publish(temporary: Path, final: Path, keep: int) -> None:
         final.rename(folder / f".{final.name}.replaced")
     temporary.rename(final)
     write_whole(folder / "latest", final.name)
+    _retire(folder, keep, final)
+
+
+def _retire(folder: Path, keep: int, written: Path) -> None:
+    """Deletes what is older than `written` and than the newest `keep` that are known to be whole."""
     steps = _steps(folder, _STEP)
     kept = [path for path in steps if path in _whole][:keep]
-    for old in steps[max(steps.index(kept[-1]), steps.index(final)) + 1 :] if len(kept) == keep else []:
+    for old in steps[max(steps.index(kept[-1]), steps.index(written)) + 1 :] if len(kept) == keep else []:
         if (old / "manifest.json").is_file() and not old.is_symlink():  # one of ours; a link is the user's
             old.rename(folder / f".{old.name}.old")
 
@@ -169,6 +174,24 @@ def _publish(temporary: Path, final: Path, keep: int) -> None:
             shutil.rmtree(gone, ignore_errors=True)
 
     threading.Thread(target=delete, name=_DELETING).start()  # no daemon: the process ends after it
+
+
+def tidy(folder: Path, keep: int, resumed: Path, mesh: Mesh) -> None:
+    """Ends what a process began that was killed after its last save, and deletes what a smaller `keep` asks for; collective.
+
+    Where there are more than `keep` checkpoints, the newest are read through until so many are known to be whole.
+    """
+    steps = at_first(lambda: _steps(folder, _STEP), mesh, "listing checkpoints")
+    if len(steps) > keep:
+        for path in steps:
+            if sum(step in _whole for step in steps) < keep and path not in _whole and not problem(path, mesh):
+                _whole.add(path)
+
+    def end() -> None:
+        write_whole(folder / "latest", resumed.name)
+        _retire(folder, keep, resumed)
+
+    on_first_rank(end, mesh, "removing old checkpoints")
 
 
 def newest(folder: Path, mesh: Mesh | None = None) -> tuple[Path | None, list[str]]:

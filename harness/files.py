@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import xxhash
+import yaml
 
 from harness.errors import UserError
 
 T = TypeVar("T", bound="str | bool | int | float | list[Any] | dict[str, Any]")
+LARGEST_YAML = 1 << 20  # bytes
 LARGEST_JSON = 1 << 28  # bytes; the largest of ours, the manifest of a checkpoint by 10,000 ranks, has 1e6
 _HARMLESS = "\u00a0\u2009\u202f\u3000\u200c\u200d"  # spaces, and joiners of letters and emoji
 _KINDS: dict[type, str] = {
@@ -45,6 +47,40 @@ def read_json(file: Path, remedy: str = "") -> Any:
     except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
         reason = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise UserError(f"{file} is damaged ({reason})", remedy) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads YAML without aliases: a page of them can stand for more than a memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """As the base class, but raises ComposerError for an alias."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "an alias (*) is not taken", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+
+def read_yaml(file: Path, what: str, remedy: str = "", aliases: bool = False) -> Any:
+    """Reads a YAML file of at most 1 MiB.
+
+    Args:
+        file: the file.
+        what: it in words, for an error.
+        remedy: what to do where there is no such file, or where it is too large.
+        aliases: take them (*name); not from strangers.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read, is too large, or is not YAML.
+    """
+    try:
+        with file.open("rb") as opened:
+            text = opened.read(LARGEST_YAML + 1)
+        if len(text) > LARGEST_YAML:
+            raise UserError(f"{what} has more than {LARGEST_YAML:,} bytes", remedy)
+        return yaml.load(text.decode(), yaml.SafeLoader if aliases else _Loader)
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror}", remedy) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also bytes that are not UTF-8
+        raise UserError(f"{what} is no YAML: {' '.join(str(error).split()).rstrip('.')}") from error
 
 
 def read_record(file: Path, remedy: str = "") -> Record:

@@ -44,7 +44,7 @@ def locked(file: Path, what: str) -> Iterator[None]:
     Raises:
         UserError: another process holds it, which is named; or the file cannot be written, or is somebody else's.
     """
-    me = _myself()
+    me, made = _myself(), not os.path.lexists(file.parent)
     handle = _take(file, what, me)
     ended = threading.Event()
     thread = threading.Thread(target=_beat, args=(handle, me, ended), name="lock", daemon=True)
@@ -59,6 +59,9 @@ def locked(file: Path, what: str) -> Iterator[None]:
                 file.unlink()
             _held.discard(handle)
             os.close(handle)
+            with suppress(OSError):  # nothing came of it
+                if made:
+                    file.parent.rmdir()
 
 
 def is_lock(file: Path) -> bool:
@@ -81,7 +84,7 @@ def _take(file: Path, what: str, me: dict[str, Any]) -> int:
                 file.parent.is_dir() or not os.path.lexists(file.parent)
             ):
                 continue
-            raise UserError(f"cannot create {file}: {error.strerror}") from error
+            raise UserError(f"{what}: cannot create {file.name}: {error.strerror}", "Choose another folder") from error
         try:
             alone = _flock(handle)
             if not _is_at(file, handle):

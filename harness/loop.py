@@ -182,7 +182,8 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Trains to the last step (or to train.stop_at); returns the final figures."""
         config, train = self.config, self.config.train
-        log = RunLog(config.run_dir, self.mesh, self.step, train.steps)
+        again = on_first_rank(self._lacks_evaluation, self.mesh, "looking for the last evaluation")
+        log = RunLog(config.run_dir, self.mesh, self.step, train.steps, again)
         where = f"{self.mesh.line}, precision {train.precision}"
         for line in [where, self.mesh.accelerators.line, f"images: {self.loader.images.line}", *self.notes]:
             log.say(line)
@@ -197,6 +198,8 @@ class Trainer:
         profiler = StepProfiler(train.profile_steps, config.run_dir, self.mesh.rank)
         self.mesh.watch.at = self._place
         try:
+            if again:
+                report = self.evaluate(log)
             self.clock.start(exact=False)
             for data in self.loader.steps(self.step, end):
                 profiler.before(self.step)
@@ -219,13 +222,11 @@ class Trainer:
                 pause = time.perf_counter()
                 if (train.checkpoint_every and self.step % train.checkpoint_every == 0) or last:
                     self.save()
-                if (train.evaluate_every and self.step % train.evaluate_every == 0) or self.step == train.steps:
+                if self._evaluates():
                     report = self.evaluate(log)
                 paused += time.perf_counter() - pause
                 window += time.perf_counter() - pause
                 self.clock.start(exact=self.step % train.log_every == train.log_every - 1)
-            if report is None and self.step == train.steps:  # a run that was stopped before it had been evaluated
-                report = self.evaluate(log)
             if self.mesh.rank == 0 and self.step == train.steps:
                 log.board.finish()
         except Exception as error:
@@ -283,6 +284,19 @@ class Trainer:
             self.config.train.keep_checkpoints,
         )
 
+    def _evaluates(self) -> bool:
+        """True where an evaluation belongs to the present step."""
+        train = self.config.train
+        return (train.evaluate_every > 0 and self.step % train.evaluate_every == 0) or self.step == train.steps
+
+    def _lacks_evaluation(self) -> bool:
+        """True where the process before saved this step and ended amid its evaluation; and at the last step, whose figures `fit` returns."""
+        done = self._figures_file().exists() and self.step < self.config.train.steps
+        return self.step > 0 and self._evaluates() and not done
+
+    def _figures_file(self) -> Path:
+        return self.config.run_dir / f"eval-{self.step:08d}.json"
+
     def evaluate(self, log: RunLog) -> Report:
         """Evaluates the present weights, or their average if there is one; logs metrics, retrieval panel and projector; collective."""
         self._align()
@@ -297,7 +311,7 @@ class Trainer:
         log.board.image("retrieval/panel", draw_panel(self._panel_rows(report)), self.step)
         if report.sample is not None and len(report.sample.ids):
             self.projector.write(self.step, report.sample)
-        write_json(self.config.run_dir / f"eval-{self.step:08d}.json", {**report.figures, "slices": report.rows})
+        write_json(self._figures_file(), {**report.figures, "slices": report.rows})
 
     def _evaluated(self) -> AbstractContextManager[None]:
         """Inside, the towers have the weights that are evaluated: their average, if there is one."""
@@ -439,6 +453,7 @@ class Trainer:
             self._check_ledger(path, state.get("ledger_before"))
         # Embeddings in a memory bank are labelled with class ids, which a new phase gives anew.
         self._load(path, replace(self.parts, memory=None) if begins else self.parts, classes)
+        checkpoint.tidy(path.parent, config.train.keep_checkpoints, path, self.mesh)
         if self.ema is not None and not checkpoint.has_average(path):
             self.notes.append(f"{path.name} holds no average of the weights: it starts from its weights")
         self.notes.append(f"resumed {path.name} (saved by {state['world_size']} ranks, now {self.mesh.world_size})")

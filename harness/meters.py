@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from harness.board import Board
-from harness.files import printable
+from harness.files import printable, write_whole
 from harness.mesh import Mesh
 
 _NEXT = {"data": "forward", "forward": "backward", "backward": "optimizer", "optimizer": "what follows a step"}
@@ -59,18 +59,22 @@ class RunLog:
         mesh: the ranks.
         first: step at which this process starts; later lines of an earlier process are cut, they will be written again.
         steps: last step, for the progress bar.
+        again: whether `first` is evaluated again: the line of its evaluation is cut too.
 
     On rank 0 `board` is the run's TensorBoard; other ranks have none.
     """
 
-    def __init__(self, folder: Path, mesh: Mesh, first: int, steps: int) -> None:
+    def __init__(self, folder: Path, mesh: Mesh, first: int, steps: int, again: bool = False) -> None:
         self.active = mesh.rank == 0
         if not self.active:
             return
         self._file = folder / "log.jsonl"
         if self._file.exists():
-            kept = [line for line in self._file.read_text().splitlines() if _step(line) <= first]
-            self._file.write_text("".join(f"{line}\n" for line in kept))
+            # An evaluation has a line of its own.
+            last = first - again
+            lines = [(_step(line), line) for line in self._file.read_text().splitlines()]
+            kept = [line for step, line in lines if step <= (first if "train/loss" in line else last)]
+            write_whole(self._file, "".join(f"{line}\n" for line in kept))
         self._jsonl = self._file.open("a")
         self.board = Board(folder / "tensorboard", first)
         # A file gets a line now and then, a terminal a smooth bar.

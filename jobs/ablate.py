@@ -17,12 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from harness.arguments import Parser, run_command
 from harness.data.ingest import parse_part
 from harness.errors import UserError
-from harness.files import write_json
+from harness.files import read_yaml, write_json
 from harness.versions import versions
 
 
@@ -65,10 +63,7 @@ class Ablation:
         Raises:
             UserError: it cannot be read, a key is missing, unknown or of another kind, or two runs would have one name.
         """
-        try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+        content = read_yaml(file, str(file), aliases=True)
         keys = {"recipe", "metrics", "seeds", "settings", "cells"}
         if not isinstance(content, dict) or set(content) != keys:
             found = ", ".join(map(str, content)) if isinstance(content, dict) else "none"

@@ -308,7 +308,7 @@ def test_train_refuses_a_catalogue_that_is_not_ready(shelfmark: Shelfmark, catal
 
 
 def test_train_refuses_a_run_folder_that_it_cannot_have(shelfmark: Shelfmark, catalogue: Path, manifest: Path) -> None:
-    refused(shelfmark("train", *arguments(catalogue, manifest)), f"run folder {manifest}", "--run-dir")
+    refused(shelfmark("train", *arguments(catalogue, manifest)), f"run folder {manifest}", "Choose another folder")
 
 
 @pytest.mark.parametrize(

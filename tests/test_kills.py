@@ -31,14 +31,7 @@ def test_a_share_of_the_points_of_the_most_exposed_commands(tmp_path: Path) -> N
     assert said.count("its operations, the last before number") == len(SHARE)
 
 
-# harness/loop.py saves before it evaluates, so that a kill amid the evaluation costs its figures; and what the last save of a run was deleting
-# when it was killed stays, for nothing is saved after it.
-OPEN = pytest.param(
-    "train", marks=pytest.mark.xfail(strict=True, reason="evaluation after the save; the last retention")
-)
-
-
 @pytest.mark.full
-@pytest.mark.parametrize("name", [OPEN if name == "train" else name for name in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_every_point(tmp_path: Path, name: str) -> None:
     kill(tmp_path, SLOW.get(name, 1), name)

@@ -84,7 +84,7 @@ def test_the_second_is_told_by_whom(tmp_path: Path) -> None:
     assert not file.exists()
     with locked(file, "the folder"), pytest.raises(UserError, match=f"process {os.getpid()}"), locked(file, "it"):
         pass
-    assert os.listdir(tmp_path / "folder") == []
+    assert not file.parent.exists(), "made for the lock alone"
 
 
 def test_the_lock_of_a_killed_process_holds_nobody_up(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_file_that_is_no_lock_is_not_written(tmp_path: Path, content: str) -> 
     file.unlink()
     target.write_text("")
     file.symlink_to(target)
-    with pytest.raises(UserError, match=r"cannot create .*\.lock"), locked(file, "it"):
+    with pytest.raises(UserError, match=r"it: cannot create \.lock"), locked(file, "it"):
         pass
     assert file.is_symlink() and target.read_text() == ""
 

@@ -229,9 +229,9 @@ def of(**files: Any) -> Any:
         (of(synonyms=b"blue: navy"), "is no table of lists of words"),
         (of(synonyms=b"- blue"), "is no table"),
         (of(synonyms=b"blue: [navy, 4]"), "is no table of lists of words"),
-        (of(synonyms=b"blue: [navy"), "cannot be read"),
-        (of(synonyms=b"blue: [\xff]"), "cannot be read"),
-        (lambda _, folder: {"synonyms": folder / "absent.yaml"}, "cannot be read"),
+        (of(synonyms=b"blue: [navy"), "is no YAML"),
+        (of(synonyms=b"blue: [\xff]"), "is no YAML"),
+        (lambda _, folder: {"synonyms": folder / "absent.yaml"}, "No such file"),
         (grow, r"queries does not fit the catalogue\. Run `shelfmark queries"),
     ],
 )

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import xxhash
-import yaml
 
 from harness.checksums import write_manifest
 from harness.data.catalogue import Catalogue, nearest_first
@@ -29,7 +28,7 @@ from harness.data.product_queries import ARRAYS, QUERIES_FORMAT, words_of
 from harness.data.staging import staged_folder
 from harness.data.whole import require_whole
 from harness.errors import UserError
-from harness.files import printable
+from harness.files import printable, read_yaml
 
 EXAMPLE = "shelfmark queries catalogues/fashion --attributes gender,base_colour,sub_category --category sub_category"
 CLICK_COLUMNS = ("text", "document", "clicks")
@@ -163,10 +162,7 @@ def _synonyms(file: Path | None) -> dict[str, list[str]]:
     """Value in lower case -> other wordings."""
     if file is None:
         return {}
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--synonyms {file} cannot be read: {' '.join(str(error).split())}") from error
+    content = read_yaml(file, f"--synonyms {file}")
     lists = list(content.values()) if isinstance(content, dict) else [None]
     if not all(isinstance(words, list) and all(isinstance(word, str) for word in words) for words in lists):
         raise UserError(

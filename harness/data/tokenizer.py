@@ -43,6 +43,7 @@ IMPORTED_FORMAT = 2  # kind and special ids are the library's; versions that kno
 FIELDS = ("title", "description")
 SPECIAL_PIECES = {"pad": "[PAD]", "unk": "[UNK]", "bos": "[CLS]", "eos": "[SEP]", "mask": "[MASK]"}
 SPECIAL_IDS = {name: token for token, name in enumerate(SPECIAL_PIECES)}
+LARGEST_VOCABULARY = 10_000_000  # what a model's configuration takes
 # SentencePiece skips longer texts in silence, 4,192 bytes by default.
 MAX_TEXT_BYTES = 1 << 20
 AGAIN = "Run `shelfmark tokenizer` again"
@@ -336,6 +337,8 @@ def _train(catalogue: Catalogue, config: TokenizerConfig) -> tuple[bytes, dict[s
     """The trained model, and what it was learned from."""
     if config.vocab_size <= len(SPECIAL_IDS):
         raise UserError(f"--vocab-size is {config.vocab_size}", f"{len(SPECIAL_IDS)} are special pieces already")
+    if config.vocab_size > LARGEST_VOCABULARY:
+        raise UserError(f"--vocab-size is {config.vocab_size}", f"It must be at most {LARGEST_VOCABULARY:,}")
     if config.max_texts < 1:
         raise UserError(f"--max-texts is {config.max_texts}", "It must be at least 1")
     if not 0.9 <= config.character_coverage <= 1:
