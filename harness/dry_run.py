@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from harness.config import RunConfig
@@ -173,10 +173,8 @@ def dry_run(config: RunConfig, world: int, active: float, cuda: bool) -> DryRun:
         there = [*towers.parameters(), *towers.buffers(), *([] if head is None else [head.rows])]
         there += [getattr(batch, name) for batch in batches for name in TENSORS]
         banks = method.memory
-        if banks is not None:
-            there += banks.buffers()
-            for bank in banks.values():
-                bank.pushed = torch.full((), len(bank.labels))
+        there += [] if banks is None else banks.buffers()
+        fill_banks(banks)
         kept, recorder = 0, Recorder(there)
         with recorder, _OnGpu() if cuda else nullcontext(), mock.patch.object(class_parallel, "_kernel", lambda _: _Kernel):
             mesh.seed_streams(0, 0)
@@ -207,7 +205,7 @@ def made_batch(config: RunConfig, sizes: dict[str, list[int]], dtype: torch.dtyp
     n, queries, side = sizes["document"][0], sizes["query"][0], model.vision.image_size
     photos, texts = (0, queries) if reads.kind == "texts" else (queries, 0)
     hidden = masked(config.data.masking, reads.text_length, reads.num_patches)
-    with torch.utils._python_dispatch._disable_current_modes():
+    with _disable_current_modes():
         words, patches = (_first(n, count, k) for count, k in zip(hidden, (reads.text_length, reads.num_patches), strict=True))
         host = Batch.of_texts(torch.zeros(0, 0))
         host = replace(
@@ -247,6 +245,13 @@ def made_batch(config: RunConfig, sizes: dict[str, list[int]], dtype: torch.dtyp
         sizes=sizes,
         origin=host,
     )
+
+
+def fill_banks(banks: Any) -> None:
+    """Lets memory banks, or None, be full and take part."""
+    with _disable_current_modes():
+        for bank in [] if banks is None else banks.values():
+            bank.pushed = torch.tensor(max(bank.after, len(bank.labels)))
 
 
 def masked(config: MaskConfig, words: int, patches: int) -> tuple[float, float]:

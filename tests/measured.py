@@ -22,7 +22,7 @@ from harness.bench.ranks import Memory, on_ranks
 from harness.config import parse
 from harness.data.loader import StepData
 from harness.estimate import estimate
-from harness.flops import masked
+from harness.dry_run import masked
 from harness.methods import METHODS
 from models.batch import Batch
 
