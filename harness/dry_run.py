@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import sys
+import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -31,7 +32,7 @@ from harness.methods import METHODS, builder
 from kernels.cosine_lse import CosineLse
 from models.batch import TENSORS, Batch
 from models.heads import class_parallel
-from models.heads.class_parallel import ClassParallelHead, rows_per_rank
+from models.heads.class_parallel import ClassParallelHead
 
 
 class Shapes(FakeTensorMode):
@@ -163,20 +164,30 @@ def dry_run(config: RunConfig, world: int, active: float, cuda: bool) -> DryRun:
         trained = [p for p in towers.parameters() if p.requires_grad]
         for p in trained:
             p.data = p.data.to(dtype)
-            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # it goes to megatron-core's buffer
+            p.register_post_accumulate_grad_hook(
+                lambda p: setattr(p, "grad", None)
+            )  # it goes to megatron-core's buffer
         head = None
         if active:
-            settings = replace(config.head, num_classes=round(active), embedding_dim=model.embedding_dim, sample_rate=1.0)
+            settings = replace(
+                config.head, num_classes=round(active), embedding_dim=model.embedding_dim, sample_rate=1.0
+            )
             head = ClassParallelHead(settings, mesh.row_group, mesh.dp, mesh.device, copy_group=mesh.tp)
         method: Any = spec.assemble(model, towers, head, mesh.dp)
-        batches = [made_batch(config, _sizes(config, mesh.dp.size(), i), dtype) for i in range(config.data.micro_batches)]
+        batches = [
+            made_batch(config, _sizes(config, mesh.dp.size(), i), dtype) for i in range(config.data.micro_batches)
+        ]
         there = [*towers.parameters(), *towers.buffers(), *([] if head is None else [head.rows])]
         there += [getattr(batch, name) for batch in batches for name in TENSORS]
         banks = method.memory
         there += [] if banks is None else banks.buffers()
         fill_banks(banks)
         kept, recorder = 0, Recorder(there)
-        with recorder, _OnGpu() if cuda else nullcontext(), mock.patch.object(class_parallel, "_kernel", lambda _: _Kernel):
+        with (
+            recorder,
+            _OnGpu() if cuda else nullcontext(),
+            mock.patch.object(class_parallel, "_kernel", lambda _: _Kernel),
+        ):
             mesh.seed_streams(0, 0)
             if head is not None:
                 head.begin_step(torch.cat([b.host.labels for b in batches]))
@@ -206,7 +217,9 @@ def made_batch(config: RunConfig, sizes: dict[str, list[int]], dtype: torch.dtyp
     photos, texts = (0, queries) if reads.kind == "texts" else (queries, 0)
     hidden = masked(config.data.masking, reads.text_length, reads.num_patches)
     with _disable_current_modes():
-        words, patches = (_first(n, count, k) for count, k in zip(hidden, (reads.text_length, reads.num_patches), strict=True))
+        words, patches = (
+            _first(n, count, k) for count, k in zip(hidden, (reads.text_length, reads.num_patches), strict=True)
+        )
         host = Batch.of_texts(torch.zeros(0, 0))
         host = replace(
             host,
@@ -280,13 +293,11 @@ def _sizes(config: RunConfig, ranks: int, micro: int) -> dict[str, list[int]]:
 
 @contextmanager
 def _mesh_of(config: RunConfig, world: int) -> Iterator[Mesh]:
-    """The groups of the first of `world` ranks that are not there."""
-    settings = replace(config.mesh, device="cpu", compile="never", accelerators="torch")
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    with mock.patch.dict(os.environ, WORLD_SIZE=str(world)):
+    """The groups of the first of `world` ranks, of which there is no other."""
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    with warnings.catch_warnings(action="ignore"):
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
-        mesh = Mesh(settings)
+        mesh = Mesh(replace(config.mesh, device="cpu", compile="never", accelerators="torch"))
         try:
             yield mesh
         finally:

@@ -106,8 +106,14 @@ def figures_of(config: RunConfig, num_classes: int, world: int, text_length: int
     On GPUs, whatever this machine has, unless mesh.device is cpu.
     """
     model, cuda = config.model, config.mesh.device != "cpu"
-    active = active_rows(num_classes, config.head.sample_rate, sum(METHODS[config.method].reads(model).samples(config.data)))
-    run = dry_run(config, world, active, cuda)
+    active = active_rows(
+        num_classes, config.head.sample_rate, sum(METHODS[config.method].reads(model).samples(config.data))
+    )
+    try:
+        run = dry_run(config, world, active, cuda)
+    except Exception as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"a dry run of this recipe on {world} rank(s) fails: {why}", "A real one would too") from error
     towers, trained = parameters(config)
     own = min(num_classes, rows_per_rank(num_classes, world))
     length = min(text_length or model.text.max_length, model.text.max_length)
@@ -145,7 +151,7 @@ def parameters(config: RunConfig) -> tuple[int, int]:
 
 def memory_per_rank(config: RunConfig, world: int, own: int, active: float, run: DryRun) -> dict[str, float]:
     """Bytes of the first rank at the peak of a step, by term; it has `own` class rows, of which `active` take part."""
-    size, ranks, cuda = _number_bytes(config), world // config.mesh.tensor_parallel, config.mesh.device != "cpu"
+    size, ranks, cuda = number_bytes(config), world // config.mesh.tensor_parallel, config.mesh.device != "cpu"
     per_row = row_bytes(config.head, config.optimizer.rows, config.model.embedding_dim)
     # What else the peak may be, beside the rows' gradients: gloo reduces a copy of the whole buffer; AdamW's denominators, on a GPU all at once.
     reduced = 0 if cuda else FP32 * run.trained
@@ -166,7 +172,9 @@ def memory_per_rank(config: RunConfig, world: int, own: int, active: float, run:
         "images": size * images,
         "read_ahead": min(config.data.read_ahead * read, max(config.data.read_ahead_bytes, read)),
         "activations": float(run.kept),
-        "working": float(peak - run.kept),  # what else the moment of the peak holds, which may be one without activations
+        "working": float(
+            peak - run.kept
+        ),  # what else the moment of the peak holds, which may be one without activations
     }
 
 
@@ -184,7 +192,9 @@ def checkpoint_bytes(config: RunConfig, num_classes: int, towers: int, trained: 
     per_row = row_bytes(config.head, config.optimizer.rows, config.model.embedding_dim)
     # AdamW's state holds the fp32 weights too, so that a run goes on exactly in either precision.
     average = FP32 if config.train.ema_decay else 0
-    return float(_number_bytes(config) * towers + (3 * FP32 + average) * trained + num_classes * sum(per_row.values()) + bank)
+    return float(
+        number_bytes(config) * towers + (3 * FP32 + average) * trained + num_classes * sum(per_row.values()) + bank
+    )
 
 
 def sent(config: RunConfig, world: int, run: DryRun) -> dict[str, float]:
@@ -193,7 +203,7 @@ def sent(config: RunConfig, world: int, run: DryRun) -> dict[str, float]:
     ring = (ranks - 1) / ranks
     return {
         "gradients": ring * FP32 * run.trained,
-        "weights": ring * _number_bytes(config) * run.trained,
+        "weights": ring * number_bytes(config) * run.trained,
         "tensor_parallel": float(run.sent["megatron"]),
         "head": float(run.sent["models"]),
     }
@@ -231,7 +241,7 @@ def table(figures: Mapping[str, Any]) -> str:
     return f"{head}\n{format_table(rows)}"
 
 
-def _number_bytes(config: RunConfig) -> int:
+def number_bytes(config: RunConfig) -> int:
     """Bytes of a weight or an activation."""
     return 2 if config.train.precision == "bf16" else FP32
 

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from harness.config import RunConfig
 from harness.data.loader import TextTokens
 from harness.dry_run import Shapes, fill_banks, made_batch
+from harness.groups import freeze
 from harness.methods import METHODS
 from models.plain.transformer import PlainBuilder
 
@@ -74,7 +75,9 @@ class _Counter(TorchDispatchMode):
             node = torch._C._current_autograd_node()
             part = self._parts[-1]
             if node is not None:
-                part = self._marks[bisect.bisect_right(self._marks, node._sequence_nr(), key=lambda mark: mark[0]) - 1][1]
+                part = self._marks[bisect.bisect_right(self._marks, node._sequence_nr(), key=lambda mark: mark[0]) - 1][
+                    1
+                ]
             self.found[part][node is not None] += count(*args, **(kwargs or {}), out_val=out)
         return out
 
@@ -89,7 +92,8 @@ def tower_flops(make: Callable[[], nn.Module], inputs: Tensor) -> float:
     with Shapes(), sdpa_kernel(SDPBackend.MATH):
         tower = make()
         with _Counter(tower) as counter:
-            found = tree_leaves(tower(torch.zeros_like(inputs, device="cpu")))
+            dtype = torch.float32 if inputs.is_floating_point() else inputs.dtype
+            found = tree_leaves(tower(torch.zeros(inputs.shape, dtype=dtype)))
             torch.stack([output.sum() for output in found]).sum().backward()
     return sum(part.total for part in counter.work.values())
 
@@ -111,6 +115,7 @@ def step_parts(config: RunConfig, num_classes: int) -> dict[str, Work]:
     head = (lambda embeddings, *_: (embeddings.sum(), {})) if spec.classifies(model) else None
     with torch.random.fork_rng(devices=[]), Shapes(), sdpa_kernel(SDPBackend.MATH):
         towers = spec.towers(model, PlainBuilder())
+        freeze(towers, config.optimizer.frozen)
         method: Any = spec.assemble(model, towers, head, FakeProcessGroup._create_internal(0, 1))
         fill_banks(method.memory)
         with _Counter(towers) as counter:

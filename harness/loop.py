@@ -109,9 +109,7 @@ class Trainer:
         self.projector = Projector(config.run_dir / "tensorboard", self.loader.catalogue, threads)
         self.clock = StepClock(mesh)
         sized = replace(config, model=self.model_config)
-        self._flops = StepFlops.for_meters(
-            sized, order.num_classes, self.loader.documents_per_step, mesh.device
-        )
+        self._flops = StepFlops.for_meters(sized, order.num_classes, self.loader.documents_per_step, mesh.device)
         self.step = 0
         self.ledger = 0  # of all steps up to the last checkpoint, over all ranks
         self._own_ledger = 0  # of this rank's share since then
