@@ -67,7 +67,7 @@ def test_an_estimate_is_what_a_process_measures(name, tmp_path):
 # A step of each method, its losses and layouts in what they keep: dropout of both kinds, gates, a stem, frozen layers, shared towers, banks.
 SMALL: dict[str, Any] = TINY | {
     "model.text.max_length": 33,
-    "model.text.num_layers": 2,
+    "model.text.num_layers": 1,
     "model.vision.patch_size": 8,
     "data.queries_per_step": 12,
     "data.documents_per_step": 12,
@@ -89,7 +89,7 @@ KEPT: dict[str, dict[str, Any]] = {
         "data.micro_batches": 2,
     },
     "in micro-batches at once": SMALL
-    | {"model.vision.num_layers": 2, "model.objective": "contrastive", "data.micro_batches": 3},
+    | {"model.vision.num_layers": 1, "model.objective": "contrastive", "data.micro_batches": 3},
 }
 
 
@@ -98,7 +98,9 @@ def kept_bytes(recipes: list[dict[str, Any]], tensor_parallel: int) -> list[tupl
     found = []
     for recipe in recipes:
         with layout(tensor_parallel) as mesh:
-            made = trainer(recipe | {"mesh.tensor_parallel": tensor_parallel}, 40, mesh)
+            recipe = recipe | {"mesh.tensor_parallel": tensor_parallel}
+            mesh.config = config_of(recipe, mesh.world_size).mesh
+            made = trainer(recipe, 40, mesh)
             method, config = made.method, made.config
             mesh.seed_streams(0, 0)
             batches = (
@@ -124,18 +126,28 @@ def kept_bytes(recipes: list[dict[str, Any]], tensor_parallel: int) -> list[tupl
     return found
 
 
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_a_dry_run_keeps_what_a_step_keeps(tensor_parallel):
-    """Two real ranks: all tensors that are alive after forward, and the most at a time."""
-    ways: list[dict[str, Any]] = [{"mesh.recompute": recompute} for recompute in RECOMPUTE]
-    if tensor_parallel > 1:
-        ways = [{}, *(way | {"mesh.sequence_parallel": True} for way in ways)]
-    recipes = [KEPT["oclear"] | way for way in ways] + [KEPT["in micro-batches at once"]]
-    recipes += [recipe | {"model.text.max_length": 12} for recipe in TERMS.values()]
+WAYS: dict[str, dict[str, Any]] = {recompute: {"mesh.recompute": recompute} for recompute in RECOMPUTE}
+ONES = {way: KEPT["oclear"] | more for way, more in WAYS.items()} | {"cached": KEPT["in micro-batches at once"]}
+SPREAD = {way: KEPT["oclear"] | more | {"mesh.sequence_parallel": True} for way, more in WAYS.items()}
+
+
+@pytest.mark.parametrize(
+    ("tensor_parallel", "names"),
+    [
+        (1, ["cached", "make", "item"]),
+        (2, ["whole", "full"]),
+        pytest.param(1, ["none", "selective", "full"], marks=pytest.mark.full),
+        pytest.param(2, ["none", "selective"], marks=pytest.mark.full),
+    ],
+)
+def test_a_dry_run_keeps_what_a_step_keeps(tensor_parallel, names):
+    """Two real ranks: all tensors that are alive after forward; and the most at a time, to which gloo's threads may add what they let go late."""
+    known = TERMS | (ONES if tensor_parallel == 1 else SPREAD | {"whole": KEPT["oclear"]})
+    recipes = [known[name] for name in names]
     for recipe, (kept, peak) in zip(recipes, ranks(2).run(kept_bytes, recipes, tensor_parallel)[0], strict=True):
         config = config_of(recipe | {"mesh.tensor_parallel": tensor_parallel}, 2)
         said = dry_run(config, 2, 40 if METHODS[config.method].classifies(config.model) else 0, cuda=False)
-        assert said.kept == pytest.approx(kept, rel=0.03), recipe
+        assert said.kept == pytest.approx(kept, rel=0.01), recipe
         assert said.peak == pytest.approx(peak, rel=0.1), recipe
 
 
