@@ -159,14 +159,13 @@ def dry_run(config: RunConfig, world: int, active: float, cuda: bool) -> DryRun:
     spec, model = METHODS[config.method], config.model
     with _mesh_of(config, world) as mesh, Shapes():
         towers = spec.towers(model, builder(mesh))
-        freeze(towers, config.optimizer.frozen)
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        for p in towers.parameters():  # as harness.methods.build, whose Module.to cannot move fake parameters
+            p.data = p.data.to(dtype) if p.requires_grad else p.data
+        freeze(towers, config.optimizer.frozen)
         trained = [p for p in towers.parameters() if p.requires_grad]
-        for p in trained:
-            p.data = p.data.to(dtype)
-            p.register_post_accumulate_grad_hook(
-                lambda p: setattr(p, "grad", None)
-            )  # it goes to megatron-core's buffer
+        for p in trained:  # gradients go on to megatron-core's buffer
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         head = None
         if active:
             settings = replace(
@@ -231,30 +230,26 @@ def made_batch(config: RunConfig, sizes: dict[str, list[int]], dtype: torch.dtyp
             masked_titles=torch.zeros(n, dtype=torch.bool),
         )
 
-    def ids(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.int64)
+    def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
 
-    keywords = getattr(model, "product_keywords", 0)
+    titles = ("document_tokens", "masked_tokens", "other_tokens")
+    known: dict[str, Tensor] = {name: zeros(n, reads.text_length) for name in titles}
+    known |= {name: zeros(n, getattr(model, "product_keywords", 0)) for name in ("keywords", "query_keywords")}
+    known |= {name: zeros(n) for name in ("document_labels", "document_ids", "categories")}
+    known |= {name: zeros(queries) for name in ("query_labels", "query_ids")}
+    known |= {
+        name: torch.zeros(getattr(host, name).shape, dtype=torch.bool)
+        for name in ("masked_words", "masked_patches", "masked_titles")
+    }
     return replace(
         host,
-        query_images=torch.zeros(photos, 3, side, side, dtype=dtype),
-        query_labels=ids(queries),
+        **known,
+        query_images=zeros(photos, 3, side, side, dtype=dtype),
         query_weights=torch.ones(queries),
-        query_ids=ids(queries),
-        document_images=torch.zeros(n, 3, side, side, dtype=dtype),
-        document_tokens=ids(n, reads.text_length),
-        document_labels=ids(n),
+        document_images=zeros(n, 3, side, side, dtype=dtype),
         document_weights=torch.ones(n),
-        document_ids=ids(n),
-        query_tokens=ids(texts, reads.query_length),
-        categories=ids(n),
-        keywords=ids(n, keywords),
-        query_keywords=ids(n, keywords),
-        masked_tokens=ids(n, reads.text_length),
-        masked_words=torch.zeros(words.shape, dtype=torch.bool),
-        masked_patches=torch.zeros(patches.shape, dtype=torch.bool),
-        masked_titles=torch.zeros(n, dtype=torch.bool),
-        other_tokens=ids(n, reads.text_length),
+        query_tokens=zeros(texts, reads.query_length),
         sizes=sizes,
         origin=host,
     )
