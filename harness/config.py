@@ -181,7 +181,7 @@ def parsed(argv: list[str], more: type | None = None, prog: str = "", example: s
     recipe = _with_presets(recipe, argv)
     p = _parser_of(recipe)
     if more is not None:
-        p.prog, p.description, p.epilog = prog, more.__doc__.splitlines()[0], f"example: {example}"
+        p.prog, p.description, p.epilog = prog, str(more.__doc__).partition("\n")[0], f"example: {example}"
         p.add_class_arguments(more)
     return p.parse(argv, recipe)
 

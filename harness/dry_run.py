@@ -6,8 +6,8 @@ import logging
 import sys
 import warnings
 import weakref
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -63,7 +63,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
         self.alive = self.peak = 0
-        self.sent: Counter[str] = Counter()
+        self.sent: defaultdict[str, float] = defaultdict(float)
         self._held: dict[int, Any] = {t.untyped_storage()._cdata: None for t in known}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -144,7 +144,7 @@ class DryRun:
     bank: int
     kept: int
     peak: int
-    sent: Counter[str]
+    sent: Mapping[str, float]
 
 
 def dry_run(config: RunConfig, world: int, active: float, cuda: bool) -> DryRun:

@@ -112,7 +112,7 @@ def step_parts(config: RunConfig, num_classes: int) -> dict[str, Work]:
     pieces = 1 if counts[0] else config.data.micro_batches
     queries, documents = (-(-count // pieces) for count in counts)
     sizes = {"query": [documents if reads.kind == "texts" else queries], "document": [documents]}
-    head = (lambda embeddings, *_: (embeddings.sum(), {})) if spec.classifies(model) else None
+    head: Any = (lambda embeddings, *_: (embeddings.sum(), {})) if spec.classifies(model) else None
     with torch.random.fork_rng(devices=[]), Shapes(), sdpa_kernel(SDPBackend.MATH):
         towers = spec.towers(model, PlainBuilder())
         freeze(towers, config.optimizer.frozen)

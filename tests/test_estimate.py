@@ -220,10 +220,10 @@ def test_a_step_costs_what_its_own_texts_cost():
 
         return counted(lambda: OclearTowers(config.model, PlainBuilder()), call=call)
 
-    found, flops = one(2, 5) + one(1, 40), StepFlops.of(config, 77, 2)
-    assert flops.fixed + flops.texts(TextTokens(45, 25 + 1600)) == pytest.approx(found.total, rel=0.01)
+    found, flops = one(2, 5).total + one(1, 40).total, StepFlops.of(config, 77, 2)
+    assert flops.fixed + flops.texts(TextTokens(45, 25 + 1600)) == pytest.approx(found, rel=1e-9)
     padded = flops.fixed + flops.texts(TextTokens(80, 3200))
-    assert padded == pytest.approx(flops_per_step(config, 77), rel=1e-12) and found.total < 0.97 * padded
+    assert padded == pytest.approx(flops_per_step(config, 77), rel=1e-12) and found < 0.97 * padded
 
 
 # All terms of MAKE and ITEm, every size different from every other.
@@ -247,6 +247,10 @@ TERMS: dict[str, dict[str, Any]] = {
 }
 for _name, _recipe in TERMS.items():
     _recipe |= TINY | {"method": _name, "data.masking.word_rate": 0.25, "data.documents_per_step": 6}
+    _recipe |= {
+        f"model.{tower}.num_layers": 1
+        for tower in (["vision", "text", "query", "fusion"] if _name == "make" else ["text"])
+    }
     _recipe |= {"model.vision.stem_channels": [8, 16, 32, 32], "model.vision.stem_blocks": [0, 1, 0, 1]}
 
 
@@ -283,11 +287,11 @@ def test_flops_of_all_terms_are_what_torch_counts(name, more):
 def test_a_step_of_other_lengths_costs_what_the_formulas_say(name):
     config = config_of(TERMS[name], 1)
     flops, n = StepFlops.of(config, 0, 6), 6
-    for length, query in ((12, 5), (4, 2)):  # a quarter of which is a whole number of masked words
-        tokens = TextTokens(n * length, n * length**2, n * query, n * query**2)
-        shorter = with_length(config, "text", length)
-        shorter = with_length(shorter, "query", query) if name == "make" else shorter
-        assert flops.fixed + flops.texts(tokens) == pytest.approx(flops_per_step(shorter, 0), rel=1e-9)
+    length, query = 4, 2  # a quarter of which is a whole number of masked words
+    tokens = TextTokens(n * length, n * length**2, n * query, n * query**2)
+    shorter = with_length(config, "text", length)
+    shorter = with_length(shorter, "query", query) if name == "make" else shorter
+    assert flops.fixed + flops.texts(tokens) == pytest.approx(flops_per_step(shorter, 0), rel=1e-9)
 
 
 def test_a_shorter_text_costs_an_estimate_no_memory():
@@ -343,7 +347,8 @@ def test_a_rank_holds_and_sends_what_the_estimate_says(recipe, tensor_parallel):
         assert parameters == figures["parameters_per_rank"]
         # megatron-core took its data-parallel collectives from torch.distributed at its import: those are not seen
         seen = [figures["sent_per_step_and_rank"][term] for term in ("tensor_parallel", "head")]
-        assert sent == pytest.approx(sum(seen), rel=0.005)
+        # but for sizes that a real step exchanges, and its norm
+        assert sent == pytest.approx(sum(seen), rel=0.002, abs=100)
 
 
 @pytest.mark.parametrize(
