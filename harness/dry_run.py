@@ -290,6 +290,7 @@ def _sizes(config: RunConfig, ranks: int, micro: int) -> dict[str, list[int]]:
 def _mesh_of(config: RunConfig, world: int) -> Iterator[Mesh]:
     """The groups of the first of `world` ranks, of which there is no other."""
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    hook = sys.excepthook  # torch puts the rank before what it prints
     with warnings.catch_warnings(action="ignore"):
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
         mesh = Mesh(replace(config.mesh, device="cpu", compile="never", accelerators="torch"))
@@ -297,3 +298,4 @@ def _mesh_of(config: RunConfig, world: int) -> Iterator[Mesh]:
             yield mesh
         finally:
             mesh.close()
+            sys.excepthook = hook

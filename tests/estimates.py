@@ -26,7 +26,7 @@ LARGE = [
 LAYOUTS = {1: 1, 8: 1, 64: 4, 1024: 4}  # ranks -> tensor parallel
 HEAD = """# Estimates of the shipped recipes
 
-What `shelfmark estimate` says of every recipe in `jobs/recipes` on GPUs, and of `oclear_grocery` made large: ViT-L/14 and BERT base,
+What `shelfmark estimate` says of every recipe in `jobs/recipes` on GPUs, and of a large OCLEAR: ViT-L/14 and BERT base,
 8,192 queries and 8,192 documents a step, 10,000,000 classes of which a tenth is sampled, bf16. Otherwise {sizes}.
 Made by `python -m tests.estimates > docs/estimates.md`. Estimates are dry runs on one CPU core; the figures have not been
 measured on GPUs. Measured on CPUs: [recipes.md](recipes.md#what-a-recipe-needs).
@@ -53,11 +53,11 @@ def main() -> None:
     """Prints the page."""
     print(HEAD.format(sizes=f"{SIZES['num-classes']:,} classes, {SIZES['vocab-size']:,} word pieces and 100 keywords"))
     for recipe in [*RECIPES, None]:
-        words = [f"--config={recipe or 'jobs/recipes/oclear_grocery.yaml'}"]
-        words += [f"--{name}={size}" for name, size in SIZES.items()] + ([] if recipe else LARGE)
+        words = [f"--{name}={size}" for name, size in SIZES.items()]
+        words += [f"--config={recipe}"] if recipe else LARGE
         words += ["--model.num_keywords=100"] if recipe and recipe.stem.startswith("make") else []
         for world in LAYOUTS:
-            print(row(recipe.stem if recipe else "oclear_grocery, large", world, words), flush=True)
+            print(row(recipe.stem if recipe else "OCLEAR, large", world, words), flush=True)
 
 
 if __name__ == "__main__":
