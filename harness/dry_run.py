@@ -105,9 +105,13 @@ class _OnGpu(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
             kwargs = {**kwargs, "dropout_p": 0.0}
-        if function is torch.dropout:
-            return torch.native_dropout(*args, **kwargs)[0]
+        if function is F.dropout:
+            return _dropout(*args, **kwargs)
         return function(*args, **kwargs)
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(x, p, training)[0] if training and p else x
 
 
 class _Kernel:

@@ -329,6 +329,18 @@ def test_a_method_that_cannot_be_counted_trains_without_utilisation(monkeypatch)
         estimate([*flags(TINY), "--num-classes", "9"])
 
 
+def test_dropout_costs_a_gpu_a_byte_and_attention_no_map():
+    config = config_of(CLASSES, 1)
+
+    def kept(cuda: bool, **rates: float) -> int:
+        vision = replace(config.model.vision, **rates)
+        return dry_run(replace(config, model=replace(config.model, vision=vision)), 1, 40, cuda).kept
+
+    none, on_cpu = kept(True), kept(False, dropout=0.1)
+    assert kept(True, attention_dropout=0.1) == none
+    assert kept(True, dropout=0.1) - none == pytest.approx((on_cpu - none) / 4, rel=0.01)
+
+
 def test_sampling_counts_each_active_class_once():
     assert active_rows(1000, 1.0, 50) == 1000
     assert active_rows(1000, 0.1, 50) == pytest.approx(100 + 0.9 * 50)
