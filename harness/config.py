@@ -171,16 +171,29 @@ def parse(argv: list[str], world: int | None = None) -> tuple[RunConfig, Path | 
     Raises:
         UserError: unknown keys (with the nearest one), values out of range, paths that do not exist, a layout that does not divide.
     """
+    values = parsed(argv)
+    config = build(values)
+    check(config, world or int(os.environ.get("WORLD_SIZE", "1")))
+    return config, values.json
+
+
+def parsed(argv: list[str], more: type | None = None, prog: str = "", example: str = "") -> jsonargparse.Namespace:
+    """The values of a command line, unchecked, for `build`; the fields of `more` are options too, of the command `prog`.
+
+    Raises:
+        UserError: unknown keys (with the nearest one), values of another type.
+    """
     recipe: dict[str, Any] = {}
     if path := _given(argv, "--config"):
         recipe = read_recipe(Path(path), _every_key())
     if method := _given(argv, "--method"):
         recipe["method"] = method
     recipe = _with_presets(recipe, argv)
-    values = _parser_of(recipe).parse(argv, recipe)
-    config = _build(values)
-    check(config, world or int(os.environ.get("WORLD_SIZE", "1")))
-    return config, values.json
+    p = _parser_of(recipe)
+    if more is not None:
+        p.prog, p.description, p.epilog = prog, str(more.__doc__).partition("\n")[0], f"example: {example}"
+        p.add_class_arguments(more)
+    return p.parse(argv, recipe)
 
 
 def _given(argv: list[str], option: str) -> str:
@@ -222,7 +235,7 @@ def load(run: Path) -> RunConfig:
             f"{run} is no run folder: it has no config.yaml", "Name the folder that was --run-dir in training"
         )
     saved = read_recipe(file, _every_key())
-    config = replace(_build(_parser_of(saved).parse([], saved)), run_dir=run)
+    config = replace(build(_parser_of(saved).parse([], saved)), run_dir=run)
     _check_numbers(config)
     return config
 
@@ -269,6 +282,7 @@ def identity_changes(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
     return [key for key in known if any(key == part or key.startswith(f"{part}.") for part in IDENTITY)]
 
 
-def _build(values: jsonargparse.Namespace) -> RunConfig:
+def build(values: jsonargparse.Namespace) -> RunConfig:
+    """The configuration that `values` are, unchecked."""
     sections = {name: getattr(values, name) for name in _sections(values.method)}
     return RunConfig(run_dir=values.run_dir, method=values.method, seed=values.seed, **sections)

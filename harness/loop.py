@@ -109,7 +109,7 @@ class Trainer:
         self.projector = Projector(config.run_dir / "tensorboard", self.loader.catalogue, threads)
         self.clock = StepClock(mesh)
         sized = replace(config, model=self.model_config)
-        self._flops = StepFlops.of(sized, order.num_classes, self.loader.documents_per_step)
+        self._flops = StepFlops.for_meters(sized, order.num_classes, self.loader.documents_per_step, mesh.device)
         self.step = 0
         self._resumed_at = -1
         self._data: StepData | None = None  # of the present step, once it is read

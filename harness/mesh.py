@@ -65,7 +65,7 @@ class Mesh:
         Raises:
             UserError: see check_layout and choose_device.
         """
-        world = int(os.environ.get("WORLD_SIZE", "1"))
+        world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
         check_layout(config, world)
         self.device = choose_device(config.device)
         cuda = self.device.type == "cuda"

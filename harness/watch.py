@@ -38,7 +38,7 @@ class Watch:
         self._store = dist.distributed_c10d._get_default_store()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        if self.world_size > 1:
+        if self.world_size > 1 and dist.get_backend() != "fake":  # of a dry run, whose other ranks there are not
             self._thread.start()
 
     def close(self) -> None:

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from harness.bench.gpu import matrix_rate
 from harness.bench.report import bench_main, command_line, make_report, print_report
 from harness.errors import UserError
-from harness.flops import peak_flops
-from harness.flops import text as text_flops
-from harness.flops import vision as vision_flops
+from harness.flops import peak_flops, tower_flops
 from harness.mesh import Mesh, MeshConfig
 from harness.methods import builder
 from models.merge import load_merged
@@ -129,14 +127,15 @@ def make_sides(name: str, config: TowersConfig, mesh: Mesh) -> Sides:
         tower = VisionConfig(**preset)
         batch = config.batch or 8
         inputs = torch.randn(batch, 3, tower.image_size, tower.image_size)
-        items, unit, flops = batch, "images", batch * vision_flops(tower).total
+        items, unit = batch, "images"
     else:
         tower = TextConfig(**preset)
         batch = config.batch or 16
         inputs = torch.randint(5, tower.vocab_size, (batch, config.tokens))
-        items, unit, flops = batch * config.tokens, "tokens", batch * text_flops(tower, config.tokens).total
+        items, unit = batch * config.tokens, "tokens"
     state = _tower(tower, PlainBuilder()).state_dict()
     modules = {side: build_side(side, name, tower, state, mesh).eval().to(mesh.device) for side in SIDES}
+    flops = tower_flops(lambda: _tower(tower, PlainBuilder()), inputs)
     return Sides(modules, inputs.to(mesh.device), items, unit, flops)
 
 

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from harness.bench.gpu import Program, matrix_rate
 from harness.bench.towers import AGREE, build_side
 from harness.config import parse
-from harness.flops import peak_flops
-from harness.flops import vision as vision_flops
+from harness.flops import peak_flops, tower_flops
 from harness.mesh import Mesh, MeshConfig
 from harness.methods import build as make_method
 from harness.optimizer import OptimizerConfig, TowerOptimizer
@@ -143,7 +142,7 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
     step = stepper(module, images, mesh if side == "a step" else None)
     first, middle = seconds_of(step, program, 2 if program.tiny else 8)
-    rate = batch / middle * vision_flops(config).total
+    rate = tower_flops(lambda: VisionTower(config, PlainBuilder()), images) / middle
     row: dict[str, Any] = {
         "model": name,
         "side": side,
