@@ -8,35 +8,65 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness.arguments import Parser, check_figures, run_command, write_figures
-from harness.errors import UserError
+from harness.core.cli import Parser, check_figures, run_command, write_figures
+from harness.core.errors import UserError
 
 # command -> (module, its configuration class, the fields given by place, one sentence). Modules load only when asked for.
 COMMANDS = {
-    "synth": ("harness.synth.command", "SynthConfig", "out", "Draw a demo catalogue: products, photos, a click log."),
-    "ingest": ("harness.data.ingest", "IngestConfig", "", "Make a catalogue of a manifest and an image folder."),
-    "merge": ("harness.data.merge", "MergeConfig", "catalogue", "Join the parts of an ingest in parts."),
-    "index": ("harness.data.webdataset", "IndexConfig", "tars", "Make a catalogue of webdataset tars where they lie."),
-    "shards": ("harness.data.shards", "ShardsConfig", "catalogue", "Say where a catalogue's images lie: s3, http, …"),
-    "govern": ("harness.govern", "GovernConfig", "catalogue", "Turn a catalogue's samples into training classes."),
+    "synth": ("harness.commands.synth", "SynthConfig", "out", "Draw a demo catalogue: products, photos, a click log."),
+    "ingest": ("harness.commands.ingest", "IngestConfig", "", "Make a catalogue of a manifest and an image folder."),
+    "merge": ("harness.commands.merge", "MergeConfig", "catalogue", "Join the parts of an ingest in parts."),
+    "index": ("harness.commands.index", "IndexConfig", "tars", "Make a catalogue of webdataset tars where they lie."),
+    "shards": (
+        "harness.commands.shards",
+        "ShardsConfig",
+        "catalogue",
+        "Say where a catalogue's images lie: s3, http, …",
+    ),
+    "govern": (
+        "harness.commands.govern",
+        "GovernConfig",
+        "catalogue",
+        "Turn a catalogue's samples into training classes.",
+    ),
     "tokenizer": (
-        "harness.data.tokenizer",
+        "harness.text.tokenizer",
         "TokenizerConfig",
         "catalogue",
         "Train or take a tokenizer and encode a catalogue's text.",
     ),
-    "queries": ("harness.data.queries", "QueriesConfig", "catalogue", "Collect what text queries are made of."),
-    "import": ("harness.weights", "ImportConfig", "out", "Bring a model's weights from the hub, timm or open_clip."),
-    "eval": ("harness.evaluate_run", "EvalConfig", "run", "Evaluate a run's checkpoint; also under torchrun."),
-    "export": ("harness.export", "ExportConfig", "run", "Make a run's search artefact: encoder, index, id map."),
+    "queries": ("harness.commands.queries", "QueriesConfig", "catalogue", "Collect what text queries are made of."),
+    "import": (
+        "harness.commands.import_weights",
+        "ImportConfig",
+        "out",
+        "Bring a model's weights from the hub, timm or open_clip.",
+    ),
+    "eval": ("harness.commands.evaluate", "EvalConfig", "run", "Evaluate a run's checkpoint; also under torchrun."),
+    "export": (
+        "harness.commands.export",
+        "ExportConfig",
+        "run",
+        "Make a run's search artefact: encoder, index, id map.",
+    ),
     "export-weights": (
-        "harness.export_weights",
+        "harness.commands.export_weights",
         "ExportWeightsConfig",
         "source",
         "Write towers for transformers, timm or open_clip.",
     ),
-    "search": ("harness.search", "SearchConfig", "artefact photos", "Find documents by photo, text or likeness."),
-    "verify": ("harness.verify", "VerifyConfig", "paths", "Name what is damaged in catalogues, runs and artefacts."),
+    "search": (
+        "harness.commands.search",
+        "SearchConfig",
+        "artefact photos",
+        "Find documents by photo, text or likeness.",
+    ),
+    "verify": (
+        "harness.commands.verify",
+        "VerifyConfig",
+        "paths",
+        "Name what is damaged in catalogues, runs and artefacts.",
+    ),
 }
 SEVERAL = {
     "photos": "query photos",
@@ -69,11 +99,11 @@ def command(name: str, argv: list[str]) -> None:
         UserError: an unknown command or option, or what the command itself finds.
     """
     if name == "train":
-        from harness.train import train
+        from harness.train.run import train
 
         return train(argv)
     if name == "estimate":
-        from harness.estimate import estimate
+        from harness.commands.estimate import estimate
 
         estimate(argv)
         return None

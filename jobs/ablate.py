@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.arguments import Parser, run_command
-from harness.data.ingest import parse_part
-from harness.errors import UserError
-from harness.files import read_yaml, write_json
-from harness.versions import versions
+from harness.commands.ingest import parse_part
+from harness.core.cli import Parser, run_command
+from harness.core.errors import UserError
+from harness.core.files import read_yaml, write_json
+from harness.core.versions import versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ def command(config: AblationConfig, ablation: Ablation, cell: str, seed: int) ->
             "--nproc-per-node",
             str(config.ranks),
         ),
-        *("-m", "harness.train", "--config", str(ablation.recipe), "--run-dir", str(figures.with_suffix(""))),
+        *("-m", "harness.train.run", "--config", str(ablation.recipe), "--run-dir", str(figures.with_suffix(""))),
         *(*given, "--json", str(figures)),
     ]
 

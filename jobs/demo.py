@@ -21,15 +21,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from harness.arguments import Parser, run_command
-from harness.artefact import Artefact
-from harness.data.catalogue import Catalogue
-from harness.embed import ClassKeys, Side, side_of
-from harness.errors import UserError
-from harness.files import write_json
-from harness.lock import locked
-from harness.panel import picture
-from harness.search import save_sheet
+from harness.artefact.artefact import Artefact
+from harness.catalogue.catalogue import Catalogue
+from harness.catalogue.contact_sheet import picture
+from harness.commands.search import save_sheet
+from harness.core.cli import Parser, run_command
+from harness.core.errors import UserError
+from harness.core.files import write_json
+from harness.core.lock import locked
+from harness.evaluate.embed import ClassKeys, Side, side_of
 
 LAUNCHER = os.path.relpath(Path(__file__).parent / "torchrun.py")
 RECIPE = os.path.relpath(Path(__file__).parent / "recipes" / "oclear_demo.yaml")
@@ -122,7 +122,7 @@ def _stages(config: DemoConfig, out: Path) -> None:
     stages.run("tokenizer", "shelfmark", "tokenizer", catalogue, "--vocab-size", config.vocab_size)
     stages.run(
         "train",
-        *(*torchrun, "harness.train", "--config", RECIPE, "--data.catalogue", catalogue, "--run-dir", run, *steps),
+        *(*torchrun, "harness.train.run", "--config", RECIPE, "--data.catalogue", catalogue, "--run-dir", run, *steps),
         *("--json", out / "train.json"),
     )
     stages.run("eval", *torchrun, "harness", "eval", run, "--split", "test", "--json", out / "eval.json")

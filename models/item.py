@@ -339,7 +339,7 @@ class Item:
 
     @property
     def alignment(self) -> Alignment | None:
-        """What harness/alignment.py fits; None without model.aligned."""
+        """What harness/evaluate/alignment.py fits; None without model.aligned."""
         return self.towers.alignment
 
     def both_views(self, batch: Batch) -> Tensor:

@@ -93,7 +93,7 @@ def make_catalogue(
     manifest = write_manifest(folder / "manifest.tsv", draw_rows(folder, classes, queries, size, seed))
     if not ingest:
         return manifest
-    from harness.data.ingest import IngestConfig, run
+    from harness.commands.ingest import IngestConfig, run
 
     out = folder / "catalogue"
     run(IngestConfig(manifest=manifest, images=folder, out=out, attribute_columns="colour,shape", workers=2))

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import lock
 from harness.__main__ import COMMANDS, command
-from harness.arguments import run_command
+from harness.core import lock
+from harness.core.cli import run_command
 from tests.catalogues import make_catalogue
 
 OPERATIONS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate")  # audit events
@@ -80,7 +80,7 @@ def main(folder: Path, every: int, names: list[str]) -> int:
     for name in names or CASES:
         case, template, work = CASES[name], folder / f"{name}-template", folder / "work"
         for words in (*case.prepare, case.argv):  # a fork has them then
-            importlib.import_module(COMMANDS.get(words.split()[0], ("harness.train",))[0])
+            importlib.import_module(COMMANDS.get(words.split()[0], ("harness.train.run",))[0])
         template.mkdir()
         make_catalogue(template / "drawn", classes=2, queries=4, size=16, ingest=False)
         shutil.copytree(template, work)
@@ -131,7 +131,7 @@ def _forked(folder: Path, words: str, killed_before: int = 0) -> int:
             sys.argv = ["shelfmark", *argv]
             if argv[0] == "synth":  # what its processes do is counted too
                 pool = "ProcessPoolExecutor"
-                setattr(sys.modules["harness.synth.command"], pool, lambda workers, *_: ThreadPoolExecutor(workers))
+                setattr(sys.modules["harness.commands.synth"], pool, lambda workers, *_: ThreadPoolExecutor(workers))
             if killed_before:
                 _arm(folder, killed_before)
             code = run_command(lambda: command(argv[0], argv[1:]))

@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 
 from harness.bench.ranks import Memory, on_ranks
-from harness.config import parse
+from harness.commands.estimate import estimate
+from harness.core.methods import METHODS
 from harness.data.loader import StepData
-from harness.dry_run import masked
-from harness.estimate import estimate
-from harness.methods import METHODS
+from harness.train.config import parse
+from harness.train.dry_run import masked
 from models.batch import Batch
 
 TINY = {
@@ -132,11 +132,11 @@ def config_of(recipe: dict[str, Any], world: int) -> Any:
 
 def trainer(recipe: dict[str, Any], num_classes: int, mesh: Any) -> Any:
     """The loop's own Trainer with its own parts, but fed without a catalogue."""
-    from harness.ema import Ema
-    from harness.loop import Trainer
-    from harness.meters import StepClock
-    from harness.methods import build
-    from harness.optimizer import TowerOptimizer
+    from harness.core.methods import build
+    from harness.train.ema import Ema
+    from harness.train.optimizer import TowerOptimizer
+    from harness.train.run_log import StepClock
+    from harness.train.trainer import Trainer
     from models.heads.row_optimizer import RowAdamW
 
     made: Any = Trainer.__new__(Trainer)
@@ -209,8 +209,8 @@ def numbers(method: Any) -> int:
 
 def _measure(device: torch.device, name: str, folder: str) -> dict[str, Any]:
     """On every rank; of the first: numbers it holds, peak of two steps beyond what it held before, and with a save, bytes of a checkpoint."""
-    from harness import checkpoint
-    from harness.mesh import Mesh
+    from harness.core.mesh import Mesh
+    from harness.train import checkpoint
 
     recipe, world = RECIPES[name], dist.get_world_size()
     os.environ["WORLD_SIZE"] = str(world)

@@ -25,7 +25,7 @@ class Ranks:
 
     def __init__(self, world_size: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["harness.loop", "harness.evaluate_run", "tests.pool"])
+        context.set_forkserver_preload(["harness.train.trainer", "harness.commands.evaluate", "tests.pool"])
         self.world_size = world_size
         self.folder = tempfile.TemporaryDirectory(prefix="shelfmark-pool-")
         self.pipes, self.processes, self.checks = [], [], 0
@@ -76,7 +76,7 @@ def layout(tensor_parallel: int = 1) -> Iterator[Any]:
     """Inside a check: a Mesh over all ranks of the pool."""
     import torch.distributed as dist
 
-    from harness.mesh import Mesh, MeshConfig
+    from harness.core.mesh import Mesh, MeshConfig
 
     if _world and not dist.is_initialized():  # a second layout in the same check
         _join()
@@ -102,7 +102,7 @@ def _serve(rank: int, world_size: int, pipe: Any) -> None:
     import torch
     import torch.distributed as dist
 
-    from harness.train import quiet_libraries
+    from harness.train.run import quiet_libraries
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from harness.config import RunConfig, parse
+from harness.train.config import RunConfig, parse
 from tests.catalogues import make_catalogue
 
 UNUSED = Path(tempfile.gettempdir()) / "shelfmark-unused-run"  # the run folder where a test looks at nothing of it
@@ -47,8 +47,8 @@ def prepared_catalogue(
     folder: Path, classes: int = 6, queries: int = 5, size: int = 48, seed: int = 0, vocab_size: int = 48
 ) -> Path:
     """tests.catalogues.make_catalogue, then govern and tokenizer: ready to train on. Returns folder/catalogue."""
-    from harness import govern
-    from harness.data import tokenizer
+    from harness.commands import govern
+    from harness.text import tokenizer
 
     catalogue = make_catalogue(folder, classes=classes, queries=queries, size=size, seed=seed)
     govern.run(govern.GovernConfig(catalogue=catalogue))
@@ -74,9 +74,9 @@ def tiny_config(catalogue: Path, run: Path, /, **overrides: Any) -> RunConfig:
 def trainer(config: RunConfig, tensor_parallel: int = 1, ready: bool = True) -> Iterator[Any]:
     """A Trainer on a Mesh over all ranks of this process's world (tests.pool, or this process alone).
 
-    With `ready` the run folder explains itself already, as after harness.train.
+    With `ready` the run folder explains itself already, as after harness.train.run.
     """
-    from harness.loop import Trainer, prepare_run_folder
+    from harness.train.trainer import Trainer, prepare_run_folder
     from tests.pool import layout
 
     with layout(tensor_parallel) as mesh:

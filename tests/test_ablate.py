@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.config import RunConfig, parse
-from harness.errors import UserError
+from harness.core.errors import UserError
+from harness.train.config import RunConfig, parse
 from jobs import ablate
 from tests.runs import RECIPE
 
@@ -37,7 +37,7 @@ def written(tmp_path: Path, catalogue: Path) -> Callable[..., ablate.AblationCon
 
 
 def parsed(line: list[str], world: int) -> RunConfig:
-    return parse(line[line.index("harness.train") + 1 :], world)[0]
+    return parse(line[line.index("harness.train.run") + 1 :], world)[0]
 
 
 def asked(config: RunConfig) -> set[str]:

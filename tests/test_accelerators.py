@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 PROBE = """
 import json, sys, torch
-import harness.loop
+import harness.train.trainer
 from models import accelerators
 from models.accelerators import choose, use_adam
 from models.transformer import LayerNorm

@@ -11,9 +11,9 @@ import torch
 from scipy.linalg import eigh
 from torch import Tensor
 
-from harness.alignment import RIDGE, align, documents_to_align
-from harness.embed import Embedder
-from harness.errors import UserError
+from harness.core.errors import UserError
+from harness.evaluate.alignment import RIDGE, align, documents_to_align
+from harness.evaluate.embed import Embedder
 from models.alignment import Alignment
 from models.batch import Batch
 from tests.pool import ranks

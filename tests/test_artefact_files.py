@@ -26,14 +26,14 @@ import xxhash
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from harness import search
-from harness.artefact import Artefact
-from harness.checksums import write_manifest
+from harness.artefact.artefact import Artefact
+from harness.artefact.flat_index import index_head, write_index
+from harness.artefact.query_encoder import TOWERS, write_query_encoder
+from harness.commands import search
+from harness.core.errors import UserError
+from harness.core.manifest import write_manifest
 from harness.data.preprocess import PreprocessSpec
-from harness.data.tokenizer import copy_tokenizer
-from harness.errors import UserError
-from harness.flat_index import index_head, write_index
-from harness.query_encoder import TOWERS, write_query_encoder
+from harness.text.tokenizer import copy_tokenizer
 from models.make import MakeConfig
 from models.oclear import OclearConfig
 from models.plain.transformer import PlainBuilder

@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness import verify
-from harness.checksums import write_manifest
-from harness.data import queries, store
-from harness.data.catalogue import Catalogue, CorruptSample
+from harness.catalogue import store
+from harness.catalogue.catalogue import Catalogue, CorruptSample
+from harness.catalogue.wholeness import FOLDERS, require_whole
+from harness.commands import queries, verify
+from harness.core.errors import UserError
+from harness.core.files import sealed
+from harness.core.manifest import write_manifest
 from harness.data.order import ClassOrder
-from harness.data.product_queries import ProductQueries
-from harness.data.tokenizer import Tokenizer, TokenStore
-from harness.data.whole import FOLDERS, require_whole
-from harness.errors import UserError
-from harness.files import sealed
+from harness.text.product_queries import ProductQueries
+from harness.text.tokenizer import Tokenizer, TokenStore
 from tests.damages import damages
 from tests.pool import layout, ranks
 from tests.runs import arguments
@@ -389,5 +389,5 @@ def test_verify_reads_images_and_names_those_that_are_damaged(
 
 
 def test_verify_needs_no_pytorch() -> None:
-    check = "import sys, harness.verify; sys.exit('torch' in sys.modules)"
+    check = "import sys, harness.commands.verify; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check]).returncode == 0

@@ -24,12 +24,12 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from harness import checkpoint
-from harness.checksums import verify, write_manifest
-from harness.errors import UserError
-from harness.trained import find_checkpoint
-from harness.verify import VerifyConfig
-from harness.verify import run as run_verify
+from harness.commands.verify import VerifyConfig
+from harness.commands.verify import run as run_verify
+from harness.core.errors import UserError
+from harness.core.manifest import verify, write_manifest
+from harness.train import checkpoint
+from harness.train.open_run import find_checkpoint
 from tests.runs import arguments, tiny_config, trainer
 
 CONTENT = {".metadata": b"m", "a/.b/c": b"12345", "a/d": b"", "state.json": b"{}"}

@@ -14,15 +14,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from harness import checkpoint, class_map, govern, new_rows
-from harness.class_map import NEW, ClassMap, move_rows
-from harness.data import tokenizer
-from harness.data.catalogue import Catalogue
-from harness.data.ingest import IngestConfig
-from harness.data.ingest import run as ingest
+from harness.catalogue.catalogue import Catalogue
+from harness.commands import govern
+from harness.commands.ingest import IngestConfig
+from harness.commands.ingest import run as ingest
+from harness.core.errors import UserError
 from harness.data.order import ClassOrder
-from harness.embed import ClassKeys, Embedder, side_of
-from harness.errors import UserError
+from harness.evaluate.embed import ClassKeys, Embedder, side_of
+from harness.text import tokenizer
+from harness.train import checkpoint, class_map, new_rows
+from harness.train.class_map import NEW, ClassMap, move_rows
 from models.comm import gather_shards
 from models.merge import merged_state_dict
 from models.oclear import Oclear

@@ -17,11 +17,12 @@ import pytest
 import yaml
 
 from harness import __main__ as cli
-from harness import checkpoint, checksums
-from harness.arguments import run_command
-from harness.config import check, parse
-from harness.errors import UserError
-from harness.train import train
+from harness.core import manifest as checksums
+from harness.core.cli import run_command
+from harness.core.errors import UserError
+from harness.train import checkpoint
+from harness.train.config import check, parse
+from harness.train.run import train
 from tests.catalogues import make_catalogue
 from tests.runs import UNUSED, arguments, tiny_config
 
@@ -247,7 +248,7 @@ def test_tensor_parallel_must_divide_the_world(
 
 
 def test_overrides_win_over_the_recipe_and_lists_need_no_brackets(catalogue: Path, tmp_path: Path) -> None:
-    from harness.config import parse
+    from harness.train.config import parse
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("seed: 7\ntrain: {steps: 9}\nevaluation: {slices: [colour]}\noptimizer: {lr: 1.0e-4}\n")

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from harness import methods
-from harness.errors import UserError
-from harness.mesh import Mesh, MeshConfig
+from harness.core import methods
+from harness.core.errors import UserError
+from harness.core.mesh import Mesh, MeshConfig
 from models.compiled import CHOICES
 from models.item import ItemConfig, ItemTowers, PatchConfig, StreamConfig
 from models.make import MakeConfig, MakeTowers

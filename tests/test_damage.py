@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.data.catalogue import Catalogue
+from harness.catalogue.catalogue import Catalogue
 from harness.data.loader import Reads, StepLoader
 from tests.runs import UNUSED, prepared_catalogue, tiny_config
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from harness import decoder_check
-from harness.data.catalogue import Catalogue
+from harness.catalogue.catalogue import Catalogue
+from harness.core.errors import UserError
+from harness.data import decoder_check
 from harness.data.loader import ImageReader, Pixels
-from harness.errors import UserError
 from tests.pool import ranks
 from tests.runs import tiny_config, trainer
 from tests.test_search import export_here

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harness.data.catalogue import Catalogue
-from harness.lock import locked
+from harness.catalogue.catalogue import Catalogue
+from harness.core.lock import locked
 from tests.catalogues import make_catalogue
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +82,7 @@ def test_histogram_finds_by_colour_alone(tmp_path: Path, colours: bool, expected
             shown = number if colours or member == 0 else (number + 1) % 4
             pixels = np.tile(np.array(palette[shown], np.uint8), (60, 50, 1))
             Image.fromarray(pixels).save(catalogue / f"images/{number:03d}-{member:02d}.{suffix}")
-    from harness.data.ingest import IngestConfig, run
+    from harness.commands.ingest import IngestConfig, run
 
     run(IngestConfig(manifest=catalogue / "manifest.tsv", images=catalogue, out=catalogue / "c", workers=1))
     assert demo.histogram_recall(Catalogue(catalogue / "c")) == expected

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness import checkpoint
+from harness.train import checkpoint
 from tests.catalogues import make_catalogue
 from tests.runs import RECIPE
 

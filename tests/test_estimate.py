@@ -15,12 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.bench.ranks import Traffic
-from harness.config import parse
+from harness.commands.estimate import estimate
+from harness.core.errors import UserError
+from harness.core.methods import METHODS
 from harness.data.loader import TextTokens
-from harness.dry_run import Recorder, dry_run
-from harness.errors import UserError
-from harness.estimate import estimate
-from harness.flops import (
+from harness.train.config import parse
+from harness.train.dry_run import Recorder, dry_run
+from harness.train.flops import (
     StepFlops,
     Work,
     active_rows,
@@ -30,7 +31,6 @@ from harness.flops import (
     utilisation,
     with_length,
 )
-from harness.methods import METHODS
 from models.batch import TENSORS
 from models.oclear import OclearTowers
 from models.plain.transformer import PlainBuilder
@@ -321,7 +321,7 @@ def test_a_method_that_cannot_be_counted_trains_without_utilisation(monkeypatch)
 
     monkeypatch.setitem(METHODS, "oclear", replace(METHODS["oclear"], assemble=fails))
     assert StepFlops.for_meters(config, 9, 4, torch.device("cpu")) == StepFlops()
-    monkeypatch.setattr("harness.flops.peak_flops", lambda *_: 1e12)
+    monkeypatch.setattr("harness.train.flops.peak_flops", lambda *_: 1e12)
     with pytest.warns(UserWarning, match="oclear failed: it reads its numbers"):
         flops = StepFlops.for_meters(config, 9, 4, torch.device("cuda"))
     assert utilisation(flops.fixed + flops.texts(texts), 1.0, 1, torch.device("cuda"), "fp32") == {}

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from harness.errors import UserError
-from harness.evaluate import Evaluation, Report
+from harness.core.errors import UserError
+from harness.evaluate.evaluation import Evaluation, Report
 from tests.catalogues import make_catalogue
 from tests.pool import ranks
 from tests.runs import UNUSED, tiny_config, trainer

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from harness import checkpoint
-from harness.data.tokenizer import Tokenizer
-from harness.errors import UserError
-from harness.trained import load_method
+from harness.core.errors import UserError
+from harness.text.tokenizer import Tokenizer
+from harness.train import checkpoint
+from harness.train.open_run import load_method
 from models.merge import merge_shards, merged_state_dict
 from tests.pool import layout, ranks
 from tests.runs import tiny_config, trainer

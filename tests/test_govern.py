@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
-from harness.data.catalogue import Catalogue
-from harness.data.ingest import IngestConfig
-from harness.data.ingest import run as ingest
-from harness.errors import UserError
-from harness.govern import GovernConfig, run
+from harness.catalogue.catalogue import Catalogue
+from harness.commands.govern import GovernConfig, run
+from harness.commands.ingest import IngestConfig
+from harness.commands.ingest import run as ingest
+from harness.core.errors import UserError
 from tests.catalogues import make_catalogue
 
 KINDS = ("query", "document")

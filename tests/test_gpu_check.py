@@ -149,7 +149,7 @@ def test_a_smaller_gpu_is_told_what_it_costs(tmp_path: Path) -> None:
 
 def test_only_parts_that_decode_with_dali_need_it() -> None:
     others = {part.words[0] for part in check.PARTS if "nvidia.dali" not in part.modules}
-    code = "import runpy, sys; sys.modules['nvidia.dali'] = None; [runpy.run_path(file) for file in sys.argv[1:]]; import harness.loop"
+    code = "import runpy, sys; sys.modules['nvidia.dali'] = None; [runpy.run_path(file) for file in sys.argv[1:]]; import harness.train.trainer"
     command = [sys.executable, "-W", "ignore", "-c", code, *(f"jobs/gpu/{name}" for name in sorted(others))]
     done = subprocess.run(command, cwd=ROOT, env={**HIDDEN, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

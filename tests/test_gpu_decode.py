@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from harness.bench.photos import photo
-from harness.data.pipeline import ImagePipeline
+from harness.data.decode_dali import ImagePipeline
 from harness.data.preprocess import Parameters, PreprocessSpec, draw_parameters
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

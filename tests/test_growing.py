@@ -14,15 +14,15 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from harness import govern
-from harness.data import merge, tokenizer
-from harness.data.catalogue import Catalogue
-from harness.data.ingest import IngestConfig, run
-from harness.data.merge import MergeConfig
+from harness.catalogue.catalogue import Catalogue
+from harness.catalogue.wholeness import require_whole
+from harness.commands import govern, merge
+from harness.commands.ingest import IngestConfig, run
+from harness.commands.merge import MergeConfig
+from harness.core.errors import UserError
+from harness.core.staged_folder import held
 from harness.data.order import ClassOrder
-from harness.data.staging import held
-from harness.data.whole import require_whole
-from harness.errors import UserError
+from harness.text import tokenizer
 from tests.catalogues import COLUMNS, draw_rows, write_manifest
 
 ROOT = Path(__file__).parents[1]
@@ -125,7 +125,8 @@ def test_killed_append_leaves_the_old_catalogue_and_the_next_one_completes(
     code = f"""
 import time
 from pathlib import Path
-from harness.data import growth, ingest
+from harness.catalogue import append as growth
+from harness.commands import ingest
 def wait(*arguments):
     print("there", flush=True)
     time.sleep(60)

@@ -12,7 +12,9 @@ import torch
 from tests.pool import layout, ranks
 from tests.pretend import DEVICE, RECIPES, Pretend, cases, on_pretend_device, own_step
 
-GATE = "harness/loop.py _to_copy"  # loss and gradient norm: nothing is updated before they are known to be finite
+GATE = (
+    "harness/train/trainer.py _to_copy"  # loss and gradient norm: nothing is updated before they are known to be finite
+)
 ACTIVE = "models/heads/class_parallel.py nonzero"  # how many class rows the step draws
 EXCHANGE = ["models/comm.py _to_copy"] * 2  # a number there, the numbers of all ranks back
 

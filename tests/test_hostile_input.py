@@ -22,18 +22,21 @@ import pytest
 from PIL import Image, ImageFont
 from tensorboard import plugin_util  # type: ignore[import-untyped]
 
-from harness import board, config, evaluate
-from harness.arguments import Parser, read_recipe, run_command, tell
-from harness.artefact import Photo
-from harness.data import ingest, webdataset
-from harness.data.catalogue import Catalogue
-from harness.data.ingest import IngestConfig, Rejected, check_image
-from harness.data.manifest import MOST_LINE, MOST_TEXT, Manifest
+from harness.artefact.artefact import Photo
+from harness.catalogue.catalogue import Catalogue
+from harness.catalogue.contact_sheet import CELL, LONGEST, draw_panel, text_picture
+from harness.catalogue.table import MOST_LINE, MOST_TEXT, Manifest
+from harness.commands import index as webdataset
+from harness.commands import ingest
+from harness.commands.index import IndexConfig
+from harness.commands.ingest import IngestConfig, Rejected, check_image
+from harness.core.cli import Parser, read_recipe, run_command, tell
+from harness.core.errors import UserError
+from harness.core.files import printable
 from harness.data.preprocess import PreprocessSpec
-from harness.data.webdataset import IndexConfig
-from harness.errors import UserError
-from harness.files import printable
-from harness.panel import CELL, LONGEST, draw_panel, text_picture
+from harness.evaluate import evaluation as evaluate
+from harness.train import config
+from harness.train import tensorboard as board
 from tests.runs import UNUSED, tiny_config
 from tests.test_cli import changed
 
@@ -118,7 +121,7 @@ def test_a_long_word_is_measured_a_few_times(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_captions_stay_in_their_cell() -> None:
-    from harness.panel import _wrap
+    from harness.catalogue.contact_sheet import _wrap
 
     font = ImageFont.load_default(size=11)
     for text in ("x" * 999, "a long title of many words that does not fit at all into two short lines", "日本語" * 99):
@@ -325,7 +328,7 @@ def peak(body: str, *argv: Any) -> int:
 READ = """
 import sys
 from pathlib import Path
-from harness.data.manifest import Manifest
+from harness.catalogue.table import Manifest
 assert sum(len(row.cells[0]) == 200_000 for row in Manifest(Path(sys.argv[1])).rows(["title"])) == 8000
 """
 COMMAND = "from harness.__main__ import main; assert main() == 0"
@@ -458,7 +461,7 @@ def open_too_many() -> int:
 PRINTS = """
 import json, sys
 from pathlib import Path
-from harness.arguments import run_command
+from harness.core.cli import run_command
 
 def body():
     for line in range(100_000):

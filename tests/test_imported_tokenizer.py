@@ -16,16 +16,16 @@ import tokenizers
 import transformers
 import yaml
 
-from harness.arguments import leaves
-from harness.data.imported_tokenizer import FILES, read_imported
+from harness.commands.import_weights import ImportConfig
+from harness.commands.import_weights import run as import_weights
+from harness.core.cli import leaves
+from harness.core.errors import UserError
 from harness.data.masking import MaskConfig, draw_masks, mask_words
-from harness.data.special_tokens import SpecialTokens
-from harness.data.tokenizer import Tokenizer, TokenizerConfig, TokenStore, run
-from harness.errors import UserError
-from harness.text_fit import require_fit
-from harness.train import train
-from harness.weights import ImportConfig
-from harness.weights import run as import_weights
+from harness.text.imported_tokenizer import FILES, read_imported
+from harness.text.special_tokens import SpecialTokens
+from harness.text.tokenizer import Tokenizer, TokenizerConfig, TokenStore, run
+from harness.text.tower_check import require_fit
+from harness.train.run import train
 from models.item import StreamConfig
 from models.text import TextConfig
 from tests.runs import arguments

@@ -23,13 +23,14 @@ import pytest
 import xxhash
 from PIL import Image
 
-from harness.data import ingest, store
-from harness.data.catalogue import Catalogue, CorruptSample
-from harness.data.ingest import IngestConfig, run
-from harness.data.manifest import Manifest
-from harness.data.writers import NpyWriter, ParquetWriter
-from harness.errors import UserError
-from harness.files import sealed
+from harness.catalogue import store
+from harness.catalogue.catalogue import Catalogue, CorruptSample
+from harness.catalogue.table import Manifest
+from harness.catalogue.writers import NpyWriter, ParquetWriter
+from harness.commands import ingest
+from harness.commands.ingest import IngestConfig, run
+from harness.core.errors import UserError
+from harness.core.files import sealed
 from tests.catalogues import COLUMNS, draw_rows, make_catalogue, write_manifest
 
 
@@ -393,7 +394,7 @@ def test_killed_run_leaves_nothing_and_the_next_one_cleans_up(drawn, tmp_path, c
     code = f"""
 import time
 from pathlib import Path
-from harness.data import ingest
+from harness.commands import ingest
 add = ingest.ShardWriter.add
 def slow(self, name, data):
     if name.startswith("000000000020"):

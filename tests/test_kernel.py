@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness.bench.kernels import KernelsConfig, blocks_of_processor
-from harness.errors import UserError
+from harness.core.errors import UserError
 from kernels.cosine_lse import NO_TARGET
 from tests.kernel_error import Emulated, bfloat16, draw, error_over_bound, one_tf32, tf32x3
 
@@ -280,7 +280,7 @@ def test_kernels_have_room_on_other_gpus(process: Callable[..., None]) -> None:
 
 def check_interpreted() -> None:
     from harness.bench.kernels import KernelsConfig, run
-    from harness.errors import UserError
+    from harness.core.errors import UserError
 
     with pytest.raises(UserError, match="TRITON_INTERPRET"):
         run(KernelsConfig(dim=(16,)))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from harness.data.keyed import keyed_hash, keyed_permutation, keyed_uniform
+from harness.core.keyed_random import keyed_hash, keyed_permutation, keyed_uniform
 
 
 def test_permutation_is_a_bijection_at_every_small_size():

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from harness import checkpoint
-from harness.config import parse
-from harness.errors import UserError
+from harness.core.errors import UserError
+from harness.train import checkpoint
+from harness.train.config import parse
 from models.merge import merged_state_dict
 from tests.pool import ranks
 from tests.runs import arguments, tiny_config, trainer

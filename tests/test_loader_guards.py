@@ -14,10 +14,13 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from harness import checkpoint, checksums, loop, train
-from harness.data.catalogue import Catalogue
+from harness.catalogue.catalogue import Catalogue
+from harness.core import manifest as checksums
+from harness.core.errors import UserError
 from harness.data.loader import StepLoader
-from harness.errors import UserError
+from harness.train import checkpoint
+from harness.train import run as train
+from harness.train import trainer as loop
 from tests.pool import ranks
 from tests.runs import arguments, tiny_config, trainer
 from tests.test_loop import damage, log_lines, open_loader

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from harness import lock
-from harness.data.ingest import IngestConfig
-from harness.data.ingest import run as ingest
-from harness.data.staging import held, staged_folder
-from harness.errors import UserError
-from harness.lock import locked
+from harness.commands.ingest import IngestConfig
+from harness.commands.ingest import run as ingest
+from harness.core import lock
+from harness.core.errors import UserError
+from harness.core.lock import locked
+from harness.core.staged_folder import held, staged_folder
 from tests.catalogues import make_catalogue
 from tests.pool import ranks
 from tests.runs import arguments
@@ -53,7 +53,7 @@ def another(code: str, *words: str) -> Iterator[subprocess.Popen[str]]:
 
 HOLD = """
 from pathlib import Path
-from harness.lock import locked
+from harness.core.lock import locked
 with locked(Path(sys.argv[1]), "it"):
     wait()
 """
@@ -61,7 +61,7 @@ with locked(Path(sys.argv[1]), "it"):
 HOLD_ELSEWHERE = (
     """
 import fcntl, socket
-from harness import lock
+from harness.core import lock
 fcntl.flock = lambda *_: None
 socket.gethostname = lambda: "node7"
 lock.BEAT = 0.05
@@ -119,7 +119,7 @@ def test_a_forked_child_does_not_hold_on(tmp_path: Path) -> None:
     code = """
 import os
 from pathlib import Path
-from harness.lock import locked
+from harness.core.lock import locked
 with locked(Path(sys.argv[1]), "it"):
     if os.fork():
         os.kill(os.getpid(), 9)
@@ -205,7 +205,7 @@ def test_a_stage_that_is_not_ours_is_not_touched(tmp_path: Path) -> None:
 
 STAGE = """
 from pathlib import Path
-from harness.data import staging
+from harness.core import staged_folder as staging
 sync_tree = staging.sync_tree
 def slowly(folder):  # all is written; for a large catalogue this takes minutes
     wait()
@@ -287,7 +287,7 @@ def test_of_two_ingests_one_runs(tmp_path: Path) -> None:
     manifest = make_catalogue(tmp_path / "drawn", classes=2, queries=1, ingest=False)
     code = """
 from harness.__main__ import main
-from harness.data import ingest
+from harness.commands import ingest
 close = ingest.ShardWriter.close
 def slowly(self):
     wait()
@@ -335,8 +335,8 @@ def test_many_at_once_take_turns(tmp_path: Path) -> None:
 
 def told(command: str, run: Path, out: Path, argv: list[str]) -> str:
     """In a pool: what a training in `run`, or an export of it to `out`, is told."""
-    from harness import export
-    from harness.train import train
+    from harness.commands import export
+    from harness.train.run import train
 
     with pytest.raises(UserError) as refused:
         train(argv) if command == "train" else export.run(export.ExportConfig(run=run, out=out))
@@ -364,21 +364,21 @@ def test_the_second_training_or_export_ends_on_every_rank(catalogue: Path, tmp_p
 
 def trained(argv: list[str]) -> None:
     """In a pool."""
-    from harness.train import train
+    from harness.train.run import train
 
     train(argv)
 
 
 def exported(run: Path, out: Path) -> None:
     """In a pool."""
-    from harness import export
+    from harness.commands import export
 
     export.run(export.ExportConfig(run=run, out=out))
 
 
 PAUSED = {
     "train": """
-from harness.loop import Trainer
+from harness.train.trainer import Trainer
 step = Trainer.train_step
 def slowly(self, *arguments):
     if self.step == 1:
@@ -387,7 +387,7 @@ def slowly(self, *arguments):
 Trainer.train_step = slowly
 """,
     "export": """
-from harness import export
+from harness.commands import export
 write = export.write_documents
 def slowly(*arguments):
     wait()

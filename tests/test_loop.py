@@ -19,13 +19,15 @@ import pytest
 import torch
 import yaml
 
-from harness import checkpoint, checksums, meters
-from harness.config import RunConfig
-from harness.data.catalogue import Catalogue, shard_name
+from harness.catalogue.catalogue import Catalogue, shard_name
+from harness.core import manifest as checksums
+from harness.core.errors import UserError
 from harness.data.loader import Reads, StepData, StepLoader
-from harness.data.tokenizer import Tokenizer
-from harness.errors import UserError
-from harness.optimizer import OptimizerConfig, learning_rate
+from harness.text.tokenizer import Tokenizer
+from harness.train import checkpoint
+from harness.train import run_log as meters
+from harness.train.config import RunConfig
+from harness.train.optimizer import OptimizerConfig, learning_rate
 from models.batch import TENSORS, Batch
 from tests.pool import ranks
 from tests.runs import UNUSED, tiny_config, trainer

@@ -9,7 +9,7 @@ import pytest
 
 from harness.data.masking import MaskConfig, draw_masks, mask_patches, mask_words, other_titles
 from harness.data.order import ClassOrder, _Kind
-from harness.data.special_tokens import SpecialTokens
+from harness.text.special_tokens import SpecialTokens
 
 N, LENGTH, PATCHES, VOCAB = 4000, 12, 16, 50
 SPECIAL = SpecialTokens(vocab_size=VOCAB, pad=0, unk=1, bos=2, eos=3, mask=4)

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from harness import device
-from harness.errors import UserError
-from harness.mesh import Mesh, MeshConfig, check_layout, parallel_state
+from harness.core import device
+from harness.core.errors import UserError
+from harness.core.mesh import Mesh, MeshConfig, check_layout, parallel_state
 from tests import pool
 from tests.pool import layout, ranks
 from tests.runs import UNUSED, tiny_config, trainer
@@ -214,10 +214,10 @@ def test_deterministic_kernels_and_precision_are_switched_on_and_off(monkeypatch
 
 RAISES = """
 import atexit, sys, time, torch, torch.distributed as dist
-from harness import arguments
-from harness.arguments import run_command
-from harness.errors import UserError
-from harness.mesh import Mesh, MeshConfig
+from harness.core import cli as arguments
+from harness.core.cli import run_command
+from harness.core.errors import UserError
+from harness.core.mesh import Mesh, MeshConfig
 
 # As the end of NCCL's groups, asked for or at the interpreter's end, which waits for ranks that sit in a collective.
 dist.destroy_process_group = lambda *_: time.sleep(3600)

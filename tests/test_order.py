@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from harness.core.errors import UserError
 from harness.data.order import KINDS, ClassOrder, ledger
-from harness.errors import UserError
 
 
 def write_classes(catalogue, members, slots):

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from harness import optimizer
-from harness.arguments import leaves
-from harness.config import parse
-from harness.errors import UserError
-from harness.overlap import OverlappedReduction
+from harness.core.cli import leaves
+from harness.core.errors import UserError
+from harness.train import optimizer
+from harness.train.config import parse
+from harness.train.overlap import OverlappedReduction
 from jobs import ablate
 from tests.measured import config_of, step_of, trainer
 from tests.pool import layout, ranks
@@ -62,7 +62,7 @@ def runs() -> dict[str, dict[str, Any]]:
         where = ablate.AblationConfig(file=file, catalogue=Path("catalogue"), out=Path("runs/unused"))
         for cell in ablation.cells:
             line = ablate.command(where, ablation, cell, ablation.seeds[0])
-            found[f"{file.stem}: {cell}"] = tiny(line[line.index("harness.train") + 1 :])
+            found[f"{file.stem}: {cell}"] = tiny(line[line.index("harness.train.run") + 1 :])
     return found
 
 

@@ -256,7 +256,7 @@ CLIP = 0.5
 
 
 def check_updates(tensor_parallel: int, sequence: bool) -> None:
-    from harness.optimizer import OptimizerConfig, TowerOptimizer
+    from harness.train.optimizer import OptimizerConfig, TowerOptimizer
 
     with layout(tensor_parallel) as mesh:
         towers = built(mesh, sequence, "none")
@@ -303,9 +303,9 @@ def test_sharded_clipped_adamw_equals_the_plain_one(world: int, tensor_parallel:
 
 
 def check_state_of_torch_adamw(folder: Path) -> None:
-    """What megatron-core's distributed optimizer gets wrong on top of torch's AdamW, mended in harness/optimizer.py."""
-    from harness import checkpoint
-    from harness.optimizer import OptimizerConfig, TowerOptimizer
+    """What megatron-core's distributed optimizer gets wrong on top of torch's AdamW, mended in harness/train/optimizer.py."""
+    from harness.train import checkpoint
+    from harness.train.optimizer import OptimizerConfig, TowerOptimizer
 
     with layout(2) as mesh:
         images, tokens = inputs()

@@ -15,12 +15,12 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from harness.core.errors import UserError
 from harness.data import nvjpeg
+from harness.data.decode_dali import ImagePipeline
+from harness.data.decode_pillow import ReferencePipeline
 from harness.data.loader import open_pipeline
-from harness.data.pipeline import ImagePipeline
 from harness.data.preprocess import PreprocessSpec, draw_parameters
-from harness.data.reference import ReferencePipeline
-from harness.errors import UserError
 from tests.runs import tiny_config, trainer
 
 GROCERY = Path(__file__).parents[2] / "shared" / "data" / "grocery" / "images"
@@ -490,7 +490,7 @@ def test_only_dali_on_a_gpu_asks_for_an_nvjpeg(monkeypatch):
     """`dali` there is refused with an old one; `dali_cpu` never decodes there."""
     asked = []
     spec, cuda = PreprocessSpec(image_size=16), torch.device("cuda", 3)
-    monkeypatch.setattr("harness.data.pipeline.ImagePipeline", lambda *words: asked.append(words[3:]))
+    monkeypatch.setattr("harness.data.decode_dali.ImagePipeline", lambda *words: asked.append(words[3:]))
     for backend, device in (("dali", cuda), ("dali_cpu", cuda), ("dali", torch.device("cpu"))):
         open_pipeline(spec, backend, 1, 1, device)
     assert asked == [("mixed", 3), ("cpu", 3), ("cpu", 0)]

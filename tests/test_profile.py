@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.profile import StepProfiler
+from harness.train.profiler import StepProfiler
 
 
 def traced(folder: Path, window: str, first: int, end: int) -> tuple[str, list[int]]:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.data.catalogue import Catalogue
-from harness.data.product_queries import ProductQueries, words_of
-from harness.data.queries import QueriesConfig, run
-from harness.errors import UserError
-from harness.files import sealed
+from harness.catalogue.catalogue import Catalogue
+from harness.commands.queries import QueriesConfig, run
+from harness.core.errors import UserError
+from harness.core.files import sealed
+from harness.text.product_queries import ProductQueries, words_of
 from tests.twins import documents_alone
 
 CLICKS = [

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from harness.coded import Coded
-from harness.errors import UserError
-from harness.metrics import slices, summarise
-from harness.retrieval import Embedded, RelevantRanks, relevant_ranks, top_k
+from harness.core.errors import UserError
+from harness.evaluate.coded import Coded
+from harness.evaluate.metrics import slices, summarise
+from harness.evaluate.ranking import Embedded, RelevantRanks, relevant_ranks, top_k
 
 DIM, QUERIES, DOCUMENTS = 24, 61, 203
 # Rows of a shuffled set per rank: uneven, and at each world size above 1 a rank without queries or without documents.

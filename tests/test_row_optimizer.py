@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from harness.optimizer import sum_of_squares
+from harness.train.optimizer import sum_of_squares
 from kernels import row_update as twin
 from kernels.keyed import LARGE, fill_normal, random_bits
 from kernels.rounding import decode, encode, round_bf16

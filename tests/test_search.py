@@ -18,15 +18,15 @@ import pytest
 import torch
 from PIL import Image
 
-from harness import export, search
-from harness.artefact import Artefact, Photo
-from harness.checksums import fingerprint, write_manifest
-from harness.data.catalogue import Catalogue
-from harness.data.queries import QueriesConfig
-from harness.data.queries import run as make_queries
-from harness.embed import Embedder, side_of
-from harness.errors import UserError
-from harness.retrieval import top_k
+from harness.artefact.artefact import Artefact, Photo
+from harness.catalogue.catalogue import Catalogue
+from harness.commands import export, search
+from harness.commands.queries import QueriesConfig
+from harness.commands.queries import run as make_queries
+from harness.core.errors import UserError
+from harness.core.manifest import fingerprint, write_manifest
+from harness.evaluate.embed import Embedder, side_of
+from harness.evaluate.ranking import top_k
 from tests.damages import damages
 from tests.pool import ranks
 from tests.runs import tiny_config, trainer

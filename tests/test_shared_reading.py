@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.data.catalogue import Catalogue
+from harness.catalogue.catalogue import Catalogue
 from harness.data.loader import ImageReader, Reads, StepData, StepLoader, TextTokens, decoding_threads
 from harness.data.preprocess import PreprocessSpec
 from models.batch import Batch
@@ -201,9 +201,9 @@ def flops_of_a_run(catalogue: Path, run: Path, tensor_parallel: int) -> list[flo
 
     config = tiny_config(catalogue, run, **{"train.log_every": 2, "model.text.max_length": 60})
     with (
-        mock.patch("harness.flops.peak_flops", return_value=1e12),  # a CPU has none, so nothing would be counted
+        mock.patch("harness.train.flops.peak_flops", return_value=1e12),  # a CPU has none, so nothing would be counted
         trainer(config, tensor_parallel) as t,
-        mock.patch("harness.loop.utilisation", utilisation),
+        mock.patch("harness.train.trainer.utilisation", utilisation),
     ):
         t.fit()
         reads = Reads(text_length=config.model.text.max_length)

@@ -14,14 +14,14 @@ import pyarrow as pa
 import pytest
 import torch
 
-from harness.attribute_queries import _as_one
-from harness.coded import Coded, encoded
-from harness.data import tokenizer
-from harness.data.catalogue import Catalogue
-from harness.data.tokenizer import TokenStore
-from harness.embed import ClassKeys, side_of
-from harness.flat_index import index_head
-from harness.probe import chosen
+from harness.artefact.flat_index import index_head
+from harness.catalogue.catalogue import Catalogue
+from harness.evaluate.category import chosen
+from harness.evaluate.coded import Coded, encoded
+from harness.evaluate.embed import ClassKeys, side_of
+from harness.text import tokenizer
+from harness.text.attribute_queries import _as_one
+from harness.text.tokenizer import TokenStore
 from tests.pool import ranks
 from tests.runs import UNUSED, tiny_config, trainer
 from tests.test_tasks import side

@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
+from harness.core.errors import UserError
 from harness.data.loader import StepLoader
-from harness.errors import UserError
 from tests.test_loop import open_loader
 
 SMALL: dict[str, Any] = {

@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-from harness.data import shards, store
-from harness.data.catalogue import Catalogue, CorruptSample
+from harness.catalogue import store
+from harness.catalogue.catalogue import Catalogue, CorruptSample
+from harness.catalogue.store import LocalStore, ReadCache, RemoteStore
+from harness.commands import shards
+from harness.core.errors import UserError
 from harness.data.loader import ImageReader
 from harness.data.preprocess import PreprocessSpec
-from harness.data.store import LocalStore, ReadCache, RemoteStore
-from harness.errors import UserError
 from tests.catalogues import make_catalogue
 
 CPU = torch.device("cpu")

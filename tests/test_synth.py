@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from harness.data import ingest
-from harness.errors import UserError
-from harness.synth.command import SynthConfig, run
-from harness.synth.products import KINDS, make_products
-from harness.synth.shapes import cutout
+from harness.catalogue.synth.products import KINDS, make_products
+from harness.catalogue.synth.shapes import cutout
+from harness.commands import ingest
+from harness.commands.synth import SynthConfig, run
+from harness.core.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SMALL = SynthConfig(out=Path(), products=12, photos=4, held_out=1, unseen=0.25, near_duplicates=0.34, seed=3, workers=1)

@@ -13,18 +13,18 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from harness import govern
-from harness.attribute_queries import AttributeQueries, without_words
-from harness.coded import Coded
-from harness.config import RunConfig, parse
-from harness.data import ingest, tokenizer
-from harness.data.queries import QueriesConfig
-from harness.data.queries import run as make_queries
-from harness.embed import Side
-from harness.errors import UserError
-from harness.evaluate import EvaluationConfig, Report
-from harness.methods import with_keywords
-from harness.probe import predicted
+from harness.commands import govern, ingest
+from harness.commands.queries import QueriesConfig
+from harness.commands.queries import run as make_queries
+from harness.core.errors import UserError
+from harness.core.methods import with_keywords
+from harness.evaluate.category import predicted
+from harness.evaluate.coded import Coded
+from harness.evaluate.embed import Side
+from harness.evaluate.evaluation import EvaluationConfig, Report
+from harness.text import tokenizer
+from harness.text.attribute_queries import AttributeQueries, without_words
+from harness.train.config import RunConfig, parse
 from tests.catalogues import draw_rows, make_catalogue, write_manifest
 from tests.pool import ranks
 from tests.runs import UNUSED, tiny_config, trainer

@@ -25,10 +25,10 @@ import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from harness.data.catalogue import Catalogue
-from harness.errors import UserError
-from harness.evaluate import Report
-from harness.panel import draw_panel, picture
+from harness.catalogue.catalogue import Catalogue
+from harness.catalogue.contact_sheet import draw_panel, picture
+from harness.core.errors import UserError
+from harness.evaluate.evaluation import Report
 from models.plain.transformer import PlainBuilder
 from tests.pool import ranks
 from tests.runs import UNUSED, tiny_config, trainer
@@ -163,7 +163,7 @@ def test_the_text_describes_the_run(board: Board) -> None:
 
 def towers_said(catalogue: Path, run: Path, tensor_parallel: int) -> int:
     """The towers' parameters as the summary of a run on this layout counts them."""
-    from harness.board import _facts
+    from harness.train.tensorboard import _facts
 
     config = tiny_config(catalogue, run)
     with trainer(config, tensor_parallel, ready=False) as t:

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness.data import tokenizer as module
-from harness.data.catalogue import Catalogue
-from harness.data.ingest import IngestConfig
-from harness.data.ingest import run as ingest
-from harness.data.special_tokens import SpecialTokens
-from harness.data.tokenizer import Tokenizer, TokenizerConfig, TokenStore, run
-from harness.errors import UserError
+from harness.catalogue.catalogue import Catalogue
+from harness.commands.ingest import IngestConfig
+from harness.commands.ingest import run as ingest
+from harness.core.errors import UserError
+from harness.text import tokenizer as module
+from harness.text.special_tokens import SpecialTokens
+from harness.text.tokenizer import Tokenizer, TokenizerConfig, TokenStore, run
 from tests.catalogues import make_catalogue
 
 WORDS = ("red", "green", "blue", "wool", "cotton", "silk", "shirt", "scarf", "jacket", "sleeve", "collar", "winter")

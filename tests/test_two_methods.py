@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from harness import govern, train
-from harness.config import RunConfig, parse
+from harness.commands import govern
+from harness.commands.queries import QueriesConfig
+from harness.commands.queries import run as make_queries
+from harness.core.errors import UserError
+from harness.core.methods import METHODS, with_keywords
 from harness.data.loader import StepLoader
 from harness.data.masking import draw_masks
-from harness.data.queries import QueriesConfig
-from harness.data.queries import run as make_queries
-from harness.errors import UserError
-from harness.methods import METHODS, with_keywords
+from harness.train import run as train
+from harness.train.config import RunConfig, parse
 from models.batch import TENSORS, Batch
 from models.merge import merged_state_dict
 from tests.pool import ranks

@@ -13,10 +13,14 @@ from unittest.mock import patch
 import pytest
 import torch.distributed as dist
 
-from harness import checkpoint, checksums, export, probe, waiting, watch
-from harness.checksums import shared_out, verify, write_manifest
-from harness.errors import UserError
-from harness.mesh import Mesh, MeshConfig
+from harness.commands import export
+from harness.core import manifest as checksums
+from harness.core import waiting, watch
+from harness.core.errors import UserError
+from harness.core.manifest import shared_out, verify, write_manifest
+from harness.core.mesh import Mesh, MeshConfig
+from harness.evaluate import category as probe
+from harness.train import checkpoint
 from tests.pool import layout, ranks
 from tests.runs import tiny_config, trainer
 

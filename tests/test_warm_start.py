@@ -11,13 +11,13 @@ import torch
 import transformers
 import yaml
 
-from harness.arguments import leaves
-from harness.config import parse
-from harness.errors import UserError
-from harness.export_weights import ExportWeightsConfig
-from harness.export_weights import run as export_weights
-from harness.weights import ImportConfig
-from harness.weights import run as import_weights
+from harness.commands.export_weights import ExportWeightsConfig
+from harness.commands.export_weights import run as export_weights
+from harness.commands.import_weights import ImportConfig
+from harness.commands.import_weights import run as import_weights
+from harness.core.cli import leaves
+from harness.core.errors import UserError
+from harness.train.config import parse
 from models.merge import merged_state_dict
 from tests.pool import ranks
 from tests.runs import arguments, tiny_config, trainer

@@ -21,7 +21,8 @@ PATIENCE = 120.0  # seconds, for what takes a few
 # Trains; the rank STOPPED stops itself at the CALL-th call of its clock, some beats after it: one at the start, then five a step.
 SCRIPT = """
 import os, signal, sys, time
-from harness import arguments, meters, train
+from harness.core import cli as arguments
+from harness.train import run_log as meters, run as train
 
 arguments.OTHERS_WAIT = 60  # in which torchrun ends the other ranks, however loaded the machine
 
@@ -97,7 +98,7 @@ def launched(
 )
 def test_ranks_end_with_their_launcher(catalogue: Path, tmp_path: Path, launcher: str, end: signal.Signals) -> None:
     run = tmp_path / "run"
-    program = ["-m", "harness.train", *arguments(catalogue, run, **{"train.steps": 100_000})]
+    program = ["-m", "harness.train.run", *arguments(catalogue, run, **{"train.steps": 100_000})]
     with launched(launcher, 2, program, tmp_path / "errors") as process:
         wait_for(lambda: (run / "log.jsonl").is_file() and len((run / "log.jsonl").read_text()) > 0, process)
         ranks = ranks_of(process.pid)

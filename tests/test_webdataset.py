@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from harness.data.catalogue import Catalogue
-from harness.data.ingest import IngestConfig
-from harness.data.ingest import run as ingest
-from harness.data.webdataset import IndexConfig, run
-from harness.errors import UserError
+from harness.catalogue.catalogue import Catalogue
+from harness.commands.index import IndexConfig, run
+from harness.commands.ingest import IngestConfig
+from harness.commands.ingest import run as ingest
+from harness.core.errors import UserError
 
 
 def jpeg(number: int, **options: Any) -> bytes:

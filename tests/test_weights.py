@@ -21,12 +21,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harness.checksums import verify, write_manifest
-from harness.errors import UserError
-from harness.export_weights import ExportWeightsConfig
-from harness.export_weights import run as run_export
-from harness.weights import ImportConfig, init_towers
-from harness.weights import run as run_import
+from harness.commands.export_weights import ExportWeightsConfig
+from harness.commands.export_weights import run as run_export
+from harness.commands.import_weights import ImportConfig, init_towers
+from harness.commands.import_weights import run as run_import
+from harness.core.errors import UserError
+from harness.core.manifest import verify, write_manifest
 from models.merge import load_merged, merge_shards, merged_state_dict
 from models.oclear import OclearConfig, OclearTowers
 from models.plain.transformer import PlainBuilder

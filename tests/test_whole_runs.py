@@ -35,7 +35,7 @@ FULL = SEQUENCE | {"mesh.recompute": "full"}
 
 def trained(catalogue: Path, run: Path, settings: dict[str, Any]) -> None:
     """On every rank of a pool: what torchrun starts."""
-    from harness.train import train
+    from harness.train.run import train
 
     train(arguments(catalogue, run, **SETTINGS | settings))
 

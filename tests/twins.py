@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.data.masking import MaskConfig, draw_masks
-from harness.data.special_tokens import SpecialTokens
+from harness.text.special_tokens import SpecialTokens
 from models.batch import Batch
 from models.merge import merge_shards
 from tests.catalogues import draw_rows, write_manifest
@@ -74,8 +74,8 @@ def documents_alone(folder: Path) -> Path:
 
     The last one is of split val and has a shape of its own, the first is of all splits and has no shape.
     """
-    from harness import govern
-    from harness.data import ingest, tokenizer
+    from harness.commands import govern, ingest
+    from harness.text import tokenizer
 
     rows = draw_rows(folder, classes=12, queries=0, size=24, seed=0)
     for number, row in enumerate(rows):

@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from harness.attribute_queries import GRADED, AttributeQueries, without_words
 from harness.bench.report import bench_main, command_line, make_report, print_report
-from harness.data.catalogue import Catalogue
-from harness.data.product_queries import words_of
-from harness.data.tokenizer import FIELDS
-from harness.embed import Side, side_of
-from harness.errors import UserError
-from harness.metrics import summarise
-from harness.probe import NEIGHBOURS, scores
-from harness.tasks import require_attributes
+from harness.catalogue.catalogue import Catalogue
+from harness.core.errors import UserError
+from harness.evaluate.category import NEIGHBOURS, scores
+from harness.evaluate.embed import Side, side_of
+from harness.evaluate.metrics import summarise
+from harness.evaluate.tasks import require_attributes
+from harness.text.attribute_queries import GRADED, AttributeQueries, without_words
+from harness.text.product_queries import words_of
+from harness.text.tokenizer import FIELDS
 
 MODULE = "harness.bench.bm25"
 EXAMPLE = f"python -m {MODULE} --catalogue catalogues/fashion --query-attributes gender,base_colour,sub_category"

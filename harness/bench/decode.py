@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from harness.bench.photos import photo
 from harness.bench.report import bench_main, command_line, make_report, print_report
-from harness.data.pipeline import ImagePipeline
+from harness.core.errors import UserError
+from harness.data.decode_dali import ImagePipeline
+from harness.data.decode_pillow import ReferencePipeline
 from harness.data.preprocess import Parameters, PreprocessSpec, draw_parameters
-from harness.data.reference import ReferencePipeline
-from harness.errors import UserError
 
 MODULE = "harness.bench.decode"
 EXAMPLE = f"python -m {MODULE} --images 256 --threads 2 --json decode.json"

@@ -17,21 +17,21 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
+from harness.artefact.flat_index import write_index
 from harness.bench.ranks import Memory, is_first, on_ranks
 from harness.bench.report import bench_main, command_line, make_report, print_report
-from harness.checksums import write_manifest
-from harness.data import tokenizer
-from harness.data.catalogue import CATALOGUE_FORMAT, INDEX_DTYPE, SAMPLE_SCHEMA, Catalogue, shard_name
+from harness.catalogue.catalogue import CATALOGUE_FORMAT, INDEX_DTYPE, SAMPLE_SCHEMA, Catalogue, shard_name
+from harness.catalogue.writers import ROW_GROUP, NpyWriter
+from harness.commands.export import write_documents
+from harness.core.errors import UserError
+from harness.core.manifest import write_manifest
+from harness.core.mesh import Mesh, MeshConfig
+from harness.core.waiting import in_own_time, on_first_rank
 from harness.data.loader import DataConfig, Pixels
-from harness.data.tokenizer import FIELDS, Tokenizer
-from harness.data.writers import ROW_GROUP, NpyWriter
-from harness.embed import side_of
-from harness.errors import UserError
-from harness.evaluate import Evaluation, EvaluationConfig
-from harness.export import write_documents
-from harness.flat_index import write_index
-from harness.mesh import Mesh, MeshConfig
-from harness.waiting import in_own_time, on_first_rank
+from harness.evaluate.embed import side_of
+from harness.evaluate.evaluation import Evaluation, EvaluationConfig
+from harness.text import tokenizer
+from harness.text.tokenizer import FIELDS, Tokenizer
 from models.batch import Batch
 
 MODULE = "harness.bench.evaluation"

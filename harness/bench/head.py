@@ -22,7 +22,7 @@ from tqdm import tqdm
 from harness.bench.baselines import PartialFC
 from harness.bench.ranks import Memory, Traffic, available_memory, is_first, on_ranks
 from harness.bench.report import bench_main, command_line, make_report, print_report
-from harness.errors import UserError
+from harness.core.errors import UserError
 from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
 from models.heads.row_optimizer import RowAdamW, RowOptimizerConfig
 

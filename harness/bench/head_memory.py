@@ -9,7 +9,7 @@ from typing import Any
 from harness.bench.head import MB, Setting, measure_memory
 from harness.bench.ranks import is_first, on_ranks
 from harness.bench.report import bench_main, command_line, make_report, print_report
-from harness.errors import UserError
+from harness.core.errors import UserError
 
 MODULE = "harness.bench.head_memory"
 EXAMPLE = f"python -m {MODULE} --num-classes 1000000 --ranks 8 --json head_memory.json"

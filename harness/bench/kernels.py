@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from harness.bench.report import bench_main, command_line, make_report, print_report
-from harness.errors import UserError
+from harness.core.errors import UserError
 
 MODULE = "harness.bench.kernels"
 EXAMPLE = f"python -m {MODULE} --dtype bf16 --dim 512 --json kernels.json"

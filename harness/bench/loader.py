@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from harness.bench.photos import photo
 from harness.bench.report import bench_main, command_line, make_report, print_report
-from harness.data.catalogue import Catalogue
-from harness.data.ingest import IngestConfig
-from harness.data.ingest import run as ingest
+from harness.catalogue.catalogue import Catalogue
+from harness.commands.ingest import IngestConfig
+from harness.commands.ingest import run as ingest
+from harness.core.errors import UserError
+from harness.data.decode_pillow import decode_rgb
 from harness.data.loader import ImageReader
 from harness.data.preprocess import PreprocessSpec, draw_parameters
-from harness.data.reference import decode_rgb
-from harness.errors import UserError
 
 MODULE = "harness.bench.loader"
 EXAMPLE = f"python -m {MODULE} --images 192 --threads 2 --json loader.json"
@@ -205,7 +205,7 @@ def _bare_dali(spec: PreprocessSpec, files: list[Path], batch: int, threads: int
             output_type=types.RGB,
             random_area=list(spec.crop_scale),
             random_aspect_ratio=list(spec.crop_ratio),
-            affine=False,  # as in harness/data/pipeline.py
+            affine=False,  # as in harness/data/decode_dali.py
         )
         squares = fn.resize(
             windows, size=(spec.image_size, spec.image_size), interp_type=types.INTERP_LINEAR, antialias=True

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from harness.errors import UserError
+from harness.core.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)
 # Imported once and not in every rank; torch's first optimizer would import the last: 180 MB that no measurement should count.

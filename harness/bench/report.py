@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness.versions import commit, hardware
+from harness.core.versions import commit, hardware
 
 Scalar = str | int | float | bool | None
 
@@ -108,7 +108,7 @@ def bench_main(
     Returns:
         The exit code.
     """
-    from harness.arguments import Parser, run_command, write_figures  # here: to write a report needs no jsonargparse
+    from harness.core.cli import Parser, run_command, write_figures  # here: to write a report needs no jsonargparse
 
     def body() -> None:
         parser = Parser(f"python -m {module}", sentence, example)

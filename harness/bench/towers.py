@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from harness.bench.gpu import matrix_rate
 from harness.bench.report import bench_main, command_line, make_report, print_report
-from harness.errors import UserError
-from harness.flops import peak_flops, tower_flops
-from harness.mesh import Mesh, MeshConfig
-from harness.methods import builder
+from harness.core.errors import UserError
+from harness.core.mesh import Mesh, MeshConfig
+from harness.core.methods import builder
+from harness.train.flops import peak_flops, tower_flops
 from models.merge import load_merged
 from models.plain.transformer import PlainBuilder
 from models.presets import PRESETS, TEXT, VISION
@@ -89,7 +89,7 @@ def run(config: TowersConfig) -> dict[str, Any]:
 
     Headline: `X_vs_transformers` and `X_vs_plain`, medians over the rounds of the other's time by ours (above 1: ours is faster), least and largest;
     `X_images_per_s` or `X_tokens_per_s`, ours; `matrix_tflops`, the rate of one large matrix product in the same dtype; `X_of_matrix_rate`, our model
-    FLOPs by that; on a GPU of harness/flops.py's table `X_model_flops_utilisation`, by the data sheet's peak.
+    FLOPs by that; on a GPU of harness/train/flops.py's table `X_model_flops_utilisation`, by the data sheet's peak.
     """
     with Mesh(MeshConfig(compile=config.compile)) as mesh:
         dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16

@@ -21,14 +21,14 @@ import numpy.typing as npt
 import torch
 from torch.distributed import ProcessGroup
 
-from harness.data.catalogue import Catalogue, CorruptSample
+from harness.catalogue.catalogue import Catalogue, CorruptSample
+from harness.core.errors import UserError
+from harness.data.decode_pillow import ReferencePipeline
 from harness.data.masking import MaskConfig, draw_masks, other_titles
 from harness.data.order import ClassOrder, Draw, ledger
 from harness.data.preprocess import Parameters, PreprocessSpec, draw_parameters
-from harness.data.product_queries import ProductQueries
-from harness.data.reference import ReferencePipeline
-from harness.data.tokenizer import Tokenizer, TokenStore
-from harness.errors import UserError
+from harness.text.product_queries import ProductQueries
+from harness.text.tokenizer import Tokenizer, TokenStore
 from models.batch import Batch
 from models.comm import gather_shards
 from models.transfer import send
@@ -169,7 +169,7 @@ def open_pipeline(spec: PreprocessSpec, backend: str, batch_size: int, threads: 
     if backend == "reference":
         return ReferencePipeline(spec, batch_size, threads)
     try:
-        from harness.data.pipeline import ImagePipeline  # here, so that `reference` runs where DALI has no wheel
+        from harness.data.decode_dali import ImagePipeline  # here, so that `reference` runs where DALI has no wheel
     except ImportError as error:
         raise UserError(
             f"DALI does not import ({error})",

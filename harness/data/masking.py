@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from harness.data.keyed import keyed_hash, keyed_uniform
+from harness.core.errors import UserError
+from harness.core.keyed_random import keyed_hash, keyed_uniform
 from harness.data.order import ClassOrder
-from harness.data.special_tokens import SpecialTokens
-from harness.errors import UserError
+from harness.text.special_tokens import SpecialTokens
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]

@@ -6,9 +6,9 @@ import ctypes
 import os
 from pathlib import Path
 
-from harness.errors import UserError
+from harness.core.errors import UserError
 
-# nvimgcodec 0.9 refuses a window with fancy upsampling, which is what harness/data/pipeline.py asks for, to an nvJPEG before this one.
+# nvimgcodec 0.9 refuses a window with fancy upsampling, which is what harness/data/decode_dali.py asks for, to an nvJPEG before this one.
 LEAST = (13, 2)
 NAMES = (
     "libnvjpeg.so.13",

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from harness.data.catalogue import MOST, open_array
-from harness.data.keyed import keyed_hash, keyed_permutation
-from harness.errors import UserError
-from harness.files import read_record
+from harness.catalogue.catalogue import MOST, open_array
+from harness.core.errors import UserError
+from harness.core.files import read_record
+from harness.core.keyed_random import keyed_hash, keyed_permutation
 
 Ints = npt.NDArray[np.int64]
 
@@ -40,7 +40,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class _Kind:
-    """One kind's arrays as harness/govern.py writes them, memory-mapped."""
+    """One kind's arrays as harness/commands/govern.py writes them, memory-mapped."""
 
     members: Ints
     member_offsets: Ints

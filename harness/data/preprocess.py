@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from harness.data.keyed import keyed_uniform
-from harness.errors import UserError
+from harness.core.errors import UserError
+from harness.core.keyed_random import keyed_uniform
 
 # anchor int32 [n, 2] and shape int32 [n, 2]: window (x, y) and (width, height) in pixels of the oriented image;
 # flip int32 [n]; matrix float32 [n, 3, 3] and offset float32 [n, 3]: colour = matrix @ rgb + offset for rgb in 0..1.

@@ -9,11 +9,10 @@ import csv
 import shutil
 from pathlib import Path
 
-from harness import govern
 from harness.bench.gpu import Program, empty_folder
 from harness.bench.photos import photos as made_up
-from harness.data import ingest, queries, tokenizer
-from harness.synth import command as synth
+from harness.commands import govern, ingest, queries, synth
+from harness.text import tokenizer
 
 LONG_SIDE = 500  # pixels; as ImageNet's photos, on which the published rates were taken
 

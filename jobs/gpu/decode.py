@@ -15,7 +15,7 @@ from PIL import Image
 
 from harness.bench.gpu import Program
 from harness.bench.photos import photos as made_up
-from harness.data.pipeline import ImagePipeline
+from harness.data.decode_dali import ImagePipeline
 from harness.data.preprocess import PreprocessSpec, draw_parameters
 
 PACKAGES = (

@@ -12,9 +12,9 @@ import shutil
 from pathlib import Path
 
 from harness.bench.gpu import Program, empty_folder
-from harness.config import parse
-from harness.loop import Trainer
-from harness.mesh import Mesh
+from harness.core.mesh import Mesh
+from harness.train.config import parse
+from harness.train.trainer import Trainer
 
 BAR = 2119.0
 

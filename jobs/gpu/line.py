@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from harness.bench.gpu import Program, empty_folder
-from harness.data.catalogue import Catalogue
+from harness.catalogue.catalogue import Catalogue
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "oclear_demo.yaml"
 LIMIT = 150.0  # seconds of one command
@@ -75,7 +75,7 @@ def main() -> None:
         6 if program.tiny else 60,
     )
     train = [
-        "harness.train",
+        "harness.train.run",
         "--config",
         RECIPE,
         "--data.catalogue",

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from harness.bench.gpu import Program
 from harness.bench.photos import photos as made_up
-from harness.data.pipeline import ImagePipeline
+from harness.data.decode_dali import ImagePipeline
+from harness.data.decode_pillow import ReferencePipeline
 from harness.data.preprocess import Parameters, PreprocessSpec, draw_parameters
-from harness.data.reference import ReferencePipeline
 
 # Mean and 99.9th percentile of the difference of a kind's images, of 255. The CPU graph stays within half of it of Pillow (tests/test_pipeline.py);
 # a wrong window, turn, mirror or colour is beyond it by far.

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from harness.bench.gpu import Program, matrix_rate
 from harness.bench.towers import AGREE, build_side
-from harness.config import parse
-from harness.flops import peak_flops, tower_flops
-from harness.mesh import Mesh, MeshConfig
-from harness.methods import build as make_method
-from harness.optimizer import OptimizerConfig, TowerOptimizer
+from harness.core.mesh import Mesh, MeshConfig
+from harness.core.methods import build as make_method
+from harness.train.config import parse
+from harness.train.flops import peak_flops, tower_flops
+from harness.train.optimizer import OptimizerConfig, TowerOptimizer
 from models.heads.class_parallel import ClassHeadConfig
 from models.merge import load_merged
 from models.plain.transformer import PlainBuilder, PlainLayer

@@ -143,10 +143,10 @@ class Side:
 
     def trainer(self, recipe: Mapping[str, Any], run: Path) -> Any:
         """The loop's Trainer, which resumes by itself what lies in `run`."""
-        from harness.config import parse
-        from harness.loop import Trainer
-        from harness.mesh import Mesh
-        from harness.methods import with_keywords
+        from harness.core.mesh import Mesh
+        from harness.core.methods import with_keywords
+        from harness.train.config import parse
+        from harness.train.trainer import Trainer
 
         values = {**recipe, "data.catalogue": self.catalogue, "run_dir": run}
         flags = [f"--{key}={x if isinstance(x, str | Path) else json.dumps(x)}" for key, x in values.items()]
@@ -241,7 +241,7 @@ def take_rows_of_a_cpu(trainer: Any) -> None:
 
 def export(trainer: Any, run: Path) -> None:
     """Writes the run's query encoder for serving, and what the towers themselves make of the same queries."""
-    from harness.methods import METHODS, plain_query_encoder
+    from harness.core.methods import METHODS, plain_query_encoder
 
     method, config, mesh = trainer.method, trainer.config, trainer.mesh
     method.towers.eval()

@@ -1,0 +1,1 @@
+"""Exported artefacts: query encoder, id map and index, opened for search."""

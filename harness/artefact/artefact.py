@@ -1,0 +1,251 @@
+"""An exported artefact, opened for search: photos or texts in, the best documents out. Needs neither the run nor its catalogue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from PIL import Image
+from torch import Tensor
+
+from harness.artefact.documents import read_documents
+from harness.artefact.flat_index import read_index
+from harness.artefact.query_encoder import TOWERS, read_model, read_query_encoder
+from harness.commands.ingest import IngestConfig, Rejected, check_image, load_image
+from harness.core.errors import UserError
+from harness.core.files import Record, printable, read_record
+from harness.core.manifest import verify
+from harness.data.decode_pillow import decode_rgb
+from harness.data.loader import BACKENDS, open_pipeline
+from harness.data.preprocess import PreprocessSpec, draw_parameters
+from harness.evaluate.ranking import Embedded, top_k
+from harness.text.tokenizer import Tokenizer, TokenStore
+from harness.text.tower_check import require_fit
+from models.plain_values import from_plain
+
+ARTEFACT_FORMAT = 3
+_SPARE = 32  # documents fetched beyond those wanted, to be ordered exactly
+_THUMBNAIL_PIXELS = 1 << 24
+
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A query photo: its bytes, and the window that is searched for, (x, y, width, height) in upright pixels."""
+
+    data: bytes
+    window: Box
+
+    @classmethod
+    def open(cls, path: Path, box: Sequence[int] = ()) -> Photo:
+        """Reads and checks a file; without `box` all of it counts.
+
+        Raises:
+            UserError: no such file, not an image, or a box that is empty or outside of it.
+        """
+        limits = IngestConfig(manifest=path, images=path, out=path)
+        try:
+            image = load_image(path.absolute().parent, path.name, limits.max_bytes, limits.max_pixels)
+        except Rejected as reason:
+            raise UserError(f"photo {path}: {reason}", "Name a JPEG, PNG, WebP, TIFF or BMP file") from None
+        if not box:
+            return cls(image.data, (0, 0, image.width, image.height))
+        size = f"the upright photo {path} has {image.width} x {image.height} pixels"
+        if len(box) != 4:
+            raise UserError(f"--box has {len(box)} numbers", "Give four: x,y,width,height in pixels")
+        x, y, width, height = box
+        if width < 1 or height < 1:
+            raise UserError(f"--box {','.join(map(str, box))} is empty", f"Width and height must be at least 1; {size}")
+        if x < 0 or y < 0 or x + width > image.width or y + height > image.height:
+            raise UserError(f"--box {','.join(map(str, box))} leaves the photo", size[0].upper() + size[1:])
+        return cls(image.data, (x, y, width, height))
+
+    def picture(self) -> Image.Image:
+        """The window in RGB."""
+        x, y, width, height = self.window
+        return decode_rgb(self.data).crop((x, y, x + width, y + height))
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A document found: its row in the index, its id, title, and cosine similarity to the query."""
+
+    row: int
+    id: str
+    title: str
+    score: float
+
+
+class Artefact:
+    """An artefact folder.
+
+    Args:
+        path: what `shelfmark export` wrote.
+        backend: decoder of the photos, dali or reference; the one that the run was trained and evaluated with by default.
+        threads: decoding threads.
+
+    Attributes:
+        meta: content of artefact.json.
+        model: configuration of the method.
+        documents: the id map, row i = document i of the index: sample_id, item, title, description, attributes,
+            class_key, thumbnail.
+
+    Raises:
+        UserError: no artefact there, one that is damaged or of another format, no faiss, no DALI.
+
+    Nothing in the folder is run: weights, pictures, tables and vectors are data, whose sizes are compared before memory is taken for them.
+    """
+
+    def __init__(self, path: Path, backend: str | None = None, threads: int = 1) -> None:
+        self.path, self.threads = path, threads
+        try:
+            record = _read_record(path)
+            self.meta = record.values
+            self.model, self.spec = _read_settings(record)
+            self.backend = backend or _one_of(record, "backend", BACKENDS)
+            count = record.number("documents", 1 << 40, 1)
+            self._encode = read_query_encoder(self.meta["method"], self.model, path)
+            self._tokenizer = self._open_tokenizer()
+            self._index = read_index(path, self.model.embedding_dim, count)
+            self.documents = read_documents(path, count)
+        except OSError as error:
+            raise UserError(
+                f"artefact {path}: {error.filename or 'a file'} cannot be read ({error.strerror})"
+            ) from error
+
+    def _open_tokenizer(self) -> Tokenizer | None:
+        if self.meta["query"] != "text":
+            return None
+        tokenizer = Tokenizer.load(self.path)
+        words = self.model.query.vocab_size or self.model.text.vocab_size or 1  # 1: 0 would mean any
+        require_fit(tokenizer.special, replace(self.model.query, vocab_size=words), "model.query")
+        return tokenizer
+
+    @torch.no_grad()
+    def embed(self, photos: Sequence[Photo], batch_size: int = 64) -> Tensor:
+        """Unit embeddings float32 [n, d] of photos.
+
+        Raises:
+            UserError: the decoder cannot read one of them.
+        """
+        size = min(batch_size, len(photos))
+        pipeline = open_pipeline(self.spec, self.backend, size, self.threads, torch.device("cpu"))
+        vectors = [torch.empty(0, self.meta["embedding_dim"])]
+        for start in range(0, len(photos), size):
+            part = photos[start : start + size]
+            windows = np.array([photo.window for photo in part])
+            # A box is searched for as if it were the whole photo: the same centred square within it.
+            parameters = draw_parameters(
+                self.spec, 0, 0, np.arange(len(part)), windows[:, 2], windows[:, 3], train=False
+            )
+            parameters["anchor"] += windows[:, :2].astype(np.int32)
+            images, ok = pipeline.decode([photo.data for photo in part], parameters)
+            if not bool(ok.all()):
+                raise UserError(
+                    f"photo {start + int(ok.int().argmin()) + 1} of {len(photos)} cannot be decoded by {self.backend}",
+                    "Save it as an ordinary JPEG, or choose --backend reference",
+                )
+            vectors.append(self._encode(images))
+        pipeline.close()
+        return torch.cat(vectors)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit embeddings float32 [n, d] of text queries."""
+        assert self._tokenizer is not None, "the artefact takes photos"
+        store = TokenStore.encode(self._tokenizer, {"query": list(texts)})
+        return self._encode(
+            torch.from_numpy(store.batch(np.arange(len(texts)), self.model.query.max_length, ["query"]))
+        )
+
+    def document(self, item: str) -> int:
+        """The row of the first document with that id.
+
+        Raises:
+            UserError: there is none.
+        """
+        row = int(pc.index(self.documents.column("item"), item).as_py())
+        if row < 0:
+            raise UserError(f"{self.path} has no document with the id '{item}'")
+        return row
+
+    def vector(self, row: int) -> Tensor:
+        """The embedding of a document, float32 [1, d]."""
+        return torch.from_numpy(self._index.reconstruct(row))[None]
+
+    def search(self, queries: Tensor, k: int) -> list[list[Hit]]:
+        """The `k` best documents (or all there are) of each query [n, d], best first.
+
+        Order and scores are those of evaluation (harness/evaluate/ranking.py), ties included, unless more than 32 documents tie with
+        the last one: FAISS finds the candidates in fp32, which are then ranked exactly.
+        """
+        if not len(queries):
+            return []
+        _, rows = self._index.search(queries.numpy(), min(k + _SPARE, self._index.ntotal))
+        if rows.min() < 0:
+            raise UserError(f"{self.path}: the encoder or the index gives vectors that are no numbers", "Export again")
+        ids, titles = self.documents.column("item"), self.documents.column("title")
+        found = []
+        for query, candidates in zip(queries, rows, strict=True):
+            vectors = torch.from_numpy(self._index.reconstruct_batch(candidates))
+            best, scores = top_k(_labelless(query[None]), _labelless(vectors, torch.from_numpy(candidates)), k)
+            hits = zip(best[0].tolist(), scores[0].tolist(), strict=True)
+            found.append([Hit(row, ids[row].as_py(), titles[row].as_py(), score) for row, score in hits])
+        return found
+
+    def thumbnail(self, row: int) -> Image.Image:
+        """The small picture of a document; a grey one where none was exported, or it is no picture."""
+        data = self.documents.column("thumbnail")[row].as_py()
+        try:
+            return decode_rgb(check_image(data or b"", _THUMBNAIL_PIXELS).data)
+        except Rejected:
+            return Image.new("RGB", (64, 64), (127, 127, 127))
+
+
+def _labelless(vectors: Tensor, ids: Tensor | None = None) -> Embedded:
+    ids = torch.zeros(len(vectors), dtype=torch.int64) if ids is None else ids
+    return Embedded(vectors, ids, torch.full_like(ids, -1))
+
+
+def _read_record(path: Path) -> Record:
+    """artefact.json, once every file is known to be whole."""
+    file = path / "artefact.json"
+    if not file.is_file():
+        what = "no artefact: it has no artefact.json" if path.is_dir() else "no such folder"
+        raise UserError(f"{path}: {what}", "Name a folder that `shelfmark export` wrote")
+    if problem := verify(path):
+        raise UserError(f"artefact {path}: {problem}", "Copy it again, or export again")
+    record = read_record(file, "Export again")
+    if (version := record.get("format", int)) != ARTEFACT_FORMAT:
+        raise UserError(f"artefact {path} has format {version}, this version reads {ARTEFACT_FORMAT}", "Export again")
+    return record
+
+
+def _read_settings(record: Record) -> tuple[Any, PreprocessSpec]:
+    """The method's configuration, and preprocessing that fits it."""
+    model = read_model(record.get("method", str), record.get("model", dict), record.file)
+    if record.get("query", str) != TOWERS[record.get("method", str)].query:
+        record.refuse("query is not what the method takes")
+    if record.get("embedding_dim", int) != model.embedding_dim:
+        record.refuse(f"embedding_dim is not the model's {model.embedding_dim}")
+    preprocess = read_record(record.file.with_name("preprocess.json"), "Export again")
+    try:
+        from_plain(PreprocessSpec, preprocess.values, "preprocess")
+        spec = PreprocessSpec.from_dict(preprocess.values)  # no default may stand in
+    except (ValueError, UserError) as error:
+        preprocess.refuse(printable(str(error)))
+    if spec.image_size != model.vision.image_size:
+        preprocess.refuse(f"image_size is {spec.image_size}, the model's {model.vision.image_size}")
+    return model, spec
+
+
+def _one_of(record: Record, name: str, choices: Sequence[str]) -> str:
+    if (value := record.get(name, str)) not in choices:
+        record.refuse(f"{name} is none of {', '.join(choices)}")
+    return value

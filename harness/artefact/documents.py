@@ -1,0 +1,65 @@
+"""An artefact's id map as it is read: Parquet that somebody else may have written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from harness.core.errors import UserError
+from harness.core.files import printable
+
+_TEXTS = ("class_key", "item", "title", "description")
+_BATCH = 256  # rows; what is read before its size can be looked at
+_MOST = 64  # bytes in memory for one in the file; each row has its embedding there, so no real one comes near
+
+
+def read_documents(folder: Path, count: int) -> pa.Table:
+    """All rows of folder/documents/part-*.parquet but the embeddings, `count` of them.
+
+    Raises:
+        UserError: another number of rows, columns that are missing or of another type, text that is none, or a damaged file; it is named.
+    """
+    parts = sorted((folder / "documents").glob("part-*.parquet"))
+    tables = []
+    for part in parts:
+        try:
+            tables.append(_read(part, count))
+            tables[-1].validate(full=True)  # UTF-8 too
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            what = printable(str(getattr(error, "strerror", None) or error))
+            raise UserError(f"{part} cannot be read ({what})", "Export again") from error
+        if tables[-1].schema != tables[0].schema:
+            raise UserError(f"{part} has other columns than {parts[0].name}", "Export again")
+    if sum(map(len, tables)) != count:
+        raise UserError(f"{folder}/documents has {sum(map(len, tables)):,} rows, not {count:,}", "Export again")
+    return pa.concat_tables(tables)
+
+
+def _read(part: Path, most_rows: int) -> pa.Table:
+    with pq.ParquetFile(part) as file:
+        schema = file.schema_arrow.remove_metadata()
+        wanted = {"sample_id": pa.int64(), "thumbnail": pa.binary(), **dict.fromkeys(_TEXTS, pa.string())}
+        for name, kind in wanted.items():
+            if schema.get_all_field_indices(name) == [] or schema.field(name).type != kind:
+                raise UserError(f"{part} has no column {name} of type {kind}", "Export again")
+        names = [name for name in schema.names if name != "embedding"]
+        codecs = {
+            file.metadata.row_group(group).column(column).compression
+            for group in range(file.metadata.num_row_groups)
+            for column in range(file.metadata.num_columns)
+        }
+        # Snappy makes at most 22 bytes of one, others thousands.
+        if file.metadata.num_rows > most_rows or codecs - {"SNAPPY", "UNCOMPRESSED"}:
+            raise UserError(f"{part} is none that `shelfmark export` wrote (rows or codec)", "Export again")
+        batches, room = [], _MOST * part.stat().st_size
+        for batch in file.iter_batches(_BATCH, columns=names):
+            batches.append(batch)
+            room -= batch.nbytes
+            if room < 0:
+                raise UserError(f"{part} holds far more than its size in bytes; it is not read", "Export again")
+        table = pa.Table.from_batches(batches, pa.schema([schema.field(name) for name in names]))
+    if any(table.column(name).null_count for name in ("sample_id", *_TEXTS)):
+        raise UserError(f"{part} has rows without {', '.join(('sample_id', *_TEXTS))}", "Export again")
+    return table

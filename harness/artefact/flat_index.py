@@ -1,0 +1,76 @@
+"""FAISS's exact inner-product index as a file: written without holding the vectors, and read only where its head and size say what they must."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from harness.core.errors import UserError
+
+FILE = "index.faiss"
+_ROWS = 4096  # vectors in memory at once
+
+
+def import_faiss() -> Any:
+    """The faiss module.
+
+    Raises:
+        UserError: it is not installed, or its libraries are missing.
+    """
+    try:
+        import faiss
+    except Exception as error:  # faiss-gpu without CUDA's libraries raises more than ImportError
+        raise UserError(f"faiss does not import ({error})", "Install faiss-cpu or faiss-gpu, not both") from error
+    return faiss
+
+
+def write_index(stage: Path, width: int) -> None:
+    """The index, from the parts in their order; no more than _ROWS vectors are in memory at once, as FAISS itself would hold them all."""
+    parts = [pq.ParquetFile(part) for part in sorted((stage / "documents").glob("part-*.parquet"))]
+    with (stage / FILE).open("wb") as index:
+        index.write(index_head(width, sum(part.metadata.num_rows for part in parts)))
+        for part in parts:
+            for batch in part.iter_batches(_ROWS, columns=["embedding"]):
+                index.write(batch.column(0).flatten().to_numpy())
+
+
+def read_index(folder: Path, width: int, count: int) -> Any:
+    """The index of `count` vectors in folder/index.faiss. FAISS takes memory by what a file says of itself, so that is compared first.
+
+    Raises:
+        UserError: there is no such file, or it is another.
+    """
+    file, head = folder / FILE, index_head(width, count)
+    with file.open("rb") as index:
+        if index.read(len(head)) != head or file.stat().st_size != len(head) + 4 * width * count:
+            raise UserError(f"{file} is no flat index of {count:,} vectors of {width} numbers", "Export again")
+    return import_faiss().read_index(str(file))
+
+
+def index_head(width: int, count: int) -> bytes:
+    """The bytes before the vectors in a file of `count` of them: FAISS's own for one, with the two numbers that differ.
+
+    Raises:
+        UserError: this version of FAISS writes something else.
+    """
+    faiss = import_faiss()
+
+    def written(vectors: np.ndarray) -> bytes:
+        index = faiss.IndexFlatIP(width)
+        index.add(vectors)
+        return faiss.serialize_index(index).tobytes()
+
+    def head(count: int) -> bytes:
+        """Type and width (4 bytes each), count (8), what is the same in all, number of floats (8)."""
+        return (
+            one[:8] + struct.pack("<q", count) + one[16 : len(one) - 4 * width - 8] + struct.pack("<q", count * width)
+        )
+
+    one, three = (written(np.ones((n, width), np.float32)) for n in (1, 3))
+    if three != head(3) + np.ones((3, width), np.float32).tobytes():
+        raise UserError(f"faiss {faiss.__version__} writes a flat index in a way that is not known", "Take faiss 1.15")
+    return head(count)

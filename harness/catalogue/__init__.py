@@ -1,0 +1,1 @@
+"""Catalogues: files of checked samples under global ids."""

@@ -1,0 +1,224 @@
+"""`shelfmark export RUN --out ARTEFACT`: a checkpoint and a catalogue become what a search service loads. Under torchrun the work is shared.
+
+artefact.json             format, method and its configuration, run, checkpoint, catalogue, decoders, versions
+encoder.safetensors       weights of the query encoder, which our code builds: images [n, 3, S, S] or tokens [n, L] -> unit embeddings [n, d]
+encoder.pt2               the same as a program (torch.export) for services that have torch alone; Shelfmark never loads it
+preprocess.json           from a photo to the encoder's input
+tokenizer/                the run's tokenizer
+documents/part-*.parquet  id map and embeddings: row i of all parts together is document i of the index
+index.faiss               exact inner-product index over the embeddings
+manifest.json             size and SHA-256 of every other file
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from harness.artefact.artefact import ARTEFACT_FORMAT
+from harness.artefact.flat_index import import_faiss, write_index
+from harness.artefact.query_encoder import write_query_encoder
+from harness.catalogue.catalogue import Catalogue
+from harness.catalogue.contact_sheet import picture
+from harness.catalogue.wholeness import require_whole
+from harness.core.errors import UserError
+from harness.core.files import write_json
+from harness.core.manifest import MANIFEST, fingerprint, write_manifest
+from harness.core.mesh import Mesh, MeshConfig
+from harness.core.methods import METHODS, plain_query_encoder
+from harness.core.staged_folder import require_free, staged_folder
+from harness.core.versions import versions
+from harness.core.waiting import in_own_time, on_first_rank
+from harness.data.decoder_check import compare_decoders
+from harness.data.loader import decoding_threads, share
+from harness.evaluate.embed import Embedder, Side, side_of
+from harness.evaluate.ranking import Embedded
+from harness.text.tokenizer import FIELDS, Tokenizer
+from harness.train.config import RunConfig
+from harness.train.open_run import find_checkpoint, load_method, open_settings
+
+EXAMPLE = "python jobs/torchrun.py --nproc-per-node 2 -m harness export runs/grocery --out artefacts/grocery"
+_ROWS = 4096  # rows written at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Embeds a catalogue's documents with a run's checkpoint and writes everything that search needs into one folder.
+
+    Args:
+        run: the run folder that training wrote.
+        out: the artefact folder to create; it appears only when it is complete.
+        checkpoint: a step folder of the run; the newest complete one by default.
+        catalogue: another catalogue to export; the run's own by default.
+        split: documents of this split and of split 'all'; every document by default.
+        thumbnail: longest side in pixels of the small picture kept of each document, for contact sheets; 0 keeps none.
+        batch_size: images embedded at once.
+        tensor_parallel: ranks that share one copy of the towers.
+        device: cuda, cpu, or auto, the GPUs where there are any.
+    """
+
+    run: Path
+    out: Path
+    checkpoint: Path | None = None
+    catalogue: Path | None = None
+    split: str | None = None
+    thumbnail: int = 160
+    batch_size: int = 128
+    tensor_parallel: int = 1
+    device: str = "auto"
+
+
+def run(config: ExportConfig) -> dict[str, Any]:
+    """Exports, prints a line on rank 0 and returns documents, embedding_dim and seconds.
+
+    Raises:
+        UserError: no run or checkpoint there, `out` exists, no document, a layout that does not divide, no faiss, decoders that differ.
+    """
+    started = time.perf_counter()
+    require_free(config.out)  # on every rank, and before the work
+    if config.thumbnail < 0:
+        raise UserError(f"--thumbnail is {config.thumbnail}", "It must not be negative")
+    import_faiss()
+    settings = open_settings(config.run, config.tensor_parallel, config.batch_size)
+    catalogue = Catalogue(config.catalogue or settings.data.catalogue)
+    tokenizer = Tokenizer.load(config.run)
+    side, threads = side_of(catalogue, "document", config.split, [], None, 0), decoding_threads(settings.data.threads)
+    splits = catalogue.meta["counts"]["splits"]
+    if not len(side.ids) or config.split not in (None, *splits):
+        which = "" if config.split is None else f" in split '{config.split}'"
+        raise UserError(f"{catalogue.path} has no document{which}", f"The splits are {', '.join(splits)} (--split)")
+    mesh_config = MeshConfig(tensor_parallel=config.tensor_parallel, device=config.device)
+    with Mesh(mesh_config) as mesh, ExitStack() as stack:
+        stage = _shared_stage(config.out, mesh, stack)  # before the work: another process may be at it
+        require_whole(catalogue, mesh)
+        path = find_checkpoint(config.run, config.checkpoint, mesh)
+        method, model = load_method(settings, path, tokenizer, mesh)
+        decoders = compare_decoders(method, settings, catalogue, config.split, tokenizer, mesh)
+        own = Embedder(settings.data, model, tokenizer, config.batch_size, mesh).embed(method, side)
+        encoder = plain_query_encoder(settings.method, model, method.towers, mesh)
+        part = stage / "documents" / f"part-{mesh.rank:05d}.parquet"
+        in_own_time(
+            lambda: write_documents(part, side, _shared_with(own, mesh), config.thumbnail, threads),
+            mesh,
+            "writing the documents",
+        )
+
+        def describe() -> None:
+            write_index(stage, model.embedding_dim)
+            write_query_encoder(encoder, stage)
+            _write_program(encoder, _example(settings), stage / "encoder.pt2")
+            write_json(stage / "preprocess.json", settings.data.preprocess.to_dict())
+            shutil.copytree(config.run / "tokenizer", stage / "tokenizer")
+            description = _description(config, settings, path, catalogue, side, model)
+            write_json(stage / "artefact.json", {**description, "decoders": decoders})
+
+        on_first_rank(describe, mesh, "writing index and encoder")
+        write_manifest(stage, mesh, "sha256")
+    seconds = time.perf_counter() - started
+    if mesh.rank == 0:
+        print(f"{config.out}: {len(side.ids):,} documents of {catalogue.path} in {seconds:.1f} s")
+        print(f"{config.out}/{MANIFEST}: SHA-256 {fingerprint(config.out)}")
+    return {"documents": len(side.ids), "embedding_dim": model.embedding_dim, "seconds": round(seconds, 3)}
+
+
+def _shared_stage(out: Path, mesh: Mesh, stack: ExitStack) -> Path:
+    """The staging folder of rank 0, which all ranks write into; it becomes `out` when rank 0 leaves the stack."""
+
+    def make() -> Path:
+        stage = stack.enter_context(staged_folder(out))
+        (stage / "documents").mkdir()
+        return stage
+
+    return on_first_rank(make, mesh, "making the folder of the artefact")
+
+
+def _shared_with(own: Embedded, mesh: Mesh) -> Embedded:
+    """This rank's part of what its tensor-parallel ranks hold together: ranks in order have the rows in order."""
+    mine = share(len(own.ids), mesh.tp.size(), mesh.tp.rank())
+    return Embedded(*(column[mine.start : mine.stop] for column in (own.vectors, own.ids, own.labels)))
+
+
+def write_documents(file: Path, side: Side, own: Embedded, thumbnail: int, threads: int) -> None:
+    """This rank's rows, in the order of the side: consecutive ones, so that the parts follow each other."""
+    width, catalogue = own.vectors.shape[1], side.catalogue
+    texts = ["class_key", "item", *FIELDS, *catalogue.attributes]
+    schema = pa.schema(
+        [
+            ("sample_id", pa.int64()),
+            *((name, pa.string()) for name in texts),
+            ("thumbnail", pa.binary()),
+            ("embedding", pa.list_(pa.float32(), width)),
+        ]
+    )
+    first = int(side.rows_of(own.ids[:1].cpu().numpy()).sum())  # 0 where there is none
+    tables = side.read(texts, range(first, first + len(own.ids)), _ROWS)
+    with pq.ParquetWriter(file, schema) as writer, ThreadPoolExecutor(threads) as pool:
+        for number, table in enumerate(tqdm(tables, desc="documents", unit=" x 4,096", leave=False, delay=5)):
+            start = number * _ROWS
+            vectors = own.vectors[start : start + len(table)].float().cpu().numpy()
+            small = pool.map(lambda i: _thumbnail(catalogue, i, thumbnail), table["sample_id"].to_pylist())
+            thumbnails = pa.array([*small], pa.binary())
+            flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), width)
+            columns = [*table.combine_chunks().columns, thumbnails, flat]
+            writer.write_table(pa.Table.from_arrays([*columns], schema=schema))
+
+
+def _thumbnail(catalogue: Catalogue, sample_id: int, size: int) -> bytes | None:
+    if not size:
+        return None
+    image = picture(catalogue, sample_id)
+    image.thumbnail((size, size))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def _example(settings: RunConfig) -> torch.Tensor:
+    """Two queries, as the encoder takes them."""
+    if METHODS[settings.method].query == "text":
+        return torch.ones(2, settings.model.query.max_length, dtype=torch.int64)
+    size = settings.data.preprocess.image_size
+    return torch.zeros(2, 3, size, size)
+
+
+def _write_program(encoder: nn.Module, example: torch.Tensor, file: Path) -> None:
+    """Saves the encoder as a program of its own, for any number of queries at once."""
+    with torch.no_grad():
+        program = torch.export.export(encoder, (example,), dynamic_shapes=({0: torch.export.Dim("queries", min=1)},))
+    buffer = io.BytesIO()  # torch's own file writer aborts the process on a full disk
+    torch.export.save(program, buffer)
+    file.write_bytes(buffer.getbuffer())
+
+
+def _description(
+    config: ExportConfig, settings: RunConfig, checkpoint: Path, catalogue: Catalogue, side: Side, model: Any
+) -> dict[str, Any]:
+    return {
+        "format": ARTEFACT_FORMAT,
+        "method": settings.method,
+        "model": asdict(model),
+        "query": METHODS[settings.method].query,
+        "query_tokens": model.query.max_length if METHODS[settings.method].query == "text" else 0,
+        "similarity": "inner product of unit vectors",
+        "embedding_dim": model.embedding_dim,
+        "documents": len(side.ids),
+        "split": config.split,
+        "backend": settings.data.backend,
+        "precision": settings.train.precision,
+        "run": config.run.resolve().name,
+        "checkpoint": checkpoint.name,
+        "catalogue": catalogue.path.resolve().name,
+        "versions": versions(),
+    }

@@ -1,0 +1,525 @@
+"""`shelfmark ingest`: a manifest and its image files become a catalogue of checked samples under global ids."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import stat
+import tarfile
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from PIL import Image
+from tqdm import tqdm
+
+from harness.catalogue.append import grow, growing, part_folder, part_name, quarantine_name, write_meta
+from harness.catalogue.catalogue import ALL_SPLITS, CATALOGUE_FORMAT, INDEX_DTYPE, SAMPLE_SCHEMA, shard_name
+from harness.catalogue.table import MOST_TEXT, Manifest, Row
+from harness.catalogue.writers import ROW_GROUP, NpyWriter, ParquetWriter
+from harness.core.errors import UserError
+from harness.core.files import printable
+from harness.core.staged_folder import staged_folder
+
+EXAMPLE = "shelfmark ingest --manifest products.tsv --images photos/ --out catalogues/products"
+KINDS = {"query": "query", "document": "document", "doc": "document"}
+# Only what the training decoder reads too; it also keeps Pillow's rarer, riskier readers away from foreign bytes.
+FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "JPEG2000": "jp2", "PPM": "ppm"}
+EXTENSIONS = {**FORMATS, "MPO": "jpg"}  # Pillow's name for a JPEG followed by others, as phones write them
+ORIENTATION_TAG = 0x0112
+TURNED_ORIENTATIONS = (5, 6, 7, 8)  # those that swap width and height
+OPTIONAL_COLUMNS = {"class": "class_id", "title": "title", "description": "description", "split": "split"}
+MOST_NAME, MOST_PATH = 1024, 4096  # characters of an item id, a class or a split, and of an image path
+LENGTHS = {"item": MOST_NAME, "class_key": MOST_NAME, "split": MOST_NAME, "image": MOST_PATH}
+MOST_PIXELS_PER_BYTE = (
+    1024  # of a JPEG; one bit for each 8 x 8 block of each colour, the least there can be, makes a third
+)
+QUARANTINE_SCHEMA = pa.schema([("row", pa.int64()), ("image", pa.string()), ("reason", pa.string())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestConfig:
+    """Reads a manifest, checks every image by decoding it once, and writes a catalogue folder.
+
+    A row is one image of a query or of a document (a product of the catalogue). Several rows may share an item id. Rows
+    that cannot be used are listed with their reason in the catalogue's quarantine.parquet.
+
+    Args:
+        manifest: TSV (no quoting), CSV or Parquet file with a header, by its suffix.
+        images: folder that the manifest's image paths are relative to; a path out of it is quarantined.
+        out: catalogue folder to create; it appears only when it is complete.
+        append: add the rows to the catalogue `out` instead. Its samples keep their ids and the new ones follow. Every
+            row is added as given: one that is in the catalogue already is then there twice. Only the very append that
+            was the last one adds nothing when it is run again: the same manifest, byte by byte, with the same options.
+        part: 'i/n' ingests the i-th (from 1) of n contiguous parts of the manifest's rows into
+            OUT.parts/part-i-of-n; `shelfmark merge OUT` joins them when all n are there.
+        image_column: column of the image path.
+        item_column: column of the item id (the product or the photo that the image shows).
+        kind_column: column that says 'query' or 'document' (or 'doc').
+        kind: the kind of every row, for a manifest without such a column; the kind column is then not read.
+        class_column: column of the class, that is of the product shown (default: class_id; the item id where that is
+            absent). An empty cell means no class.
+        title_column: column of the title (default: title, empty where that is absent).
+        description_column: column of the description (default: description, empty where that is absent).
+        split_column: column of the split (default: split). An empty cell or 'all' puts the row into every split.
+        attribute_columns: further columns to keep, comma-separated.
+        max_pixels: images of more pixels are quarantined.
+        max_bytes: image files of more bytes are quarantined.
+        shard_size: bytes of image data after which a new tar shard begins.
+        rows_per_part: rows of one Parquet file of samples/.
+        workers: decoding threads (default: the CPU cores this process may use).
+    """
+
+    manifest: Path
+    images: Path
+    out: Path
+    append: bool = False
+    part: str | None = None
+    image_column: str = "image"
+    item_column: str = "id"
+    kind_column: str = "kind"
+    kind: Literal["query", "document"] | None = None
+    class_column: str | None = None
+    title_column: str | None = None
+    description_column: str | None = None
+    split_column: str | None = None
+    attribute_columns: str = ""
+    max_pixels: int = 64_000_000
+    max_bytes: int = 64 * 2**20
+    shard_size: int = 2**30
+    rows_per_part: int = 262_144
+    workers: int | None = None
+
+
+class Rejected(Exception):
+    """Why a row goes to the quarantine, as 'category' or 'category: detail'."""
+
+
+class LoadedImage(NamedTuple):
+    """A checked image file; width and height in pixels, upright."""
+
+    data: bytes
+    extension: str
+    checksum: int
+    width: int
+    height: int
+
+
+def load_image(root: Path, image: str, max_bytes: int, max_pixels: int) -> LoadedImage:
+    """Reads the file `image` under `root` and decodes it completely.
+
+    A link inside `root` is followed wherever it leads: the folder is the user's own, the manifest may not be.
+
+    Raises:
+        Rejected: the path leads out of `root`, or the file is missing, empty, too large, damaged or no image.
+    """
+    path = os.path.normpath(root / image)
+    if not Path(path).is_relative_to(root):
+        raise Rejected("path leads out of the image folder")
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise Rejected("not a file")
+        if status.st_size > max_bytes:
+            raise Rejected(f"too many bytes: {status.st_size:,}")
+        data = Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise Rejected("missing file") from None
+    except (OSError, ValueError) as error:
+        raise Rejected(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not data:
+        raise Rejected("empty file")
+    return check_image(data, max_pixels)
+
+
+def check_image(data: bytes, max_pixels: int) -> LoadedImage:
+    """Decodes the bytes of an image file completely.
+
+    Raises:
+        Rejected: they are damaged, too large, or no image of a known format.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as picture:
+            width, height = picture.size
+            if width * height > max_pixels:
+                raise Rejected(f"too many pixels: {width} x {height}")
+            if EXTENSIONS[picture.format or ""] == "jpg" and width * height > MOST_PIXELS_PER_BYTE * len(data):
+                raise Rejected(f"truncated or damaged: {len(data):,} bytes cannot hold {width} x {height} pixels")
+            picture.load()
+            width, height = picture.size  # after load: Pillow turns a TIFF upright while it decodes
+            if picture.getexif().get(ORIENTATION_TAG) in TURNED_ORIENTATIONS:
+                width, height = height, width
+            extension = EXTENSIONS[picture.format or ""]
+    except Image.UnidentifiedImageError:
+        raise Rejected(f"not an image of a known format: begins with {data[:16]!r}") from None
+    except Rejected:
+        raise
+    except Exception as error:  # a decoder may raise anything on foreign bytes, and one file must not end the run
+        raise Rejected(f"truncated or damaged: {error}") from None
+    return LoadedImage(data, extension, xxhash.xxh3_64_intdigest(data), width, height)
+
+
+def check_texts(row: Sequence[str | None], attributes: Sequence[str]) -> None:
+    """Checks the texts of a sample, values of SAMPLE_SCHEMA after sample_id and then its attributes, from whatever reader.
+
+    Raises:
+        Rejected: one holds bytes that were no UTF-8, or is too long.
+    """
+    for name, text in zip((*SAMPLE_SCHEMA.names[1:], *attributes), row, strict=True):
+        if text is None:
+            continue
+        if len(text) > (most := LENGTHS.get(name, MOST_TEXT)):
+            raise Rejected(f"text too long: {len(text):,} characters of {name}, at most {most:,} are taken")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise Rejected(f"not UTF-8: {name}") from None
+
+
+def stored(text: str) -> str:
+    """`text` as the quarantine takes it: cut, with '?' for what is no Unicode."""
+    return text[:MOST_PATH].encode("utf-8", "replace").decode()
+
+
+class Columns:
+    """Which cell of a row holds what, after checking that the manifest has the columns asked for.
+
+    Raises:
+        UserError: a column that was asked for or is needed is absent or ambiguous.
+    """
+
+    def __init__(self, manifest: Manifest, config: IngestConfig) -> None:
+        self._fields = {"image": config.image_column, "item": config.item_column}
+        if config.kind is None:
+            self._fields["kind"] = config.kind_column
+        given = {field: getattr(config, f"{field}_column") for field in OPTIONAL_COLUMNS}
+        for field, default in OPTIONAL_COLUMNS.items():
+            if given[field] is not None or default in manifest.columns:
+                self._fields[field] = given[field] or default
+        for field, column in self._fields.items():
+            manifest.require(column, f"--{field}-column")
+        self.attributes = [name.strip() for name in config.attribute_columns.split(",") if name.strip()]
+        for name in self.attributes:
+            manifest.require(name, "--attribute-columns")
+            if stored(name) != name:
+                raise UserError(f"--attribute-columns: {name!r} is no UTF-8", "Rename it")
+            if name in SAMPLE_SCHEMA.names or self.attributes.count(name) > 1:
+                raise UserError(
+                    f"--attribute-columns: {name!r} is taken", f"Rename it; taken are {', '.join(SAMPLE_SCHEMA.names)}"
+                )
+        self.names = [*self._fields.values(), *self.attributes]
+        self._kind = config.kind
+
+    @property
+    def mapping(self) -> dict[str, str]:
+        """Manifest column of each field that is read."""
+        return dict(self._fields)
+
+    def sample(self, row: Row) -> tuple[str | None, ...]:
+        """The row's values of SAMPLE_SCHEMA after sample_id, then its attributes.
+
+        Raises:
+            Rejected: the row is malformed or a needed field is empty or unknown.
+        """
+        if row.problem:
+            raise Rejected(row.problem)
+        cells = dict(zip(self._fields, row.cells, strict=False))
+        kind = self._kind or KINDS.get(cells["kind"].strip().lower())
+        item = cells["item"].strip()
+        if not cells["image"]:
+            raise Rejected("no image path")
+        if not item:
+            raise Rejected("no item id")
+        if kind is None:
+            raise Rejected(f"unknown kind: {cells['kind'][:40]!r}")
+        class_key = cells.get("class", item).strip() or None
+        split = cells.get("split", "").strip() or ALL_SPLITS
+        text = cells.get("title", ""), cells.get("description", "")
+        sample = item, kind, class_key, split, *text, cells["image"], *row.cells[len(self._fields) :]
+        check_texts(sample, self.attributes)
+        return sample
+
+    def image(self, row: Row) -> str:
+        """The row's image path as it stands in the manifest."""
+        return row.cells[0]
+
+
+class ShardWriter:
+    """Image files into tar shards of about `shard_size` bytes, numbered from `first`; equal files give equal shards."""
+
+    def __init__(self, folder: Path, shard_size: int, first: int = 0) -> None:
+        self.num_shards = first
+        self._folder, self._shard_size = folder, shard_size
+        self._tar: tarfile.TarFile | None = None
+
+    def add(self, name: str, data: bytes) -> tuple[int, int]:
+        """Appends a member; returns its shard and the offset of its bytes there."""
+        if self._tar is None or self._tar.offset >= self._shard_size:
+            self.close()
+            path = self._folder / shard_name(self.num_shards)
+            self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # closed by close()
+            self.num_shards += 1
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        self._tar.addfile(member, io.BytesIO(data))
+        self._tar.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps a record of every member
+        return self.num_shards - 1, self._tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+    def close(self) -> None:
+        """Finishes the open shard."""
+        if self._tar is not None:
+            tar, self._tar = self._tar, None
+            tar.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def run(config: IngestConfig) -> dict[str, Any]:
+    """Ingests and prints a summary.
+
+    Returns:
+        catalogue (the folder written), num_samples, query, document, quarantined, splits and num_shards of the whole
+        catalogue, added (samples of this call), reasons (category: rows of this call), seconds.
+
+    Raises:
+        UserError: the manifest or a column is not there, `out` exists (or does not, or differs, with `append`), the
+            disk is full, or no row can be used.
+    """
+    start = time.perf_counter()
+    for name in ("max_pixels", "max_bytes", "shard_size", "rows_per_part", "workers"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}", "It must be at least 1")
+    if config.append and config.part is not None:
+        raise UserError("--append and --part exclude each other", "Merge the parts into a catalogue of its own")
+    manifest = Manifest(config.manifest)
+    columns = Columns(manifest, config)
+    if not config.images.is_dir():
+        raise UserError(f"no image folder {config.images} (--images)")
+    if config.append:
+        out, request = config.out, _request(config)
+        with growing(out, columns.attributes) as (old, holder):
+            before = (old.get("appended") or [{}])[-1]
+            if before.get("request") == request:
+                print(f"{out}: these rows are there already, by an append of the same manifest with the same options")
+                return _figures(out, old, 0, Counter(), start)
+            folder = holder.new()
+            added, reasons = _ingest(folder, manifest, columns, config, old)
+            added["source"]["request"] = request
+            meta = grow(out, old, added, folder, holder)
+    else:
+        out = config.out if config.part is None else part_folder(config.out, *parse_part(config.part))
+        with staged_folder(out) as folder:
+            meta, reasons = _ingest(folder, manifest, columns, config)
+        added = meta
+    figures = _figures(out, meta, added["num_samples"], reasons, start)
+    counts = added["counts"]
+    print(
+        f"{out}: {'+' * config.append}{added['num_samples']:,} samples ({counts['query']:,} queries, "
+        f"{counts['document']:,} documents) in {added['num_shards']:,} shard{'s' * (added['num_shards'] != 1)}, "
+        f"{figures['seconds']:.1f} s"
+    )
+    if reasons:
+        print(f"{counts['quarantined']:,} rows in {quarantine_name(meta)}: {commonest(reasons)}")
+    if config.append:
+        print(
+            f"now {meta['num_samples']:,} samples; classes/ and tokenizer/ of before do not fit them. "
+            f"Next: shelfmark govern {out}; shelfmark tokenizer {out}"
+        )
+    return figures
+
+
+def _figures(out: Path, meta: dict[str, Any], added: int, reasons: Counter[str], start: float) -> dict[str, Any]:
+    return {
+        "catalogue": str(out),
+        "num_samples": meta["num_samples"],
+        **meta["counts"],
+        "num_shards": meta["num_shards"],
+        "added": added,
+        "reasons": dict(reasons.most_common()),
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def _request(config: IngestConfig) -> str:
+    """Fingerprint of the manifest's bytes and of all that decides what is made of them: a rerun of one append has the same."""
+    options = {
+        **asdict(config),
+        "images": os.path.abspath(config.images),
+        "out": None,
+        "workers": None,
+        "manifest": None,
+    }
+    digest = xxhash.xxh3_64(json.dumps(options).encode())
+    with config.manifest.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """i and n of 'i/n', i from 1 to n."""
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+    if not match or int(match[1]) > int(match[2]):
+        raise UserError(f"--part is {text!r}", "It must be i/n with i from 1 to n, such as 3/8")
+    return int(match[1]), int(match[2])
+
+
+def _part_rows(manifest: Manifest, part: str | None) -> tuple[int, int | None]:
+    """First row and end of a part; the last part has no end, since the manifest's number of rows is an estimate."""
+    number, parts = (1, 1) if part is None else parse_part(part)
+    end = manifest.num_rows * number // parts if number < parts else None
+    return manifest.num_rows * (number - 1) // parts, end
+
+
+def commonest(reasons: Counter[str]) -> str:
+    """The three commonest reasons and how often each was met, for a terminal."""
+    return "; ".join(f"{count:,} x {printable(reason)}" for reason, count in reasons.most_common(3))
+
+
+def _ingest(
+    stage: Path, manifest: Manifest, columns: Columns, config: IngestConfig, old: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], Counter[str]]:
+    """Fills the folder `stage` from the rows that `config` asks for, its numbers going on after those of `old`.
+
+    Returns:
+        What stands in its catalogue.json, and quarantined rows by category.
+    """
+    rows = _part_rows(manifest, config.part)
+    with own_pixel_limit():
+        first = (old["num_samples"], old["num_shards"]) if old else (0, 0)
+        counts, reasons = _write_samples(stage, manifest, columns, config, rows, *first)
+        samples = counts["query"] + counts["document"]
+        if samples == 0 and config.part is None:
+            raise UserError(
+                f"{config.manifest}: none of its {sum(reasons.values()):,} rows can be used "
+                f"({commonest(reasons) or 'no rows'})",
+                "Check --images and the column flags",
+            )
+        splits = {key.removeprefix("split "): counts[key] for key in sorted(counts) if key.startswith("split ")}
+        meta = {
+            "format": CATALOGUE_FORMAT,
+            "name": config.out.name,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "num_samples": samples,
+            "num_shards": len(os.listdir(stage / "shards")),
+            "num_parts": len(os.listdir(stage / "samples")),
+            "attributes": columns.attributes,
+            "counts": {
+                "query": counts["query"],
+                "document": counts["document"],
+                "quarantined": sum(reasons.values()),
+                "splits": splits,
+            },
+            "source": {
+                "manifest": str(config.manifest),
+                "images": str(config.images),
+                "columns": columns.mapping,
+                "kind": config.kind,
+                **({} if config.part is None else {"rows": rows}),
+            },
+        }
+        write_meta(stage, meta)
+    return meta, reasons
+
+
+def _write_samples(
+    stage: Path,
+    manifest: Manifest,
+    columns: Columns,
+    config: IngestConfig,
+    rows: tuple[int, int | None],
+    first_sample: int,
+    first_shard: int,
+) -> tuple[Counter[str], Counter[str]]:
+    """Writes everything but catalogue.json; returns counts by kind and split, and quarantined rows by category."""
+    schema = SAMPLE_SCHEMA
+    for name in columns.attributes:
+        schema = schema.append(pa.field(name, pa.string()))
+    (stage / "shards").mkdir()
+    (stage / "samples").mkdir()
+    counts: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    records: list[tuple[int, ...]] = []
+    with ExitStack() as stack:
+        shards = stack.enter_context(ShardWriter(stage / "shards", config.shard_size, first_shard))
+        index = stack.enter_context(NpyWriter(stage / "index.npy", INDEX_DTYPE))
+        samples = stack.enter_context(
+            ParquetWriter(lambda part: stage / "samples" / part_name(part), schema, config.rows_per_part)
+        )
+        quarantine = stack.enter_context(
+            ParquetWriter(lambda _: stage / "quarantine.parquet", QUARANTINE_SCHEMA, rows_per_part=None)
+        )
+        for number, row, found in _examine(manifest, columns, config, rows):
+            if isinstance(found, Rejected):
+                quarantine.append((number, stored(columns.image(row)), stored(str(found))))
+                reasons[str(found).partition(": ")[0]] += 1
+                continue
+            sample, image = found
+            sample_id = first_sample + samples.num_rows
+            shard, offset = shards.add(f"{sample_id:012d}.{image.extension}", image.data)
+            records.append((shard, offset, len(image.data), image.checksum, image.width, image.height))
+            samples.append((sample_id, *sample))
+            counts.update((str(sample[1]), f"split {sample[3]}"))
+            if len(records) == ROW_GROUP:
+                index.append(np.array(records, INDEX_DTYPE))
+                records.clear()
+        index.append(np.array(records, INDEX_DTYPE))
+    return counts, reasons
+
+
+def _examine(
+    manifest: Manifest, columns: Columns, config: IngestConfig, rows: tuple[int, int | None]
+) -> Iterator[tuple[int, Row, tuple[tuple[str | None, ...], LoadedImage] | Rejected]]:
+    """The rows in order, examined by threads: reading waits and Pillow's decoders run without the interpreter lock."""
+    root = Path(os.path.abspath(config.images))
+    workers = config.workers or len(os.sched_getaffinity(0))
+
+    def examine(row: Row) -> tuple[tuple[str | None, ...], LoadedImage] | Rejected:
+        try:
+            return columns.sample(row), load_image(root, columns.image(row), config.max_bytes, config.max_pixels)
+        except Rejected as rejected:
+            return rejected
+
+    window: deque[tuple[Row, Future[Any]]] = deque()
+    progress = tqdm(total=(rows[1] or manifest.num_rows) - rows[0], desc="ingest", unit=" rows", mininterval=0.5)
+    with ThreadPoolExecutor(workers) as pool, progress:
+        done = rows[0]
+        for row in islice(manifest.rows(columns.names), *rows):
+            window.append((row, pool.submit(examine, row)))
+            # The window bounds what is held in memory while one slow image keeps its place in the order.
+            if len(window) == 4 * workers:
+                yield done, window[0][0], window.popleft()[1].result()
+                done += 1
+                progress.update()
+        while window:
+            yield done, window[0][0], window.popleft()[1].result()
+            done += 1
+            progress.update()
+        progress.total = done - rows[0]
+
+
+@contextmanager
+def own_pixel_limit() -> Iterator[None]:
+    """Lifts Pillow's own limit, which would warn or raise where --max-pixels decides."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit

@@ -1,0 +1,317 @@
+"""Argument parsing of every command: jsonargparse, with one clear line for each mistake."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_origin
+
+import jsonargparse
+
+from harness.core.errors import UserError
+from harness.core.files import printable, read_yaml
+from harness.core.launcher import end_with_launcher
+
+USER_ERROR_CODE = 2
+LONGEST_LINE = 2000  # characters of an error that are printed
+OTHERS_WAIT = 1.0  # seconds; torchrun looks after its ranks ten times in one
+# Errors that are the machine's, not the program's, and what to do about them.
+_SYSTEM = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free space there, then start again"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Allow more open files (ulimit -n)"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG), ""),
+}
+_ARROW = re.compile(r"'([^']+)'\. Detail: \[errno \d+\] (.*)")
+# What gloo and NCCL say when a rank at the other end is gone.
+_FOLLOWS = re.compile(r"by peer|[Rr]emote (process|server)|communicator was aborted")
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """jsonargparse's parser that raises UserError, and names the nearest key where one is unknown.
+
+    Args:
+        prog: the command as the user types it.
+        description: what it does, one sentence.
+        example: a command line that works.
+    """
+
+    def __init__(self, prog: str = "", description: str = "", example: str = "", **kwargs: Any) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=f"example: {example}",
+            exit_on_error=False,
+            **kwargs,
+        )
+
+    def parse(self, argv: list[str], recipe: Mapping[str, Any] | None = None) -> jsonargparse.Namespace:
+        """Parses `argv` on top of `recipe` (from `read_recipe`) and instantiates.
+
+        Raises:
+            UserError: anything that is wrong with either.
+        """
+        argv = self._spelt_out([_underscored(arg) for arg in argv])
+        known = {key for key in self.get_defaults().keys() if key != "config"}
+        for key in _given_keys(argv):
+            if (
+                key not in known
+                and not any(name.startswith(f"{key}.") for name in known)
+                and key not in ("help", "config")
+            ):
+                raise unknown_key(key, known, "command line")
+        try:
+            given = self.parse_object(dict(recipe)) if recipe else None
+            values = self.parse_args(argv, namespace=given)
+        except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
+            raise UserError(_plain(str(error)), f"See `{self.prog} --help`") from error
+        for key, value in values.items():
+            for number in value if isinstance(value, tuple | list) else [value]:
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise UserError(f"{key} is {number}", "It must be a finite number")
+                if isinstance(number, int) and abs(number) >= 2**63:
+                    shown = number if abs(number) < 10**99 else "far too large"
+                    raise UserError(f"{key} is {shown}", f"It must be at most 2**63 - 1 = {2**63 - 1}")
+        return self.instantiate(values)
+
+    def _spelt_out(self, argv: list[str]) -> list[str]:
+        """`--slices colour,shape` means `--slices [colour,shape]`, `--append` alone `--append true`."""
+        kinds = {f"--{action.dest}": getattr(action, "_typehint", None) for action in self._actions}
+        result, previous = [], ""
+        for arg, following in zip(argv, [*argv[1:], "--"], strict=False):
+            flag, equals, value = arg.partition("=")
+            if equals and get_origin(kinds.get(flag)) is tuple and value[:1] != "[":
+                arg = f"{flag}=[{value}]"
+            elif get_origin(kinds.get(previous)) is tuple and arg[:1] != "[":
+                arg = f"[{arg}]"
+            result.append(arg)
+            if kinds.get(arg) is bool and following.startswith("--"):
+                result.append("true")
+            previous = flag if not equals else ""
+        return result
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """The help text, its flags spelt with dashes (the keys of a recipe, which hold dots, keep their underscores)."""
+        return re.sub(
+            r"--[a-z_]+(?![\w.])", lambda flag: flag[0].replace("_", "-"), super().format_help(*args, **kwargs)
+        )
+
+
+def unknown_key(key: str, known: Iterable[str], where: str) -> UserError:
+    """The error for a key that does not exist, naming the nearest that does."""
+    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)
+    return UserError(f"{where}: unknown key '{key}'", f"Did you mean '{near[0]}'?" if near else "")
+
+
+def read_recipe(path: Path, known: Iterable[str]) -> dict[str, Any]:
+    """The mapping of a YAML recipe, its keys checked against `known` (dotted).
+
+    Raises:
+        UserError: no such file, no YAML mapping, an unknown key, or one without a value.
+    """
+    recipe = read_yaml(path, f"recipe {path}", "Recipes lie in jobs/recipes")
+    if not isinstance(recipe, dict):
+        raise UserError(f"recipe {path} must be a YAML mapping of keys to values")
+    names = set(known)
+    for key, value in leaves(recipe):
+        section = any(name.startswith(f"{key}.") for name in names)
+        if key not in names and not section:
+            raise unknown_key(key, names, f"recipe {path}")
+        if section and value != {}:
+            raise UserError(f"recipe {path}: '{key}' must be a mapping of keys to values")
+        if value is None:
+            raise UserError(f"recipe {path}: '{key}' has no value", "Give it one, or leave the key out")
+    return recipe
+
+
+def leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in a nested mapping."""
+    for key, value in mapping.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _underscored(arg: str) -> str:
+    """--vocab-size and --vocab_size are the same flag."""
+    flag, equals, value = arg.partition("=")
+    return flag[:2] + flag[2:].replace("-", "_") + equals + value if re.match(r"--[a-z]", arg) else arg
+
+
+def _given_keys(argv: list[str]) -> list[str]:
+    return [match[1] for arg in argv if (match := re.match(r"--([A-Za-z][\w.-]*)", arg))]
+
+
+def _one_line(message: str) -> str:
+    return re.sub(r"\s+", " ", message).strip().rstrip(".")
+
+
+def _plain(message: str) -> str:
+    """jsonargparse's message in one line, without the names of Python's types."""
+    message = re.sub(r"Parser key \"([^\"]+)\"", r"\1", _one_line(message))
+    union = r"Does not validate .* Subtypes: \[(.*)\] Errors: .* Given value: "
+    message = re.sub(union, r"Expected \1. Got value: ", message)
+    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("typing.", "").replace("NoneType", "null")
+
+
+def check_figures(path: Path | None) -> None:
+    """Raises UserError if --json `path` cannot be written; to be called before hours of work."""
+    if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+        raise UserError(f"--json {path} cannot be written", "Name a file in a folder that exists")
+
+
+def write_figures(path: Path | None, figures: Mapping[str, Any]) -> None:
+    """Writes what a command reports to `path` (--json), if one was given.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(figures, indent=1, default=str) + "\n")
+    except OSError as error:
+        raise UserError(f"--json {path}: {error.strerror}", "Name a file in a folder that exists") from error
+
+
+def run_command(body: Callable[[], Any]) -> int:
+    """Runs a command's body; a UserError or what the system refuses becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+
+    A reader of standard output that goes away, as `head` does, ends nothing: the rest is written nowhere.
+    One of several ranks that meets an error leaves the process at once: the end of its groups, or of what holds them, could wait for the others.
+    """
+    end_with_launcher()
+    try:
+        sys.stdout = _output(sys.stdout, sys.__stdout__, "standard output")
+        sys.stderr = _output(sys.stderr, sys.__stderr__, "")
+        try:
+            body()
+        finally:
+            sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        code = 130
+    except Exception as error:
+        code = tell(error)
+        if not code:
+            raise
+    if _has_peers():
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+class _Output(io.FileIO):
+    """The file of a stream whose reader may go away: then what is written goes nowhere.
+
+    Raises:
+        OSError: it cannot be written for another reason; once, with the stream's name, and not where that is empty.
+    """
+
+    def __init__(self, handle: int, name: str) -> None:
+        super().__init__(handle, "w", closefd=False)
+        self._stream, self._ended = name, False
+
+    def write(self, data: Any) -> int:
+        """As the base class."""
+        try:
+            return len(data) if self._ended else super().write(data)
+        except OSError as error:
+            self._ended = True
+            if isinstance(error, BrokenPipeError) or not self._stream:
+                return len(data)
+            error.filename = self._stream
+            raise
+
+
+def _output(stream: Any, original: Any, name: str) -> Any:
+    """sys.stdout or sys.stderr on an `_Output`; as it is where somebody has put another in the place of the `original`."""
+    if stream is None:  # closed by the shell
+        return open(os.devnull, "w")
+    if stream is not original:
+        return stream
+    stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Output(stream.fileno(), name)),
+        stream.encoding,
+        errors="backslashreplace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+def tell(error: Exception) -> int:
+    """Prints `error`, once however often it is told, and returns its exit code; 0, without a word, where the interpreter tells it well enough.
+
+    A mistake that all ranks of a node have met is told by the first of them. One that only follows from the end of another rank waits a moment, in
+    which torchrun ends this rank too.
+    """
+    mistake = _mistake(error)
+    if mistake is None and not _has_peers():
+        return 0
+    code = 1 if mistake is None else USER_ERROR_CODE
+    if getattr(error, "told", False):
+        return code
+    error.told = True  # type: ignore[attr-defined]
+    rank = os.environ.get("RANK", "0")
+    if mistake is None:
+        if _FOLLOWS.search(str(error)):
+            time.sleep(OTHERS_WAIT)
+        lines = [f"[rank {rank}] {line}" for line in "".join(traceback.format_exception(error)).splitlines()]
+    elif _first_to_say(str(mistake)):
+        lines = [f"error: {mistake}" if rank == "0" else f"error: rank {rank}: {mistake}"]
+    else:
+        return code
+    print("\n".join(printable(line, LONGEST_LINE) for line in lines), file=sys.stderr, flush=True)
+    return code
+
+
+def _mistake(error: Exception) -> UserError | None:
+    """What the user can mend, if `error` is that: a UserError, or what the system says of a file or of its own limits."""
+    if not isinstance(error, OSError):
+        return error if isinstance(error, UserError) else None
+    file, reason = error.filename, error.strerror or str(error)
+    if file is None and (found := _ARROW.search(reason)):
+        file, reason = found.groups()
+    elif file is None and isinstance(error, FileNotFoundError):  # Arrow's too, for one of several tables
+        file, reason = str(error), "No such file or directory"
+    if file is None and error.errno not in _SYSTEM:
+        return None
+    return UserError(f"{'' if file is None else f'{os.fsdecode(file)}: '}{reason}", _SYSTEM.get(error.errno or 0, ""))
+
+
+def _has_peers() -> bool:
+    """Whether this process is in a group with others that a launcher has started; not so one that multiprocessing has, as tests do."""
+    dist: Any = sys.modules.get("torch.distributed")  # imported by those commands alone that make groups
+    grouped = dist is not None and dist.is_initialized() and dist.get_world_size() > 1
+    return grouped and multiprocessing.parent_process() is None
+
+
+def _first_to_say(what: str) -> bool:
+    """Whether no other rank of this node has said `what`, numbers aside. torchrun gives each a folder of its own in one that they share."""
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not own:
+        return True
+    key = hashlib.sha256(re.sub(r"\d", "", what).encode()).hexdigest()[:16]
+    try:
+        (Path(own).parent.parent / f"said-{key}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # better twice than never
+        return True
+    return True

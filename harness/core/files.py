@@ -1,0 +1,194 @@
+"""Reading and writing small files: JSON that somebody else may have written, text that appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import xxhash
+import yaml
+
+from harness.core.errors import UserError
+
+T = TypeVar("T", bound="str | bool | int | float | list[Any] | dict[str, Any]")
+LARGEST_YAML = 1 << 20  # bytes
+LARGEST_JSON = 1 << 28  # bytes; the largest of ours, the manifest of a checkpoint by 10,000 ranks, has 1e6
+_HARMLESS = "\u00a0\u2009\u202f\u3000\u200c\u200d"  # spaces, and joiners of letters and emoji
+_KINDS: dict[type, str] = {
+    str: "text",
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def read_json(file: Path, remedy: str = "") -> Any:
+    """Reads a JSON file.
+
+    Args:
+        file: UTF-8, at most 256 MiB.
+        remedy: what to do where it cannot be used, the second half of the error.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read, is too large, or is not JSON.
+    """
+    try:
+        if (size := file.stat().st_size) > LARGEST_JSON:
+            raise UserError(f"{file} has {size:,} bytes, more than the {LARGEST_JSON:,} of any that is ours", remedy)
+        return json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}", remedy) from error
+    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
+        reason = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise UserError(f"{file} is damaged ({reason})", remedy) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads YAML without aliases: a page of them can stand for more than a memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """As the base class, but raises ComposerError for an alias."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "an alias (*) is not taken", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+
+def read_yaml(file: Path, what: str, remedy: str = "", aliases: bool = False) -> Any:
+    """Reads a YAML file of at most 1 MiB.
+
+    Args:
+        file: the file.
+        what: it in words, for an error.
+        remedy: what to do where there is no such file, or where it is too large.
+        aliases: take them (*name); not from strangers.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read, is too large, or is not YAML.
+    """
+    try:
+        with file.open("rb") as opened:
+            text = opened.read(LARGEST_YAML + 1)
+        if len(text) > LARGEST_YAML:
+            raise UserError(f"{what} has more than {LARGEST_YAML:,} bytes", remedy)
+        return yaml.load(text.decode(), yaml.SafeLoader if aliases else _Loader)
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror}", remedy) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also bytes that are not UTF-8
+        raise UserError(f"{what} is no YAML: {' '.join(str(error).split()).rstrip('.')}") from error
+
+
+def read_record(file: Path, remedy: str = "") -> Record:
+    """Reads a JSON file that holds an object. Raises what `read_json` does, and UserError where it holds anything else."""
+    values = read_json(file, remedy)
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is damaged (not a JSON object)", remedy)
+    return Record(file, values, remedy)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A JSON object whose values are checked where they are taken.
+
+    Args:
+        file: where it stands, for errors.
+        values: its content.
+        remedy: what to do where a value cannot be used.
+    """
+
+    file: Path
+    values: Mapping[str, Any]
+    remedy: str = ""
+
+    def get(self, name: str, kind: type[T]) -> T:
+        """The value `name`, which must be of that kind: str, bool, int, float (also an integer), list or dict.
+
+        Raises:
+            UserError: there is none, or it is of another kind.
+        """
+        value = self.values.get(name)
+        wrong = type(value) is not kind and not (kind is float and type(value) is int)
+        if wrong:
+            self.refuse(
+                f"{name} is {_shown(value)}, not {_KINDS[kind]}" if name in self.values else f"{name} is missing"
+            )
+        return value  # type: ignore[return-value]
+
+    def number(self, name: str, most: int, least: int = 0) -> int:
+        """The integer `name`, from `least` to `most`; a size must be bounded before memory is taken for it.
+
+        Raises:
+            UserError: there is none, or it lies outside.
+        """
+        value = self.get(name, int)
+        if not least <= value <= most:
+            self.refuse(f"{name} is {value}, not between {least} and {most}")
+        return value
+
+    def list_of(self, name: str, kind: type[T]) -> list[T]:
+        """The list `name`, all of whose values must be of that kind.
+
+        Raises:
+            UserError: there is none, or one of its values is of another kind.
+        """
+        values = self.get(name, list)
+        for value in values:
+            if type(value) is not kind:
+                self.refuse(f"{name} has {_shown(value)}, not {_KINDS[kind]}")
+        return values
+
+    def require_seal(self) -> None:
+        """Raises UserError: the values are not those that `sealed` was given."""
+        if self.get("checksum", str) != sealed(self.values)["checksum"]:
+            self.refuse("its values differ from their checksum")
+
+    def refuse(self, what: str) -> NoReturn:
+        """Raises UserError: the file is damaged, `what` says how."""
+        raise UserError(f"{self.file} is damaged ({what})", self.remedy)
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with their own `checksum`, xxh3-64 over sorted JSON: damage that leaves a file JSON is found by `Record.require_seal`."""
+    rest = {name: value for name, value in values.items() if name != "checksum"}
+    return {**rest, "checksum": xxhash.xxh3_64_hexdigest(json.dumps(rest, sort_keys=True).encode())}
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:39]}…"
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes `file` whole or not at all, and through to the disk."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(file)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes indented JSON, whole or not at all; NaN becomes null."""
+    write_whole(file, json.dumps(_finite(content), indent=1, default=str) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def printable(text: str, most: int = 200) -> str:
+    """`text` for a terminal: one line of at most `most` characters, what would control the terminal shown as \\x1b and the like."""
+    shown = "".join(
+        c if c.isprintable() or c in _HARMLESS else c.encode("unicode_escape").decode() for c in text[: most + 1]
+    )
+    return shown if len(shown) <= most else f"{shown[: most - 1]}…"

@@ -1,0 +1,199 @@
+"""One process at a time in a folder, and its name for everybody else.
+
+The kernel's lock on a file (flock) ends with the process that holds it, however that ends: what a killed one leaves holds nobody up. Some
+shared disks keep this lock to one host. So a holder rewrites its file every few seconds, and whoever finds another host's name in it first
+watches whether it still does; clocks are not compared.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from harness.core.errors import UserError
+from harness.core.files import printable
+
+BEAT = 5.0  # seconds between two signs of life
+WATCH = 3 * BEAT  # seconds without one after which another host's process counts as dead
+_FIELDS = {"host": str, "pid": int, "command": str, "since": str, "beat": int}
+_SIZE = 1024  # bytes of a lock's file, filled up with spaces: it is rewritten at one blow
+_held: set[int] = set()  # descriptors of the locks of this process
+
+
+@contextmanager
+def locked(file: Path, what: str) -> Iterator[None]:
+    """Holds the lock `file` (made, with its folder, and removed in the end); a process that was killed leaves it, which holds nobody up.
+
+    A forked child does not hold it on.
+
+    Args:
+        file: the lock's file.
+        what: what it guards, for the error.
+
+    Raises:
+        UserError: another process holds it, which is named; or the file cannot be written, or is somebody else's.
+    """
+    me, made = _myself(), not os.path.lexists(file.parent)
+    handle = _take(file, what, me)
+    ended = threading.Event()
+    thread = threading.Thread(target=_beat, args=(handle, me, ended), name="lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if handle in _held:  # not in a forked child, which leaves the block too
+            thread.join()
+            if _is_at(file, handle):
+                file.unlink()
+            _held.discard(handle)
+            os.close(handle)
+            with suppress(OSError):  # nothing came of it
+                if made:
+                    file.parent.rmdir()
+
+
+def is_lock(file: Path) -> bool:
+    """True for a lock that a process has written: a mark that the folder is ours."""
+    try:
+        with file.open("rb") as opened:
+            return not file.is_symlink() and _parse(opened.read(_SIZE + 1)) is not None
+    except OSError:
+        return False
+
+
+def _take(file: Path, what: str, me: dict[str, Any]) -> int:
+    for _ in range(100):  # a holder that ends removes its file, so that the one opened here may be nobody's
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # Not through a link: what it points to is not ours to write.
+            handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError | FileExistsError) and (
+                file.parent.is_dir() or not os.path.lexists(file.parent)
+            ):
+                continue
+            raise UserError(f"{what}: cannot create {file.name}: {error.strerror}", "Choose another folder") from error
+        try:
+            alone = _flock(handle)
+            if not _is_at(file, handle):
+                continue
+            content = os.pread(handle, _SIZE + 1, 0)
+            holder = _parse(content)
+            if content and holder is None:
+                raise UserError(
+                    f"{file} is no lock of ours", "Rename it, or choose another folder; nothing was written"
+                )
+            if alone is False:
+                if holder is None:  # it has not written its name yet
+                    time.sleep(0.05)
+                    continue
+                raise _refusal(what, holder)
+            if holder is not None and (alone is None or holder["host"] != socket.gethostname()):
+                _watch(file, what, holder)
+            try:
+                _write(handle, me)
+            except OSError:  # a full disk
+                file.unlink()
+                raise
+            _held.add(handle)
+            return handle
+        finally:
+            if handle not in _held:
+                os.close(handle)
+    raise UserError(f"{what} is in use by another process", "Wait for its end")
+
+
+def _flock(handle: int) -> bool | None:
+    """True for the lock, False where another process holds it, None where this disk has no such locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            return None
+        raise
+    return True
+
+
+def _is_at(file: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(file, follow_symlinks=False), os.fstat(handle))
+    except OSError:
+        return False
+
+
+def _watch(file: Path, what: str, holder: dict[str, Any]) -> None:
+    """Returns once the holder has shown no sign of life for WATCH seconds; raises UserError with the first one."""
+    print(f"{what}: looking for {WATCH:g} s whether {_named(holder)} is still at work", file=sys.stderr, flush=True)
+    end = time.monotonic() + WATCH
+    while time.monotonic() < end:
+        time.sleep(WATCH / 30)
+        with suppress(OSError):  # opened anew: so a network disk asks its server
+            now = _parse(file.read_bytes())
+            if now is not None and now != holder:
+                raise _refusal(what, now)
+
+
+def _beat(handle: int, me: dict[str, Any], ended: threading.Event) -> None:
+    while not ended.wait(BEAT):
+        me["beat"] += 1
+        with suppress(OSError):  # a full disk ends the work by itself
+            _write(handle, me)
+
+
+def _myself() -> dict[str, Any]:
+    command = Path(sys.argv[0]).name
+    if command in ("shelfmark", "__main__.py"):
+        command = f"shelfmark {sys.argv[1]}"
+    elif command == "train.py":
+        command = "shelfmark train"
+    since = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
+    return {"host": socket.gethostname(), "pid": os.getpid(), "command": command[:100], "since": since, "beat": 0}
+
+
+def _write(handle: int, me: dict[str, Any]) -> None:
+    os.pwrite(handle, json.dumps(me).ljust(_SIZE).encode(), 0)
+    os.fsync(handle)  # for the other hosts of a shared disk
+
+
+def _parse(content: bytes) -> dict[str, Any] | None:
+    try:
+        values = json.loads(content) if len(content) <= _SIZE else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or any(type(values.get(name)) is not kind for name, kind in _FIELDS.items()):
+        return None
+    return values
+
+
+def _named(holder: dict[str, Any]) -> str:
+    command, host, since = (printable(holder[name]) for name in ("command", "host", "since"))
+    return f"`{command}` (host {host}, process {holder['pid']}, since {since})"
+
+
+def _refusal(what: str, holder: dict[str, Any]) -> UserError:
+    return UserError(f"{what} is in use by {_named(holder)}", "Wait for its end, or choose another folder")
+
+
+def _forget() -> None:
+    """In a forked child: the lock stays with the parent, and ends with it though the child lives on."""
+    for handle in _held:
+        with suppress(OSError):
+            os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,188 @@
+"""manifest.json: size and checksum of every file of a folder, by which a checkpoint, an artefact and a catalogue prove that they are whole.
+
+Checksums find damage. They do not tell who made a folder: whoever changes a file can change its manifest too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import xxhash
+from tqdm import tqdm
+
+from harness.core.errors import UserError
+from harness.core.files import printable, read_record, write_whole
+
+if TYPE_CHECKING:
+    from harness.core.mesh import Mesh
+
+T = TypeVar("T")
+
+MANIFEST = "manifest.json"
+ALGORITHMS: dict[str, Callable[[], Any]] = {"xxh3-64": xxhash.xxh3_64, "sha256": hashlib.sha256}
+_UNLISTED = {1: {"towers/.metadata", "head/.metadata"}, 2: set()}  # by format: format 1 left hidden files out
+_CHUNK = 1 << 24
+
+
+def write_manifest(folder: Path, mesh: Mesh | None = None, algorithm: str = "xxh3-64") -> None:
+    """Flushes every file under `folder` to disk and lists it in folder/manifest.json, hidden ones too.
+
+    With `mesh` collective: each rank reads its share of the files, in its own time.
+
+    Args:
+        folder: holds files and folders, no links.
+        mesh: the ranks that share the work.
+        algorithm: xxh3-64, fast, for what stays here; sha256 for what is handed on, so that its manifest can be compared with one that was published.
+    """
+
+    def flushed(name: str) -> tuple[int, str]:
+        with (folder / name).open("rb") as handle:
+            os.fsync(handle.fileno())
+        return (folder / name).stat().st_size, checksum(folder / name, algorithm)
+
+    files = shared(at_first(lambda: file_sizes(folder), mesh), flushed, mesh)
+    if mesh is None or mesh.rank == 0:
+        content = {"format": 2, "algorithm": algorithm, "files": files}
+        write_whole(folder / MANIFEST, json.dumps(content, indent=1))
+
+
+def verify(folder: Path, mesh: Mesh | None = None) -> str:
+    """Names what is wrong with a folder that has a manifest; empty if it holds exactly the listed files, each with its checksum.
+
+    With `mesh` collective, as in `write_manifest`, and the same on every rank.
+    """
+    listed = at_first(lambda: _listed(folder), mesh)
+    if isinstance(listed, str):
+        return listed
+    algorithm, files = listed
+
+    def problem(name: str) -> str:
+        try:
+            same = checksum(folder / name, algorithm) == files[name][1]
+        except OSError as error:
+            return f"{printable(name)} cannot be read ({error.strerror})"
+        return "" if same else f"{printable(name)} has another checksum"
+
+    found = shared({name: size for name, (size, _) in files.items()}, problem, mesh)
+    return next(filter(None, found.values()), "")
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of the manifest, which stands for all of the folder: what an author publishes, and `sha256sum FOLDER/manifest.json` compares."""
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file under `folder` but its manifest, sorted by name; -1 for a link, a pipe and the like."""
+    sizes, left = {}, [""]
+    while left:
+        prefix = left.pop()
+        for entry in os.scandir(folder / prefix):
+            name = prefix + entry.name
+            if entry.is_dir(follow_symlinks=False):
+                left.append(f"{name}/")
+            elif name != MANIFEST:
+                sizes[name] = entry.stat().st_size if entry.is_file(follow_symlinks=False) else -1
+    return dict(sorted(sizes.items()))
+
+
+def _listed(folder: Path) -> tuple[str, dict[str, tuple[int, str]]] | str:
+    """The algorithm, and size and checksum of each file; or what is wrong with the manifest, or with what lies in the folder.
+
+    No name of a manifest is opened that a listing of the folder did not give.
+    """
+    try:
+        record = read_record(folder / MANIFEST)
+        version = record.number("format", max(_UNLISTED), 1)
+        algorithm = record.get("algorithm", str) if version > 1 else "xxh3-64"
+        files: dict[str, Any] = record.get("files", dict)
+    except UserError:
+        return f"{MANIFEST} is missing or damaged"
+    if algorithm not in ALGORITHMS:
+        return f"{MANIFEST} is missing or damaged (algorithm {printable(algorithm)!r})"
+    for name, entry in files.items():
+        if not isinstance(entry, list) or [type(value) for value in entry] != [int, str]:
+            return f"{MANIFEST} is missing or damaged (files: {printable(name)})"
+    try:
+        sizes = file_sizes(folder)
+    except OSError as error:
+        return f"{printable(str(error.filename))} cannot be read ({error.strerror})"
+    unlisted = {name for name in _UNLISTED[version] if any(Path(name).parent == Path(file).parent for file in files)}
+    for name in [*files, *sorted(unlisted)]:
+        if sizes.get(name) == -1:
+            return f"{printable(name)} is a link or no regular file"
+        if name not in sizes or (name in files and sizes[name] != files[name][0]):
+            return f"{printable(name)} is missing or has another size"
+    if more := sizes.keys() - files.keys() - unlisted:
+        return f"{printable(min(more))} is not listed in {MANIFEST}"
+    return algorithm, {name: (size, checksum) for name, (size, checksum) in files.items()}
+
+
+def at_first(make: Callable[[], T], mesh: Mesh | None, what: str = "listing files") -> T:
+    """make(); with `mesh` collective, that of rank 0 for every rank, see `harness.core.waiting.on_first_rank`."""
+    if mesh is None:
+        return make()
+    from harness.core.waiting import on_first_rank  # here: it loads torch
+
+    return on_first_rank(make, mesh, what)
+
+
+def shared(sizes: Mapping[str, int], work: Callable[[str], T], mesh: Mesh | None) -> dict[str, T]:
+    """work(name) of every name, shared out over the ranks."""
+
+    def work_through(names: Iterable[str], first: bool = True) -> dict[str, T]:
+        with tqdm(
+            total=sum(map(sizes.__getitem__, names)),
+            desc="checksums",
+            unit="B",
+            unit_scale=True,
+            delay=5,
+            disable=not first,
+        ) as progress:
+            done = {}
+            for name in names:
+                done[name] = work(name)
+                progress.update(sizes[name])
+            return done
+
+    if mesh is None:
+        return work_through(sizes)
+    from harness.core.waiting import of_all_ranks
+
+    own = shared_out(sizes, mesh.world_size)[mesh.rank]
+    parts = of_all_ranks(lambda: work_through(own, mesh.rank == 0), mesh, "checksums of files")
+    together = {name: result for part in parts for name, result in part.items()}
+    return {name: together[name] for name in sizes}
+
+
+def shared_out(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
+    """Names for each rank: the files that it wrote itself, as both checkpoint libraries name them; the rest goes where the fewest bytes are."""
+    shares: list[list[str]] = [[] for _ in range(ranks)]
+    loads, others = [0] * ranks, []
+    for name, size in sizes.items():
+        writer = re.search(r"(?:^|/)__(\d+)_\d+\.distcp$", name)
+        if writer and int(writer[1]) < ranks:
+            shares[int(writer[1])].append(name)
+            loads[int(writer[1])] += size
+        else:
+            others.append(name)
+    for name in sorted(others, key=lambda name: -sizes[name]):
+        least = loads.index(min(loads))
+        shares[least].append(name)
+        loads[least] += sizes[name]
+    return shares
+
+
+def checksum(file: Path, algorithm: str = "xxh3-64") -> str:
+    """Hex digits of one of ALGORITHMS over a file."""
+    digest = ALGORITHMS[algorithm]()
+    with file.open("rb") as handle:
+        while chunk := handle.read(_CHUNK):
+            digest.update(chunk)
+    return str(digest.hexdigest())

@@ -1,0 +1,185 @@
+"""A folder that appears under its final name complete, or not at all.
+
+All that is unfinished about `final` lies in one folder beside it:
+
+    final.tmp/
+        lock    who is at work; also the mark that the folder is ours: nothing is deleted where it is missing
+        new/    what becomes `final`
+        old/    the `final` that a new one replaces, between two renames
+        gone/   what is being deleted
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.core.errors import UserError
+from harness.core.lock import is_lock, locked
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The folder `final`.tmp, held by this process.
+
+    Args:
+        final: the folder that is worked on.
+        folder: the holder.
+    """
+
+    final: Path
+    folder: Path
+
+    def new(self) -> Path:
+        """A new empty folder, deleted in the end unless it was renamed."""
+        folder = self.folder / "new"
+        folder.mkdir()
+        return folder
+
+    @contextmanager
+    def stage(self, *, replace: bool = False) -> Iterator[Path]:
+        """Gives a new folder to write into; on leaving, syncs it to disk and renames it to `final`.
+
+        Raises:
+            UserError: `final` exists and may not be replaced.
+        """
+        if not replace and os.path.lexists(self.final):
+            raise _taken(self.final)
+        new, old = self.new(), self.folder / "old"
+        yield new
+        sync_tree(new)
+        if replace and os.path.lexists(self.final):
+            self.final.rename(old)
+        try:
+            new.rename(self.final)
+        except OSError as error:
+            taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+            raise _taken(self.final) if taken else error from None
+        sync(self.final.parent)
+        self.discard(old)
+
+    def discard(self, folder: Path) -> None:
+        """Deletes a folder of the same disk whole or, where this process is killed, at the next hold; it is gone from its place at once."""
+        gone = self.folder / "gone"
+        if os.path.lexists(folder):
+            folder.rename(gone)
+            _delete(gone)
+
+    def recover(self) -> bool:
+        """Brings everything back to one `final`, the old one where a replacement had begun; True where there was something to do."""
+        new, old, gone = (self.folder / name for name in ("new", "old", "gone"))
+        left = [folder for folder in (new, old, gone) if os.path.lexists(folder)]
+        if old in left and not os.path.lexists(self.final):
+            old.rename(self.final)
+        for folder in (gone, new, old):
+            _delete(folder)
+        return bool(left)
+
+
+@contextmanager
+def held(final: Path) -> Iterator[Holder]:
+    """Holds everything about `final` for this process, after what a killed one left is cleared away.
+
+    Raises:
+        UserError: another process holds it, which is named; the holder cannot be made or is not ours; or the disk is full.
+    """
+    final = Path(os.path.abspath(final))
+    holder = Holder(final, final.with_name(f"{final.name}.tmp"))
+    lock = holder.folder / "lock"
+    _require_ours(holder.folder, lock)
+    try:
+        with _full_disk(final), locked(lock, str(final)):
+            if holder.recover():
+                print(f"{final}: cleared away what a process that was killed left in {holder.folder.name}", flush=True)
+            try:
+                yield holder
+            finally:
+                holder.recover()
+    finally:
+        with suppress(OSError):  # another process is in it, or is the next already
+            holder.folder.rmdir()
+
+
+@contextmanager
+def staged_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Gives a new folder to write into; on leaving, syncs it to disk and renames it to `final`. An exception removes it.
+
+    With `replace` an existing `final` gives way: for an instant between two renames neither is there. What a process that is killed leaves
+    is cleared away by the next call for the same `final`, which is then as it was before or as it should be.
+
+    Raises:
+        UserError: `final` exists and may not be replaced, is in use by another process, cannot be created, or the disk is full.
+    """
+    if not replace:
+        require_free(final)
+    with held(final) as holder, holder.stage(replace=replace) as new:
+        yield new
+
+
+def require_free(final: Path) -> None:
+    """Raises UserError where `final` exists; not yet where something unfinished lies beside it, which `held` looks after first."""
+    if os.path.lexists(final) and not os.path.lexists(f"{final}.tmp"):
+        raise _taken(final)
+
+
+def _taken(final: Path) -> UserError:
+    return UserError(f"{final} exists already", "Choose another folder, or remove this one first; nothing was written")
+
+
+def _require_ours(folder: Path, lock: Path) -> None:
+    """Raises UserError where `folder` is somebody else's: it holds something, and no lock of ours."""
+    if is_lock(lock) or not os.path.lexists(folder):
+        return
+    try:
+        others = folder.is_symlink() or bool(set(os.listdir(folder)) - {lock.name})
+    except OSError as error:
+        others = not isinstance(error, FileNotFoundError)
+    # Looked at again: another process may have begun in between, whose lock is always there before the rest.
+    if others and not is_lock(lock):
+        raise UserError(
+            f"{folder} is in the way, and is no folder that a command of ours left", "Rename it; nothing was written"
+        )
+
+
+@contextmanager
+def _full_disk(final: Path) -> Iterator[None]:
+    """Turns a full disk into one line; DuckDB and Arrow report it by its text alone."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if getattr(error, "errno", None) != errno.EDQUOT and os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise UserError(
+            f"no space left on the disk of {final}", "Free space there, or write to another disk; nothing was kept"
+        ) from error
+
+
+def _delete(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def sync_tree(folder: Path) -> None:
+    """Writes everything below a folder through to the disk."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            sync(Path(root, name))
+        sync(Path(root))
+
+
+def sync(path: Path) -> None:
+    """Writes a file or folder through to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

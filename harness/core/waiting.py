@@ -1,0 +1,101 @@
+"""Work that takes one rank longer than another, without a limit: no collective waits for it, and so no collective's timeout ends the run.
+
+The ranks meet in the store of the process group. One that raises, or that stands still (`harness.core.watch`), ends the wait of all others with an error.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch.distributed as dist
+
+from harness.core.errors import UserError
+
+if TYPE_CHECKING:
+    from harness.core.mesh import Mesh
+
+T = TypeVar("T")
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.5  # seconds between two looks at the store
+
+
+def in_own_time(work: Callable[[], T], mesh: Mesh, what: str) -> T:
+    """work() of this rank, once every rank has ended its own, however long that took it; collective.
+
+    Args:
+        work: may differ between ranks, and takes part in no collective.
+        mesh: its watch bounds how long a rank may be silent, not how long it may work.
+        what: the work in words, for an error: 'writing the documents'.
+
+    Raises:
+        UserError: work() of some rank raised one: raised on all; or a rank was not heard of for mesh.timeout_minutes.
+        RuntimeError: that of another rank raised something else.
+    """
+    if mesh.world_size == 1:
+        return work()
+    place = _Place(mesh, what)
+    with mesh.watch.doing(what):
+        try:
+            result = work()
+        except BaseException as error:
+            place.fail(error)
+            raise
+        place.finish()
+        place.wait()
+    return result
+
+
+def on_first_rank(make: Callable[[], T], mesh: Mesh, what: str) -> T:
+    """make() of rank 0 for every rank, however long it takes; collective. Raises what `in_own_time` does."""
+    made: list[Any] = [in_own_time(make if mesh.rank == 0 else lambda: None, mesh, what)]
+    dist.broadcast_object_list(made)
+    return made[0]
+
+
+def of_all_ranks(work: Callable[[], T], mesh: Mesh, what: str) -> list[T]:
+    """work() of every rank, in their order, for every rank, however long it takes; collective. Raises what `in_own_time` does."""
+    made = in_own_time(work, mesh, what)
+    parts: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(parts, made)
+    return parts
+
+
+class _Place:
+    """This rank in one wait. Rank 0 watches all ranks, the others watch rank 0: a look at the store costs few reads at any number of ranks."""
+
+    def __init__(self, mesh: Mesh, what: str) -> None:
+        self.mesh, self.what = mesh, what
+        self.store = dist.distributed_c10d._get_default_store()
+        # Counted in the store, for it lives as long as the process group: the n-th wait of one rank is that of all.
+        self.key = f"waiting/{self.store.add(f'waiting/{mesh.rank}', 1)}"
+
+    def finish(self) -> None:
+        self.store.set(f"{self.key}/done/{self.mesh.rank}", "")
+
+    def fail(self, error: BaseException) -> None:
+        kind = "mistake" if isinstance(error, UserError) else "failure"
+        text = str(error) if kind == "mistake" else f"rank {self.mesh.rank} failed in {self.what}: {error!r}"
+        self.store.set(f"{self.key}/{kind}", text)
+
+    def wait(self) -> None:
+        """Returns when all ranks have finished: rank 0 sees it and tells the others."""
+        missing = [f"done/{rank}" for rank in range(1, self.mesh.world_size)] if self.mesh.rank == 0 else ["all"]
+        pause, watch = _FIRST_PAUSE, self.mesh.watch
+        watch.waits = True
+        while missing := [name for name in missing if not self.store.check([f"{self.key}/{name}"])]:
+            self._raise_failure()
+            if watch.lost:
+                self.fail(watch.lost)
+                raise watch.lost
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        watch.waits = False
+        self._raise_failure()
+        if self.mesh.rank == 0:
+            self.store.set(f"{self.key}/all", "")
+
+    def _raise_failure(self) -> None:
+        for kind, error in (("mistake", UserError), ("failure", RuntimeError)):
+            if self.store.check([f"{self.key}/{kind}"]):
+                raise error(self.store.get(f"{self.key}/{kind}").decode())

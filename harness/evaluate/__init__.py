@@ -1,0 +1,1 @@
+"""Evaluation: embedding, exact ranking, metrics, tasks."""

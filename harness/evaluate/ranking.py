@@ -1,0 +1,341 @@
+"""Exact retrieval over sharded vectors: the ranks of all relevant documents, and the best k.
+
+Queries and documents lie sharded, in any uneven way, over the ranks of a process group. Blocks of queries travel to
+every rank and meet its documents tile by tile; no n x n matrix exists anywhere. One process and many give the same
+numbers, to the last bit: vectors are put on a grid of 2**-26 first. For vectors of unit length every product and every
+partial sum is then a whole number of 2**-52 below 2**53, which float64 holds exactly, so that neither the shape of a
+tile nor the order of a summation can change a score or break a tie in another way. Rounding a finished dot product
+alone would not do: two orders of summation can fall on either side of a rounding boundary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from harness.core.errors import UserError
+
+VECTOR_BITS = 26  # vectors are whole multiples of 2**-26
+SCORE_BITS = 24  # scores are whole multiples of 2**-24
+ID_BITS = 38  # |score| < 2**25 steps and a 38-bit id share one int64
+MAX_NORM = 1.01  # lets unit vectors that were rounded to bfloat16 pass; exactness needs norm * norm < 2
+_ID_MASK = 2**ID_BITS - 1
+_LAST = torch.iinfo(torch.int64).max  # the key that sorts behind every document
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The queries, or the documents, that one rank holds.
+
+    Args:
+        vectors: [n, d], floating point, of unit length (or zero); n may be 0 and may differ between ranks, d not.
+        ids: [n] int64, 0 <= id < 2**38, unique over the whole group: do not pad shards to equal length.
+        labels: [n] int64 class ids; a query and a document are relevant to each other if their labels are equal
+            and not -1.
+    """
+
+    vectors: Tensor
+    ids: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        n = self.vectors.shape[0]
+        if self.vectors.ndim != 2 or self.ids.shape != (n,) or self.labels.shape != (n,):
+            shapes = [tuple(t.shape) for t in (self.vectors, self.ids, self.labels)]
+            raise ValueError(f"expected vectors [n, d], ids [n] and labels [n], got {shapes}")
+
+
+@dataclass(frozen=True)
+class RelevantRanks:
+    """Where the relevant documents of every query of the group stand; equal on all ranks.
+
+    Args:
+        query_ids: [n] int64, ascending.
+        ranks: int64, 0-based and ascending within a query: those of query i are `ranks[offsets[i]:offsets[i + 1]]`.
+        offsets: [n + 1] int64.
+    """
+
+    query_ids: np.ndarray
+    ranks: np.ndarray
+    offsets: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Block:
+    vectors: Tensor  # [b, d] float64 on the grid
+    ids: Tensor  # [b]
+    labels: Tensor  # [b]
+    counts: list[
+        int
+    ]  # rows that each rank of the group has in this block, which is in rank order; empty in a part of one
+
+
+@torch.no_grad()
+def relevant_ranks(
+    queries: Embedded,
+    documents: Embedded,
+    group: dist.ProcessGroup | None = None,
+    *,
+    query_block: int = 1024,
+    document_tile: int = 8192,
+    without_self: bool = False,
+) -> RelevantRanks:
+    """Find the exact rank of every relevant document of every query in the whole gallery.
+
+    Documents are ordered by descending score (dot product in steps of 2**-24), those of equal score by ascending id.
+    A collective call: every rank of `group` takes part, also one that holds nothing.
+
+    Args:
+        queries: this rank's queries.
+        documents: this rank's documents.
+        group: the ranks that share queries and gallery; None for a single process.
+        query_block: queries that are scored at once, over all ranks together (at least one for each rank).
+        document_tile: documents of this rank that are scored at once. Scratch memory is some 32 bytes x query_block x
+            document_tile: queries with more relevant documents than that are scored fewer at once.
+        without_self: the document that has the query's own id is in no gallery of that query.
+
+    Returns:
+        The ranks of all queries of the group, in query-id order, equal on every rank.
+
+    Raises:
+        UserError: a vector is not finite or longer than 1, on any rank; raised on all of them.
+        ValueError: an id is out of range or was given twice (a twice given document is seen if relevant to a query).
+    """
+    labelled = torch.nonzero(documents.labels >= 0).flatten()
+    label_of, order = torch.sort(documents.labels[labelled])
+    rows_by_label = labelled[order]
+    ids, counts, ranks = [], [], []
+    for block in _relevance_blocks(queries, documents, label_of, group, query_block, document_tile):
+        rivals, held = _relevant_keys(block, documents, label_of, rows_by_label, group, document_tile, without_self)
+        size, width = rivals.shape
+        row = torch.arange(size, device=rivals.device)[:, None] * (width + 1)
+        beaten = torch.zeros(size * (width + 1), dtype=torch.int64, device=rivals.device)
+        for keys in _key_tiles(block, documents, document_tile):
+            if without_self:
+                keys = keys.where(keys & _ID_MASK != block.ids[:, None], _LAST)
+            # A document beats the relevant ones from its own place among them on: count places, sum up afterwards.
+            place = torch.searchsorted(rivals, keys, right=True).add_(row)
+            beaten += torch.bincount(place.flatten(), minlength=beaten.numel())
+        if group is not None:
+            dist.all_reduce(beaten, group=group)
+        real = torch.arange(width, device=rivals.device) < held[:, None]
+        ranks.append(beaten.view(size, width + 1).cumsum(1)[:, :width][real].cpu().numpy())
+        ids.append(block.ids.cpu().numpy())
+        counts.append(held.cpu().numpy())
+    return _in_id_order(ids, counts, ranks)
+
+
+@torch.no_grad()
+def top_k(
+    queries: Embedded,
+    documents: Embedded,
+    k: int,
+    group: dist.ProcessGroup | None = None,
+    *,
+    query_block: int = 1024,
+    document_tile: int = 8192,
+) -> tuple[Tensor, Tensor]:
+    """Find the exact best documents of the whole gallery for this rank's queries; order as in `relevant_ranks`.
+
+    A collective call: every rank of `group` takes part, also one that holds nothing. Labels are not looked at.
+
+    Args:
+        queries: this rank's queries, n of them.
+        documents: this rank's documents.
+        k: documents wanted for each query.
+        group: the ranks that share queries and gallery; None for a single process.
+        query_block: queries that are scored at once, over all ranks together (at least one for each rank).
+        document_tile: documents of this rank that are scored at once.
+
+    Returns:
+        Document ids [n, min(k, gallery)] int64 and their scores, float64 and exact multiples of 2**-24, best first.
+
+    Raises:
+        UserError: a vector is not finite or longer than 1, on any rank; raised on all of them.
+        ValueError: an id is out of range.
+    """
+    found = []
+    gallery = sum(_all_gather_ints([len(documents.ids)], queries.ids.device, group)[:, 0].tolist())
+    k, rank = min(k, gallery), dist.get_rank(group) if group is not None else 0
+    for block in _query_blocks(queries, documents, group, query_block):
+        best = torch.full((len(block.ids), k), _LAST, device=block.ids.device)
+        for keys in _key_tiles(block, documents, document_tile):
+            best = torch.topk(torch.cat([best, keys], dim=1), k, largest=False).values
+        if group is not None:  # every rank receives what all ranks found for its own queries
+            own = block.counts[rank]
+            merged = best.new_empty(len(block.counts) * own, k)
+            dist.all_to_all_single(merged, best, [own] * len(block.counts), block.counts, group=group)
+            best = merged.view(len(block.counts), own, k).transpose(0, 1).reshape(own, len(block.counts) * k)
+        found.append(torch.topk(best, k, largest=False).values)
+    keys = torch.cat(found) if found else queries.ids.new_empty(0, k)
+    return keys & _ID_MASK, (-(keys >> ID_BITS)).double() / 2**SCORE_BITS
+
+
+def _query_blocks(
+    queries: Embedded, documents: Embedded, group: dist.ProcessGroup | None, query_block: int
+) -> Iterator[_Block]:
+    """Gather the queries of all ranks block by block, after a check of the input that all ranks share."""
+    device = queries.ids.device
+    facts = _all_gather_ints([len(queries.ids), _fault(queries) or _fault(documents)], device, group)
+    sizes, faults = facts[:, 0].tolist(), facts[:, 1].tolist()
+    for rank, fault in enumerate(faults):
+        if fault == 1:
+            raise UserError(
+                f"Rank {rank} has embeddings that are not finite or longer than 1",
+                "Normalise them; if the encoder gives NaN, training has diverged: evaluate an earlier checkpoint",
+            )
+        if fault == 2:
+            raise ValueError(f"rank {rank} has query or document ids outside of 0 .. 2**{ID_BITS} - 1")
+    step = max(1, query_block // len(sizes))
+    silent = group is not None and dist.get_rank(group) != 0
+    with tqdm(total=sum(sizes), desc="ranking", unit=" queries", delay=5, leave=False, disable=silent) as progress:
+        for start in range(0, max(sizes), step):
+            counts = [min(max(size - start, 0), step) for size in sizes]
+            words = torch.stack([queries.ids, queries.labels], dim=1)[start : start + step]
+            ids, labels = _all_gather_rows(words, counts, group).unbind(1)
+            vectors = _all_gather_rows(queries.vectors[start : start + step], counts, group)
+            yield _Block(_on_grid(vectors), ids.contiguous(), labels.contiguous(), counts)
+            progress.update(sum(counts))
+
+
+def _relevance_blocks(
+    queries: Embedded,
+    documents: Embedded,
+    label_of: Tensor,
+    group: dist.ProcessGroup | None,
+    query_block: int,
+    document_tile: int,
+) -> Iterator[_Block]:
+    """`_query_blocks`, cut smaller where queries have many relevant documents, so that (queries x the most of them) stays bounded."""
+    for block in _query_blocks(queries, documents, group, query_block):
+        relevant = _range_of(block.labels, label_of)[1]
+        if group is not None:
+            dist.all_reduce(relevant, group=group)
+        step = max(1, query_block * document_tile // max(1, int(relevant.max())))
+        for start in range(0, len(block.ids), step):
+            part = slice(start, start + step)
+            yield _Block(block.vectors[part], block.ids[part], block.labels[part], [])
+
+
+def _fault(part: Embedded) -> int:
+    """Return 0 for good input, 1 for vectors and 2 for ids out of range: a number that the ranks can exchange."""
+    if not bool((torch.linalg.vector_norm(part.vectors.float(), dim=1) <= MAX_NORM).all()):
+        return 1  # also a NaN, for which no comparison holds
+    return 2 * int(bool(((part.ids < 0) | (part.ids >= 2**ID_BITS)).any()))
+
+
+def _on_grid(vectors: Tensor) -> Tensor:
+    return (vectors.double() * 2**VECTOR_BITS).round_()
+
+
+def _keys(dots: Tensor, ids: Tensor) -> Tensor:
+    """Pack (score descending, document id ascending) into one int64 each: a smaller key is a better document."""
+    steps = dots.mul_(2.0 ** (SCORE_BITS - 2 * VECTOR_BITS)).round_().to(torch.int64)
+    return steps.mul_(-(2**ID_BITS)).add_(ids)
+
+
+def _key_tiles(block: _Block, documents: Embedded, document_tile: int) -> Iterator[Tensor]:
+    """Yield the keys [b, tile] of the block's queries and this rank's documents."""
+    for start in range(0, len(documents.ids), document_tile):
+        tile = slice(start, start + document_tile)
+        yield _keys(block.vectors @ _on_grid(documents.vectors[tile]).T, documents.ids[tile])
+
+
+def _relevant_keys(
+    block: _Block,
+    documents: Embedded,
+    label_of: Tensor,
+    rows_by_label: Tensor,
+    group: dist.ProcessGroup | None,
+    document_tile: int,
+    without_self: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the ascending keys [b, most] of each query's relevant documents of the group, padded, and how many [b]."""
+    device, size = block.ids.device, len(block.ids)
+    first, found = _range_of(block.labels, label_of)
+    slots = torch.repeat_interleave(torch.arange(size, device=device), found)
+    rows = rows_by_label[first[slots] + _within(slots, found)]
+    if without_self:
+        other = documents.ids[rows] != block.ids[slots]
+        slots, rows = slots[other], rows[other]
+        found = torch.bincount(slots, minlength=size)
+    by_rank = _all_gather_rows(found[None], [1] * (1 if group is None else dist.get_world_size(group)), group)
+    held, before = by_rank.sum(0), by_rank[: 0 if group is None else dist.get_rank(group)].sum(0)
+    # Every rank puts its own keys behind those of the ranks before it; where it has none it adds 0.
+    rivals = torch.zeros(size, int(held.max()), dtype=torch.int64, device=device)
+    place = before[slots] + _within(slots, found)
+    for start in range(0, len(rows), document_tile):
+        part = slice(start, start + document_tile)
+        dots = (block.vectors[slots[part]] * _on_grid(documents.vectors[rows[part]])).sum(1)
+        rivals[slots[part], place[part]] = _keys(dots, documents.ids[rows[part]])
+    if group is not None:
+        dist.all_reduce(rivals, group=group)
+    rivals[torch.arange(rivals.shape[1], device=device) >= held[:, None]] = _LAST
+    rivals = rivals.sort(1).values
+    if bool(
+        ((rivals[:, 1:] == rivals[:, :-1]) & (rivals[:, 1:] != _LAST)).any()
+    ):  # the same on all ranks: all of them raise
+        raise ValueError("a document id was given twice: shards must be disjoint, without padding")
+    return rivals, held
+
+
+def _range_of(labels: Tensor, label_of: Tensor) -> tuple[Tensor, Tensor]:
+    """Where in the ascending `label_of` [m] each of `labels` [b] begins, and how often it stands there."""
+    first = torch.searchsorted(label_of, labels)
+    return first, torch.searchsorted(label_of, labels, right=True) - first
+
+
+def _within(slots: Tensor, sizes: Tensor) -> Tensor:
+    """The number of each element within its slot; `slots` ascend, each as often as `sizes` says."""
+    return torch.arange(len(slots), device=slots.device) - (sizes.cumsum(0) - sizes)[slots]
+
+
+def gather_rows(rows: Tensor, group: dist.ProcessGroup, first: bool = False) -> Tensor:
+    """The rows [n, ...] of all ranks one after another, on all of them; with `first` on the group's first rank alone, none elsewhere."""
+    counts = _all_gather_ints([len(rows)], rows.device, group)[:, 0].tolist()
+    if not first:
+        return _all_gather_rows(rows, counts, group)
+    padded = _padded(rows, max(counts))
+    parts = [torch.empty_like(padded) for _ in counts] if group.rank() == 0 else None
+    dist.gather(padded, parts, group=group, group_dst=0)
+    return rows[:0] if parts is None else torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def _all_gather_ints(values: list[int], device: torch.device, group: dist.ProcessGroup | None) -> Tensor:
+    """Gather a few integers from each rank: [world, len(values)]."""
+    own = torch.tensor([values], dtype=torch.int64, device=device)
+    return own if group is None else _all_gather_rows(own, [1] * dist.get_world_size(group), group)
+
+
+def _all_gather_rows(rows: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Tensor:
+    """Gather rows [counts[rank], ...] from each rank, one after the other; padded on the way, not in the result."""
+    if group is None:
+        return rows
+    padded = _padded(rows, max(counts))
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def _padded(rows: Tensor, length: int) -> Tensor:
+    """`rows` [n, ...] with rows of zeros up to `length`."""
+    padded = rows.new_zeros(length, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    return padded
+
+
+def _in_id_order(ids: list[np.ndarray], counts: list[np.ndarray], ranks: list[np.ndarray]) -> RelevantRanks:
+    """Bring the ragged ranks of the blocks into query-id order."""
+    empty = np.empty(0, np.int64)
+    all_ids, sizes, flat = (np.concatenate([empty, *parts]) for parts in (ids, counts, ranks))
+    order = np.argsort(all_ids, kind="stable")
+    query_ids, starts, sizes = all_ids[order], (np.cumsum(sizes) - sizes)[order], sizes[order]
+    if (query_ids[1:] == query_ids[:-1]).any():
+        raise ValueError("a query id was given twice: shards must be disjoint, without padding")
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    take = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], sizes)
+    return RelevantRanks(query_ids, flat[take], offsets)

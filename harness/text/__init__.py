@@ -1,0 +1,1 @@
+"""Text: tokenizers, vocabularies, queries made of products."""

@@ -1,0 +1,29 @@
+"""Whether a text tower was built for the ids that its texts have."""
+
+from __future__ import annotations
+
+from harness.core.errors import UserError
+from harness.text.special_tokens import SpecialTokens
+from models.item import StreamConfig
+from models.text import TextConfig
+
+
+def require_fit(special: SpecialTokens, text: TextConfig | StreamConfig, where: str) -> None:
+    """Refuses a text tower that takes other ids for special ones than its texts have; `where` is its key, e.g. model.text.
+
+    Raises:
+        UserError: another id of padding, another end of text where pooling looks for it, or more ids than the tower has rows.
+    """
+    wrong = []
+    if special.pad != text.pad_id:
+        wrong.append(f"the tokenizer pads with {special.pad}, {where}.pad_id is {text.pad_id}")
+    if isinstance(text, TextConfig) and text.pooling == "eos" and special.eos != text.eos_id:
+        wrong.append(f"the tokenizer ends texts with {special.eos}, {where}.eos_id is {text.eos_id}")
+    if 0 < text.vocab_size < special.vocab_size:
+        wrong.append(f"the tokenizer has {special.vocab_size:,} ids, {where}.vocab_size is {text.vocab_size:,}")
+    if wrong:
+        raise UserError(
+            f"the catalogue's tokenizer does not fit {where}: {'; '.join(wrong)}",
+            "Give the tower these values, or the catalogue the tokenizer of the tower's weights: "
+            "shelfmark tokenizer CATALOGUE --keep-from FOLDER-OF-IMPORT",
+        )

@@ -1,0 +1,1 @@
+"""Training: configuration, trainer, checkpoints, optimizer, logs; dry runs of a step."""

@@ -1,0 +1,258 @@
+"""The towers' optimizer: megatron-core's DistributedOptimizer, with clipping, norm and schedule on our side."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.core.mesh import Mesh
+from harness.train.overlap import OverlappedReduction
+from harness.train.param_groups import freeze, lr_factors, split_factor
+from kernels.keyed import LARGE
+from models.accelerators import use_adam
+from models.heads.row_optimizer import RowOptimizerConfig
+from models.megatron_cpu import cuda_type_names
+from models.sequence import sum_partial_gradients
+from models.shape import TransformerShape
+from models.transformer import megatron_config
+
+from megatron.core import optimizer as megatron_optimizer  # isort: skip  (after the CPU proxy)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # isort: skip
+from megatron.core.optimizer import distrib_optimizer  # isort: skip
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate  # isort: skip
+
+OVERLAP = ("auto", "always", "never")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW for the towers, warm-up and cosine decay, and clipping over towers and class rows together.
+
+    Args:
+        lr: peak learning rate of the towers.
+        min_lr_factor: the cosine ends at lr x this.
+        warmup_steps: steps of linear warm-up from 0.
+        weight_decay: decoupled weight decay of matrices; biases and norms have none.
+        betas: decay of the first and second moment.
+        eps: added to the root of the second moment.
+        clip_norm: largest global norm of the gradient; 0 never clips.
+        frozen: parts of the towers that are not trained: names of parameters as in a checkpoint, or their beginnings (vision.stem, text,
+            vision.block.layers.0); * and [0-5] as in a shell.
+        layer_decay: factor on the learning rate from each layer of a tower to the one below it; 1 trains all layers alike.
+        lr_factors: factors on the learning rate by name, as query_transform=10, the names as in `frozen`; the last that fits counts.
+        overlap: whether gradients are reduced while backward still runs: auto (on a GPU), always or never.
+        rows: AdamW of the class rows.
+    """
+
+    lr: float = 1e-3
+    min_lr_factor: float = 0.01
+    warmup_steps: int = 100
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    frozen: tuple[str, ...] = ()
+    layer_decay: float = 1.0
+    lr_factors: tuple[str, ...] = ()
+    overlap: str = "auto"
+    rows: RowOptimizerConfig = field(default_factory=RowOptimizerConfig)
+
+    def errors(self, where: str) -> list[str]:
+        """What is out of range, as sentences that name the key under `where`."""
+        errors = self.rows.errors(f"{where}.rows")
+        if not 0 < self.layer_decay <= 1:
+            errors.append(f"{where}.layer_decay is {self.layer_decay}; it must lie in (0, 1]")
+        if self.overlap not in OVERLAP:
+            errors.append(f"{where}.overlap is '{self.overlap}'; it can be {', '.join(OVERLAP)}")
+        for entry in self.lr_factors:
+            try:
+                good = split_factor(entry)[1] > 0
+            except ValueError:
+                good = False
+            if not good:
+                errors.append(f"{where}.lr_factors has '{entry}'; it must be name=factor with a factor above 0")
+        return errors
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Learning rate of update `step` (0-based) of `steps`: linear warm-up, then cosine to lr x min_lr_factor."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * (config.min_lr_factor + (1 - config.min_lr_factor) * cosine)
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """Of a large float32 [n, d], in float64 []; in pieces, because a copy in float64 would be the peak of memory."""
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for piece in x.split(1 << 13 if x.device.type == "cpu" else max(1, LARGE // x.shape[1])):
+        total += piece.double().square_().sum()
+    return total
+
+
+class TowerOptimizer:
+    """Gradient buffers, data-parallel reduction (a sum) and sharded AdamW of the towers.
+
+    Args:
+        towers: the model; those of its parameters that are trained move into megatron-core's buffers.
+        config: hyper-parameters.
+        mesh: groups and device.
+
+    Raises:
+        UserError: a name in config.frozen or config.lr_factors that no parameter has.
+    """
+
+    def __init__(self, towers: nn.Module, config: OptimizerConfig, mesh: Mesh) -> None:
+        self.mesh = mesh
+        freeze(towers, config.frozen)
+        dtype = next(towers.parameters()).dtype
+        overlap = config.overlap == "always" or (config.overlap == "auto" and mesh.device.type == "cuda")
+        any_shape = megatron_config(TransformerShape(num_attention_heads=mesh.tp.size()), mesh.tp.size())
+        with cuda_type_names():
+            self.ddp = DistributedDataParallel(
+                any_shape,  # only its calculate_per_token_loss matters: reduce by sum
+                DistributedDataParallelConfig(
+                    use_distributed_optimizer=True,
+                    grad_reduce_in_fp32=True,
+                    overlap_grad_reduce=overlap,
+                ),
+                towers,
+            )
+            settings = megatron_optimizer.OptimizerConfig(
+                optimizer="adam",
+                lr=config.lr,
+                min_lr=0.0,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.betas[0],
+                adam_beta2=config.betas[1],
+                adam_eps=config.eps,
+                clip_grad=0.0,
+                bf16=dtype == torch.bfloat16,
+                params_dtype=dtype,
+                use_distributed_optimizer=True,
+            )
+            factors = lr_factors(towers, config.layer_decay, config.lr_factors)
+            use_adam(mesh.accelerators)
+            self.optimizer = megatron_optimizer.get_megatron_optimizer(
+                settings, [self.ddp], _overrides(settings, factors)
+            )
+        names = {parameter: name for name, parameter in towers.named_parameters()}
+        self._overlapped = OverlappedReduction(self.ddp.bucket_groups, names) if overlap else None
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] *= group["wd_mult"]  # which only megatron-core's own scheduler would heed
+        self._materialise()
+
+    @property
+    def _parts(self) -> list[Any]:
+        return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+
+    def zero_grad(self) -> None:
+        """Forgets all gradients."""
+        self.ddp.zero_grad_buffer()
+        if self._overlapped is not None:
+            self._overlapped.begin()
+        self.optimizer.zero_grad()
+
+    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+        """Context of one micro-batch: only the last may start the reduction."""
+        return nullcontext() if last else self.ddp.no_sync()
+
+    def reduce(self) -> None:
+        """Sums the gradients over dp, those of sequence-parallel parameters over tp too, and readies this rank's shard."""
+        if self._overlapped is not None:
+            self._overlapped.finish()
+        self.ddp.finish_grad_sync()
+        sum_partial_gradients(self.ddp, self.mesh.tp)
+        with cuda_type_names():
+            self.optimizer.prepare_grads()
+
+    def squared_norm(self) -> Tensor:
+        """Sum of squares of this rank's shard of the gradients, float64 []; summed over the world it counts every element once."""
+        grads = self.optimizer.get_main_grads_for_grad_norm()
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for norm in torch._foreach_norm(grads) if grads else []:
+            total += norm.double() ** 2
+        return total
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiplies this rank's shard of the gradients by `factor` []."""
+        grads = [p.grad for p in self.optimizer.get_parameters() if p.grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, factor.to(torch.float32))
+
+    def step(self, lr: float) -> None:
+        """One AdamW update at `lr`; every rank then holds all updated parameters."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_mult"]
+        with cuda_type_names():
+            self.optimizer.step_with_ready_grads()
+
+    def sharded_state_dict(self, model_state: dict[str, Any], metadata: dict[str, Any], loading: bool) -> Any:
+        """megatron-core's sharded state of the optimizer for `model_state`, the towers' own sharded state."""
+        with cuda_type_names():
+            return self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
+
+    def load_state_dict(self, state: Any) -> None:
+        """Takes moments, float32 weights and the count of steps that dist_checkpointing loaded; hyper-parameters stay the present ones."""
+        saved = state["optimizer"]["param_groups"][0]
+        count = {"step": saved["step"]} if "step" in saved else {}
+        own = ({key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups)
+        state["optimizer"]["param_groups"] = [{**group, **count} for group in own]
+        with cuda_type_names():
+            self.optimizer.load_state_dict(state)
+        # After a load all parameters share one `step` tensor, and torch's AdamW then counts it up once per parameter.
+        for part in self._parts:
+            for entry in part.optimizer.state.values():
+                if isinstance(entry.get("step"), Tensor):
+                    entry["step"] = entry["step"].clone()
+
+    def _materialise(self) -> None:
+        """Gives torch's AdamW its state before the first step: a fresh DistributedOptimizer can otherwise be neither saved nor loaded."""
+        if distrib_optimizer.HAVE_APEX_OR_TE:
+            return
+        for part in self._parts:
+            for group in part.optimizer.param_groups:
+                for p in group["params"]:
+                    if not part.optimizer.state[p]:
+                        part.optimizer.state[p] = {
+                            "step": torch.tensor(0.0),
+                            "exp_avg": torch.zeros_like(p),
+                            "exp_avg_sq": torch.zeros_like(p),
+                        }
+            if (
+                not part.optimizer.state
+            ):  # where little is trained, a rank may have no share of it; its step is asked for all the same
+                part.optimizer.state["no share"] = {"step": torch.tensor(0.0)}
+
+
+def _overrides(settings: Any, factors: dict[nn.Parameter, float]) -> dict[Any, Any]:
+    """megatron-core's parameter groups: its own (biases and norms without weight decay), cut once more by the factor on the learning rate."""
+    overrides = dict(megatron_optimizer.get_standard_config_overrides(settings))
+    for factor in sorted(set(factors.values()) - {1.0}):
+        has_factor = ParamWithNamePredicate(name=f"lr x {factor}", fn=lambda p, _, factor=factor: factors[p] == factor)
+        overrides[ParamKey(with_name_predicate=has_factor)] = {"lr_mult": factor}
+    return overrides
+
+
+def _mend_loading() -> None:
+    """Without TransformerEngine or apex, megatron-core's fully reshardable load asks the file for AdamW's `step` (KeyError) and writes in place to
+    leaves; the step is set by load_state_dict anyway."""
+    original = distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @torch.no_grad()
+    def with_step(self: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        original(self, model_param, {**tensors, "step": state["step"].clone()} if "step" in state else tensors)
+
+    distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = with_step
+
+
+if not distrib_optimizer.HAVE_APEX_OR_TE:
+    _mend_loading()

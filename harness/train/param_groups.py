@@ -1,0 +1,85 @@
+"""Which parameters of the towers are trained, and at which learning rate: frozen parts, layer-wise decay, factors by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from harness.core.errors import UserError
+
+# What lies below the first layer of a tower, by the first part of its name there. Beside word embeddings a `norm` is theirs.
+EMBEDDINGS = frozenset(
+    "stem words position class_position word_position patch_position class_token register_token token_type modality first "
+    "embedding_norm".split()
+)
+
+
+def freeze(towers: nn.Module, patterns: Sequence[str]) -> None:
+    """Ends the training of every parameter that a pattern names; to be called before there are gradient buffers.
+
+    Raises:
+        UserError: a pattern names nothing, or all together leave nothing to train.
+    """
+    for pattern in patterns:
+        for parameter in _named(towers, pattern, "optimizer.frozen"):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in towers.parameters()):
+        raise UserError("optimizer.frozen leaves no parameter of the towers to train", "Name fewer parts")
+
+
+def lr_factors(towers: nn.Module, layer_decay: float, by_name: Sequence[str]) -> dict[nn.Parameter, float]:
+    """Factor on the learning rate of every parameter.
+
+    Args:
+        towers: the model. A tower in it is a module with layers (`block`) and embeddings (`stem` or `words`) of its own.
+        layer_decay: factor between neighbouring layers of a tower: layer l of n (from 0) has layer_decay ** (n - l), what is below the first
+            layer_decay ** (n + 1), all else 1. Source: BEiT (Bao et al. 2021), as DINOv2 has it.
+        by_name: `pattern=factor`, times that; of several patterns for one parameter the last counts.
+
+    Raises:
+        UserError: a pattern names nothing.
+    """
+    found = dict.fromkeys(towers.parameters(), 1.0)
+    for module in towers.modules():
+        if hasattr(module, "block") and (hasattr(module, "stem") or hasattr(module, "words")):
+            for name, parameter in module.named_parameters():
+                found[parameter] = layer_decay ** below_top(name, module)
+    named = {}
+    for entry in by_name:
+        pattern, factor = split_factor(entry)
+        named.update(dict.fromkeys(_named(towers, pattern, "optimizer.lr_factors"), factor))
+    return {parameter: factor * named.get(parameter, 1.0) for parameter, factor in found.items()}
+
+
+def split_factor(entry: str) -> tuple[str, float]:
+    """The pattern and the factor of `pattern=factor`.
+
+    Raises:
+        ValueError: it has not that form.
+    """
+    pattern, _, factor = entry.rpartition("=")
+    return pattern, float(factor)
+
+
+def below_top(name: str, tower: nn.Module) -> int:
+    """Layers from the top of `tower` down to its parameter `name`; 0 above the last layer."""
+    depth, parts = len(tower.block.layers), name.split(".")  # type: ignore[arg-type, union-attr]
+    if parts[:2] == ["block", "layers"]:
+        return depth - int(parts[2])
+    below = parts[0] in EMBEDDINGS or (parts[0] == "norm" and hasattr(tower, "words"))
+    return depth + 1 if below else 0
+
+
+def _named(towers: nn.Module, pattern: str, key: str) -> list[nn.Parameter]:
+    """The parameters whose name, or the beginning of whose name up to a dot, matches the shell pattern; `key` is where it stands."""
+    names = towers.named_parameters(remove_duplicate=False)  # a module in two places has two names
+    found = [p for name, p in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")]
+    if not found:
+        parts = [name.split(".") for name, _ in towers.named_parameters(remove_duplicate=False)]
+        known = {".".join(part[:end]) for part in parts for end in range(1, len(part) + 1)}
+        near = difflib.get_close_matches(pattern, sorted(known), n=3, cutoff=0.0)
+        raise UserError(f"{key}: the towers have no parameter '{pattern}'", f"Did you mean {' or '.join(near)}?")
+    return found
