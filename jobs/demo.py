@@ -23,12 +23,12 @@ from PIL import Image
 
 from harness.artefact.artefact import Artefact
 from harness.catalogue.catalogue import Catalogue
-from harness.catalogue.contact_sheet import picture
 from harness.commands.search import save_sheet
 from harness.core.cli import Parser, run_command
 from harness.core.errors import UserError
 from harness.core.files import write_json
 from harness.core.lock import locked
+from harness.evaluate.contact_sheet import picture
 from harness.evaluate.embed import ClassKeys, Side, side_of
 
 LAUNCHER = os.path.relpath(Path(__file__).parent / "torchrun.py")

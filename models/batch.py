@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -150,3 +150,25 @@ def rank_sizes(batches: Sequence[Batch], *sides: str) -> list[int] | None:
     """Queries, documents, or both together, of all `batches` of every rank, in rank order; None where they are not known."""
     counts = [batch.sizes[side] for batch in batches if batch.sizes is not None for side in sides]
     return [sum(of_rank) for of_rank in zip(*counts, strict=True)] if len(counts) == len(batches) * len(sides) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reads:
+    """Content of a method's batches.
+
+    Args:
+        kind: photos: query photos and documents, each by their own slots; pairs: query photos and a document of each one's class;
+            texts: documents and a text query for each; documents: documents alone, each with its own title or another one's.
+        text_length: tokens of a document's text.
+        query_length: tokens of a text query.
+        num_patches: patches of a document's image where words and patches are to be masked; 0 masks nothing.
+    """
+
+    kind: Literal["photos", "pairs", "texts", "documents"] = "photos"
+    text_length: int
+    query_length: int = 0
+    num_patches: int = 0
+
+    def samples(self, queries: int, documents: int) -> tuple[int, int]:
+        """Query photos and documents of a step, of data.queries_per_step and data.documents_per_step."""
+        return queries if self.kind in ("photos", "pairs") else 0, queries if self.kind == "pairs" else documents

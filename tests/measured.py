@@ -20,11 +20,11 @@ import torch.distributed as dist
 
 from harness.bench.ranks import Memory, on_ranks
 from harness.commands.estimate import estimate
-from harness.core.methods import METHODS
 from harness.data.loader import StepData
 from harness.train.config import parse
 from harness.train.dry_run import masked
 from models.batch import Batch
+from models.registry import METHODS
 
 TINY = {
     "data.preprocess.image_size": 64,
@@ -132,7 +132,7 @@ def config_of(recipe: dict[str, Any], world: int) -> Any:
 
 def trainer(recipe: dict[str, Any], num_classes: int, mesh: Any) -> Any:
     """The loop's own Trainer with its own parts, but fed without a catalogue."""
-    from harness.core.methods import build
+    from harness.core.build import build
     from harness.train.ema import Ema
     from harness.train.optimizer import TowerOptimizer
     from harness.train.run_log import StepClock
@@ -165,7 +165,9 @@ def trainer(recipe: dict[str, Any], num_classes: int, mesh: Any) -> Any:
 def step_of(config: Any, num_classes: int, ranks: int) -> StepData:
     """A drawn step with all that any method reads: this rank's part of it in one micro-batch, as much of it masked as is to be expected."""
     model, reads = config.model, METHODS[config.method].reads(config.model)
-    photos, n = (count // ranks for count in reads.samples(config.data))
+    photos, n = (
+        count // ranks for count in reads.samples(config.data.queries_per_step, config.data.documents_per_step)
+    )
     side, length, keywords = model.vision.image_size, reads.text_length, getattr(model, "product_keywords", 0)
     words, patches = masked(config.data.masking, length, reads.num_patches)
     hidden = torch.rand(n, length).argsort(1) < round(words)

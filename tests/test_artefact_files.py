@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from harness.artefact.artefact import Artefact
 from harness.artefact.flat_index import index_head, write_index
-from harness.artefact.query_encoder import TOWERS, write_query_encoder
+from harness.artefact.query_encoder import write_query_encoder
 from harness.commands import search
 from harness.core.errors import UserError
 from harness.core.manifest import write_manifest
@@ -37,6 +37,7 @@ from harness.text.tokenizer import copy_tokenizer
 from models.make import MakeConfig
 from models.oclear import OclearConfig
 from models.plain.transformer import PlainBuilder
+from models.registry import METHODS
 from models.shape import TransformerShape
 from models.text import TextConfig
 from models.vision import VisionConfig
@@ -115,7 +116,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, catalogue: Path) -> dict[str,
     for method, model in models.items():
         folder = folders[method] = tmp_path_factory.mktemp(method) / "artefact"
         (folder / "documents").mkdir(parents=True)
-        spec = TOWERS[method]
+        spec = METHODS[method]
         torch.manual_seed(0)
         write_query_encoder(spec.query_encoder(spec.towers(model, PlainBuilder())), folder)
         (folder / "encoder.pt2").write_bytes(b"a program")

@@ -14,9 +14,10 @@ import torch
 
 from harness.bench import bm25, decode, evaluation, head, head_memory, loader, towers
 from harness.bench.ranks import Memory
-from harness.bench.report import command_line, format_table, make_report
+from harness.bench.report import command_line, make_report
 from harness.commands import ingest
 from harness.core.errors import UserError
+from harness.core.tables import format_table
 from models.heads.row_optimizer import RowAdamW, RowOptimizerConfig
 from tests.catalogues import draw_rows, write_manifest
 from tests.test_tasks import side

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from harness.core import methods
+from harness.core import build as building
 from harness.core.errors import UserError
 from harness.core.mesh import Mesh, MeshConfig
 from models.compiled import CHOICES
@@ -171,7 +171,7 @@ def compiled_run(*args: Any) -> Any:
     def plain(mesh: Mesh) -> TransformerBuilder:
         return PlainBuilder(backend="aot_eager")
 
-    with mock.patch.object(methods, "builder", plain):
+    with mock.patch.object(building, "builder", plain):
         return getattr(test_layouts, function)(*rest)
 
 
@@ -200,7 +200,7 @@ def chosen() -> dict[str, tuple[str, str]]:
         counters.clear()
         for choice in CHOICES:
             mesh.config = MeshConfig(tensor_parallel=size, compile=choice)
-            made: Any = methods.builder(mesh)
+            made: Any = building.builder(mesh)
             block = made.block(TransformerShape(**SMALL))
             if not made.backend:
                 block(torch.zeros(4, 2, 32), None)
@@ -222,7 +222,7 @@ def test_what_cannot_be_compiled_is_one_line(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("CXX", "no-such-compiler")
     mesh: Any = mock.Mock(config=MeshConfig(compile="always"), device=torch.device("cpu"))
     with pytest.raises(UserError, match=r"no C\+\+ compiler"):
-        methods.builder(mesh)
+        building.builder(mesh)
 
 
 @pytest.mark.full

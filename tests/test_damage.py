@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from harness.catalogue.catalogue import Catalogue
-from harness.data.loader import Reads, StepLoader
+from harness.data.loader import StepLoader
+from models.batch import Reads
 from tests.runs import UNUSED, prepared_catalogue, tiny_config
 
 Random = np.random.Generator

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from harness.artefact import decoder_check
 from harness.catalogue.catalogue import Catalogue
 from harness.core.errors import UserError
-from harness.data import decoder_check
 from harness.data.loader import ImageReader, Pixels
 from tests.pool import ranks
 from tests.runs import tiny_config, trainer

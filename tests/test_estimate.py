@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from harness.bench.ranks import Traffic
 from harness.commands.estimate import estimate
 from harness.core.errors import UserError
-from harness.core.methods import METHODS
 from harness.data.loader import TextTokens
 from harness.train.config import parse
 from harness.train.dry_run import Recorder, dry_run
@@ -35,6 +34,7 @@ from models.batch import TENSORS
 from models.oclear import OclearTowers
 from models.plain.transformer import PlainBuilder
 from models.recompute import RECOMPUTE
+from models.registry import METHODS
 from models.vision import VisionConfig, VisionTower
 from tests.measured import RECIPES, TINY, config_of, estimated, fill_banks, flags, measured, numbers, step_of, trainer
 from tests.pool import layout, ranks

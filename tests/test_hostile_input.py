@@ -24,17 +24,18 @@ from tensorboard import plugin_util  # type: ignore[import-untyped]
 
 from harness.artefact.artefact import Photo
 from harness.catalogue.catalogue import Catalogue
-from harness.catalogue.contact_sheet import CELL, LONGEST, draw_panel, text_picture
+from harness.catalogue.images import Rejected, check_image
 from harness.catalogue.table import MOST_LINE, MOST_TEXT, Manifest
 from harness.commands import index as webdataset
 from harness.commands import ingest
 from harness.commands.index import IndexConfig
-from harness.commands.ingest import IngestConfig, Rejected, check_image
+from harness.commands.ingest import IngestConfig
 from harness.core.cli import Parser, read_recipe, run_command, tell
 from harness.core.errors import UserError
 from harness.core.files import printable
 from harness.data.preprocess import PreprocessSpec
 from harness.evaluate import evaluation as evaluate
+from harness.evaluate.contact_sheet import CELL, LONGEST, draw_panel, text_picture
 from harness.train import config
 from harness.train import tensorboard as board
 from tests.runs import UNUSED, tiny_config
@@ -121,7 +122,7 @@ def test_a_long_word_is_measured_a_few_times(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_captions_stay_in_their_cell() -> None:
-    from harness.catalogue.contact_sheet import _wrap
+    from harness.evaluate.contact_sheet import _wrap
 
     font = ImageFont.load_default(size=11)
     for text in ("x" * 999, "a long title of many words that does not fit at all into two short lines", "日本語" * 99):

@@ -22,13 +22,13 @@ import yaml
 from harness.catalogue.catalogue import Catalogue, shard_name
 from harness.core import manifest as checksums
 from harness.core.errors import UserError
-from harness.data.loader import Reads, StepData, StepLoader
+from harness.data.loader import StepData, StepLoader
 from harness.text.tokenizer import Tokenizer
 from harness.train import checkpoint
 from harness.train import run_log as meters
 from harness.train.config import RunConfig
 from harness.train.optimizer import OptimizerConfig, learning_rate
-from models.batch import TENSORS, Batch
+from models.batch import TENSORS, Batch, Reads
 from tests.pool import ranks
 from tests.runs import UNUSED, tiny_config, trainer
 

@@ -8,8 +8,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from harness.catalogue.classes import KINDS
 from harness.core.errors import UserError
-from harness.data.order import KINDS, ClassOrder, ledger
+from harness.data.order import ClassOrder, ledger
 
 
 def write_classes(catalogue, members, slots):

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from harness.catalogue.catalogue import Catalogue
-from harness.data.loader import ImageReader, Reads, StepData, StepLoader, TextTokens, decoding_threads
+from harness.data.loader import ImageReader, StepData, StepLoader, TextTokens, decoding_threads
 from harness.data.preprocess import PreprocessSpec
-from models.batch import Batch
+from models.batch import Batch, Reads
 from tests.pool import layout, ranks
 from tests.runs import UNUSED, tiny_config, trainer
 from tests.test_loop import damage, log_lines

@@ -17,13 +17,13 @@ from harness.commands import govern, ingest
 from harness.commands.queries import QueriesConfig
 from harness.commands.queries import run as make_queries
 from harness.core.errors import UserError
-from harness.core.methods import with_keywords
+from harness.evaluate.attribute_queries import AttributeQueries, without_words
 from harness.evaluate.category import predicted
 from harness.evaluate.coded import Coded
 from harness.evaluate.embed import Side
 from harness.evaluate.evaluation import EvaluationConfig, Report
 from harness.text import tokenizer
-from harness.text.attribute_queries import AttributeQueries, without_words
+from harness.text.product_queries import with_keywords
 from harness.train.config import RunConfig, parse
 from tests.catalogues import draw_rows, make_catalogue, write_manifest
 from tests.pool import ranks

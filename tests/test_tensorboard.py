@@ -26,8 +26,8 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from harness.catalogue.catalogue import Catalogue
-from harness.catalogue.contact_sheet import draw_panel, picture
 from harness.core.errors import UserError
+from harness.evaluate.contact_sheet import draw_panel, picture
 from harness.evaluate.evaluation import Report
 from models.plain.transformer import PlainBuilder
 from tests.pool import ranks

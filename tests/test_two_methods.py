@@ -19,13 +19,14 @@ from harness.commands import govern
 from harness.commands.queries import QueriesConfig
 from harness.commands.queries import run as make_queries
 from harness.core.errors import UserError
-from harness.core.methods import METHODS, with_keywords
 from harness.data.loader import StepLoader
 from harness.data.masking import draw_masks
+from harness.text.product_queries import with_keywords
 from harness.train import run as train
 from harness.train.config import RunConfig, parse
 from models.batch import TENSORS, Batch
 from models.merge import merged_state_dict
+from models.registry import METHODS
 from tests.pool import ranks
 from tests.runs import UNUSED, trainer
 from tests.test_layouts import same

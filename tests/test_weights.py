@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from harness.commands.export_weights import ExportWeightsConfig
 from harness.commands.export_weights import run as run_export
-from harness.commands.import_weights import ImportConfig, init_towers
+from harness.commands.import_weights import ImportConfig
 from harness.commands.import_weights import run as run_import
 from harness.core.errors import UserError
 from harness.core.manifest import verify, write_manifest
+from harness.train.imported_weights import init_towers
 from models.merge import load_merged, merge_shards, merged_state_dict
 from models.oclear import OclearConfig, OclearTowers
 from models.plain.transformer import PlainBuilder

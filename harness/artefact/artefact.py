@@ -15,8 +15,8 @@ from torch import Tensor
 
 from harness.artefact.documents import read_documents
 from harness.artefact.flat_index import read_index
-from harness.artefact.query_encoder import TOWERS, read_model, read_query_encoder
-from harness.commands.ingest import IngestConfig, Rejected, check_image, load_image
+from harness.artefact.query_encoder import read_model, read_query_encoder
+from harness.catalogue.images import MOST_BYTES, MOST_PIXELS, Rejected, check_image, load_image
 from harness.core.errors import UserError
 from harness.core.files import Record, printable, read_record
 from harness.core.manifest import verify
@@ -27,6 +27,7 @@ from harness.evaluate.ranking import Embedded, top_k
 from harness.text.tokenizer import Tokenizer, TokenStore
 from harness.text.tower_check import require_fit
 from models.plain_values import from_plain
+from models.registry import METHODS
 
 ARTEFACT_FORMAT = 3
 _SPARE = 32  # documents fetched beyond those wanted, to be ordered exactly
@@ -49,9 +50,8 @@ class Photo:
         Raises:
             UserError: no such file, not an image, or a box that is empty or outside of it.
         """
-        limits = IngestConfig(manifest=path, images=path, out=path)
         try:
-            image = load_image(path.absolute().parent, path.name, limits.max_bytes, limits.max_pixels)
+            image = load_image(path.absolute().parent, path.name, MOST_BYTES, MOST_PIXELS)
         except Rejected as reason:
             raise UserError(f"photo {path}: {reason}", "Name a JPEG, PNG, WebP, TIFF or BMP file") from None
         if not box:
@@ -230,7 +230,7 @@ def _read_record(path: Path) -> Record:
 def _read_settings(record: Record) -> tuple[Any, PreprocessSpec]:
     """The method's configuration, and preprocessing that fits it."""
     model = read_model(record.get("method", str), record.get("model", dict), record.file)
-    if record.get("query", str) != TOWERS[record.get("method", str)].query:
+    if record.get("query", str) != METHODS[record.get("method", str)].query:
         record.refuse("query is not what the method takes")
     if record.get("embedding_dim", int) != model.embedding_dim:
         record.refuse(f"embedding_dim is not the model's {model.embedding_dim}")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +13,13 @@ from torch import nn
 
 from harness.core.errors import UserError
 from harness.core.files import printable
-from models.item import ItemConfig, ItemQuery, ItemTowers
-from models.make import MakeConfig, MakeQuery, MakeTowers
-from models.oclear import OclearConfig, OclearQuery, OclearTowers
 from models.plain.transformer import PlainBuilder
 from models.plain_values import from_plain
-from models.shape import TransformerBuilder
+from models.registry import METHODS
 from models.weights.convert import save_tensors
 
 FILE = "encoder.safetensors"
 LARGEST_SIDE = 8192  # pixels of the square that an encoder sees
-
-
-@dataclass(frozen=True, kw_only=True)
-class TowersSpec:
-    """What there is of a method in plain torch.
-
-    Args:
-        config: its configuration class.
-        towers: builds its towers.
-        query_encoder: its query encoder for serving, of plain towers.
-        query: what its query encoder takes: image or text.
-    """
-
-    config: type[Any]
-    towers: Callable[[Any, TransformerBuilder], nn.Module]
-    query_encoder: Callable[[Any], nn.Module]
-    query: str = "image"
-
-
-TOWERS: dict[str, TowersSpec] = {
-    "oclear": TowersSpec(config=OclearConfig, towers=OclearTowers, query_encoder=OclearQuery),
-    "make": TowersSpec(config=MakeConfig, towers=MakeTowers, query_encoder=MakeQuery, query="text"),
-    "item": TowersSpec(config=ItemConfig, towers=ItemTowers, query_encoder=ItemQuery),
-}
 
 
 def write_query_encoder(encoder: nn.Module, folder: Path) -> None:
@@ -62,10 +33,10 @@ def read_model(method: str, values: Any, where: Path) -> Any:
     Raises:
         UserError: an unknown method, or values that make no towers.
     """
-    if method not in TOWERS:
-        raise UserError(f"{where}: method is {printable(method)!r}", f"This version knows {', '.join(TOWERS)}")
+    if method not in METHODS:
+        raise UserError(f"{where}: method is {printable(method)!r}", f"This version knows {', '.join(METHODS)}")
     try:
-        model = from_plain(TOWERS[method].config, values, "model")
+        model = from_plain(METHODS[method].config, values, "model")
         errors = model.errors(1)
         side = model.vision.image_size
         errors += [] if side <= LARGEST_SIDE else [f"model.vision.image_size is {side}; at most {LARGEST_SIDE}"]
@@ -84,7 +55,7 @@ def read_query_encoder(method: str, model: Any, folder: Path) -> nn.Module:
     Raises:
         UserError: no such file, one that is damaged, or the weights of another encoder.
     """
-    file, spec = folder / FILE, TOWERS[method]
+    file, spec = folder / FILE, METHODS[method]
     try:
         with safe_open(file, "pt") as tensors:
             parts = {name: tensors.get_slice(name) for name in tensors.keys()}

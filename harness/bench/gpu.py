@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from harness.bench.report import Scalar, make_report
+from harness.bench.report import make_report
+from harness.core.tables import Scalar
 
 
 class Program:

@@ -22,9 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from harness.core.tables import Scalar, format_table, format_value
 from harness.core.versions import commit, hardware
-
-Scalar = str | int | float | bool | None
 
 
 def make_report(
@@ -69,28 +68,7 @@ def print_report(report: Mapping[str, Any]) -> None:
     print(format_table(report["rows"]))
     width = max(map(len, report["headline"]), default=0)
     for key, value in report["headline"].items():
-        print(f"{key:<{width}}  {_format(value)}")
-
-
-def format_table(rows: Sequence[Mapping[str, Scalar]]) -> str:
-    """Rows under their column names, aligned: numbers to the right, all else to the left; absent cells are '-'."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    aligned = []
-    for column in columns:
-        values = [row.get(column) for row in rows]
-        cells = [column, *map(_format, values)]
-        width = max(map(len, cells))
-        numeric = all(value is None or isinstance(value, int | float) for value in values)
-        aligned.append([cell.rjust(width) if numeric else cell.ljust(width) for cell in cells])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))
-
-
-def _format(value: Scalar) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-    return str(value)
+        print(f"{key:<{width}}  {format_value(value)}")
 
 
 def bench_main(

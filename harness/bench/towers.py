@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from harness.bench.gpu import matrix_rate
 from harness.bench.report import bench_main, command_line, make_report, print_report
+from harness.core.build import builder
 from harness.core.errors import UserError
 from harness.core.mesh import Mesh, MeshConfig
-from harness.core.methods import builder
 from harness.train.flops import peak_flops, tower_flops
 from models.merge import load_merged
 from models.plain.transformer import PlainBuilder

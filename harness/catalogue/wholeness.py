@@ -17,10 +17,10 @@ import numpy as np
 import xxhash
 
 from harness.catalogue.catalogue import INDEX_DTYPE, Catalogue, part_name, quarantine_names
+from harness.catalogue.classes import order_id
 from harness.core.errors import UserError
 from harness.core.files import Record, read_record, sealed
 from harness.core.manifest import MANIFEST, at_first, checksum, shared, verify
-from harness.data.order import order_id
 
 if TYPE_CHECKING:
     from harness.core.mesh import Mesh

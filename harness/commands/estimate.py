@@ -1,9 +1,9 @@
-"""`shelfmark estimate`: what a recipe needs at a layout, without running it: parameters, memory, FLOPs, bytes communicated, checkpoint size.
+"""`shelfmark estimate`: parameters, memory, FLOPs, bytes communicated and checkpoint size of a recipe at a layout, without running it.
 
-Parameters, activations and traffic are those of a dry run (harness/train/dry_run.py), which also refuses a layout that does not fit; what has one number
-for each parameter or class row follows from their counts. Memory is what a step of training holds beside the process itself (libraries, decoder)
-and evaluation; writing a checkpoint needs more, which is a figure of its own. Texts are taken to be as long as their towers allow (for FLOPs see
---text-length). MB and GB are 10^6 and 10^9 bytes.
+Parameters, activations and traffic are those of a dry run (harness/train/dry_run.py), which also refuses a layout that does not fit.
+Whatever has one number for each parameter or class row follows from their counts. Memory is that of a training step beside the process
+itself (libraries, decoder) and evaluation; writing a checkpoint needs more, a figure of its own. Texts are taken to be as long as their
+towers allow (for FLOPs see --text-length). MB and GB are 10^6 and 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from harness.bench.report import format_table
 from harness.core.cli import check_figures, write_figures
 from harness.core.errors import UserError
-from harness.core.methods import METHODS, with_keywords
+from harness.core.tables import format_table
 from harness.data.order import ClassOrder
+from harness.text.product_queries import with_keywords
 from harness.text.tokenizer import Tokenizer
 from harness.train.config import RunConfig, build, check, parsed
 from harness.train.dry_run import DryRun, dry_run
@@ -28,6 +28,7 @@ from harness.train.param_groups import freeze
 from models.heads.class_parallel import ClassHeadConfig, rows_per_rank
 from models.heads.row_optimizer import RowOptimizerConfig
 from models.plain.transformer import PlainBuilder
+from models.registry import METHODS
 
 T = TypeVar("T")
 EXAMPLE = (
@@ -107,7 +108,9 @@ def figures_of(config: RunConfig, num_classes: int, world: int, text_length: int
     """
     model, cuda = config.model, config.mesh.device != "cpu"
     active = active_rows(
-        num_classes, config.head.sample_rate, sum(METHODS[config.method].reads(model).samples(config.data))
+        num_classes,
+        config.head.sample_rate,
+        sum(METHODS[config.method].reads(model).samples(config.data.queries_per_step, config.data.documents_per_step)),
     )
     try:
         run = dry_run(config, world, active, cuda)
@@ -158,7 +161,14 @@ def memory_per_rank(config: RunConfig, world: int, own: int, active: float, run:
     denominators = FP32 * (run.trained if cuda else 2 * run.largest) / ranks
     peak = max(run.peak, FP32 * config.model.embedding_dim * active + max(reduced, denominators))
     # The images of a step, and those read ahead, on the device that decodes; tensor-parallel ranks share the reading.
-    images = sum(METHODS[config.method].reads(config.model).samples(config.data)) / ranks
+    images = (
+        sum(
+            METHODS[config.method]
+            .reads(config.model)
+            .samples(config.data.queries_per_step, config.data.documents_per_step)
+        )
+        / ranks
+    )
     images *= 3 * config.model.vision.image_size**2
     read = FP32 * images / config.mesh.tensor_parallel
     return {

@@ -28,26 +28,27 @@ from torch import nn
 from tqdm import tqdm
 
 from harness.artefact.artefact import ARTEFACT_FORMAT
+from harness.artefact.decoder_check import compare_decoders
 from harness.artefact.flat_index import import_faiss, write_index
 from harness.artefact.query_encoder import write_query_encoder
 from harness.catalogue.catalogue import Catalogue
-from harness.catalogue.contact_sheet import picture
 from harness.catalogue.wholeness import require_whole
+from harness.core.build import plain_query_encoder
 from harness.core.errors import UserError
 from harness.core.files import write_json
 from harness.core.manifest import MANIFEST, fingerprint, write_manifest
 from harness.core.mesh import Mesh, MeshConfig
-from harness.core.methods import METHODS, plain_query_encoder
 from harness.core.staged_folder import require_free, staged_folder
 from harness.core.versions import versions
 from harness.core.waiting import in_own_time, on_first_rank
-from harness.data.decoder_check import compare_decoders
 from harness.data.loader import decoding_threads, share
+from harness.evaluate.contact_sheet import picture
 from harness.evaluate.embed import Embedder, Side, side_of
 from harness.evaluate.ranking import Embedded
 from harness.text.tokenizer import FIELDS, Tokenizer
 from harness.train.config import RunConfig
 from harness.train.open_run import find_checkpoint, load_method, open_settings
+from models.registry import METHODS
 
 EXAMPLE = "python jobs/torchrun.py --nproc-per-node 2 -m harness export runs/grocery --out artefacts/grocery"
 _ROWS = 4096  # rows written at once

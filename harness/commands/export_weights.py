@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from harness.commands.import_weights import require_whole
 from harness.core.errors import UserError
 from harness.core.files import printable
 from harness.core.manifest import MANIFEST, fingerprint, write_manifest
 from harness.core.mesh import Mesh, MeshConfig
 from harness.core.staged_folder import staged_folder
 from harness.text.tokenizer import Tokenizer
+from harness.train.imported_weights import require_whole
 from harness.train.open_run import find_checkpoint, load_method, open_settings
 from models.merge import merged_state_dict
 from models.weights.convert import export_open_clip_pair, export_tower, read_converted, write_exported

@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 from ibis import _
 
 from harness.catalogue.catalogue import ALL_SPLITS, Catalogue, nearest_first
+from harness.catalogue.classes import GOVERNANCE_FORMAT, KINDS, order_id
 from harness.catalogue.wholeness import require_whole
 from harness.catalogue.writers import NpyWriter
 from harness.core.errors import UserError
 from harness.core.manifest import write_manifest
 from harness.core.staged_folder import staged_folder
-from harness.data.order import GOVERNANCE_FORMAT, KINDS, order_id
 
 EXAMPLE = "shelfmark govern catalogues/products --split train --min-queries 2"
 

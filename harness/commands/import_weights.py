@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
-from torch.distributed import ProcessGroup
 
 from harness.core.errors import UserError
 from harness.core.files import printable
-from harness.core.manifest import MANIFEST, fingerprint, verify, write_manifest
+from harness.core.manifest import MANIFEST, fingerprint, write_manifest
 from harness.core.staged_folder import staged_folder
-from models.merge import load_merged
-from models.weights.convert import Converted, Source, fitted, import_tower, own_file, write_converted
+from harness.train.imported_weights import LONGEST_LINE
+from models.weights.convert import Converted, Source, import_tower, own_file, write_converted
 from models.weights.rules import WeightsError, listed
 
 EXAMPLE = "shelfmark import weights/start --vision hub/dinov2-base --text hub/xlm-roberta-base"
@@ -32,8 +30,6 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
-
-_LINE = 1000  # characters of a message that names tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +67,7 @@ def run(config: ImportConfig) -> dict[str, Any]:
             for tower, folder in wanted.items()
         }
     except WeightsError as error:
-        raise UserError(printable(str(error), _LINE), "See docs/weights.md for what can be imported") from error
+        raise UserError(printable(str(error), LONGEST_LINE), "See docs/weights.md for what can be imported") from error
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from error
     with staged_folder(config.out) as stage:
@@ -85,32 +81,12 @@ def run(config: ImportConfig) -> dict[str, Any]:
         numbers = sum(tensor.numel() for tensor in converted.state.values())
         figures[tower] = {"parameters": numbers, "left_out": converted.left_out}
         left = f"; left out: {listed(converted.left_out)}" if converted.left_out else ""
-        what = printable(f"{wanted[tower]} ({converted.origin}), {numbers:,} parameters{left}", _LINE)
+        what = printable(f"{wanted[tower]} ({converted.origin}), {numbers:,} parameters{left}", LONGEST_LINE)
         print(f"{config.out}: {tower} tower of {what}")
     if copied:
         print(f"{config.out}/tokenizer: {', '.join(copied)}")
     print(f"{config.out}/{MANIFEST}: SHA-256 {fingerprint(config.out)}")
     return figures
-
-
-def init_towers(towers: nn.Module, folder: Path, group: ProcessGroup) -> None:
-    """Loads an imported folder into tensor-parallel towers; `group` shares their weights. Towers that the folder lacks stay as they are.
-
-    Raises:
-        UserError: the folder holds no weights, or those of other towers than these; what differs is named.
-    """
-    require_whole(folder)
-    try:
-        load_merged(towers, fitted(folder, towers), group)
-    except WeightsError as error:
-        advice = f"Take the model part of {folder}/recipe.yaml into the recipe"
-        raise UserError(printable(str(error), _LINE), advice) from error
-
-
-def require_whole(folder: Path) -> None:
-    """Raises UserError where a file of an imported folder is damaged, missing or too much."""
-    if problem := verify(folder):
-        raise UserError(f"imported weights {folder}: {problem}", "Copy them again, or run `shelfmark import` again")
 
 
 def _chosen(converted: Converted) -> Mapping[str, Any]:

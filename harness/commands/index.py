@@ -24,18 +24,10 @@ from tqdm import tqdm
 
 from harness.catalogue.append import part_name, write_meta
 from harness.catalogue.catalogue import ALL_SPLITS, CATALOGUE_FORMAT, INDEX_DTYPE, SAMPLE_SCHEMA
+from harness.catalogue.images import MOST_BYTES, MOST_PIXELS, Rejected, check_image, own_pixel_limit
+from harness.catalogue.samples import KINDS, QUARANTINE_SCHEMA, check_texts, commonest, stored
 from harness.catalogue.store import PLACE_FILE
 from harness.catalogue.writers import NpyWriter, ParquetWriter
-from harness.commands.ingest import (
-    KINDS,
-    QUARANTINE_SCHEMA,
-    Rejected,
-    check_image,
-    check_texts,
-    commonest,
-    own_pixel_limit,
-    stored,
-)
 from harness.core.errors import UserError
 from harness.core.files import write_json
 from harness.core.staged_folder import staged_folder
@@ -79,8 +71,8 @@ class IndexConfig:
     description_field: str = "description"
     split_field: str = "split"
     attribute_fields: str = ""
-    max_pixels: int = 64_000_000
-    max_bytes: int = 64 * 2**20
+    max_pixels: int = MOST_PIXELS
+    max_bytes: int = MOST_BYTES
     rows_per_part: int = 262_144
     workers: int | None = None
 

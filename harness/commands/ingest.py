@@ -2,51 +2,36 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
-import stat
-import tarfile
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import xxhash
-from PIL import Image
 from tqdm import tqdm
 
 from harness.catalogue.append import grow, growing, part_folder, part_name, quarantine_name, write_meta
-from harness.catalogue.catalogue import ALL_SPLITS, CATALOGUE_FORMAT, INDEX_DTYPE, SAMPLE_SCHEMA, shard_name
-from harness.catalogue.table import MOST_TEXT, Manifest, Row
+from harness.catalogue.catalogue import ALL_SPLITS, CATALOGUE_FORMAT, INDEX_DTYPE, SAMPLE_SCHEMA
+from harness.catalogue.images import MOST_BYTES, MOST_PIXELS, LoadedImage, Rejected, load_image, own_pixel_limit
+from harness.catalogue.samples import KINDS, QUARANTINE_SCHEMA, ShardWriter, check_texts, commonest, stored
+from harness.catalogue.table import Manifest, Row
 from harness.catalogue.writers import ROW_GROUP, NpyWriter, ParquetWriter
 from harness.core.errors import UserError
-from harness.core.files import printable
 from harness.core.staged_folder import staged_folder
 
 EXAMPLE = "shelfmark ingest --manifest products.tsv --images photos/ --out catalogues/products"
-KINDS = {"query": "query", "document": "document", "doc": "document"}
-# Only what the training decoder reads too; it also keeps Pillow's rarer, riskier readers away from foreign bytes.
-FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "JPEG2000": "jp2", "PPM": "ppm"}
-EXTENSIONS = {**FORMATS, "MPO": "jpg"}  # Pillow's name for a JPEG followed by others, as phones write them
-ORIENTATION_TAG = 0x0112
-TURNED_ORIENTATIONS = (5, 6, 7, 8)  # those that swap width and height
 OPTIONAL_COLUMNS = {"class": "class_id", "title": "title", "description": "description", "split": "split"}
-MOST_NAME, MOST_PATH = 1024, 4096  # characters of an item id, a class or a split, and of an image path
-LENGTHS = {"item": MOST_NAME, "class_key": MOST_NAME, "split": MOST_NAME, "image": MOST_PATH}
-MOST_PIXELS_PER_BYTE = (
-    1024  # of a JPEG; one bit for each 8 x 8 block of each colour, the least there can be, makes a third
-)
-QUARANTINE_SCHEMA = pa.schema([("row", pa.int64()), ("image", pa.string()), ("reason", pa.string())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,101 +81,11 @@ class IngestConfig:
     description_column: str | None = None
     split_column: str | None = None
     attribute_columns: str = ""
-    max_pixels: int = 64_000_000
-    max_bytes: int = 64 * 2**20
+    max_pixels: int = MOST_PIXELS
+    max_bytes: int = MOST_BYTES
     shard_size: int = 2**30
     rows_per_part: int = 262_144
     workers: int | None = None
-
-
-class Rejected(Exception):
-    """Why a row goes to the quarantine, as 'category' or 'category: detail'."""
-
-
-class LoadedImage(NamedTuple):
-    """A checked image file; width and height in pixels, upright."""
-
-    data: bytes
-    extension: str
-    checksum: int
-    width: int
-    height: int
-
-
-def load_image(root: Path, image: str, max_bytes: int, max_pixels: int) -> LoadedImage:
-    """Reads the file `image` under `root` and decodes it completely.
-
-    A link inside `root` is followed wherever it leads: the folder is the user's own, the manifest may not be.
-
-    Raises:
-        Rejected: the path leads out of `root`, or the file is missing, empty, too large, damaged or no image.
-    """
-    path = os.path.normpath(root / image)
-    if not Path(path).is_relative_to(root):
-        raise Rejected("path leads out of the image folder")
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise Rejected("not a file")
-        if status.st_size > max_bytes:
-            raise Rejected(f"too many bytes: {status.st_size:,}")
-        data = Path(path).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise Rejected("missing file") from None
-    except (OSError, ValueError) as error:
-        raise Rejected(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if not data:
-        raise Rejected("empty file")
-    return check_image(data, max_pixels)
-
-
-def check_image(data: bytes, max_pixels: int) -> LoadedImage:
-    """Decodes the bytes of an image file completely.
-
-    Raises:
-        Rejected: they are damaged, too large, or no image of a known format.
-    """
-    try:
-        with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as picture:
-            width, height = picture.size
-            if width * height > max_pixels:
-                raise Rejected(f"too many pixels: {width} x {height}")
-            if EXTENSIONS[picture.format or ""] == "jpg" and width * height > MOST_PIXELS_PER_BYTE * len(data):
-                raise Rejected(f"truncated or damaged: {len(data):,} bytes cannot hold {width} x {height} pixels")
-            picture.load()
-            width, height = picture.size  # after load: Pillow turns a TIFF upright while it decodes
-            if picture.getexif().get(ORIENTATION_TAG) in TURNED_ORIENTATIONS:
-                width, height = height, width
-            extension = EXTENSIONS[picture.format or ""]
-    except Image.UnidentifiedImageError:
-        raise Rejected(f"not an image of a known format: begins with {data[:16]!r}") from None
-    except Rejected:
-        raise
-    except Exception as error:  # a decoder may raise anything on foreign bytes, and one file must not end the run
-        raise Rejected(f"truncated or damaged: {error}") from None
-    return LoadedImage(data, extension, xxhash.xxh3_64_intdigest(data), width, height)
-
-
-def check_texts(row: Sequence[str | None], attributes: Sequence[str]) -> None:
-    """Checks the texts of a sample, values of SAMPLE_SCHEMA after sample_id and then its attributes, from whatever reader.
-
-    Raises:
-        Rejected: one holds bytes that were no UTF-8, or is too long.
-    """
-    for name, text in zip((*SAMPLE_SCHEMA.names[1:], *attributes), row, strict=True):
-        if text is None:
-            continue
-        if len(text) > (most := LENGTHS.get(name, MOST_TEXT)):
-            raise Rejected(f"text too long: {len(text):,} characters of {name}, at most {most:,} are taken")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise Rejected(f"not UTF-8: {name}") from None
-
-
-def stored(text: str) -> str:
-    """`text` as the quarantine takes it: cut, with '?' for what is no Unicode."""
-    return text[:MOST_PATH].encode("utf-8", "replace").decode()
 
 
 class Columns:
@@ -254,40 +149,6 @@ class Columns:
     def image(self, row: Row) -> str:
         """The row's image path as it stands in the manifest."""
         return row.cells[0]
-
-
-class ShardWriter:
-    """Image files into tar shards of about `shard_size` bytes, numbered from `first`; equal files give equal shards."""
-
-    def __init__(self, folder: Path, shard_size: int, first: int = 0) -> None:
-        self.num_shards = first
-        self._folder, self._shard_size = folder, shard_size
-        self._tar: tarfile.TarFile | None = None
-
-    def add(self, name: str, data: bytes) -> tuple[int, int]:
-        """Appends a member; returns its shard and the offset of its bytes there."""
-        if self._tar is None or self._tar.offset >= self._shard_size:
-            self.close()
-            path = self._folder / shard_name(self.num_shards)
-            self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # closed by close()
-            self.num_shards += 1
-        member = tarfile.TarInfo(name)
-        member.size = len(data)
-        self._tar.addfile(member, io.BytesIO(data))
-        self._tar.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps a record of every member
-        return self.num_shards - 1, self._tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-
-    def close(self) -> None:
-        """Finishes the open shard."""
-        if self._tar is not None:
-            tar, self._tar = self._tar, None
-            tar.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def run(config: IngestConfig) -> dict[str, Any]:
@@ -386,11 +247,6 @@ def _part_rows(manifest: Manifest, part: str | None) -> tuple[int, int | None]:
     number, parts = (1, 1) if part is None else parse_part(part)
     end = manifest.num_rows * number // parts if number < parts else None
     return manifest.num_rows * (number - 1) // parts, end
-
-
-def commonest(reasons: Counter[str]) -> str:
-    """The three commonest reasons and how often each was met, for a terminal."""
-    return "; ".join(f"{count:,} x {printable(reason)}" for reason, count in reasons.most_common(3))
 
 
 def _ingest(
@@ -513,13 +369,3 @@ def _examine(
             done += 1
             progress.update()
         progress.total = done - rows[0]
-
-
-@contextmanager
-def own_pixel_limit() -> Iterator[None]:
-    """Lifts Pillow's own limit, which would warn or raise where --max-pixels decides."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from PIL import Image
 
 from harness.artefact.artefact import Artefact, Hit, Photo
-from harness.catalogue.contact_sheet import draw_panel, text_picture
 from harness.core.errors import UserError
 from harness.core.files import printable
+from harness.evaluate.contact_sheet import draw_panel, text_picture
 
 EXAMPLE = "shelfmark search artefacts/grocery photo.jpg --top 5 --sheet found.png"
 
@@ -107,7 +107,7 @@ def _search(
 
 
 def save_sheet(rows: list[tuple[Image.Image, list[tuple[Image.Image, str, bool | None]]]], file: Path) -> None:
-    """Draws and writes a contact sheet (see harness.catalogue.contact_sheet.draw_panel).
+    """Draws and writes a contact sheet (see harness.evaluate.contact_sheet.draw_panel).
 
     Raises:
         UserError: the file cannot be written.

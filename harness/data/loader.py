@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ from harness.data.order import ClassOrder, Draw, ledger
 from harness.data.preprocess import Parameters, PreprocessSpec, draw_parameters
 from harness.text.product_queries import ProductQueries
 from harness.text.tokenizer import Tokenizer, TokenStore
-from models.batch import Batch
+from models.batch import Batch, Reads
 from models.comm import gather_shards
 from models.transfer import send
 
@@ -89,29 +89,6 @@ class DataConfig:
         if not 1 <= self.query_attributes[0] <= self.query_attributes[1]:
             errors.append(f"data.query_attributes is {self.query_attributes}; it must be two rising numbers from 1 on")
         return errors + self.masking.errors("data.masking")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reads:
-    """What a method's batches hold.
-
-    Args:
-        kind: photos: query photos and documents, each by their own slots; pairs: query photos and a document of each one's class;
-            texts: documents and a text query for each; documents: documents alone, each with its own title or another one's.
-        text_length: tokens of a document's text.
-        query_length: tokens of a text query.
-        num_patches: patches of a document's image where words and patches are to be masked; 0 masks nothing.
-    """
-
-    kind: Literal["photos", "pairs", "texts", "documents"] = "photos"
-    text_length: int
-    query_length: int = 0
-    num_patches: int = 0
-
-    def samples(self, config: DataConfig) -> tuple[int, int]:
-        """Query photos and documents of one step over all ranks."""
-        queries = config.queries_per_step if self.kind in ("photos", "pairs") else 0
-        return queries, config.queries_per_step if self.kind == "pairs" else config.documents_per_step
 
 
 class TextTokens(NamedTuple):
@@ -335,7 +312,9 @@ class StepLoader:
         tp: ProcessGroup | None = None,
     ) -> None:
         self.config, self.seed, self.reads = config, seed, reads
-        self.queries_per_step, self.documents_per_step = reads.samples(config)
+        self.queries_per_step, self.documents_per_step = reads.samples(
+            config.queries_per_step, config.documents_per_step
+        )
         self.rank, self.world_size = rank, world_size
         self.catalogue = Catalogue(config.catalogue)
         self.order = ClassOrder.open(config.catalogue, seed)

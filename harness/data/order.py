@@ -13,18 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from harness.catalogue.catalogue import MOST, open_array
+from harness.catalogue.classes import ARRAYS, GOVERNANCE_FORMAT, KINDS
 from harness.core.errors import UserError
 from harness.core.files import read_record
 from harness.core.keyed_random import keyed_hash, keyed_permutation
 
 Ints = npt.NDArray[np.int64]
 
-GOVERNANCE_FORMAT = 1
-KINDS = {"query": 1, "document": 2}
-ARRAYS = ("members", "member_offsets", "slot_offsets")
 # One word per use of the seed keeps the streams apart.
 _SLOT, _MEMBER, _PAIR = 1, 2, 3
 
@@ -146,17 +143,6 @@ class ClassOrder:
                 "Run shelfmark govern again, or choose a method that needs none",
             )
         return begin, size
-
-
-def order_id(folder: Path) -> str:
-    """16 hex digits over the values of the six arrays in a classes/ folder: what an order of samples depends on."""
-    digest = xxhash.xxh3_64()
-    for kind in KINDS:
-        for name in ARRAYS:
-            array = open_array(folder / f"{kind}.{name}.npy", np.int64, f"Run: shelfmark govern {folder.parent}")
-            for start in range(0, len(array), 1 << 20):
-                digest.update(array[start : start + (1 << 20)].tobytes())
-    return digest.hexdigest()
 
 
 def ledger(positions: npt.ArrayLike, ids: npt.ArrayLike, kind: str, key: int) -> int:

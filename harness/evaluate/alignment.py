@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from harness.core.errors import UserError
-from harness.core.methods import Method
 from harness.evaluate.embed import Embedder, Side
 from models.alignment import Alignment
 from models.batch import Batch
+from models.registry import Method
 
 RIDGE = 1e-3
 

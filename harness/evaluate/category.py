@@ -8,11 +8,11 @@ import torch
 from harness.core.errors import UserError
 from harness.core.keyed_random import keyed_hash
 from harness.core.mesh import Mesh
-from harness.core.methods import Method
 from harness.core.waiting import on_first_rank
 from harness.evaluate.embed import Embedder, Side
 from harness.evaluate.ranking import Embedded, gather_rows
 from harness.evaluate.tasks import Found, Gallery
+from models.registry import Method
 
 NEIGHBOURS = 10
 ROUNDS = 2000  # of the probe's solver at most

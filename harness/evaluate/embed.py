@@ -17,12 +17,12 @@ from tqdm import tqdm
 from harness.catalogue.catalogue import Catalogue
 from harness.core.errors import UserError
 from harness.core.mesh import Mesh
-from harness.core.methods import Method
 from harness.data.loader import DataConfig, ImageReader, Pixels, share
 from harness.evaluate.coded import Coded, encoded
 from harness.evaluate.ranking import Embedded
 from harness.text.tokenizer import FIELDS, Tokenizer, TokenStore
 from models.batch import Batch
+from models.registry import Method
 
 
 @dataclass(frozen=True)

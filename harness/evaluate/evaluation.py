@@ -17,8 +17,8 @@ from harness.catalogue.wholeness import require_whole
 from harness.core.errors import UserError
 from harness.core.files import printable
 from harness.core.mesh import Mesh
-from harness.core.methods import METHODS, Method
 from harness.data.loader import DataConfig
+from harness.evaluate.attribute_queries import AttributeQueries
 from harness.evaluate.category import CategoryTask
 from harness.evaluate.embed import ClassKeys, Embedder, Side, side_of
 from harness.evaluate.ranking import Embedded
@@ -34,8 +34,8 @@ from harness.evaluate.tasks import (
     require_attributes,
     spread,
 )
-from harness.text.attribute_queries import AttributeQueries
 from harness.text.tokenizer import Tokenizer
+from models.registry import METHODS, Method
 
 
 @dataclass(frozen=True, kw_only=True)

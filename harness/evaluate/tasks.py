@@ -20,13 +20,13 @@ from torch import Tensor
 
 from harness.core.errors import UserError
 from harness.core.mesh import Mesh
-from harness.core.methods import Method
+from harness.evaluate.attribute_queries import DEPTH, GRADED, AttributeQueries, without_words
 from harness.evaluate.coded import Coded
 from harness.evaluate.embed import ClassKeys, Embedder, Side
 from harness.evaluate.metrics import slices, summarise
 from harness.evaluate.ranking import Embedded, RelevantRanks, gather_rows, relevant_ranks, top_k
-from harness.text.attribute_queries import DEPTH, GRADED, AttributeQueries, without_words
 from models.batch import Batch
+from models.registry import Method
 
 SHOWN = 5  # documents in a row of the panel
 KINDS = pa.array(["head", "never trained", "tail"], pa.large_string())

@@ -16,7 +16,6 @@ from harness.core.cli import Parser, leaves, read_recipe
 from harness.core.device import PRECISIONS
 from harness.core.errors import UserError
 from harness.core.mesh import MeshConfig, check_layout
-from harness.core.methods import METHODS
 from harness.data.loader import DataConfig
 from harness.data.preprocess import LARGEST_IMAGE
 from harness.evaluate.evaluation import EvaluationConfig
@@ -24,6 +23,7 @@ from harness.train.optimizer import OptimizerConfig
 from harness.train.profiler import parse_window
 from models.heads.class_parallel import ClassHeadConfig
 from models.presets import PRESETS, expand
+from models.registry import METHODS
 
 EXAMPLE = (
     "python jobs/torchrun.py --nproc-per-node 2 -m harness.train --config jobs/recipes/oclear_grocery.yaml "
@@ -105,7 +105,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that makes a run. `model` is the configuration that harness.core.methods.METHODS[method] names."""
+    """Everything that makes a run. `model` is the configuration that models.registry.METHODS[method] names."""
 
     run_dir: Path
     method: str

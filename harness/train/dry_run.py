@@ -22,8 +22,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from harness.core.build import builder
 from harness.core.mesh import Mesh
-from harness.core.methods import METHODS, builder
 from harness.data.loader import share
 from harness.data.masking import MaskConfig
 from harness.train.config import RunConfig
@@ -32,6 +32,7 @@ from kernels.cosine_lse import CosineLse
 from models.batch import TENSORS, Batch
 from models.heads import class_parallel
 from models.heads.class_parallel import ClassParallelHead
+from models.registry import METHODS
 
 
 class Shapes(FakeTensorMode):
@@ -172,7 +173,7 @@ def dry_run(config: RunConfig, world: int, active: float, cuda: bool) -> DryRun:
     with _mesh_of(config, world) as mesh, Shapes():
         towers = spec.towers(model, builder(mesh))
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        for p in towers.parameters():  # as harness.core.methods.build, whose Module.to cannot move fake parameters
+        for p in towers.parameters():  # as harness.core.build.build, whose Module.to cannot move fake parameters
             p.data = p.data.to(dtype) if p.requires_grad else p.data
         freeze(towers, config.optimizer.frozen)
         trained = [p for p in towers.parameters() if p.requires_grad]
@@ -292,7 +293,7 @@ def _first(rows: int, count: float, room: int) -> Tensor:
 def _sizes(config: RunConfig, ranks: int, micro: int) -> dict[str, list[int]]:
     """What each of `ranks` brings to a micro-batch, that which brings most being the first."""
     reads, pieces = METHODS[config.method].reads(config.model), ranks * config.data.micro_batches
-    queries, documents = reads.samples(config.data)
+    queries, documents = reads.samples(config.data.queries_per_step, config.data.documents_per_step)
     per_step = {"query": documents if reads.kind == "texts" else queries, "document": documents}
     places = range(pieces - 1 - micro * ranks, pieces - 1 - (micro + 1) * ranks, -1)
     return {side: [len(share(size, pieces, place)) for place in places] for side, size in per_step.items()}

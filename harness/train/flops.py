@@ -22,12 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from harness.core.methods import METHODS
 from harness.data.loader import TextTokens
 from harness.train.config import RunConfig
 from harness.train.dry_run import Shapes, fill_banks, made_batch
 from harness.train.param_groups import freeze
 from models.plain.transformer import PlainBuilder
+from models.registry import METHODS
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def step_parts(config: RunConfig, num_classes: int) -> dict[str, Work]:
     """Model FLOPs of one optimizer step over all ranks, by part of the towers, with texts of max_length tokens; the class head's by formula."""
     spec, model = METHODS[config.method], config.model
     reads = spec.reads(model)
-    counts = reads.samples(config.data)
+    counts = reads.samples(config.data.queries_per_step, config.data.documents_per_step)
     # A loss of photos is one over all of the step; others compare the samples of a micro-batch.
     pieces = 1 if counts[0] else config.data.micro_batches
     queries, documents = (-(-count // pieces) for count in counts)

@@ -11,15 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from harness.catalogue.classes import KINDS
 from harness.core.mesh import Mesh
-from harness.core.methods import Method
 from harness.data.loader import ImageReader, StepLoader, share
-from harness.data.order import KINDS
 from harness.train.class_map import NEW, ClassMap
 from models.batch import Batch
 from models.comm import gather_shards
 from models.heads.class_parallel import ClassParallelHead
 from models.heads.row_optimizer import RowAdamW
+from models.registry import Method
 
 MEMBERS = 16  # samples of a class that are embedded at most
 CLASSES_AT_ONCE = 1 << 14  # bounds the memory of their sums

@@ -6,13 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from harness.core.build import build
 from harness.core.errors import UserError
 from harness.core.files import printable
 from harness.core.mesh import Mesh
-from harness.core.methods import Method, build
 from harness.text.tokenizer import Tokenizer
 from harness.train import checkpoint
 from harness.train.config import RunConfig, load
+from models.registry import Method
 
 
 def open_settings(run: Path, tensor_parallel: int, batch_size: int) -> RunConfig:

@@ -13,9 +13,9 @@ from harness.catalogue.wholeness import FOLDERS, require_whole
 from harness.core.cli import check_figures, run_command, write_figures
 from harness.core.lock import locked
 from harness.core.mesh import Mesh
-from harness.core.methods import with_keywords
 from harness.core.versions import versions
 from harness.core.waiting import on_first_rank
+from harness.text.product_queries import with_keywords
 from harness.train.config import parse
 from harness.train.trainer import Trainer, prepare_run_folder
 

@@ -17,11 +17,11 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from harness.catalogue.catalogue import Catalogue
-from harness.catalogue.contact_sheet import LONGEST, picture
 from harness.core.mesh import Mesh
-from harness.core.methods import Method
+from harness.evaluate.contact_sheet import LONGEST, picture
 from harness.evaluate.ranking import Embedded
 from harness.train.config import RunConfig
+from models.registry import Method
 
 # TensorBoard sorts groups, and the curves in a group, by name; "health" comes before retrieval, step_seconds and train, and the
 # numbers put first what is asked first. So the first screen tells whether the run is well.

@@ -15,16 +15,15 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor
 
-from harness.catalogue.contact_sheet import draw_panel, picture, text_picture
-from harness.commands.import_weights import init_towers
+from harness.core.build import build
 from harness.core.cli import tell
 from harness.core.errors import UserError
 from harness.core.files import write_json
 from harness.core.mesh import Mesh
-from harness.core.methods import METHODS, build
 from harness.core.waiting import on_first_rank
 from harness.data.loader import StepData, StepLoader, decoding_threads
 from harness.evaluate.alignment import align, documents_to_align, wants_alignment
+from harness.evaluate.contact_sheet import draw_panel, picture, text_picture
 from harness.evaluate.evaluation import Evaluation, Report
 from harness.text.tokenizer import copy_tokenizer
 from harness.text.tower_check import require_fit
@@ -34,6 +33,7 @@ from harness.train.class_map import ClassMap, class_map, keep_classes
 from harness.train.config import RunConfig, difference, identity_changes
 from harness.train.ema import Ema
 from harness.train.flops import StepFlops, utilisation
+from harness.train.imported_weights import init_towers
 from harness.train.new_rows import start_new_rows
 from harness.train.optimizer import TowerOptimizer, learning_rate, sum_of_squares
 from harness.train.profiler import StepProfiler
@@ -41,6 +41,7 @@ from harness.train.run_log import RunLog, StepClock
 from harness.train.tensorboard import Projector
 from models.batch import rank_sizes
 from models.heads.row_optimizer import RowAdamW
+from models.registry import METHODS
 
 # So many samples must have been read before their damage can stop a run: a few at its start say nothing of the rest.
 LEAST_READ = 1000

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from harness.bench.gpu import Program, matrix_rate
 from harness.bench.towers import AGREE, build_side
+from harness.core.build import build as make_method
 from harness.core.mesh import Mesh, MeshConfig
-from harness.core.methods import build as make_method
 from harness.train.config import parse
 from harness.train.flops import peak_flops, tower_flops
 from harness.train.optimizer import OptimizerConfig, TowerOptimizer

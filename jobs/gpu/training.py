@@ -144,7 +144,7 @@ class Side:
     def trainer(self, recipe: Mapping[str, Any], run: Path) -> Any:
         """The loop's Trainer, which resumes by itself what lies in `run`."""
         from harness.core.mesh import Mesh
-        from harness.core.methods import with_keywords
+        from harness.text.product_queries import with_keywords
         from harness.train.config import parse
         from harness.train.trainer import Trainer
 
@@ -241,7 +241,8 @@ def take_rows_of_a_cpu(trainer: Any) -> None:
 
 def export(trainer: Any, run: Path) -> None:
     """Writes the run's query encoder for serving, and what the towers themselves make of the same queries."""
-    from harness.core.methods import METHODS, plain_query_encoder
+    from harness.core.build import plain_query_encoder
+    from models.registry import METHODS
 
     method, config, mesh = trainer.method, trainer.config, trainer.mesh
     method.towers.eval()

@@ -1,0 +1,37 @@
+"""Imported weights (`shelfmark import`) as the start of a training run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from harness.core.errors import UserError
+from harness.core.files import printable
+from harness.core.manifest import verify
+from models.merge import load_merged
+from models.weights.convert import fitted
+from models.weights.rules import WeightsError
+
+LONGEST_LINE = 1000  # characters of a message that names tensors
+
+
+def init_towers(towers: nn.Module, folder: Path, group: ProcessGroup) -> None:
+    """Loads an imported folder into tensor-parallel towers; `group` shares their weights. Towers that the folder lacks stay as they are.
+
+    Raises:
+        UserError: the folder holds no weights, or those of other towers than these; what differs is named.
+    """
+    require_whole(folder)
+    try:
+        load_merged(towers, fitted(folder, towers), group)
+    except WeightsError as error:
+        advice = f"Take the model part of {folder}/recipe.yaml into the recipe"
+        raise UserError(printable(str(error), LONGEST_LINE), advice) from error
+
+
+def require_whole(folder: Path) -> None:
+    """Raises UserError where a file of an imported folder is damaged, missing or too much."""
+    if problem := verify(folder):
+        raise UserError(f"imported weights {folder}: {problem}", "Copy them again, or run `shelfmark import` again")
