@@ -146,7 +146,7 @@ def command(config: AblationConfig, ablation: Ablation, cell: str, seed: int) ->
             "--nproc-per-node",
             str(config.ranks),
         ),
-        *("-m", "harness.train.run", "--config", str(ablation.recipe), "--run-dir", str(figures.with_suffix(""))),
+        *("-m", "harness.train", "--config", str(ablation.recipe), "--run-dir", str(figures.with_suffix(""))),
         *(*given, "--json", str(figures)),
     ]
 

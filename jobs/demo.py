@@ -122,7 +122,7 @@ def _stages(config: DemoConfig, out: Path) -> None:
     stages.run("tokenizer", "shelfmark", "tokenizer", catalogue, "--vocab-size", config.vocab_size)
     stages.run(
         "train",
-        *(*torchrun, "harness.train.run", "--config", RECIPE, "--data.catalogue", catalogue, "--run-dir", run, *steps),
+        *(*torchrun, "harness.train", "--config", RECIPE, "--data.catalogue", catalogue, "--run-dir", run, *steps),
         *("--json", out / "train.json"),
     )
     stages.run("eval", *torchrun, "harness", "eval", run, "--split", "test", "--json", out / "eval.json")

@@ -36,4 +36,4 @@ if [[ -z $folder ]]; then
     folder=runs/${name%.*}-$SLURM_JOB_ID
     set -- "$@" --run-dir "$folder"
 fi
-launch "$folder" harness.train.run --config "$RECIPE" "$@"
+launch "$folder" harness.train --config "$RECIPE" "$@"

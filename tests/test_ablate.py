@@ -37,7 +37,7 @@ def written(tmp_path: Path, catalogue: Path) -> Callable[..., ablate.AblationCon
 
 
 def parsed(line: list[str], world: int) -> RunConfig:
-    return parse(line[line.index("harness.train.run") + 1 :], world)[0]
+    return parse(line[line.index("harness.train") + 1 :], world)[0]
 
 
 def asked(config: RunConfig) -> set[str]:

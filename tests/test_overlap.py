@@ -62,7 +62,7 @@ def runs() -> dict[str, dict[str, Any]]:
         where = ablate.AblationConfig(file=file, catalogue=Path("catalogue"), out=Path("runs/unused"))
         for cell in ablation.cells:
             line = ablate.command(where, ablation, cell, ablation.seeds[0])
-            found[f"{file.stem}: {cell}"] = tiny(line[line.index("harness.train.run") + 1 :])
+            found[f"{file.stem}: {cell}"] = tiny(line[line.index("harness.train") + 1 :])
     return found
 
 

@@ -98,7 +98,7 @@ def launched(
 )
 def test_ranks_end_with_their_launcher(catalogue: Path, tmp_path: Path, launcher: str, end: signal.Signals) -> None:
     run = tmp_path / "run"
-    program = ["-m", "harness.train.run", *arguments(catalogue, run, **{"train.steps": 100_000})]
+    program = ["-m", "harness.train", *arguments(catalogue, run, **{"train.steps": 100_000})]
     with launched(launcher, 2, program, tmp_path / "errors") as process:
         wait_for(lambda: (run / "log.jsonl").is_file() and len((run / "log.jsonl").read_text()) > 0, process)
         ranks = ranks_of(process.pid)

@@ -127,7 +127,7 @@ class RunConfig:
 def parser(method: str) -> Parser:
     """The parser of a run of `method`."""
     p = Parser(
-        "harness.train.run",
+        "harness.train",
         "Train a retrieval model by a recipe; every key can be overridden, as --train.steps 200.",
         EXAMPLE,
     )

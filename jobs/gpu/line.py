@@ -75,7 +75,7 @@ def main() -> None:
         6 if program.tiny else 60,
     )
     train = [
-        "harness.train.run",
+        "harness.train",
         "--config",
         RECIPE,
         "--data.catalogue",

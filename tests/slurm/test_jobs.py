@@ -99,7 +99,7 @@ def test_a_job_on_two_nodes_trains_what_plain_torchrun_trains(
 ) -> None:
     number, _ = trained
     run = project / "runs" / f"tiny-{number}"
-    plain(project, "torch.distributed.run", "--nproc-per-node", 2, "-m", "harness.train.run", "--config", recipe,
+    plain(project, "torch.distributed.run", "--nproc-per-node", 2, "-m", "harness.train", "--config", recipe,
           "--train.steps", 3, "--run-dir", "runs/plain")  # fmt: skip
     expected = figures(project / "runs" / "plain")
     assert figures(run) == expected
@@ -117,7 +117,7 @@ def test_a_job_writes_one_readable_log(trained: tuple[int, str], project: Path, 
     assert lines[0].startswith(f"job      {number} shelfmark-train, restart 0, ")
     assert lines[1].startswith("nodes    2 (node[1-2]), processes on each 1, threads 1, meeting at 127.0.0.1:2")
     assert lines[2] == f"commit   {git('describe', '--always', '--abbrev=12', folder=project)}"
-    assert lines[3].startswith(f"command  -m 'harness.train.run' '--config' '{recipe}' '--train.steps' '3'")
+    assert lines[3].startswith(f"command  -m 'harness.train' '--config' '{recipe}' '--train.steps' '3'")
     assert "\r" not in text and any(re.match(r"training: 100%.* 3/3 \[", line) for line in lines)
     assert text.count(f"run runs/tiny-{number}: steps 3, ") == 1
     assert re.fullmatch(rf"exit code 0 after \d\d:\d\d:\d\d, run folder runs/tiny-{number}", lines[-1])
