@@ -155,11 +155,12 @@ def _beat(handle: int, me: dict[str, Any], ended: threading.Event) -> None:
 
 
 def _myself() -> dict[str, Any]:
-    command = Path(sys.argv[0]).name
-    if command in ("shelfmark", "__main__.py"):
-        command = f"shelfmark {sys.argv[1]}"
-    elif command == "train.py":
+    program = Path(sys.argv[0])
+    command = program.name
+    if (program.parent.name, command) == ("train", "__main__.py"):
         command = "shelfmark train"
+    elif command in ("shelfmark", "__main__.py"):
+        command = f"shelfmark {sys.argv[1]}"
     since = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
     return {"host": socket.gethostname(), "pid": os.getpid(), "command": command[:100], "since": since, "beat": 0}
 
