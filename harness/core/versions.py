@@ -27,7 +27,7 @@ _PACKAGES = (
 
 def commit() -> str:
     """The git commit of the working tree, with '-dirty' where it differs; 'unknown' outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     try:
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
