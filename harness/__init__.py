@@ -1,1 +1,1 @@
-"""What runs a job: configuration, mesh, data, governance, training loop, checkpoint, evaluation."""
+"""Training, evaluation and export of retrieval models, from a table of photos to a search artefact."""

@@ -116,7 +116,7 @@ def _tiles(table: Tensor, index: Tensor | None, tile: int, dtype: torch.dtype) -
 
 
 class _Targets:
-    """Where the samples' own classes stand among the rows: their columns are no negatives."""
+    """Places of the samples' own classes among the rows: their columns are not negatives."""
 
     def __init__(self, target: Tensor) -> None:
         # Sorted once, so that a tile finds its few targets without comparing every sample with every column.

@@ -25,7 +25,7 @@ from torch import Tensor
 from kernels.cosine_lse import NO_TARGET, CosineLse
 
 PRECISION = tl.constexpr("tf32x3")
-"""How float32 operands are multiplied: on tensor cores, as the three largest of four products of their high and low parts, of 11 significant bits
+"""Precision of float32 products: on tensor cores, as the three largest of four products of their high and low parts, of 11 significant bits
 each. A single product (tf32) would be far beyond the error bound of the tests (`tests/kernel_error.py`). The interpreter multiplies in float32."""
 PROGRAMS = 512
 """Programs that samples x splits aim at: about 4 rounds of 132 processors. A constant, so that results do not depend on the device's size."""

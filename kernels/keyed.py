@@ -31,7 +31,7 @@ def random_bits(keys: Tensor, columns: int) -> Tensor:
 
 
 def column_keys(columns: int, device: torch.device) -> Tensor:
-    """What `random_bits` tells columns apart by: int32 [columns]."""
+    """Keys of columns for `random_bits`: int32 [columns]."""
     return mix(torch.arange(columns, device=device)).to(torch.int32)
 
 

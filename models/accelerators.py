@@ -27,7 +27,7 @@ LayerNormFunction = Callable[[Tensor, Tensor, Tensor, Any, float], Tensor]
 
 @dataclass(frozen=True)
 class Accelerators:
-    """What a run uses: whose Adam (torch, transformer_engine or apex), a fused layer norm (None: torch's), and a line that says so and why."""
+    """Accelerators of a run: whose Adam (torch, transformer_engine or apex), a fused layer norm (None: torch's), and a line that says so and why."""
 
     adam: str
     adam_class: Any

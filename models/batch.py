@@ -1,4 +1,4 @@
-"""What a method is fed: one rank's part of a micro-batch."""
+"""Input of a method: one rank's part of a micro-batch."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class Batch:
         return replace(self, **cut)
 
     def padded(self, name: str) -> bool:
-        """Whether attention must be told of padding in the texts of `name` (query, document, masked or other); true where no lengths are known."""
+        """True where the texts of `name` (query, document, masked or other) have padding that attention must be told of, or no known lengths."""
         lengths, width = getattr(self, f"{name}_lengths"), self._tokens(name).shape[1]
         return not lengths.numel() or bool((lengths.numpy() < width).any())
 

@@ -1,4 +1,4 @@
-"""Where a residual branch joins the stream: layer scale, dropout, drop path, addition, and the norm of a post-norm layer."""
+"""Joint of a residual branch and the stream: layer scale, dropout, drop path, addition, and the norm of a post-norm layer."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def scatter_sum(x: Tensor, group: ProcessGroup, sizes: list[int]) -> Tensor:
 
 
 def own_slice(sizes: list[int], rank: int) -> slice:
-    """Where rank's rows stand in what gather_shards returns."""
+    """Range of rank's rows in the result of gather_shards."""
     start = sum(sizes[:rank])
     return slice(start, start + sizes[rank])
 

@@ -1,4 +1,4 @@
-"""What MAKE puts behind the towers: fusion of title and image, Modal Adaptation, and the matching heads. Their forms are ours."""
+"""MAKE's modules behind the towers: fusion of title and image, Modal Adaptation, and the matching heads. Their forms are ours."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class ModalAdaptation(nn.Module):
 
 
 class Match(nn.Module):
-    """Whether a query and another vector belong together, from both unit vectors and their product."""
+    """Score of a query and another vector belonging together, from both unit vectors and their product."""
 
     def __init__(self, embedding_dim: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What OCLEAR puts behind the towers: concept-aware fusion of a document's text and image, and the transformation networks."""
+"""OCLEAR's modules behind the towers: concept-aware fusion of a document's text and image, and the transformation networks."""
 
 from __future__ import annotations
 

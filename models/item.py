@@ -50,7 +50,7 @@ class ItemWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class PatchConfig:
-    """How an image becomes patches.
+    """Configuration of the patch stem.
 
     Args:
         image_size: side of the square input in pixels.
@@ -113,7 +113,7 @@ class ItemConfig:
         return self.text.hidden_size
 
     def errors(self, tensor_parallel: int) -> list[str]:
-        """What does not fit together, as sentences that name the key."""
+        """Errors for values that do not fit together; each names its key."""
         errors = VisionConfig(**vars(self.vision)).errors("model.vision")
         errors += shape_errors(self.text, tensor_parallel, "model.text")
         if self.global_targets not in ("masked", "all"):
@@ -181,7 +181,7 @@ class ItemTowers(nn.Module):
         return self(images, tokens, seen, padded=padded)[:, 0]
 
     def embedding(self, images: Tensor, tokens: Tensor, seen: str = "both", padded: bool = True) -> Tensor:
-        """What a search compares: unit vectors float32 [b, h]."""
+        """Vectors that a search compares: unit vectors float32 [b, h]."""
         if self.alignment is None:
             return self.view(images, tokens, seen, padded)
         image, title = (
@@ -213,7 +213,7 @@ class GlobalHead(nn.Module):
 
 
 class ItemQuery(nn.Module):
-    """What a search service runs: the photo of a product, without its title, to a unit embedding.
+    """Query encoder for serving: the photo of a product, without its title, to a unit embedding.
 
     Args:
         towers: plain towers with the trained weights; shared, not copied.
@@ -339,7 +339,7 @@ class Item:
 
     @property
     def alignment(self) -> Alignment | None:
-        """What harness/evaluate/alignment.py fits; None without model.aligned."""
+        """Alignment that harness/evaluate/alignment.py fits; None without model.aligned."""
         return self.towers.alignment
 
     def both_views(self, batch: Batch) -> Tensor:

@@ -98,7 +98,7 @@ class MakeConfig:
     weights: MakeWeights = field(default_factory=MakeWeights)
 
     def errors(self, tensor_parallel: int) -> list[str]:
-        """What does not fit together, as sentences that name the key."""
+        """Errors for values that do not fit together; each names its key."""
         errors = self.vision.errors("model.vision") + self.qic.errors("model.qic") + self.mpm.errors("model.mpm")
         errors += weight_errors(self.weights)
         for name in ("vision", "text", "query", "fusion"):
@@ -164,7 +164,7 @@ class MakeTowers(nn.Module):
         return Products(embedding, image, weights, words, patches)
 
     def padding(self, tokens: Tensor, padded: bool) -> Tensor | None:
-        """What the fusion hides of titles [n, L]: bool [n, L], or None."""
+        """Mask of the titles' words that the fusion hides: bool [n, L], or None."""
         return tokens == self.text.config.pad_id if padded else None
 
     def forward(
@@ -176,7 +176,7 @@ class MakeTowers(nn.Module):
 
 
 class MakeQuery(nn.Module):
-    """What a search service runs: text to unit embeddings.
+    """Query encoder for serving: text to unit embeddings.
 
     Args:
         towers: plain towers with the trained weights; shared, not copied.

@@ -51,7 +51,7 @@ _TYPE_NAMES = {
     torch.float16: "torch.cuda.HalfTensor",
 }
 device = torch.device("cpu")
-"""What megatron-core's 'cuda' means here; a test's pretend device takes its place."""
+"""Device that stands for megatron-core's 'cuda'; a test's pretend device takes its place."""
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like")
 
 

@@ -59,7 +59,7 @@ class OclearConfig:
     temperature: float = 0.07
 
     def errors(self, tensor_parallel: int) -> list[str]:
-        """What does not fit together, as sentences that name the key."""
+        """Errors for values that do not fit together; each names its key."""
         errors = self.vision.errors("model.vision") + self.text.errors("model.text")
         if self.vision.projection_dim:
             errors.append(
@@ -134,7 +134,7 @@ class OclearTowers(nn.Module):
 
 
 class OclearQuery(nn.Module):
-    """What a search service runs: photos to unit embeddings, without the document side.
+    """Query encoder for serving: photos to unit embeddings, without the document side.
 
     Args:
         towers: plain towers with the trained weights; shared, not copied.

@@ -31,7 +31,7 @@ class Method(Protocol):
 
     @property
     def memory(self) -> nn.Module | None:
-        """What training keeps besides towers and head, the same on every rank: memory banks."""
+        """State of training besides towers and head, the same on every rank: memory banks."""
         ...
 
     def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:

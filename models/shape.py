@@ -82,7 +82,7 @@ class TransformerShape:
 
 
 def shape_errors(shape: TransformerShape, tensor_parallel: int, where: str) -> list[str]:
-    """What does not divide in `shape` over `tensor_parallel` ranks; empty if all is well. `where` is its key, e.g. model.vision."""
+    """Errors where `shape` does not divide over `tensor_parallel` ranks; empty if it does. `where` is its key, e.g. model.vision."""
     errors = [
         f"{where}.{name} is {size}; it must be above 0"
         for name in ("num_layers", "hidden_size", "num_attention_heads")

@@ -1,4 +1,4 @@
-"""How an image becomes patch tokens: one linear patch embedding, or a convolutional stem. No BatchNorm: nothing depends on the batch."""
+"""Stem, from image to patch tokens: one linear patch embedding, or a convolutional stem. No BatchNorm: nothing depends on the batch."""
 
 from __future__ import annotations
 

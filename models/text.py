@@ -47,11 +47,11 @@ class TextConfig(TransformerShape):
 
     @property
     def trims(self) -> bool:
-        """Whether padding behind a text can be cut off without a change of its vectors."""
+        """True where padding behind a text can be cut off without a change of its vectors."""
         return (self.mask_padding or self.causal) and self.pooling != "last"
 
     def errors(self, where: str) -> list[str]:
-        """What does not fit together, as sentences that name the key under `where`."""
+        """Errors for values that do not fit together; each names its key under `where`."""
         errors = []
         if self.pooling not in POOLINGS:
             errors.append(f"{where}.pooling is '{self.pooling}'; it can be {', '.join(POOLINGS)}")
@@ -108,7 +108,7 @@ class TextTower(nn.Module):
         return pooled if self.projection is None else self.projection(pooled)
 
     def _mask(self, tokens: Tensor, padded: bool) -> Tensor | None:
-        """What is hidden: bool [b, 1, 1 or L, L], or None."""
+        """Mask of attention: bool [b, 1, 1 or L, L], or None."""
         hidden = words_hidden(tokens, self.config.pad_id) if self.config.mask_padding and padded else None
         if not self.config.causal:
             return hidden

@@ -250,7 +250,7 @@ class Block(TransformerBlock):
     def _checkpointed_forward(
         self, hidden_states: Tensor, attention_mask: Tensor | int | None, rotary_pos_emb: Tensor | None, **_: Any
     ) -> Tensor:
-        """What TransformerBlock.forward calls in training where recompute_granularity is full."""
+        """Called by TransformerBlock.forward in training where recompute_granularity is full."""
         for layer in self.layers:
 
             def run(hidden: Tensor, layer: torch.nn.Module = layer) -> Tensor:

@@ -67,7 +67,7 @@ class VisionConfig(TransformerShape):
 
     @property
     def has_class_token(self) -> bool:
-        """Whether there is a class token."""
+        """True with a class token."""
         return self.class_token or self.pooling == "class"
 
     @property
@@ -81,7 +81,7 @@ class VisionConfig(TransformerShape):
         return self.projection_dim or self.hidden_size
 
     def errors(self, where: str) -> list[str]:
-        """What does not fit together, as sentences that name the key under `where`."""
+        """Errors for values that do not fit together; each names its key under `where`."""
         errors = []
         if self.image_size % self.patch_size:
             errors.append(

@@ -1,4 +1,4 @@
-"""Train = serve: a service decodes on a CPU, while the documents' vectors may have been decoded on a GPU. `shelfmark export` compares the two."""
+"""Decoder check before export: a service decodes on a CPU, while the documents' vectors may have been decoded on a GPU. `shelfmark export` compares the two."""
 
 from __future__ import annotations
 

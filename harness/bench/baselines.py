@@ -1,4 +1,4 @@
-"""What the class-parallel head is measured against: full softmax and Partial FC's scheme, stated anew in plain PyTorch.
+"""Baselines of the class-parallel head: full softmax and Partial FC's scheme, stated anew in plain PyTorch.
 
 Written from the published descriptions (An et al., arXiv 2010.05222 and 2203.15565) and from what version 2 of InsightFace's own was seen to
 do; at sample rate 1.0 the scheme is the full class-sharded softmax. Where it leaves room, the cheaper way is taken: fewer copies of the logits

@@ -1,4 +1,4 @@
-"""How well the words of titles alone do: BM25 by the bm25s library on the queries of the task `text`, and as neighbours in the task `category`."""
+"""BM25 over titles: the baseline of text search, by the bm25s library on the queries of the task `text`, and as neighbours in the task `category`."""
 
 from __future__ import annotations
 

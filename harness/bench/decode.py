@@ -1,4 +1,4 @@
-"""How fast images decode: the DALI pipeline beside its Pillow twin, on the same files and with the same parameters."""
+"""Images decoded per second: the DALI pipeline beside its Pillow twin, on the same files and with the same parameters."""
 
 from __future__ import annotations
 

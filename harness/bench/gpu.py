@@ -1,4 +1,4 @@
-"""What the programs of jobs/gpu share: their flags, the device, and a report that grows on the disk row by row.
+"""Shared parts of the programs of jobs/gpu: their flags, the device, and a report that grows on the disk row by row.
 
 Such a program proves or measures one thing on one GPU; with --tiny the same code runs small on a CPU, which the tests do. Exit codes: 0, 1 where a
 row says ok = false, 2 without a GPU.

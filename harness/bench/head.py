@@ -1,4 +1,4 @@
-"""How long a step of the class-parallel head takes, what memory and traffic it needs, beside full softmax and Partial FC's scheme."""
+"""Time, memory and traffic of a step of the class-parallel head, beside full softmax and Partial FC's scheme."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class Setting:
-    """What one side is asked to do; `batch` counts all ranks' samples."""
+    """Work of one side; `batch` counts all ranks' samples."""
 
     num_classes: int
     embedding_dim: int

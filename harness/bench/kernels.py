@@ -1,4 +1,4 @@
-"""What the Triton kernels become on a GPU that is not here: registers, spills, shared memory, tensor-core products, occupancy. Needs no GPU."""
+"""Triton kernels compiled for a GPU that is not here: registers, spills, shared memory, tensor-core products, occupancy. Needs no GPU."""
 
 from __future__ import annotations
 

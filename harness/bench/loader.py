@@ -1,4 +1,4 @@
-"""How fast a rank's samples are read: Shelfmark's reader beside a torch DataLoader with Pillow, and beside bare DALI."""
+"""Samples read per second and rank: Shelfmark's reader beside a torch DataLoader with Pillow, and beside bare DALI."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def on_ranks(ranks: int, job: Callable[..., Any], *args: Any) -> Any:
 
 
 def is_first() -> bool:
-    """Whether this process, which started ranks, is the one that prints."""
+    """True in the process that prints, of those that started ranks."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -63,7 +63,7 @@ def _spelt(value: Any) -> str:
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """What a reader wants of a report, on standard output."""
+    """Prints a report's table and headline."""
     print(f"{report['name']}: {report['hardware']}, commit {report['commit']}, {report['date']}\n{report['command']}")
     print(format_table(report["rows"]))
     width = max(map(len, report["headline"]), default=0)

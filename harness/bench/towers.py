@@ -1,4 +1,4 @@
-"""How fast the towers go forward and backward, beside `transformers` and beside their plain twins, the same weights in all of them."""
+"""Forward and backward passes of the towers per second, beside `transformers` and beside their plain twins, the same weights in all of them."""
 
 from __future__ import annotations
 

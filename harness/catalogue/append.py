@@ -28,7 +28,7 @@ SHARD, PART = re.compile(r"shard-(\d{6,})\.tar"), re.compile(r"part-(\d{5,})\.pa
 
 
 def part_folder(catalogue: Path, number: int, parts: int) -> Path:
-    """Where `shelfmark ingest --part number/parts` leaves its part of `catalogue`."""
+    """Folder of part `number` of `parts` of `catalogue`, which `shelfmark ingest --part` writes."""
     return catalogue.with_name(f"{catalogue.name}.parts") / f"part-{number}-of-{parts}"
 
 

@@ -1,4 +1,4 @@
-"""Where a catalogue's shards lie: its own folder, or any fsspec URL (s3, gcs, http …) behind a bounded local cache.
+"""Stores of a catalogue's shards: its own folder, or any fsspec URL (s3, gcs, http …) behind a bounded local cache.
 
 A reader asks for (file, offset, length) and gets these bytes, an error, or, where the file ends early, fewer bytes. Nothing else is read:
 a sample costs one ranged request, once.
@@ -256,7 +256,7 @@ class ReadCache:
             new.replace(mark)
 
     def get(self, key: str) -> bytes | None:
-        """What was put under `key`, if it is still there."""
+        """Value of `key`; None where there is none, or no more."""
         file = self._file(key)
         try:
             data = file.read_bytes()

@@ -210,7 +210,7 @@ class _Lines:
 
     @property
     def several(self) -> bool:
-        """Whether the record took more than one line."""
+        """True for a record of more than one line."""
         return len(self._taken) > 1
 
     def take_back(self) -> tuple[int, bool]:

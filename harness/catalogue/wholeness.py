@@ -103,7 +103,7 @@ class _Listed(NamedTuple):
 
 
 def _listed(catalogue: Catalogue) -> dict[str, _Listed] | str | None:
-    """What has a checksum, by its name in words; or what is wrong with the list; None where there is none."""
+    """Checksums by the name in words of what they cover; an error where the list is damaged; None where there is none."""
     if "files" not in catalogue.meta:
         return None
     files = Record(catalogue.path / "catalogue.json", catalogue.meta).get("files", dict)
@@ -153,6 +153,6 @@ def _checksum(records: np.ndarray) -> str:
 
 
 def _other_order(folder: Path) -> str:
-    """What is wrong with classes of an earlier version."""
+    """Checks classes of an earlier version; the error, or ''."""
     said = read_record(folder / "governance.json").get("order_id", str)
     return "" if order_id(folder) == said else "its arrays differ from the order_id in governance.json"

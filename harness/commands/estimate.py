@@ -261,7 +261,7 @@ def _bytes(count: float) -> str:
 
 
 def _told(flag: str, ask: Callable[[], T]) -> T:
-    """What the catalogue says; without one the error names the flag that says it instead."""
+    """Facts of the catalogue; without one the error names the flag that gives them instead."""
     try:
         return ask()
     except UserError as error:

@@ -89,7 +89,7 @@ class IngestConfig:
 
 
 class Columns:
-    """Which cell of a row holds what, after checking that the manifest has the columns asked for.
+    """Columns of a manifest and the fields that they fill, after checking that the manifest has the columns asked for.
 
     Raises:
         UserError: a column that was asked for or is needed is absent or ambiguous.

@@ -79,7 +79,7 @@ def _numbers(catalogue: Path) -> list[tuple[int, int]]:
 
 
 def _request(part: Catalogue) -> dict[str, Any]:
-    """What all parts must have in common."""
+    """Request of a part, equal for all parts of one catalogue."""
     return {**part.meta["source"], "rows": None, "parts": None, "attributes": part.attributes}
 
 

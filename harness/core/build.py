@@ -54,7 +54,7 @@ def build(
 
 
 def builder(mesh: Mesh) -> TransformerBuilder:
-    """What builds the blocks of towers that are trained or evaluated on this mesh.
+    """Builder of the blocks of towers that are trained or evaluated on this mesh.
 
     Where they are compiled and nothing is tensor-parallel, plain layers: each is one graph, where megatron-core's break. The same names and weights.
 

@@ -282,7 +282,7 @@ def tell(error: Exception) -> int:
 
 
 def _mistake(error: Exception) -> UserError | None:
-    """What the user can mend, if `error` is that: a UserError, or what the system says of a file or of its own limits."""
+    """The UserError that `error` amounts to: itself, or one made of a system error about a file or a limit; None for others."""
     if not isinstance(error, OSError):
         return error if isinstance(error, UserError) else None
     file, reason = error.filename, error.strerror or str(error)
@@ -296,14 +296,14 @@ def _mistake(error: Exception) -> UserError | None:
 
 
 def _has_peers() -> bool:
-    """Whether this process is in a group with others that a launcher has started; not so one that multiprocessing has, as tests do."""
+    """True in a group of ranks that a launcher has started; not for those of multiprocessing, as in tests."""
     dist: Any = sys.modules.get("torch.distributed")  # imported by those commands alone that make groups
     grouped = dist is not None and dist.is_initialized() and dist.get_world_size() > 1
     return grouped and multiprocessing.parent_process() is None
 
 
 def _first_to_say(what: str) -> bool:
-    """Whether no other rank of this node has said `what`, numbers aside. torchrun gives each a folder of its own in one that they share."""
+    """True for the first rank of this node to say `what`, numbers aside. torchrun gives each a folder of its own in one that they share."""
     own = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not own:
         return True

@@ -1,4 +1,4 @@
-"""Where a rank computes, and how: GPU or CPU, deterministic kernels, the precision of float32 products."""
+"""Device of a rank: GPU or CPU, deterministic kernels, the precision of float32 products."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def gpus_hidden() -> bool:
-    """Whether CUDA_VISIBLE_DEVICES hides all GPUs: CUDA stops at the first entry that names none."""
+    """True where CUDA_VISIBLE_DEVICES hides all GPUs: CUDA stops at the first entry that names none."""
     return re.match(r"GPU-|MIG-|\d", os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip()) is None
 
 
 def _why_no_gpu(machine: bool) -> tuple[str, str]:
-    """What is wrong where torch sees no GPU, and what to do; `machine`: whether the machine has one."""
+    """Error for a torch that sees no GPU, with its remedy; `machine`: whether the machine has one."""
     if gpus_hidden():
         hidden = os.environ["CUDA_VISIBLE_DEVICES"]
         return f"mesh.device is cuda, but CUDA_VISIBLE_DEVICES='{hidden}' hides all GPUs", "Unset it"
@@ -85,7 +85,7 @@ def set_deterministic(wanted: bool) -> None:
 
 
 def set_precision(precision: str) -> None:
-    """How products of float32 matrices and convolutions are computed on a GPU: in TF32 for train.precision tf32, exactly for all others.
+    """Sets how a GPU multiplies float32 matrices and convolutions: in TF32 for train.precision tf32, exactly for all others.
 
     torch's own default mixes them: convolutions in TF32, matrices exactly.
     """

@@ -1,4 +1,4 @@
-"""The end of a rank with the launcher that started it: torchrun killed, by the kernel or by SIGUSR1, would leave its ranks training without it."""
+"""Parent-death signal of a rank: torchrun killed, by the kernel or by SIGUSR1, would leave its ranks training without it."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class Mesh:
 
     @property
     def line(self) -> str:
-        """Where this rank computes, for the log."""
+        """Device of this rank, for the log."""
         name = "cpu" if self.device.type == "cpu" else f"{self.device} ({torch.cuda.get_device_name(self.device)})"
         hidden = ", GPUs hidden by CUDA_VISIBLE_DEVICES" if self.device.type == "cpu" and gpus_hidden() else ""
         return f"device ({self.config.device}): {name}{hidden}{', deterministic' if self.config.deterministic else ''}"

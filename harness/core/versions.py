@@ -1,4 +1,4 @@
-"""What produced a figure: commit, packages, hardware."""
+"""Versions behind a figure: commit, packages, hardware."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work that takes one rank longer than another, without a limit: no collective waits for it, and so no collective's timeout ends the run.
+"""Waits for work of unbounded length on some ranks: no collective waits for it, and so no collective's timeout ends the run.
 
 The ranks meet in the store of the process group. One that raises, or that stands still (`harness.core.watch`), ends the wait of all others
 with an error.

@@ -42,7 +42,7 @@ _POSITIONS_AT_ONCE = 1 << 18  # bounds the memory of `StepLoader.ledgers`
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What a run reads, and how.
+    """Configuration of a run's data.
 
     Args:
         catalogue: folder made by `shelfmark ingest`, with classes (`govern`) and a tokenizer (`tokenizer`).
@@ -74,7 +74,7 @@ class DataConfig:
     masking: MaskConfig = field(default_factory=MaskConfig)
 
     def errors(self) -> list[str]:
-        """What is out of range, as sentences that name the key."""
+        """Errors for values out of range; each names its key."""
         errors = []
         if self.backend not in BACKENDS:
             errors.append(f"data.backend is '{self.backend}'; it can be {', '.join(BACKENDS)}")
@@ -251,7 +251,7 @@ class ImageReader:
         return Pixels(images, ok.bool())
 
     def own(self, count: int) -> range:
-        """Which of `count` samples this rank reads."""
+        """Range of `count` samples that this rank reads."""
         return share(count, self._ranks, self._rank)
 
     def parameters(
@@ -419,7 +419,7 @@ class StepLoader:
         return replace(decoded.data, batches=batches)
 
     def _sizes(self, micro: int) -> dict[str, list[int]]:
-        """What every rank brings to a micro-batch."""
+        """Samples of every rank in a micro-batch."""
         places = range(micro * self.world_size, (micro + 1) * self.world_size)
         texts = self.products is not None  # a query for each document
         queries = self.documents_per_step if texts else self.queries_per_step
@@ -469,7 +469,7 @@ class StepLoader:
         }
 
     def _masks(self, documents: Draw, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What masked modelling hides of the documents and, where they come alone, the titles to be told from their own."""
+        """Masks of the documents and, where they come alone, titles to be told from their own."""
         if not self.reads.num_patches:
             return {}
         masking, ids, key = self.config.masking, documents.sample_ids, (self.seed, documents.epochs)

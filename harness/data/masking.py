@@ -1,4 +1,4 @@
-"""What masked modelling hides, and the titles that do not match: functions of (seed, epoch, sample id), like all of the data plane."""
+"""Masks of masked modelling and mismatched titles: functions of (seed, epoch, sample id), like all of the data plane."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WORDS, _PATCHES, _HEAVY, _OTHER = 16, 17, 18, 19
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig:
-    """What is masked in a training document.
+    """Configuration of masked modelling.
 
     Args:
         word_rate: share of a title's words that are masked (BERT's 0.15).
@@ -40,7 +40,7 @@ class MaskConfig:
     mismatched: float = 0.5
 
     def errors(self, where: str) -> list[str]:
-        """What is out of range, as sentences that name the key under `where`."""
+        """Errors for values out of range; each names its key under `where`."""
         errors = []
         for name in ("word_rate", "heavy_word_rate", "mismatched"):
             if not 0 <= getattr(self, name) <= 1:

@@ -1,4 +1,4 @@
-"""Which nvJPEG decodes: DALI takes the one that the loader finds first, and with an old one decodes on the CPU in silence."""
+"""Check of the nvJPEG in use: DALI takes the one that the loader finds first, and with an old one decodes on the CPU in silence."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def require_nvjpeg() -> str:
 
 
 def _file(name: str) -> str:
-    """Where a loaded library lies: its name alone where the system does not say."""
+    """Path of a loaded library; only its name where the system does not say."""
     try:
         paths = [
             line.split(maxsplit=5)[-1].strip() for line in MAPS.read_text().splitlines() if "/libnvjpeg.so" in line

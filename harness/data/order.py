@@ -28,7 +28,7 @@ _SLOT, _MEMBER, _PAIR = 1, 2, 3
 
 @dataclass(frozen=True)
 class Draw:
-    """What stands at n positions: int64 arrays [n]."""
+    """Samples at n positions: int64 arrays [n]."""
 
     sample_ids: Ints
     class_ids: Ints
@@ -87,7 +87,7 @@ class ClassOrder:
         return int(self._kinds[kind].slot_offsets[-1])
 
     def draw(self, kind: str, positions: npt.ArrayLike) -> Draw:
-        """What stands at the given positions; each answer depends on its own position alone.
+        """Samples at the given positions; each answer depends on its own position alone.
 
         Over consecutive epochs a class walks through all its members, once each per lap, every lap in another order.
 

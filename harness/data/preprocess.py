@@ -1,4 +1,4 @@
-"""From a photo to the model's input: one specification for training, evaluation and serving, and its random draws.
+"""Preprocessing, from a photo to the model's input: one specification for training, evaluation and serving, and its random draws.
 
 Both are one operation: cut a window out of the oriented image (EXIF applied), resize it to a square, mirror it, apply
 one linear colour transform, clamp, normalise. Training draws window, mirroring and colour; evaluation takes the centre.
@@ -33,7 +33,7 @@ _QUARTER_TURN = np.linalg.inv(_YIQ) @ np.array([[0.0, 0, 0], [0, 0, -1], [0, 1, 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSpec:
-    """How an image becomes the model's input; travels with checkpoints and exported indexes.
+    """Specification of the model's image input; travels with checkpoints and exported indexes.
 
     Args:
         image_size: side of the square that the model sees, in pixels.

@@ -33,7 +33,7 @@ class Aligns(Protocol):
 
 
 def wants_alignment(method: Method) -> bool:
-    """Whether `align` has something to fit."""
+    """True for a method whose views `align` fits."""
     return isinstance(method, Aligns) and method.alignment is not None
 
 

@@ -64,7 +64,7 @@ class AttributeQueries:
         return np.where(rows >= 0, self._labels[rows], -1)
 
     def grades(self, queries: np.ndarray, best: np.ndarray) -> np.ndarray:
-        """How many of its query's attributes each document lacks, int64 [n, k]; all of them where it is of another catalogue.
+        """Number of its query's attributes that each document lacks, int64 [n, k]; all of them where it is of another catalogue.
 
         Args:
             queries: [n] places in `texts`.

@@ -186,7 +186,7 @@ class Embedder:
         return Embedded(vectors, ids, ids)
 
     def reader(self, catalogue: Catalogue) -> ImageReader:
-        """What reads a catalogue's images; to be closed."""
+        """Reader of a catalogue's images; to be closed."""
         data, mesh = self.data, self.mesh
         return ImageReader(
             catalogue, data.preprocess, data.backend, self.batch_size, data.threads, mesh.device, mesh.tp

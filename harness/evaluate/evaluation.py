@@ -40,7 +40,7 @@ from models.registry import METHODS, Method
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is evaluated, during training and by `shelfmark eval`.
+    """Configuration of evaluation, during training and by `shelfmark eval`.
 
     Args:
         split: split of the queries (and of documents that are not in every split).
@@ -77,7 +77,7 @@ class EvaluationConfig:
     projector: int = 1000
 
     def errors(self, method: str) -> list[str]:
-        """What is out of range, or no task or view of the method, as sentences that name the key."""
+        """Errors for values out of range and for tasks or views that the method lacks; each names its key."""
         errors, spec = [], METHODS[method]
         if self.batch_size < 1:
             errors.append("evaluation.batch_size must be at least 1")
@@ -111,7 +111,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Report:
-    """What an evaluation found; the same on every rank, `sample` excepted.
+    """Result of an evaluation; the same on every rank, `sample` excepted.
 
     found: task, or task/view, -> its figures and slices, the first task's view first;
     sample: on the first rank of dp config.projector documents spread evenly over the catalogue's own, by id, on the CPU; None elsewhere.

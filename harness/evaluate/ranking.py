@@ -51,7 +51,7 @@ class Embedded:
 
 @dataclass(frozen=True)
 class RelevantRanks:
-    """Where the relevant documents of every query of the group stand; equal on all ranks.
+    """Ranks of the relevant documents of every query of the group; equal on all ranks.
 
     Args:
         query_ids: [n] int64, ascending.
@@ -284,7 +284,7 @@ def _relevant_keys(
 
 
 def _range_of(labels: Tensor, label_of: Tensor) -> tuple[Tensor, Tensor]:
-    """Where in the ascending `label_of` [m] each of `labels` [b] begins, and how often it stands there."""
+    """First place of each of `labels` [b] in the ascending `label_of` [m], and its number of places."""
     first = torch.searchsorted(label_of, labels)
     return first, torch.searchsorted(label_of, labels, right=True) - first
 

@@ -1,4 +1,4 @@
-"""What an evaluation asks of a method: photo -> document, text -> document, same product. Category prediction is in harness/evaluate/category.py.
+"""Evaluation tasks: photo -> document, text -> document, same product. Category prediction is in harness/evaluate/category.py.
 
 A task is prepared once, where it refuses what it cannot use, and run at any step. Documents are embedded once for all tasks.
 """
@@ -39,7 +39,7 @@ Shown = tuple[int | str, list[int], list[bool]]
 
 @dataclass(frozen=True)
 class Found:
-    """What a task found, the same on every rank: metric -> value, a row for each slice, and rows of the panel."""
+    """Result of a task, the same on every rank: metric -> value, a row for each slice, and rows of the panel."""
 
     figures: dict[str, float]
     rows: list[dict[str, Any]] = field(default_factory=list)

@@ -35,7 +35,7 @@ USUAL = {
 
 
 class Imported(NamedTuple):
-    """What is stored of a tokenizer: its kind, the bytes of its file, its special tokens and the file's name."""
+    """Stored tokenizer: its kind, the bytes of its file, its special tokens and the file's name."""
 
     kind: Kind
     model: bytes
@@ -103,7 +103,7 @@ def _special(pieces: Pieces, config: dict[str, Any], file: Path) -> SpecialToken
 
 
 def _said(file: Path) -> dict[str, Any]:
-    """What a file says of special tokens: those keys of it that are read, each token as its piece; nothing where there is no file."""
+    """Special tokens of a file: those keys of it that are read, each token as its piece; nothing where there is no file."""
     if not file.is_file():
         return {}
     record = read_record(file)

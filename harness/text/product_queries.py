@@ -1,4 +1,4 @@
-"""What is known of a catalogue's documents besides title and photo, and the training queries that follow from it.
+"""Training queries of a catalogue's documents, made of clicks and attributes.
 
 A training query is a function of (seed, epoch, sample id): a clicked text drawn by its clicks or, for a document without one, some of its
 attributes' values in any order, each in one of its wordings. The papers train on click logs; queries from attributes are ours.

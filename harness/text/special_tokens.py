@@ -39,7 +39,7 @@ class SpecialTokens:
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> SpecialTokens:
-        """What `to_meta` wrote.
+        """Special tokens from what `to_meta` wrote.
 
         Raises:
             ValueError: an id is missing, or is no integer below vocab_size; it is named.

@@ -1,4 +1,4 @@
-"""Whether a text tower was built for the ids that its texts have."""
+"""Check of a text tower against the tokenizer's special ids."""
 
 from __future__ import annotations
 

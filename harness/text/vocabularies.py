@@ -1,4 +1,4 @@
-"""From text to the ids of a vocabulary: SentencePiece, plain or as XLM-R and SigLIP use it, and the `tokenizers` library."""
+"""Vocabularies, from text to ids: SentencePiece, plain or as XLM-R and SigLIP use it, and the `tokenizers` library."""
 
 from __future__ import annotations
 

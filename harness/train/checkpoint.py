@@ -133,7 +133,7 @@ def _finite(parts: Trainable, mesh: Mesh) -> bool:
 
 
 def _steps(folder: Path, names: str) -> list[Path]:
-    """What lies in `folder` under a name of that pattern, whose first group is the step; the newest first."""
+    """Entries of `folder` whose names match the pattern, the newest first; its first group is the step."""
     if not folder.is_dir():
         return []
     found = [(match, path) for path in folder.iterdir() if (match := re.fullmatch(names, path.name))]
@@ -219,7 +219,7 @@ def problem(checkpoint: Path, mesh: Mesh | None = None) -> str:
 
 
 def _odd(checkpoint: Path) -> str:
-    """What a checkpoint holds that none of ours does, though its manifest may list it."""
+    """Checks a checkpoint for content that none of ours has, though its manifest may list it; the error, or ''."""
     try:
         for name in file_sizes(checkpoint):
             if not _FILE.fullmatch(name):  # none of ours, but a library may read it: torch unpickles __0.metadata
@@ -264,7 +264,7 @@ def _ledger(record: Record, step: int) -> None:
 
 
 def has_average(checkpoint: Path) -> bool:
-    """Whether a checkpoint holds an average of the towers' weights (train.ema_decay)."""
+    """True for a checkpoint with an average of the towers' weights (train.ema_decay)."""
     return bool(_averaged(checkpoint))
 
 
@@ -403,7 +403,7 @@ def _load_head(
 
 @contextmanager
 def _load_errors(checkpoint: Path) -> Iterator[None]:
-    """What the libraries do not find as they need it becomes a UserError."""
+    """Turns the libraries' errors about a checkpoint's content into UserErrors."""
     try:
         yield
     except (CheckpointException, dist_checkpointing.core.CheckpointingException, KeyError, ValueError) as error:

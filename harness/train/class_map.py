@@ -1,4 +1,4 @@
-"""Which class each class was before, by class key: what lets the rows of the head follow their classes when a catalogue has grown.
+"""Map of current class ids to a checkpoint's, by class key: head rows follow their classes when a catalogue has grown.
 
 Class ids are positions in an order, and change with it; keys are the user's and do not.
 """

@@ -88,7 +88,7 @@ class TrainConfig:
     stop_at: int = 0
 
     def errors(self) -> list[str]:
-        """What is out of range, as sentences that name the key."""
+        """Errors for values out of range; each names its key."""
         errors = []
         if self.precision not in PRECISIONS:
             errors.append(f"train.precision is '{self.precision}'; it can be {', '.join(PRECISIONS)}")

@@ -1,4 +1,4 @@
-"""How a run goes on when the catalogue has grown, and how one starts from another's weights: data phases, and what must stay equal.
+"""Data phases of a run: resuming on a grown catalogue, starting from another run's weights, and checks of what must stay equal.
 
 A phase is a stretch of steps on one order of the samples. Its positions start at 0, so that a step's samples are a function of the order and
 of the steps since the phase began.
@@ -75,7 +75,7 @@ def saved(path: Path, state: dict[str, Any]) -> list[Phase]:
 
 
 def as_state(phases: list[Phase]) -> list[dict[str, Any]]:
-    """What `saved` reads, for state.json."""
+    """Phases for state.json, as `saved` reads them."""
     return [asdict(phase) for phase in phases]
 
 

@@ -141,7 +141,7 @@ def _kernel_by_shapes() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a step was seen to do on a rank.
+    """Counts of a dry run on a rank.
 
     Args:
         parameters: numbers of the towers that the rank holds; trained: those that are trained, and largest, of the largest of these.
@@ -291,7 +291,7 @@ def _first(rows: int, count: float, room: int) -> Tensor:
 
 
 def _sizes(config: RunConfig, ranks: int, micro: int) -> dict[str, list[int]]:
-    """What each of `ranks` brings to a micro-batch, that which brings most being the first."""
+    """Samples of each of `ranks` in a micro-batch, the largest first."""
     reads, pieces = METHODS[config.method].reads(config.model), ranks * config.data.micro_batches
     queries, documents = reads.samples(config.data.queries_per_step, config.data.documents_per_step)
     per_step = {"query": documents if reads.kind == "texts" else queries, "document": documents}

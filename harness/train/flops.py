@@ -180,7 +180,7 @@ class StepFlops:
             return cls()
 
     def texts(self, tokens: TextTokens) -> float:
-        """What texts cost beyond `fixed`."""
+        """FLOPs of texts, beyond `fixed`."""
         return sum(factor * count for factor, count in zip(self.factors, tokens, strict=False))
 
 

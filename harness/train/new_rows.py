@@ -1,4 +1,4 @@
-"""Where the rows of new classes start: at the mean embedding of their samples, so that they stand where training would have led them."""
+"""Initial rows of new classes: the mean embedding of their samples, near where training would have led them."""
 
 from __future__ import annotations
 

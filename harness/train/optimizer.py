@@ -63,7 +63,7 @@ class OptimizerConfig:
     rows: RowOptimizerConfig = field(default_factory=RowOptimizerConfig)
 
     def errors(self, where: str) -> list[str]:
-        """What is out of range, as sentences that name the key under `where`."""
+        """Errors for values out of range; each names its key under `where`."""
         errors = self.rows.errors(f"{where}.rows")
         if not 0 < self.layer_decay <= 1:
             errors.append(f"{where}.layer_decay is {self.layer_decay}; it must lie in (0, 1]")

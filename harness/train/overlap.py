@@ -31,7 +31,7 @@ class OverlappedReduction:
             group.start_grad_sync = partial(self._start, number)
 
     def _start(self, number: int, force_all_reduce: bool = False) -> None:
-        """What megatron-core calls when a group is ready, and in the first step once more when backward is over."""
+        """Called by megatron-core when a group is ready, and in the first step once more after backward."""
         self._ready.add(number)
         # A group without any gradient is ready at all times.
         while self._next < len(self.groups) and (self._next in self._ready or not self.groups[self._next].params):

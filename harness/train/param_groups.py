@@ -1,4 +1,4 @@
-"""Which parameters of the towers are trained, and at which learning rate: frozen parts, layer-wise decay, factors by name."""
+"""Parameter groups of the towers: frozen parts, layer-wise decay, factors by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run tells: JSONL, TensorBoard and a progress bar, all on rank 0; and where a step's time went."""
+"""Run logging on rank 0: JSONL, TensorBoard, progress bar; step timing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run shows in TensorBoard: health first, then the rest by subject. Used by rank 0 alone."""
+"""TensorBoard of a run: health first, then the rest by subject. Only on rank 0."""
 
 from __future__ import annotations
 

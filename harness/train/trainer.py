@@ -51,7 +51,7 @@ LEDGER_STEPS = 1000  # whose samples a resume recomputes and compares
 
 @dataclass
 class StepResult:
-    """What one step leaves: global loss, metrics as [k, 2] local sums in the order of `names`, gradient norm before clipping."""
+    """Result of a step: global loss, metrics as [k, 2] local sums in the order of `names`, gradient norm before clipping."""
 
     loss: Tensor
     names: list[str]
@@ -328,7 +328,7 @@ class Trainer:
         self._aligned_at = self.step
 
     def _figures(self, result: StepResult, rate: float) -> dict[str, float]:
-        """What is logged of a step; collective."""
+        """Logged figures of a step; collective."""
         images, seconds, ready, texts = (sum(column) for column in zip(*self._reading, strict=True))
         steps, self._reading = len(self._reading), []
         local = [[images, seconds], [ready, steps], [texts, steps], [self.bad_samples, 0]]
@@ -373,7 +373,7 @@ class Trainer:
         )
 
     def _place(self) -> str:
-        """Where this rank is, for the others where it stands still: step, part of it, and the samples that it has read for it."""
+        """Place of this rank, told by the others where it stands still: step, part of it, and the samples that it has read for it."""
         if self.clock.now == "data" or self._data is None:
             return f"step {self.step}, {self.clock.now}"
         ids = _sample_ids(self._data)
@@ -485,7 +485,7 @@ class Trainer:
         return phase
 
     def _notes_on_training(self) -> list[str]:
-        """What is trained otherwise than all alike, for the log."""
+        """Notes on frozen parameters, unequal learning rates and the average, for the log."""
         parameters, groups = list(self.method.towers.parameters()), self.towers.optimizer.param_groups
         frozen = sum(not parameter.requires_grad for parameter in parameters)
         rates = sorted({group["lr_mult"] for group in groups})

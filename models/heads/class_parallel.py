@@ -61,7 +61,7 @@ class ClassHeadConfig:
     seed: int = 0
 
     def errors(self, where: str) -> list[str]:
-        """What is out of range, as sentences that name the key under `where`."""
+        """Errors for values out of range; each names its key under `where`."""
         errors = []
         if not 0 < self.sample_rate <= 1:
             errors.append(f"{where}.sample_rate is {self.sample_rate}; it must lie in (0, 1]")
@@ -88,7 +88,7 @@ def class_range(num_classes: int, rank: int, ranks: int) -> tuple[int, int]:
 
 @dataclass
 class _Step:
-    """What one optimizer step fixes: active rows, margin, and the weight that its loss is divided by."""
+    """State of one optimizer step: active rows, margin, and the weight that its loss is divided by."""
 
     active: Tensor  # int64 [a], local row indices, ascending
     weight: Tensor  # [], sum of sample weights over the global batch

@@ -37,7 +37,7 @@ class ContrastiveConfig:
     symmetric: bool = True
 
     def errors(self, where: str) -> list[str]:
-        """What is out of range, as sentences that name the key under `where`."""
+        """Errors for values out of range; each names its key under `where`."""
         return [] if self.temperature > 0 else [f"{where}.temperature is {self.temperature}; it must be positive"]
 
 
@@ -125,7 +125,7 @@ def contrastive_loss(
 
 
 class _Candidates(NamedTuple):
-    """What a positive competes with: unit embeddings [c, d], labels [c, ...], and bool [c] whether they count at all."""
+    """Candidates that a positive competes with: unit embeddings [c, d], labels [c, ...], and bool [c] whether they count at all."""
 
     unit: Tensor
     labels: Tensor

@@ -1,4 +1,4 @@
-"""What every loss of several terms needs: means over all ranks, the weighted sum of its terms, and the mean of its micro-batches."""
+"""Helpers for losses of several terms: means over all ranks, the weighted sum of its terms, and the mean of its micro-batches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def global_mean(terms: Tensor, weights: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def weight_errors(weights: object) -> list[str]:
-    """What is wrong with the weights of a loss's terms, the fields of `weights`, as sentences that name the key under model.weights."""
+    """Errors in the weights of a loss's terms, the fields of `weights`; each names its key under model.weights."""
     values = vars(weights)
     if not any(values.values()):
         return ["model.weights are all 0: there is no loss"]

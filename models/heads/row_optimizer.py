@@ -36,7 +36,7 @@ class RowOptimizerConfig:
     bf16_rows: str = "master"
 
     def errors(self, where: str) -> list[str]:
-        """What is out of range, as sentences that name the key under `where`."""
+        """Errors for values out of range; each names its key under `where`."""
         errors = []
         if self.state not in ("fp32", "8bit"):
             errors.append(f"{where}.state is '{self.state}'; it can be 'fp32' or '8bit'")

@@ -1,4 +1,4 @@
-"""Which classes serve as negatives: a pure function of (seed, step, block of class ids), so the active set is the same at every world size."""
+"""Sampled negative classes: a pure function of (seed, step, block of class ids), so the active set is the same at every world size."""
 
 from __future__ import annotations
 

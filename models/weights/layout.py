@@ -137,7 +137,7 @@ class Layout:
         return f"{self.names['stem.']}weight" if self.tower == "vision" else self.names["words.weight"]
 
     def prefix(self, names: Container[str]) -> str | None:
-        """What stands before the names in a folder with tensors of these `names`; None: it holds no such tower."""
+        """Prefix of the names in a folder with tensors of these `names`; None: it holds no such tower."""
         return next((prefix for prefix in self.prefixes if f"{prefix}{self.first}" in names), None)
 
     def rules(self, config: TowerConfig, prefix: str) -> list[Rule]:

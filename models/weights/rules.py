@@ -1,4 +1,4 @@
-"""What ties our tensors to another project's: a rule for each group of tensors, with a function in each direction. Both only move numbers."""
+"""Rules between our tensors and another project's: a rule for each group of tensors, with a function in each direction. Both only move numbers."""
 
 from __future__ import annotations
 

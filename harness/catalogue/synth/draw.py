@@ -1,4 +1,4 @@
-"""How a clean picture of a product is drawn: shaded parts of the unit square, twice as large as needed, then reduced."""
+"""Drawing of a product's clean picture: shaded parts of the unit square, twice as large as needed, then reduced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the demo's products are: kinds, colours, patterns and brands, put together by a seed."""
+"""Products of the demo: kinds, colours, patterns and brands, put together by a seed."""
 
 from __future__ import annotations
 
