@@ -11,7 +11,8 @@ from typing import Any
 from harness.core.cli import Parser, check_figures, run_command, write_figures
 from harness.core.errors import UserError
 
-# command -> (module, its configuration class, the fields given by place, one sentence). Modules load only when asked for.
+# command -> (module, its configuration class, the fields given by place, one sentence). Modules load only when asked
+# for.
 COMMANDS = {
     "synth": ("harness.commands.synth", "SynthConfig", "out", "Draw a demo catalogue: products, photos, a click log."),
     "ingest": ("harness.commands.ingest", "IngestConfig", "", "Make a catalogue of a manifest and an image folder."),

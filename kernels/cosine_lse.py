@@ -1,7 +1,8 @@
 """Cosine logits against a shard of class rows, tile by tile: never holds the [samples, classes] matrix.
 
-The torch twin of the fused kernel, and its specification. Returns the log-sum-exp over *negatives only*, beside the target cosine: composing a margin
-from a full log-sum-exp cancels in fp32 (at scale 64, margin 0.35, target cosine 0.5 it gives 0 where the truth is 4.23). Source: ours.
+The torch twin of the fused kernel, and its specification. Returns the log-sum-exp over *negatives only*, beside the
+target cosine: composing a margin from a full log-sum-exp cancels in fp32 (at scale 64, margin 0.35, target cosine 0.5
+it gives 0 where the truth is 4.23). Source: ours.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ _TINY = 1e-12
 
 
 class CosineLse(NamedTuple):
-    """Per sample [n]: log-sum-exp over the shard's negatives (-inf without any), largest negative cosine (-inf), target cosine (0 if not here)."""
+    """Per sample [n]: log-sum-exp over the shard's negatives (-inf without any), largest negative cosine (-inf), target
+    cosine (0 if not here).
+    """
 
     lse: Tensor
     max_cosine: Tensor
@@ -87,7 +90,8 @@ def cosine_lse_backward(
         grad_target: [n], gradient with respect to the target cosine (used where this shard holds the target).
 
     Returns:
-        (this shard's part of the gradient of the unit embeddings [n, d], gradient of the active rows [a, d], both in the accumulation type).
+        (this shard's part of the gradient of the unit embeddings [n, d], gradient of the active rows [a, d], both in
+        the accumulation type).
     """
     scaled, order = scale * embeddings, _Targets(target)
     lse = _finite(lse)  # no negatives anywhere: their terms below are exp(-inf) = 0, not nan

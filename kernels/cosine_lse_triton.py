@@ -1,14 +1,17 @@
-"""Fused Triton kernels of `kernels.cosine_lse`: the same results without a [samples, rows] matrix or a copy of the gathered rows in memory.
+"""Fused Triton kernels of `kernels.cosine_lse`: the same results without a [samples, rows] matrix or a copy of the
+gathered rows in memory.
 
-Four kernels: lengths of the rows; the forward, over (block of samples, split of the rows); the gradient of the embeddings, over the same kind of
-grid; the gradient of the rows, a program per block of them. Both gradients recompute the cosines: at least 10 n a d operations, where 6 n a d do
-with all logits in memory. Torch combines the splits' partial results in a fixed order, nothing is added atomically: equal inputs give equal bits.
+Four kernels: lengths of the rows; the forward, over (block of samples, split of the rows); the gradient of the
+embeddings, over the same kind of grid; the gradient of the rows, a program per block of them. Both gradients recompute
+the cosines: at least 10 n a d operations, where 6 n a d do with all logits in memory. Torch combines the splits'
+partial results in a fixed order, nothing is added atomically: equal inputs give equal bits.
 
-A float32 table multiplies to about float32's precision, a bfloat16 one in bfloat16 (embeddings and coefficients are rounded to it); sums are float32
-in both. On a GPU bfloat16 is the choice: several times fewer operations of a tensor core.
-Triton decides when it is first imported whether it compiles or, with TRITON_INTERPRET=1, interprets. Import this module only where a kernel will run:
-it needs triton. Recomputing tiles in the backward is FlashAttention's idea (arXiv 2205.14135) and, over classes, Cut Cross-Entropy's (arXiv
-2411.09009), which gives the full log-sum-exp where a margin needs that of the negatives.
+A float32 table multiplies to about float32's precision, a bfloat16 one in bfloat16 (embeddings and coefficients are
+rounded to it); sums are float32 in both. On a GPU bfloat16 is the choice: several times fewer operations of a tensor
+core. Triton decides when it is first imported whether it compiles or, with TRITON_INTERPRET=1, interprets. Import this
+module only where a kernel will run: it needs triton. Recomputing tiles in the backward is FlashAttention's idea (arXiv
+2205.14135) and, over classes, Cut Cross-Entropy's (arXiv 2411.09009), which gives the full log-sum-exp where a margin
+needs that of the negatives.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ _NO_TARGET = tl.constexpr(NO_TARGET)
 class Blocks(NamedTuple):
     """Shape of one program's work.
 
-    In the forward `owned` and `looped` are samples and rows; in a gradient `owned` vectors get one, from `looped` others at a time. Powers of two.
+    In the forward `owned` and `looped` are samples and rows; in a gradient `owned` vectors get one, from `looped`
+    others at a time. Powers of two.
     """
 
     owned: int
@@ -48,10 +52,11 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-# (type, largest d) -> blocks. Chosen so that nothing spills where Triton 3.7 compiles for sm_90 (`python -m harness.bench.kernels`,
-# docs/benchmarks/kernels.md); not tuned on a GPU yet.
-# In float32 all kernels have one `inner`: a tensor core sums every inner product in the same order whatever the tile around it, so gradients see the
-# cosines that the log-sum-exp saw (but for the order of the two small products of tf32x3). A bfloat16 coefficient is rounded more coarsely than that.
+# (type, largest d) -> blocks. Chosen so that nothing spills where Triton 3.7 compiles for sm_90 (`python -m
+# harness.bench.kernels`, docs/benchmarks/kernels.md); not tuned on a GPU yet. In float32 all kernels have one `inner`:
+# a tensor core sums every inner product in the same order whatever the tile around it, so gradients see the cosines
+# that the log-sum-exp saw (but for the order of the two small products of tf32x3). A bfloat16 coefficient is rounded
+# more coarsely than that.
 _Table = dict[tuple[torch.dtype, float], Blocks]
 _FORWARD: _Table = {
     (torch.bfloat16, inf): Blocks(128, 128, 64, 0, 8, 3),
@@ -74,7 +79,8 @@ _ROWS: _Table = {
 def _blocks(table: _Table, dtype: torch.dtype, d: int) -> Blocks:
     """The entry of the type and width, not wider than vectors of d entries need; tl.dot wants at least 16.
 
-    Whole vectors need the shared memory of sm_90 and sm_100, and rows that loads of 16 bytes may start at; else it is the last entry of the type.
+    Whole vectors need the shared memory of sm_90 and sm_100, and rows that loads of 16 bytes may start at; else it is
+    the last entry of the type.
     """
     large = _INTERPRETED or triton.runtime.driver.active.get_current_target().arch // 10 in (9, 10)
     whole = large and d % 16 == 0
@@ -85,7 +91,8 @@ def _blocks(table: _Table, dtype: torch.dtype, d: int) -> Blocks:
 
 @triton.jit
 def _dot(a, b, total):
-    """total + a b. The interpreter would multiply the bit patterns of bfloat16: there operands are widened, which is exact.
+    """total + a b. The interpreter would multiply the bit patterns of bfloat16: there operands are widened, which is
+    exact.
 
     (It also truncates where a GPU rounds to bfloat16, so its errors are the larger ones.)
     """
@@ -96,7 +103,9 @@ def _dot(a, b, total):
 
 @triton.jit
 def _row_pointers(table, index, stride, position, inside):
-    """Pointers to the table's rows at these positions in `index` (None: the rows themselves). int64: a table may have more than 2^31 entries."""
+    """Pointers to the table's rows at these positions in `index` (None: the rows themselves). int64: a table may have
+    more than 2^31 entries.
+    """
     row = position.to(tl.int64)
     if index is not None:
         row = tl.load(index + position, mask=inside, other=0)
@@ -164,7 +173,9 @@ def _forward_kernel(
     n, a, stride, rows_per_split, scale, filter_above,
     D: tl.constexpr, SAMPLES: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, FILTER: tl.constexpr,
 ):  # fmt: skip
-    """Of one split, per sample: the largest negative cosine and the sum of exp(scale * (cosine - largest)), both [splits, n]."""
+    """Of one split, per sample: the largest negative cosine and the sum of exp(scale * (cosine - largest)), both
+    [splits, n].
+    """
     sample = tl.program_id(0) * SAMPLES + tl.arange(0, SAMPLES)
     here = sample < n
     left = embeddings + sample.to(tl.int64) * D
@@ -314,7 +325,8 @@ def cosine_lse(
     filter_above: float = 1.0,
     tile: int = 0,
 ) -> CosineLse:
-    """`kernels.cosine_lse.cosine_lse` in one kernel. Beyond its results it needs 4 bytes a row and 8 per sample and split.
+    """`kernels.cosine_lse.cosine_lse` in one kernel. Beyond its results it needs 4 bytes a row and 8 per sample and
+    split.
 
     Args:
         embeddings: float32 [n, d], unit length.
@@ -362,7 +374,8 @@ def cosine_lse_backward(
     filter_above: float = 1.0,
     tile: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.cosine_lse.cosine_lse_backward` in two kernels. Beyond its results it needs 4 bytes a row and 4 d per sample and split.
+    """`kernels.cosine_lse.cosine_lse_backward` in two kernels. Beyond its results it needs 4 bytes a row and 4 d per
+    sample and split.
 
     Args:
         embeddings, table, index, target, scale, filter_above, tile: as in `cosine_lse`.
@@ -371,7 +384,8 @@ def cosine_lse_backward(
         grad_target: [n], gradient with respect to the target cosine (used where this shard holds the target).
 
     Returns:
-        (this shard's part of the gradient of the unit embeddings, float32 [n, d], gradient of the active rows, float32 [a, d]).
+        (this shard's part of the gradient of the unit embeddings, float32 [n, d], gradient of the active rows, float32
+        [a, d]).
     """
     a, (n, d) = _active(embeddings, table, index), embeddings.shape
     if n == 0 or a == 0:

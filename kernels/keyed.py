@@ -1,4 +1,6 @@
-"""Counter-based random bits in plain torch: a function of keys alone, equal on every device and at every world size. Source: ours."""
+"""Counter-based random bits in plain torch: a function of keys alone, equal on every device and at every world size.
+Source: ours.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +38,11 @@ def column_keys(columns: int, device: torch.device) -> Tensor:
 
 
 def fill_normal(rows: Tensor, std: float, first_id: int, seed: int) -> None:
-    """Sets `rows` [n, d] to normal numbers that follow from the seed, the row's id (`first_id` and up) and the column. By Box and Muller (1958).
+    """Sets `rows` [n, d] to normal numbers that follow from the seed, the row's id (`first_id` and up) and the column.
+    By Box and Muller (1958).
 
-    The halves of a row's key draw radius and angle: among ten million keys of 62 bits hardly two are alike, of 32 bits thousands would be.
+    The halves of a row's key draw radius and angle: among ten million keys of 62 bits hardly two are alike, of 32 bits
+    thousands would be.
     """
     columns = rows.shape[1]
     half = -(-columns // 2)

@@ -1,9 +1,10 @@
 """Numbers in fewer bits: stochastic rounding to bf16, and the moments of AdamW in 8 bits a value. Source: ours.
 
-The 8-bit code is float32 with its low bits rounded off, relative to a power of two above the row's largest magnitude: 16 steps an octave over 16
-octaves for values that are never negative, 8 an octave and a sign for the others. Rounding is stochastic: an average that moves by 0.1 % a step
-would never leave a code 6 % wide. The scale is a power of two so that a value which does not change is on the grid again after every change of
-scale, and takes no new error. Blocks are rows: a class's state can be addressed, moved and dropped by itself.
+The 8-bit code is float32 with its low bits rounded off, relative to a power of two above the row's largest magnitude:
+16 steps an octave over 16 octaves for values that are never negative, 8 an octave and a sign for the others. Rounding
+is stochastic: an average that moves by 0.1 % a step would never leave a code 6 % wide. The scale is a power of two so
+that a value which does not change is on the grid again after every change of scale, and takes no new error. Blocks are
+rows: a class's state can be addressed, moved and dropped by itself.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ _SIGN = 128
 
 
 def round_bf16(x: Tensor, bits: Tensor) -> Tensor:
-    """float32 x to bfloat16, up or down so that the mean is x; the low 16 of the random `bits` (int32, same shape) decide."""
+    """float32 x to bfloat16, up or down so that the mean is x; the low 16 of the random `bits` (int32, same shape)
+    decide.
+    """
     return ((x.view(torch.int32) + (bits & _LOW16)) & ~_LOW16).view(torch.float32).to(torch.bfloat16)
 
 
@@ -56,7 +59,9 @@ def decode(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
 
 
 def _power_above(x: Tensor) -> Tensor:
-    """The least power of two above x >= 0 (1 above 0, 2^127 at most), float32: by its bits, which are the same on every device."""
+    """The least power of two above x >= 0 (1 above 0, 2^127 at most), float32: by its bits, which are the same on every
+    device.
+    """
     bits = x.view(torch.int32)
     normal = ((bits >> 23) + 1).clamp_max_(254) << 23
     subnormal = 1 << (((bits.to(torch.float32).view(torch.int32) >> 23) - 126) & 31)  # the number of its bits

@@ -1,7 +1,8 @@
 """AdamW on some rows of a table, in plain torch: the specification of `kernels.row_update_triton`. Source: ours.
 
-All is float32 (float64 for float64 rows), in the order in which it stands here. Of the sums two are fused, as torch's CPU kernels do on a
-processor that has FMA: first + weight * (grad - first), and second + (weight * grad) * grad; no other product is.
+All is float32 (float64 for float64 rows), in the order in which it stands here. Of the sums two are fused, as torch's
+CPU kernels do on a processor that has FMA: first + weight * (grad - first), and second + (weight * grad) * grad; no
+other product is.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ class RowTable(NamedTuple):
 
     Args:
         rows: [n, d], float32 or bfloat16 (float64: only here).
-        state: row_step int32 [n, 1], how often a row was updated; exp_avg and exp_avg_sq [n, d], or each as _codes uint8 [n, d] and _scales
-            float32 [n, 1] (kernels.rounding); master float32 [n, d] where bfloat16 rows have one, else they are rounded stochastically.
+        state: row_step int32 [n, 1], how often a row was updated; exp_avg and exp_avg_sq [n, d], or each as _codes
+            uint8 [n, d] and _scales float32 [n, 1] (kernels.rounding); master float32 [n, d] where bfloat16 rows have
+            one, else they are rounded stochastically.
         key: of stochastic rounding, well mixed, with room for three more an update.
         first_class: class id of the first row: what is random is keyed by class ids.
     """
@@ -69,7 +71,8 @@ def adamw_rows(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """Updates `active` rows and their moments by `grad`: row = row * factor + first * slope / (sqrt(second) / root + eps).
+    """Updates `active` rows and their moments by `grad`: row = row * factor + first * slope / (sqrt(second) / root +
+    eps).
 
     Args:
         table: updated in place, but for row_step.
@@ -99,7 +102,8 @@ def adamw_rows(
 def _parts(table: RowTable, active: Tensor) -> Iterator[slice]:
     """Parts of the active rows that are updated at a time.
 
-    Their loops keep what a part needed until the next has its own: given back first, a CPU would fetch new pages for each part.
+    Their loops keep what a part needed until the next has its own: given back first, a CPU would fetch new pages for
+    each part.
     """
     entries = CHUNK if active.device.type == "cpu" else LARGE
     size = max(1, entries // table.rows.shape[1])

@@ -1,8 +1,10 @@
-"""`kernels.row_update` as one Triton kernel: a program gathers a row with its moments, updates, rounds and scatters them. Source: ours.
+"""`kernels.row_update` as one Triton kernel: a program gathers a row with its moments, updates, rounds and scatters
+them. Source: ours.
 
-Bit-equal to its twin given the same factors: FMA where the twin has it and nowhere else, divisions and roots rounded to nearest, the same integer
-arithmetic for random bits and codes. One difference is the processor's: torch's roots on a CPU may be MKL's, whose last bit is not always the
-nearest. Each entry is read and written once, in one launch for any number of rows.
+Bit-equal to its twin given the same factors: FMA where the twin has it and nowhere else, divisions and roots rounded to
+nearest, the same integer arithmetic for random bits and codes. One difference is the processor's: torch's roots on a
+CPU may be MKL's, whose last bit is not always the nearest. Each entry is read and written once, in one launch for any
+number of rows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Fused kernels of NVIDIA's TransformerEngine and apex, where they are whole: chosen here, and nowhere by what an import happens to find.
+"""Fused kernels of NVIDIA's TransformerEngine and apex, where they are whole: chosen here, and nowhere by what an
+import happens to find.
 
-megatron-core asks at its import whether packages of those names exist. A TransformerEngine without its libraries then ends the import, and a foreign
-package named apex (PyPI's is one) passes for NVIDIA's. So megatron-core is imported as if neither were there, and what is used is put in afterwards.
-Nothing of this has run on a machine that has them.
+megatron-core asks at its import whether packages of those names exist. A TransformerEngine without its libraries then
+ends the import, and a foreign package named apex (PyPI's is one) passes for NVIDIA's. So megatron-core is imported as
+if neither were there, and what is used is put in afterwards. Nothing of this has run on a machine that has them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ LayerNormFunction = Callable[[Tensor, Tensor, Tensor, Any, float], Tensor]
 
 @dataclass(frozen=True)
 class Accelerators:
-    """Accelerators of a run: whose Adam (torch, transformer_engine or apex), a fused layer norm (None: torch's), and a line that says so and why."""
+    """Accelerators of a run: whose Adam (torch, transformer_engine or apex), a fused layer norm (None: torch's), and a
+    line that says so and why.
+    """
 
     adam: str
     adam_class: Any
@@ -53,7 +56,8 @@ def hidden() -> Iterator[None]:
 def choose(which: str, device: torch.device) -> Accelerators:
     """For `which` auto the first whole package, torch's own without one or on a CPU; for torch torch's own.
 
-    Whole is what has done its work once on `device`, on a small tensor: an apex without its CUDA extensions imports and raises at its first call.
+    Whole is what has done its work once on `device`, on a small tensor: an apex without its CUDA extensions imports and
+    raises at its first call.
     """
     adam: str = "torch"
     adam_class: Any = torch.optim.AdamW

@@ -20,7 +20,8 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 def swiglu(pairs: Tensor) -> Tensor:
-    """[..., 2n] -> [..., n]: silu(gate) * up, where gate and up alternate so that tensor-parallel shards are plain ranges.
+    """[..., 2n] -> [..., n]: silu(gate) * up, where gate and up alternate so that tensor-parallel shards are plain
+    ranges.
 
     Source: Shazeer 2020 (arXiv 2002.05202); the interleaving is ours.
     """

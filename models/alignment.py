@@ -1,8 +1,10 @@
-"""Two views of a product, each embedded alone, in one space: probabilistic canonical correlation analysis (Bach & Jordan 2005), in closed form.
+"""Two views of a product, each embedded alone, in one space: probabilistic canonical correlation analysis (Bach &
+Jordan 2005), in closed form.
 
-One latent vector y ~ N(0, I) explains both views: in whitened coordinates along the canonical directions a view is sqrt(rho) y plus noise of
-variance 1 - rho, rho being the direction's canonical correlation. An embedding is what y is expected to be, given the views that are there: a photo
-alone, a title alone, or both. No labels are needed. Ours; no part of ITEm.
+One latent vector y ~ N(0, I) explains both views: in whitened coordinates along the canonical directions a view is
+sqrt(rho) y plus noise of variance 1 - rho, rho being the direction's canonical correlation. An embedding is what y is
+expected to be, given the views that are there: a photo alone, a title alone, or both. No labels are needed. Ours; no
+part of ITEm.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 
 
 class Alignment(nn.Module):
-    """Vectors of the two views to the latent's expectation. Before `fit` views are taken as they are, and two are averaged.
+    """Vectors of the two views to the latent's expectation. Before `fit` views are taken as they are, and two are
+    averaged.
 
     Its parameters are fitted, never trained, and stay float32.
 
@@ -51,7 +54,8 @@ class Alignment(nn.Module):
             count: n [], float64 like all of them.
             total: sum of v [2 width].
             products: sum of v v^T [2 width, 2 width].
-            ridge: added to each direction's variance, as a part of the view's mean variance; n may be smaller than 2 width.
+            ridge: added to each direction's variance, as a part of the view's mean variance; n may be smaller than 2
+                width.
         """
         width = len(self.correlation)
         mean = total / count

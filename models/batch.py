@@ -31,21 +31,21 @@ class Batch:
     """Queries and documents, both of any number. Rows are samples; ids are global sample ids.
 
     query_images [q, 3, S, S], query_labels int64 [q] (class ids, -1 = none), query_weights [q], query_ids int64 [q];
-    document_images [d, 3, S, S], document_tokens int64 [d, L], document_labels [d], document_weights [d], document_ids [d].
+    document_images [d, 3, S, S], document_tokens int64 [d, L], document_labels [d], document_weights [d], document_ids
+    [d].
 
-    What only some methods read is empty, [0, 0], where it is not given:
-    query_tokens int64 [q, L]: text of the queries; MAKE's are text alone and its query_images [0, 3, S, S];
-    categories int64 [d]: category of the documents, -1 = unknown;
-    keywords int64 [d, K]: keywords of the documents, each once, -1 behind the last; query_keywords int64 [q, K]: those that the query names;
-    masked_tokens int64 [d, L]: the titles with their masked words replaced, and masked_words bool [d, L]: which those are;
-    masked_patches bool [d, P]: patches to be hidden, row-major; masked_titles bool [d]: titles that are masked as a whole;
-    other_tokens int64 [d, L]: for each document its own title or that of another document.
+    What only some methods read is empty, [0, 0], where it is not given: query_tokens int64 [q, L]: text of the queries;
+    MAKE's are text alone and its query_images [0, 3, S, S]; categories int64 [d]: category of the documents, -1 =
+    unknown; keywords int64 [d, K]: keywords of the documents, each once, -1 behind the last; query_keywords int64 [q,
+    K]: those that the query names; masked_tokens int64 [d, L]: the titles with their masked words replaced, and
+    masked_words bool [d, L]: which those are; masked_patches bool [d, P]: patches to be hidden, row-major;
+    masked_titles bool [d]: titles that are masked as a whole; other_tokens int64 [d, L]: for each document its own
+    title or that of another document.
 
-    Beside them, so that nobody has to ask the device for it:
-    query_lengths int64 [q], document_lengths [d], masked_lengths [d] (0 for a title that is masked as a whole), other_lengths [d]: tokens of the
-    texts before padding, always on the host (with_lengths); [0] if not given;
-    sizes: "query" and "document" to how many of them each rank brings that has other samples, in rank order; None: to be exchanged;
-    origin: the batch that this one was moved from.
+    Beside them, so that nobody has to ask the device for it: query_lengths int64 [q], document_lengths [d],
+    masked_lengths [d] (0 for a title that is masked as a whole), other_lengths [d]: tokens of the texts before padding,
+    always on the host (with_lengths); [0] if not given; sizes: "query" and "document" to how many of them each rank
+    brings that has other samples, in rank order; None: to be exchanged; origin: the batch that this one was moved from.
     """
 
     query_images: Tensor
@@ -99,7 +99,9 @@ class Batch:
         return self if self.origin is None else self.origin
 
     def with_lengths(self, pad: int) -> Batch:
-        """The same batch, which lies on the host, with the lengths of its texts; `pad` stands behind a text and nowhere else."""
+        """The same batch, which lies on the host, with the lengths of its texts; `pad` stands behind a text and nowhere
+        else.
+        """
         found = {
             name: (tokens != pad).sum(1)
             for name in ("query", "document", "masked", "other")
@@ -111,7 +113,8 @@ class Batch:
         return replace(self, **known)
 
     def trimmed(self, *names: str) -> Batch:
-        """The same batch without the columns that are padding in all texts of `names`, query or document; those of a document stay aligned.
+        """The same batch without the columns that are padding in all texts of `names`, query or document; those of a
+        document stay aligned.
 
         Widths are multiples of WIDTH, so that few shapes occur. Without lengths nothing is cut.
         """
@@ -128,7 +131,9 @@ class Batch:
         return replace(self, **cut)
 
     def padded(self, name: str) -> bool:
-        """True where the texts of `name` (query, document, masked or other) have padding that attention must be told of, or no known lengths."""
+        """True where the texts of `name` (query, document, masked or other) have padding that attention must be told
+        of, or no known lengths.
+        """
         lengths, width = getattr(self, f"{name}_lengths"), self._tokens(name).shape[1]
         return not lengths.numel() or bool((lengths.numpy() < width).any())
 
@@ -147,7 +152,9 @@ TENSORS = tuple(f.name for f in fields(Batch) if not f.name.endswith(("_lengths"
 
 
 def rank_sizes(batches: Sequence[Batch], *sides: str) -> list[int] | None:
-    """Queries, documents, or both together, of all `batches` of every rank, in rank order; None where they are not known."""
+    """Queries, documents, or both together, of all `batches` of every rank, in rank order; None where they are not
+    known.
+    """
     counts = [batch.sizes[side] for batch in batches if batch.sizes is not None for side in sides]
     return [sum(of_rank) for of_rank in zip(*counts, strict=True)] if len(counts) == len(batches) * len(sides) else None
 
@@ -157,8 +164,9 @@ class Reads:
     """Content of a method's batches.
 
     Args:
-        kind: photos: query photos and documents, each by their own slots; pairs: query photos and a document of each one's class;
-            texts: documents and a text query for each; documents: documents alone, each with its own title or another one's.
+        kind: photos: query photos and documents, each by their own slots; pairs: query photos and a document of each
+            one's class; texts: documents and a text query for each; documents: documents alone, each with its own title
+            or another one's.
         text_length: tokens of a document's text.
         query_length: tokens of a text query.
         num_patches: patches of a document's image where words and patches are to be masked; 0 masks nothing.

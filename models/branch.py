@@ -1,4 +1,6 @@
-"""Joint of a residual branch and the stream: layer scale, dropout, drop path, addition, and the norm of a post-norm layer."""
+"""Joint of a residual branch and the stream: layer scale, dropout, drop path, addition, and the norm of a post-norm
+layer.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,11 @@ from models.shape import TransformerShape
 
 
 class BranchEnd(nn.Module):
-    """The end of one branch of layer `layer` (from 0). Parameters: `scale` with layer scale, `norm` with post-norm, none otherwise.
+    """The end of one branch of layer `layer` (from 0). Parameters: `scale` with layer scale, `norm` with post-norm,
+    none otherwise.
 
-    Source: LayerScale, Touvron et al. 2021; drop path, Huang et al. 2016, its rate rising linearly over the layers; post-norm, Vaswani et al. 2017.
+    Source: LayerScale, Touvron et al. 2021; drop path, Huang et al. 2016, its rate rising linearly over the layers;
+    post-norm, Vaswani et al. 2017.
     """
 
     drop_path: Tensor
@@ -28,7 +32,9 @@ class BranchEnd(nn.Module):
         self.norm = nn.LayerNorm(shape.hidden_size, eps=shape.layernorm_eps) if shape.post_norm else None
 
     def join(self, branch: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-        """branch, residual [s, b, h], bias [h] of the branch -> [s, b, h]. Drop path drops the whole branch of a sample."""
+        """branch, residual [s, b, h], bias [h] of the branch -> [s, b, h]. Drop path drops the whole branch of a
+        sample.
+        """
         drawn = self.draw(branch.shape[1], branch.device) if self.drops and self.training else None
         return self.joined(branch, residual, bias, drawn)
 

@@ -11,7 +11,9 @@ from torch.distributed import ProcessGroup
 
 
 def shard_sizes(count: int, group: ProcessGroup, device: torch.device) -> list[int]:
-    """The `count` of every rank of `group`, in rank order. Waits for the device: who knows the sizes passes them on instead."""
+    """The `count` of every rank of `group`, in rank order. Waits for the device: who knows the sizes passes them on
+    instead.
+    """
     if group.size() == 1:
         return [count]
     sizes = torch.empty(group.size(), dtype=torch.int64, device=device)
@@ -20,7 +22,9 @@ def shard_sizes(count: int, group: ProcessGroup, device: torch.device) -> list[i
 
 
 def gather_shards(x: Tensor, group: ProcessGroup, sizes: list[int] | None = None) -> Tensor:
-    """Rows of every rank's `x` [n_r, ...], concatenated in rank order; not differentiable. `sizes` saves the exchange of n_r."""
+    """Rows of every rank's `x` [n_r, ...], concatenated in rank order; not differentiable. `sizes` saves the exchange
+    of n_r.
+    """
     if group.size() == 1:
         return x
     sizes = sizes or shard_sizes(len(x), group, x.device)
@@ -34,7 +38,9 @@ def gather_shards(x: Tensor, group: ProcessGroup, sizes: list[int] | None = None
 
 
 def scatter_sum(x: Tensor, group: ProcessGroup, sizes: list[int]) -> Tensor:
-    """Every rank's own rows [n_r, ...] of the sum of all ranks' `x` [sum of n_r, ...]: the counterpart of gather_shards."""
+    """Every rank's own rows [n_r, ...] of the sum of all ranks' `x` [sum of n_r, ...]: the counterpart of
+    gather_shards.
+    """
     if group.size() == 1:
         return x
     longest = max(sizes)

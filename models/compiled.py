@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 CHOICES = ("auto", "always", "never")
-# Graphs of one function: towers x (training or not) x (mask or none) x (first layer or later, frozen or not); torch's own limit is 8.
+# Graphs of one function: towers x (training or not) x (mask or none) x (first layer or later, frozen or not); torch's
+# own limit is 8.
 GRAPHS = 64
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -18,7 +19,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def compiled(function: Function, backend: str) -> Function:
     """`function` compiled by torch.compile's `backend` at its first call; itself where that is empty.
 
-    A graph break is an error. Sizes are constants of the graph but where `may_vary` marked them: nothing is compiled again because a text is longer.
+    A graph break is an error. Sizes are constants of the graph but where `may_vary` marked them: nothing is compiled
+    again because a text is longer.
     """
     if not backend:
         return function
@@ -27,7 +29,9 @@ def compiled(function: Function, backend: str) -> Function:
 
 
 def may_vary(x: Tensor | None, *dims: int) -> None:
-    """Marks sizes of a compiled function's argument that differ between calls. A size of 1 stays a constant: it may mean a broadcast."""
+    """Marks sizes of a compiled function's argument that differ between calls. A size of 1 stays a constant: it may
+    mean a broadcast.
+    """
     if x is not None:
         for dim in dims:
             if x.shape[dim] > 1:

@@ -1,4 +1,6 @@
-"""MAKE's modules behind the towers: fusion of title and image, Modal Adaptation, and the matching heads. Their forms are ours."""
+"""MAKE's modules behind the towers: fusion of title and image, Modal Adaptation, and the matching heads. Their forms
+are ours.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,9 @@ class CrossModal(nn.Module):
         self.block = build.block(shape)
 
     def forward(self, words: Tensor, padding: Tensor | None, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """words [n, L, t], padding bool [n, L] or None where there is none, patches [n, P, v] -> (first token [n, h], words [n, L, h],
-        patches [n, P, h])."""
+        """words [n, L, t], padding bool [n, L] or None where there is none, patches [n, P, v] -> (first token [n, h],
+        words [n, L, h], patches [n, P, h]).
+        """
         first = self.first.expand(len(words), 1, -1)
         x = torch.cat([first, self.words_in(words), self.patches_in(patches)], 1)
         hidden = None if padding is None else F.pad(padding, (1, patches.shape[1]))[:, None, None, :]
@@ -41,9 +44,11 @@ class CrossModal(nn.Module):
 
 
 class ModalAdaptation(nn.Module):
-    """A product's vector: the sum of its unit title, image and fused vectors, weighted by a softmax that a small network finds for each product.
+    """A product's vector: the sum of its unit title, image and fused vectors, weighted by a softmax that a small
+    network finds for each product.
 
-    Known (MAKE, arXiv 2301.12646): title and image get weights of the product's own from a cross-modal module. Ours: how.
+    Known (MAKE, arXiv 2301.12646): title and image get weights of the product's own from a cross-modal module. Ours:
+    how.
     """
 
     def __init__(self, embedding_dim: int) -> None:

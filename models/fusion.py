@@ -1,4 +1,6 @@
-"""OCLEAR's modules behind the towers: concept-aware fusion of a document's text and image, and the transformation networks."""
+"""OCLEAR's modules behind the towers: concept-aware fusion of a document's text and image, and the transformation
+networks.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, context: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x [b, m, h]; context [b, n, c]; hidden bool [b, 1, 1, n], True = not seen. Returns ([b, m, h], map [b, heads, m, n])."""
+        """x [b, m, h]; context [b, n, c]; hidden bool [b, 1, 1, n], True = not seen. Returns ([b, m, h], map [b, heads,
+        m, n]).
+        """
         q = self.query(self.norm_query(x)).unflatten(2, (self.heads, -1)).transpose(1, 2)
         both = self.key_value(self.norm_context(context)).unflatten(2, (2, self.heads, -1))
         k, v = both.permute(2, 0, 3, 1, 4)
@@ -44,11 +48,12 @@ class Fused(NamedTuple):
 class ConceptFusion(nn.Module):
     """Concept-aware modality fusion.
 
-    Known (OCLEAR, arXiv 2305.03972): concepts are extracted from the text through a learned external memory; they attend over image patches.
-    Ours: `slots` memory vectors attend over the text tokens, the resulting concepts attend over the patches, their mean is the fused vector,
-    and a gate in (0, 1) mixes it with the image vector: gate = 0 is the image alone. In training the text of a share `text_dropout` of the
-    documents is left out: else the text, which names its class plainly, leaves the image nothing to learn, and a product that training never
-    saw is found by neither. The gate begins near `gate_init`.
+    Known (OCLEAR, arXiv 2305.03972): concepts are extracted from the text through a learned external memory; they
+    attend over image patches. Ours: `slots` memory vectors attend over the text tokens, the resulting concepts attend
+    over the patches, their mean is the fused vector, and a gate in (0, 1) mixes it with the image vector: gate = 0 is
+    the image alone. In training the text of a share `text_dropout` of the documents is left out: else the text, which
+    names its class plainly, leaves the image nothing to learn, and a product that training never saw is found by
+    neither. The gate begins near `gate_init`.
     """
 
     def __init__(
@@ -83,7 +88,9 @@ class ConceptFusion(nn.Module):
 
 
 class ConcatFusion(nn.Module):
-    """For comparison with ConceptFusion: image vector and mean word through one linear layer, or (text_size 0) the image vector alone. Ours."""
+    """For comparison with ConceptFusion: image vector and mean word through one linear layer, or (text_size 0) the
+    image vector alone. Ours.
+    """
 
     def __init__(self, hidden_size: int, text_size: int) -> None:
         super().__init__()

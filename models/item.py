@@ -1,9 +1,11 @@
-"""ITEm: product embeddings from title and image without labels, for same-product search and category prediction (Liao et al., arXiv 2311.02084).
+"""ITEm: product embeddings from title and image without labels, for same-product search and category prediction (Liao
+et al., arXiv 2311.02084).
 
-Known: one single-stream transformer, no regions of interest; five objectives: image-text matching (ITM), masked language modelling (MLM), masked
-image modelling (MIM), and GMLM and GMIM, in which the global representation alone predicts the masked words and builds the masked patches. Ours:
-every form that these take below, and which modality is hidden (one_heavy in harness/data/masking.py). Ours too, and no part of ITEm: `aligned`
-embeddings, and `contrast`, the baseline on the same towers.
+Known: one single-stream transformer, no regions of interest; five objectives: image-text matching (ITM), masked
+language modelling (MLM), masked image modelling (MIM), and GMLM and GMIM, in which the global representation alone
+predicts the masked words and builds the masked patches. Ours: every form that these take below, and which modality is
+hidden (one_heavy in harness/data/masking.py). Ours too, and no part of ITEm: `aligned` embeddings, and `contrast`, the
+baseline on the same towers.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class ItemWeights:
         mim: masked patches, each from its own final state.
         gmlm: masked words from the global vector and their position.
         gmim: masked patches from the global vector and their position.
-        contrast: InfoNCE between the product seen as title alone and as image alone; no part of ITEm, the baseline on the same towers.
+        contrast: InfoNCE between the product seen as title alone and as image alone; no part of ITEm, the baseline on
+            the same towers.
     """
 
     itm: float = 1.0
@@ -93,10 +96,11 @@ class ItemConfig:
         vision: patches of the image.
         text: the transformer over title and patches.
         weights: weights of the terms.
-        aligned: what embeds a product: false, the global vector of all that is seen of it; true, the global vectors of its image alone and of its
-            title alone, brought into one space (models/alignment.py).
-        global_targets: what the global vector must tell: masked (the masked words and patches, as published) or all (every word and
-            patch; ours: so that the global vector of a whole product, where nothing is masked, tells what is in it).
+        aligned: what embeds a product: false, the global vector of all that is seen of it; true, the global vectors of
+            its image alone and of its title alone, brought into one space (models/alignment.py).
+        global_targets: what the global vector must tell: masked (the masked words and patches, as published) or all
+            (every word and patch; ours: so that the global vector of a whole product, where nothing is masked, tells
+            what is in it).
         contrast: the loss of the baseline.
     """
 
@@ -122,7 +126,9 @@ class ItemConfig:
 
 
 class ItemTowers(nn.Module):
-    """Title and image to final states, and the heads of all objectives. One sequence: a global token, the title's tokens, the patches."""
+    """Title and image to final states, and the heads of all objectives. One sequence: a global token, the title's
+    tokens, the patches.
+    """
 
     def __init__(self, config: ItemConfig, build: TransformerBuilder) -> None:
         super().__init__()
@@ -159,8 +165,9 @@ class ItemTowers(nn.Module):
     ) -> Tensor:
         """images [b, 3, S, S], tokens [b, L] -> final states [b, 1 + L + P, h], the global vector first.
 
-        Without L or P where `seen` is image or title. Padding and the titles of `untitled`, bool [b], are hidden from attention, and meaningless in
-        the states. padded: whether there may be any of that; without, attention needs no mask and has faster kernels.
+        Without L or P where `seen` is image or title. Padding and the titles of `untitled`, bool [b], are hidden from
+        attention, and meaningless in the states. padded: whether there may be any of that; without, attention needs no
+        mask and has faster kernels.
         """
         parts = [self.first.expand(images.shape[0], 1, -1)]
         hidden = [torch.zeros(images.shape[0], 1, dtype=torch.bool, device=tokens.device)]
@@ -251,7 +258,9 @@ class Item:
         return averaged(self.loss, batches)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of one micro-batch (the same on every rank), and metrics as local [sum, weight]: each term, and itm_accuracy."""
+        """Loss of one micro-batch (the same on every rank), and metrics as local [sum, weight]: each term, and
+        itm_accuracy.
+        """
         batch = batch.trimmed("document")
         use, images = self.config.weights, batch.document_images
         terms: dict[str, Tensor] = {}
@@ -282,9 +291,11 @@ class Item:
         return total, metrics | more
 
     def masked_terms(self, states: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """MLM, MIM, GMLM and GMIM, those of them that have a weight, of the final states [n, 1 + L + P, h] of the masked batch.
+        """MLM, MIM, GMLM and GMIM, those of them that have a weight, of the final states [n, 1 + L + P, h] of the
+        masked batch.
 
-        Means over masked words: cross entropy; over masked patches: squared error of the normalised pixels (He et al. 2022).
+        Means over masked words: cross entropy; over masked patches: squared error of the normalised pixels (He et al.
+        2022).
         """
         use, heads, group, host, device = self.config.weights, self.towers, self.data_group, batch.host, states.device
         length = batch.masked_words.shape[1]
@@ -315,7 +326,9 @@ class Item:
         return terms
 
     def _itm(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Binary cross entropy of whether the image's title is its own, from the global vector, nothing masked. Equal titles match."""
+        """Binary cross entropy of whether the image's title is its own, from the global vector, nothing masked. Equal
+        titles match.
+        """
         matches = (batch.other_tokens == batch.document_tokens).all(1)
         logits = self.towers.itm(
             self.towers.embed(batch.document_images, batch.other_tokens, padded=batch.padded("other"))

@@ -1,10 +1,12 @@
-"""MAKE: a short text query finds products made of a title and an image (Zheng et al., arXiv 2301.12646, and its follow-up 2304.04377).
+"""MAKE: a short text query finds products made of a title and an image (Zheng et al., arXiv 2301.12646, and its
+follow-up 2304.04377).
 
-Known: separate encoders for query, title and image; Modal Adaptation, a cross-modal module that gives title and image weights of the product's
-own; Keyword Enhancement, also against false negatives; the objectives' names: query-item classification (QIC) by AM-softmax, query-item matching
-(QIM), query-image matching, masked language modelling (MLM), masked patch modelling (MPM) as contrastive; negatives of all devices and of a
-memory bank. Ours: every form that these take below. Pre-training and fine-tuning differ by `model.weights` alone; with all weights but QIC's at
-0, no margin, no bank, no hidden words and no false-negative mask it is plain in-batch InfoNCE on the same towers.
+Known: separate encoders for query, title and image; Modal Adaptation, a cross-modal module that gives title and image
+weights of the product's own; Keyword Enhancement, also against false negatives; the objectives' names: query-item
+classification (QIC) by AM-softmax, query-item matching (QIM), query-image matching, masked language modelling (MLM),
+masked patch modelling (MPM) as contrastive; negatives of all devices and of a memory bank. Ours: every form that these
+take below. Pre-training and fine-tuning differ by `model.weights` alone; with all weights but QIC's at 0, no margin, no
+bank, no hidden words and no false-negative mask it is plain in-batch InfoNCE on the same towers.
 """
 
 from __future__ import annotations
@@ -62,18 +64,20 @@ class MakeConfig:
         query: the query tower; vocab_size 0 takes the title's.
         fusion: the transformer over title and patches together.
         embedding_dim: width of the embeddings.
-        hide_words: in training a product's title lacks the words that masked modelling hides (data.masking), so that the image must tell what a
-            title does not say.
-        modalities: weights of title, image and fused vector: learned (of the product's own), equal, or title or image alone (ablations).
+        hide_words: in training a product's title lacks the words that masked modelling hides (data.masking), so that
+            the image must tell what a title does not say.
+        modalities: weights of title, image and fused vector: learned (of the product's own), equal, or title or image
+            alone (ablations).
         num_keywords: size of the keyword table; 0 takes the catalogue's.
         product_keywords: keywords of one product, and of one query, at most.
-        related_keywords: a product that has so many of the keywords that a query names, or all of them, is none of its negatives; 0: keywords do
-            not matter.
+        related_keywords: a product that has so many of the keywords that a query names, or all of them, is none of its
+            negatives; 0: keywords do not matter.
         related_category: nor is one of the category of the query's product.
         qic: the loss of query-item classification.
         memory_bank: embeddings of earlier steps that are negatives too; 0: none.
-        memory_after: embeddings that go into the bank before it takes part. While weights move fast, all new embeddings can move away from the
-            bank's together, which lowers the loss and teaches nothing (Wang et al., arXiv 1912.06798, start their memory late too).
+        memory_after: embeddings that go into the bank before it takes part. While weights move fast, all new embeddings
+            can move away from the bank's together, which lowers the loss and teaches nothing (Wang et al., arXiv
+            1912.06798, start their memory late too).
         mpm: the loss of masked patch modelling.
         mpm_patches: masked patches of an image that masked patch modelling compares with those of all other images.
         weights: weights of the terms.
@@ -117,8 +121,9 @@ class MakeConfig:
 
 
 class Products(NamedTuple):
-    """n products: embedding [n, d] and image vector [n, d], not normalised; weights [n, 3] of title, image and fused vector; words [n, L, t]
-    of the title tower, patches [n, P, v] of the image tower."""
+    """n products: embedding [n, d] and image vector [n, d], not normalised; weights [n, 3] of title, image and fused
+    vector; words [n, L, t] of the title tower, patches [n, P, v] of the image tower.
+    """
 
     embedding: Tensor
     image: Tensor
@@ -193,7 +198,8 @@ class MakeQuery(nn.Module):
 
 
 class Make:
-    """The method as the loop sees it. Row i of the batch's queries and documents is a pair: a query and the product that it led to.
+    """The method as the loop sees it. Row i of the batch's queries and documents is a pair: a query and the product
+    that it led to.
 
     Args:
         config: the method's configuration.
@@ -224,8 +230,10 @@ class Make:
         return averaged(self.loss, batches)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of one micro-batch (the same on every rank), and metrics as local [sum, weight]: each term, the mean weights of title, image and
-        fused vector, and of QIC positive_cosine and accuracy. In training the batch then joins the memory bank."""
+        """Loss of one micro-batch (the same on every rank), and metrics as local [sum, weight]: each term, the mean
+        weights of title, image and fused vector, and of QIC positive_cosine and accuracy. In training the batch then
+        joins the memory bank.
+        """
         use, towers, batch = self.config.weights, self.towers, self._trimmed(batch)
         weights = batch.query_weights * batch.document_weights  # a pair counts where both its samples were readable
         known = batch.document_labels[:, None], batch.categories[:, None]
@@ -309,7 +317,8 @@ class Make:
     ) -> Tensor:
         """QIM: binary cross entropy of each pair and of the query with its hardest negative.
 
-        Ours: that is the product of highest QIC cosine over the batches of all ranks that is not related. Only vectors are gathered.
+        Ours: that is the product of highest QIC cosine over the batches of all ranks that is not related. Only vectors
+        are gathered.
         """
         group = self.data_group
         sizes = sizes or shard_sizes(len(queries), group, queries.device)
@@ -327,8 +336,9 @@ class Make:
         return global_mean(losses, torch.cat([weights, weights * ~hidden.all(1)]), group)
 
     def _keywords(self, queries: Tensor, keywords: Tensor, weights: Tensor) -> Tensor:
-        """Keyword Enhancement: softmax over the keyword table against all keywords of the product alike (Mahajan et al. 2018), from the query
-        vector alone. A product without keywords counts nothing."""
+        """Keyword Enhancement: softmax over the keyword table against all keywords of the product alike (Mahajan et al.
+        2018), from the query vector alone. A product without keywords counts nothing.
+        """
         assert self.towers.keywords is not None, "the catalogue has no keywords"
         logits = self.towers.keywords(queries)
         logs = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
@@ -352,8 +362,9 @@ class Make:
     def _mpm(self, products: Products, batch: Batch) -> Tensor:
         """Masked patches of the image, from the rest of it and the title: which of the patches of all images is it?
 
-        Ours: the candidates are `mpm_patches` masked patches of every image of all ranks, evenly spaced among its masked ones, each a linear map
-        of its normalised pixels: nothing in them tells their place. An image with fewer masked patches takes no part.
+        Ours: the candidates are `mpm_patches` masked patches of every image of all ranks, evenly spaced among its
+        masked ones, each a linear map of its normalised pixels: nothing in them tells their place. An image with fewer
+        masked patches takes no part.
         """
         k, size, group = self.config.mpm_patches, self.config.vision.patch_size, self.data_group
         patches, _ = self.towers.vision(hide_patches(batch.document_images, batch.masked_patches, size))

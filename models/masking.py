@@ -1,4 +1,5 @@
-"""Masked modelling: how patches are hidden, what they are rebuilt as, and the head that names masked words. Shared by MAKE and ITEm.
+"""Masked modelling: how patches are hidden, what they are rebuilt as, and the head that names masked words. Shared by
+MAKE and ITEm.
 
 Which words and patches are masked comes with the batch.
 """
@@ -22,13 +23,16 @@ def hide_patches(images: Tensor, masked: Tensor, patch_size: int) -> Tensor:
 
 
 def patch_pixels(images: Tensor, patch_size: int) -> Tensor:
-    """images [b, 3, S, S] -> pixels of each patch [b, P, 3 * patch_size**2], with mean 0 and variance 1. Source: He et al. 2022 (MAE)."""
+    """images [b, 3, S, S] -> pixels of each patch [b, P, 3 * patch_size**2], with mean 0 and variance 1. Source: He et
+    al. 2022 (MAE).
+    """
     pixels = F.unfold(images.to(torch.promote_types(images.dtype, torch.float32)), patch_size, stride=patch_size)
     return F.layer_norm(pixels.transpose(1, 2), pixels.shape[1:2], eps=1e-6)
 
 
 class WordHead(nn.Module):
-    """Token vectors to logits over the vocabulary. Source: Devlin et al. 2019 (BERT); not tied to the word embeddings (ours).
+    """Token vectors to logits over the vocabulary. Source: Devlin et al. 2019 (BERT); not tied to the word embeddings
+    (ours).
 
     Replicated over tensor-parallel ranks: it sees the few masked words alone.
     """

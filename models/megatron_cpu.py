@@ -1,8 +1,9 @@
 """Lets megatron-core 0.16 run on a CPU; on a GPU only its checkpoint writer is mended.
 
-megatron-core writes `torch.cuda.current_device()`, `device='cuda'` and `'torch.cuda.FloatTensor'` into a few modules that have nothing
-to do with a GPU otherwise. We never patch torch itself: each module named in `PATCHED` gets, in place of its global name `torch`, a proxy
-that answers those three for the CPU. Our own attention core, norm, clipping and loop keep the list short. Source: ours.
+megatron-core writes `torch.cuda.current_device()`, `device='cuda'` and `'torch.cuda.FloatTensor'` into a few modules
+that have nothing to do with a GPU otherwise. We never patch torch itself: each module named in `PATCHED` gets, in place
+of its global name `torch`, a proxy that answers those three for the CPU. Our own attention core, norm, clipping and
+loop keep the list short. Source: ours.
 """
 
 from __future__ import annotations
@@ -123,7 +124,9 @@ def install() -> None:
 
 
 def use_cpu(cpu: bool) -> None:
-    """Puts the proxies of `PATCHED` in place, or torch itself back: what decides is where a run computes, not what the machine has."""
+    """Puts the proxies of `PATCHED` in place, or torch itself back: what decides is where a run computes, not what the
+    machine has.
+    """
     if cpu == bool(_replaced):
         return
     rng: Any = sys.modules["megatron.core.tensor_parallel.random"]
@@ -139,8 +142,10 @@ def use_cpu(cpu: bool) -> None:
 
 
 def _mend_checkpoint_writer(filesystem_async: Any) -> None:
-    """The stock writer forks for every save, from a process full of threads (gloo or NCCL, DALI), and first starts a *spawned* manager that imports
-    the main module again: 5 s, a hang where that has no guard, an orphan where the rank is killed. Ours writes its buckets itself. Also on GPUs."""
+    """The stock writer forks for every save, from a process full of threads (gloo or NCCL, DALI), and first starts a
+    *spawned* manager that imports the main module again: 5 s, a hang where that has no guard, an orphan where the rank
+    is killed. Ours writes its buckets itself. Also on GPUs.
+    """
     writer = filesystem_async.FileSystemWriterAsync
 
     def write_here(transforms: Any, _use_msc: bool, _rank: int, buckets: list[Any], results: queue.Queue[Any]) -> None:
@@ -163,7 +168,9 @@ def _mend_checkpoint_writer(filesystem_async: Any) -> None:
 
 @contextlib.contextmanager
 def cuda_type_names() -> Iterator[None]:
-    """Inside, on a CPU, `tensor.type()` reads like a CUDA tensor's: megatron's optimizer sorts parameters by that string."""
+    """Inside, on a CPU, `tensor.type()` reads like a CUDA tensor's: megatron's optimizer sorts parameters by that
+    string.
+    """
     if not _replaced:
         yield
         return

@@ -11,7 +11,9 @@ from torch.distributed import ProcessGroup
 
 
 def merge_shards(shard: Tensor, parameter: nn.Parameter, group: ProcessGroup) -> Tensor:
-    """`shard` (a value or gradient of `parameter`) joined over the tensor-parallel `group`; collective. Replicated ones come back as they are."""
+    """`shard` (a value or gradient of `parameter`) joined over the tensor-parallel `group`; collective. Replicated ones
+    come back as they are.
+    """
     if not getattr(parameter, "tensor_model_parallel", False) or group.size() == 1:
         return shard
     shards = [torch.empty_like(shard) for _ in range(group.size())]
@@ -20,20 +22,25 @@ def merge_shards(shard: Tensor, parameter: nn.Parameter, group: ProcessGroup) ->
 
 
 def merged_state_dict(towers: nn.Module, group: ProcessGroup) -> dict[str, Tensor]:
-    """All parameters of the towers on every rank of `group`, under the plain twin's names; collective. They keep nothing in buffers."""
+    """All parameters of the towers on every rank of `group`, under the plain twin's names; collective. They keep
+    nothing in buffers.
+    """
     parameters = towers.named_parameters(remove_duplicate=False)
     return {name: merge_shards(parameter.detach(), parameter, group) for name, parameter in parameters}
 
 
 def cut_shard(whole: Tensor, parameter: nn.Parameter, group: ProcessGroup) -> Tensor:
-    """This rank's share of `whole` for `parameter`: what merge_shards would join again. Replicated parameters take all of it."""
+    """This rank's share of `whole` for `parameter`: what merge_shards would join again. Replicated parameters take all
+    of it.
+    """
     if not getattr(parameter, "tensor_model_parallel", False) or group.size() == 1:
         return whole
     return whole.chunk(group.size(), dim=parameter.partition_dim)[group.rank()]  # type: ignore[attr-defined]
 
 
 def load_merged(towers: nn.Module, state: Mapping[str, Tensor], group: ProcessGroup) -> None:
-    """Copies the tensors of `state`, under the plain twin's names, into the parameters of that name; the others stay as they are.
+    """Copies the tensors of `state`, under the plain twin's names, into the parameters of that name; the others stay as
+    they are.
 
     Raises:
         ValueError: a shape that differs.

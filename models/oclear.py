@@ -1,9 +1,9 @@
 """OCLEAR: a query photo finds documents made of image and text, by classification (Cheng et al., arXiv 2305.03972).
 
-Known: one image encoder shared by query and document, separate transformation networks behind it, concept-aware fusion of a document's
-text and image, queries and documents as equivalent samples of a class, data-parallel encoders with a class-parallel classifier.
-Ours: everything else (docs/methods.md). The same `OclearTowers` runs on megatron-core (training) and in plain torch (oracle, serving): the
-builder decides.
+Known: one image encoder shared by query and document, separate transformation networks behind it, concept-aware fusion
+of a document's text and image, queries and documents as equivalent samples of a class, data-parallel encoders with a
+class-parallel classifier. Ours: everything else (docs/methods.md). The same `OclearTowers` runs on megatron-core
+(training) and in plain torch (oracle, serving): the builder decides.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class OclearConfig:
         vision: the image tower, shared by queries and documents.
         text: the text tower of documents.
         embedding_dim: width of the embeddings.
-        fusion_kind: of a document's image and text: concept (concept-aware), concat (one linear layer), or image (no text): ablations.
+        fusion_kind: of a document's image and text: concept (concept-aware), concat (one linear layer), or image (no
+            text): ablations.
         concept_slots: memory slots of the concept-aware fusion.
         fusion_heads: attention heads of the fusion.
         gate_init: gate of the fusion at the start, in (0, 1): 0 is the image alone, 1 the text's concepts alone.
@@ -167,7 +168,8 @@ class Oclear:
         self.config, self.towers, self.head, self.data_group = config, towers, head, data_group
 
     def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Loss (the same on every rank) of each micro-batch and metrics as local [sum, weight]: positive_cosine, accuracy, gate.
+        """Loss (the same on every rank) of each micro-batch and metrics as local [sum, weight]: positive_cosine,
+        accuracy, gate.
 
         They add up to the step's. Call backward on each loss before the next is asked for.
         """

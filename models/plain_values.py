@@ -1,4 +1,6 @@
-"""Configuration classes from plain values that somebody else may have written: JSON of an artefact, of imported weights."""
+"""Configuration classes from plain values that somebody else may have written: JSON of an artefact, of imported
+weights.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ LARGEST = 1 << 31  # of any number in a configuration; those that cost memory ar
 
 
 def from_plain(kind: type[T], values: Any, where: str) -> T:
-    """An instance of the dataclass `kind`, with fields of bool, int, float, str, tuples of one of these, and other such dataclasses.
+    """An instance of the dataclass `kind`, with fields of bool, int, float, str, tuples of one of these, and other such
+    dataclasses.
 
     Args:
         kind: the dataclass.

@@ -1,4 +1,6 @@
-"""Attention pooling: a learned query looks at all tokens. Replicated on all tensor-parallel ranks; it is one layer on one token."""
+"""Attention pooling: a learned query looks at all tokens. Replicated on all tensor-parallel ranks; it is one layer on
+one token.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# name -> (mode, antialias) of torch's interpolate: what the models that bring learned positions do at another resolution.
+# name -> (mode, antialias) of torch's interpolate: what the models that bring learned positions do at another
+# resolution.
 RESIZES = {
     "bicubic": ("bicubic", False),
     "bicubic_antialias": ("bicubic", True),
@@ -17,7 +18,9 @@ RESIZES = {
 
 
 def resized(positions: Tensor, rows: int, columns: int, how: str) -> Tensor:
-    """Learned positions [g * g, h] of a square grid, as [rows * columns, h] of another one; the same tensor where the grid is the same."""
+    """Learned positions [g * g, h] of a square grid, as [rows * columns, h] of another one; the same tensor where the
+    grid is the same.
+    """
     side = math.isqrt(len(positions))
     if (rows, columns) == (side, side):
         return positions
@@ -28,7 +31,9 @@ def resized(positions: Tensor, rows: int, columns: int, how: str) -> Tensor:
 
 
 def sine_cosine(rows: int, columns: int, width: int, like: Tensor) -> Tensor:
-    """Fixed positions [rows * columns, width]: sines and cosines of the column, then of the row. Source: Chen et al. 2021 (MoCo v3)."""
+    """Fixed positions [rows * columns, width]: sines and cosines of the column, then of the row. Source: Chen et al.
+    2021 (MoCo v3).
+    """
     frequency = 1e4 ** -torch.arange(0, 1, 4 / width, dtype=torch.float32, device=like.device)
     row, column = (torch.arange(n, dtype=torch.float32, device=like.device) for n in (rows, columns))
     y, x = (grid.flatten()[:, None] * frequency for grid in torch.meshgrid(row, column, indexing="ij"))
@@ -36,7 +41,8 @@ def sine_cosine(rows: int, columns: int, width: int, like: Tensor) -> Tensor:
 
 
 def rotary_angles(rows: int, columns: int, prefix: int, head_dim: int, base: float, device: torch.device) -> Tensor:
-    """Angles [prefix + rows * columns, 1, 1, head_dim] of rotary attention: rows and columns run over [-1, 1], prefix tokens are not rotated.
+    """Angles [prefix + rows * columns, 1, 1, head_dim] of rotary attention: rows and columns run over [-1, 1], prefix
+    tokens are not rotated.
 
     Source: Simeoni et al. 2025 (DINOv3).
     """

@@ -1,6 +1,7 @@
 """Towers by their usual names: the fields of VisionConfig and TextConfig. A recipe's own keys win over its preset's.
 
-Sizes are those of the papers and of the configurations on the hub; without dropout and drop path, which are the recipe's to choose.
+Sizes are those of the papers and of the configurations on the hub; without dropout and drop path, which are the
+recipe's to choose.
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ PRESETS = {"vision": VISION, "text": TEXT}
 
 
 def expand(tower: str, given: Mapping[str, Any]) -> Fields:
-    """The keys of model.vision or model.text (`tower`) that a recipe gives, with those of its `preset` filled in under them.
+    """The keys of model.vision or model.text (`tower`) that a recipe gives, with those of its `preset` filled in under
+    them.
 
     Raises:
         ValueError: no preset of that name for that tower; the message lists those that exist.

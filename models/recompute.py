@@ -19,10 +19,12 @@ RECOMPUTE = ("none", "selective", "full")
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """function(*inputs), which keeps its inputs alone and runs again in backward, with the random numbers of the first time.
+    """function(*inputs), which keeps its inputs alone and runs again in backward, with the random numbers of the first
+    time.
 
-    megatron-core's own checkpointing runs a backward of its own inside: a tower used twice in one graph then reports each gradient twice, and the
-    overlapped reduction starts at the first. This one stays in the graph. Source: torch.utils.checkpoint; Chen et al. 2016.
+    megatron-core's own checkpointing runs a backward of its own inside: a tower used twice in one graph then reports
+    each gradient twice, and the overlapped reduction starts at the first. This one stays in the graph. Source:
+    torch.utils.checkpoint; Chen et al. 2016.
     """
     return checkpoint(function, *inputs, use_reentrant=False, context_fn=_tracked_streams)
 

@@ -1,4 +1,6 @@
-"""Registry of the methods: `method` in a recipe selects an entry. Trainer, evaluation and export know no method by name."""
+"""Registry of the methods: `method` in a recipe selects an entry. Trainer, evaluation and export know no method by
+name.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ class Method(Protocol):
         ...
 
     def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """(loss, the same on every rank; metrics as local [sum, weight]) of each micro-batch of a step; they add up to the step's.
+        """(loss, the same on every rank; metrics as local [sum, weight]) of each micro-batch of a step; they add up to
+        the step's.
 
         Backward is called on each before the next is asked for.
         """

@@ -1,4 +1,5 @@
-"""Sequence parallelism: between its linear layers every tensor-parallel rank holds a range of the tokens instead of all of them.
+"""Sequence parallelism: between its linear layers every tensor-parallel rank holds a range of the tokens instead of all
+of them.
 
 Source: Korthikanti et al. 2022. Padding to any number of tokens and what is summed where are ours.
 """
@@ -11,17 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-# megatron-core's tracked random stream that agrees between tensor-parallel ranks, where torch's own is switched to one that differs.
+# megatron-core's tracked random stream that agrees between tensor-parallel ranks, where torch's own is switched to one
+# that differs.
 COMMON_STREAM = "tensor-parallel-common-rng"
 
 
 def padded(
     hidden: Tensor, mask: Tensor | None, rotary: Tensor | None, multiple: int
 ) -> tuple[Tensor, Tensor | int | None, Tensor | None]:
-    """hidden [s, b, h], mask bool [b, 1, 1 or s, s] and rotary angles [s, 1, 1, d] for s rounded up to a multiple; nobody sees the padding.
+    """hidden [s, b, h], mask bool [b, 1, 1 or s, s] and rotary angles [s, 1, 1, d] for s rounded up to a multiple;
+    nobody sees the padding.
 
-    As keys it is cut off, not hidden: the mask keeps its columns, and without one the number of keys to see takes its place (SdpaCore). As
-    queries it sees what a mask's rows of zeros leave: all tokens, so that its softmax stays finite.
+    As keys it is cut off, not hidden: the mask keeps its columns, and without one the number of keys to see takes its
+    place (SdpaCore). As queries it sees what a mask's rows of zeros leave: all tokens, so that its softmax stays
+    finite.
     """
     tokens, missing = len(hidden), -len(hidden) % multiple
     if not missing:
@@ -34,14 +38,17 @@ def padded(
 
 
 def mark_partial(module: nn.Module) -> None:
-    """Marks a parameter that its rank applies to its own tokens alone, with megatron-core's name for that: `sequence_parallel`."""
+    """Marks a parameter that its rank applies to its own tokens alone, with megatron-core's name for that:
+    `sequence_parallel`.
+    """
     for parameter in module.parameters(recurse=False):
         if not getattr(parameter, "tensor_model_parallel", False):
             parameter.sequence_parallel = True  # type: ignore[attr-defined]
 
 
 def sum_partial_gradients(module: nn.Module, group: ProcessGroup) -> None:
-    """Sums the gradients of marked parameters over the tensor-parallel `group`, in place; collective, once a step, after the last backward.
+    """Sums the gradients of marked parameters over the tensor-parallel `group`, in place; collective, once a step,
+    after the last backward.
 
     Takes megatron-core's `main_grad` where there is one: its buffer is what the optimizer reads.
     """

@@ -27,15 +27,19 @@ class TransformerShape:
         dropout: dropout on the residual branches and on the embeddings.
         attention_dropout: dropout on the attention weights.
         layernorm_eps: epsilon of the layer norms.
-        activation: gelu, gelu_tanh (SigLIP), quick_gelu (OpenAI's CLIP) or swiglu (DINOv2 giant; ffn_hidden_size is then the gated width).
+        activation: gelu, gelu_tanh (SigLIP), quick_gelu (OpenAI's CLIP) or swiglu (DINOv2 giant; ffn_hidden_size is
+            then the gated width).
         qkv_bias: whether queries, keys and values have a bias.
         key_bias: whether the keys' bias is trained; otherwise it is and stays 0 (DINOv3).
         qk_norm: a layer norm on the queries and one on the keys of every head (the weights shared by the heads).
-        post_norm: norms behind the residual additions and no final norm, as in BERT; otherwise before the branches, and a final one.
+        post_norm: norms behind the residual additions and no final norm, as in BERT; otherwise before the branches, and
+            a final one.
         layer_scale: initial value of a learned factor for each channel of a branch; 0: no such factor.
-        drop_path: share of samples whose branch is dropped in training, at the last layer; it rises linearly from 0 at the first.
-        branch_init: factor on the initial weights that end each residual branch; well below 1 the transformer starts close to the identity
-            and learns faster on what a convolutional stem brings. Source: LayerScale (Touvron et al. 2021), folded into the weights (ours).
+        drop_path: share of samples whose branch is dropped in training, at the last layer; it rises linearly from 0 at
+            the first.
+        branch_init: factor on the initial weights that end each residual branch; well below 1 the transformer starts
+            close to the identity and learns faster on what a convolutional stem brings. Source: LayerScale (Touvron et
+            al. 2021), folded into the weights (ours).
     """
 
     preset: str = ""
@@ -82,7 +86,9 @@ class TransformerShape:
 
 
 def shape_errors(shape: TransformerShape, tensor_parallel: int, where: str) -> list[str]:
-    """Errors where `shape` does not divide over `tensor_parallel` ranks; empty if it does. `where` is its key, e.g. model.vision."""
+    """Errors where `shape` does not divide over `tensor_parallel` ranks; empty if it does. `where` is its key, e.g.
+    model.vision.
+    """
     errors = [
         f"{where}.{name} is {size}; it must be above 0"
         for name in ("num_layers", "hidden_size", "num_attention_heads")
@@ -112,7 +118,8 @@ class TransformerBuilder(Protocol):
     def block(self, shape: TransformerShape, final_norm: bool = True) -> nn.Module:
         """A transformer; a pre-norm one ends in a final norm unless told otherwise.
 
-        (hidden [s, b, h], hidden_mask bool [b, 1, 1 or s, s] | None, True = hidden, rotary_pos_emb=angles [s, 1, 1, head_dim] | None) -> [s, b, h].
+        (hidden [s, b, h], hidden_mask bool [b, 1, 1 or s, s] | None, True = hidden, rotary_pos_emb=angles [s, 1, 1,
+        head_dim] | None) -> [s, b, h].
         """
         ...
 
@@ -122,7 +129,9 @@ class TransformerBuilder(Protocol):
 
 
 def keep_keys_unbiased(bias: nn.Parameter, heads: int) -> None:
-    """Sets the keys' part of a bias [heads * 3 * head_dim] of queries, keys and values to 0 and keeps gradients from it."""
+    """Sets the keys' part of a bias [heads * 3 * head_dim] of queries, keys and values to 0 and keeps gradients from
+    it.
+    """
     with torch.no_grad():
         bias.unflatten(0, (heads, 3, -1))[:, 1].zero_()
 
@@ -139,7 +148,9 @@ VOCAB_MULTIPLE = 128
 
 
 def padded_vocab(vocab_size: int) -> int:
-    """Vocabulary rounded up to a multiple of VOCAB_MULTIPLE, whatever the tensor-parallel size, so that checkpoints reshard."""
+    """Vocabulary rounded up to a multiple of VOCAB_MULTIPLE, whatever the tensor-parallel size, so that checkpoints
+    reshard.
+    """
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 

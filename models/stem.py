@@ -1,4 +1,6 @@
-"""Stem, from image to patch tokens: one linear patch embedding, or a convolutional stem. No BatchNorm: nothing depends on the batch."""
+"""Stem, from image to patch tokens: one linear patch embedding, or a convolutional stem. No BatchNorm: nothing depends
+on the batch.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ class ChannelNorm(nn.GroupNorm):
 
 
 class ResidualConv(nn.Module):
-    """Pre-activation residual block of two 3x3 convolutions at constant size. Source: He et al. 2016, with group norm (ours)."""
+    """Pre-activation residual block of two 3x3 convolutions at constant size. Source: He et al. 2016, with group norm
+    (ours).
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -35,7 +39,8 @@ def patch_stem(patch_size: int, hidden_size: int, bias: bool = True) -> nn.Modul
 
 
 def conv_stem(channels: tuple[int, ...], blocks: tuple[int, ...], hidden_size: int) -> nn.Module:
-    """Stages that halve the image, each with `blocks[i]` residual blocks at `channels[i]`; a 1x1 convolution ends at hidden_size.
+    """Stages that halve the image, each with `blocks[i]` residual blocks at `channels[i]`; a 1x1 convolution ends at
+    hidden_size.
 
     [b, 3, S, S] -> [b, hidden_size, S / 2**len(channels), S / 2**len(channels)].
     """

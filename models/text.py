@@ -22,12 +22,13 @@ class TextConfig(TransformerShape):
         pad_id: the id of padding.
         eos_id: the id that ends a text, for pooling eos.
         position_offset: rows of the position table before that of the first token (2 in RoBERTa and XLM-R).
-        token_types: rows of a table of token types, the first of which is added to every token (2 in BERT); 0: no such table.
+        token_types: rows of a table of token types, the first of which is added to every token (2 in BERT); 0: no such
+            table.
         embedding_norm: a norm on the embeddings, before the first layer.
         causal: a token sees only itself and what is before it (CLIP).
         mask_padding: whether padding is hidden from attention; CLIP and SigLIP were trained without.
-        pooling: what `pool` makes of a text: class (its first token), mean (over its tokens), eos (its first eos_id) or last (the last
-            position, padding or not); none: it has no vector of its own.
+        pooling: what `pool` makes of a text: class (its first token), mean (over its tokens), eos (its first eos_id) or
+            last (the last position, padding or not); none: it has no vector of its own.
         projection_dim: width of a last linear layer on the pooled vector; 0: none.
         projection_bias: whether that layer has a bias (SigLIP's has).
     """
@@ -61,7 +62,9 @@ class TextConfig(TransformerShape):
 
 
 class TextTower(nn.Module):
-    """Tokens to token vectors. Source: Devlin et al. 2019 (BERT), with pre-norm layers (ours) unless post_norm; Radford et al. 2021 (CLIP)."""
+    """Tokens to token vectors. Source: Devlin et al. 2019 (BERT), with pre-norm layers (ours) unless post_norm; Radford
+    et al. 2021 (CLIP).
+    """
 
     def __init__(self, config: TextConfig, build: TransformerBuilder) -> None:
         super().__init__()
@@ -82,9 +85,11 @@ class TextTower(nn.Module):
         )
 
     def forward(self, tokens: Tensor, padded: bool = True) -> Tensor:
-        """tokens int64 [b, L], padding behind the text, L <= max_length -> [b, L, h]; what stands at padding is meaningless if that is masked.
+        """tokens int64 [b, L], padding behind the text, L <= max_length -> [b, L, h]; what stands at padding is
+        meaningless if that is masked.
 
-        padded: whether there may be padding; without any, and not causal, attention needs no mask and has faster kernels.
+        padded: whether there may be padding; without any, and not causal, attention needs no mask and has faster
+        kernels.
         """
         offset = self.config.position_offset
         x = self.words(tokens) + self.position[offset : offset + tokens.shape[1]]

@@ -7,13 +7,17 @@ from torch import Tensor
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """`x` on `device`; from the host by way of pinned memory, since a copy out of pageable memory waits for the device's queue."""
+    """`x` on `device`; from the host by way of pinned memory, since a copy out of pageable memory waits for the
+    device's queue.
+    """
     if device.type != "cpu" and x.device.type == "cpu":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
 
 
 def places(mask: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows and columns int64 [m] on `device` where `mask`, bool [n, k], is true. Where the mask is on the host nothing waits to know m."""
+    """Rows and columns int64 [m] on `device` where `mask`, bool [n, k], is true. Where the mask is on the host nothing
+    waits to know m.
+    """
     rows, columns = mask.nonzero(as_tuple=True)
     return send(rows, device), send(columns, device)

@@ -44,10 +44,11 @@ _FULL_RECOMPUTE: dict[str, Any] = {
 def megatron_config(
     shape: TransformerShape, tensor_parallel_size: int, sequence_parallel: bool = False, recompute: str = "none"
 ) -> TransformerConfig:
-    """megatron-core's configuration of `shape`; recomputation of the attention core (selective) is SdpaCore's, not megatron-core's.
+    """megatron-core's configuration of `shape`; recomputation of the attention core (selective) is SdpaCore's, not
+    megatron-core's.
 
-    calculate_per_token_loss makes its data-parallel reduction a plain sum (our losses are already divided by the global weight).
-    bias_activation_fusion stays off: it silently swaps erf-GELU for the tanh form.
+    calculate_per_token_loss makes its data-parallel reduction a plain sum (our losses are already divided by the global
+    weight). bias_activation_fusion stays off: it silently swaps erf-GELU for the tanh form.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # its default cuda_graph_scope warns about itself
@@ -97,7 +98,9 @@ class LayerNorm(torch.nn.LayerNorm):
 
 
 class HeadNorm(torch.nn.LayerNorm):
-    """Layer norm of queries or keys [s, b, heads, d] over d. Its weights serve the heads of all ranks, so their gradients are summed over `group`."""
+    """Layer norm of queries or keys [s, b, heads, d] over d. Its weights serve the heads of all ranks, so their
+    gradients are summed over `group`.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, group: ProcessGroup, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps)
@@ -125,7 +128,9 @@ class MegatronBranchEnd(BranchEnd):
             return super().draw(samples, device)
 
     def forward(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
-        """The function of (branch, its bias), residual [s, b, h] that joins them; what a BranchEnd is built with decides on dropout."""
+        """The function of (branch, its bias), residual [s, b, h] that joins them; what a BranchEnd is built with
+        decides on dropout.
+        """
 
         def join(branch_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, _dropout: float) -> Tensor:
             return self.join(branch_and_bias[0], residual, branch_and_bias[1])
@@ -170,7 +175,8 @@ def _activated(activation: Callable[[Tensor], Tensor], hidden: Tensor, bias: Ten
 class SdpaCore(MegatronModule):
     """Attention core on torch.nn.functional.scaled_dot_product_attention. Source: ours.
 
-    megatron-core's own core needs CUDA buffers, and its local ViT spec is silently causal; this one masks what it is told to, nothing else.
+    megatron-core's own core needs CUDA buffers, and its local ViT spec is silently causal; this one masks what it is
+    told to, nothing else.
     """
 
     def __init__(
@@ -194,7 +200,8 @@ class SdpaCore(MegatronModule):
     ) -> Tensor:
         """query, key, value [s, b, heads, d]. Returns [s, b, heads * d].
 
-        attention_mask: bool, broadcastable to [b, heads, s, seen], True = hidden; or `seen` alone: all queries see the first so many keys.
+        attention_mask: bool, broadcastable to [b, heads, s, seen], True = hidden; or `seen` alone: all queries see the
+        first so many keys.
         """
         if (
             attention_mask is not None
@@ -209,8 +216,8 @@ class SdpaCore(MegatronModule):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
-        # Heads differ between tensor-parallel ranks, so their dropout must too: it draws from the tracker's own stream, which a sequence-parallel
-        # block has already switched to.
+        # Heads differ between tensor-parallel ranks, so their dropout must too: it draws from the tracker's own stream,
+        # which a sequence-parallel block has already switched to.
         own = dropout and not self.config.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if own else nullcontext():
             out = F.scaled_dot_product_attention(
@@ -270,11 +277,13 @@ class MegatronBuilder:
     Args:
         groups: process groups; `groups.tp` shards the weights.
         init_std: standard deviation of the word embeddings' initial weights.
-        sequence_parallel: between the linear layers every rank of `groups.tp` holds a range of the tokens; after the last backward of a step
-            models.sequence.sum_partial_gradients is due. Without effect on one rank.
-        recompute: what backward computes again instead of keeping it: none, selective (attention cores) or full (layers).
+        sequence_parallel: between the linear layers every rank of `groups.tp` holds a range of the tokens; after the
+            last backward of a step models.sequence.sum_partial_gradients is due. Without effect on one rank.
+        recompute: what backward computes again instead of keeping it: none, selective (attention cores) or full
+            (layers).
         layer_norm: computes the layer norms of the blocks (models.accelerators); None: torch.
-        backend: of torch.compile, for what stands between the linear layers: bias with activation, and the ends of the branches. Empty: not compiled.
+        backend: of torch.compile, for what stands between the linear layers: bias with activation, and the ends of the
+            branches. Empty: not compiled.
     """
 
     def __init__(
@@ -354,7 +363,9 @@ class MegatronBuilder:
         )
 
     def embedding(self, num_embeddings: int, hidden_size: int) -> torch.nn.Module:
-        """Vocab-parallel word embedding; `num_embeddings` must be a multiple of the tensor-parallel size (models.shape.padded_vocab)."""
+        """Vocab-parallel word embedding; `num_embeddings` must be a multiple of the tensor-parallel size
+        (models.shape.padded_vocab).
+        """
         return tensor_parallel.VocabParallelEmbedding(
             num_embeddings,
             hidden_size,

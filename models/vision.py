@@ -27,15 +27,17 @@ class VisionConfig(TransformerShape):
         stem_channels: channels of the convolutional stem, a stage each; empty: one linear patch embedding.
         stem_blocks: residual blocks in each stage of the stem.
         positions: learned, sincos (fixed) or rotary (in the attention, as DINOv3).
-        position_grid: side of the learned positions' grid, which any image's grid is interpolated from; 0: that of image_size.
+        position_grid: side of the learned positions' grid, which any image's grid is interpolated from; 0: that of
+            image_size.
         position_resize: how: bicubic, bicubic_antialias or bilinear_antialias.
         rotary_base: longest period of rotary positions.
         class_token: a class token even if it is not what pooling takes.
         class_position: whether the class token has a learned position of its own.
         register_tokens: tokens that belong to no patch and are dropped at the end (DINOv2 with registers).
         embedding_norm: a norm before the first layer (CLIP).
-        pooling: how the tokens become one vector: mean (over the patches), class (a token of its own), attention (a learned query, SigLIP), or
-            mean_max (mean plus maximum of each channel, the norm behind it: a small object on a large ground stands out).
+        pooling: how the tokens become one vector: mean (over the patches), class (a token of its own), attention (a
+            learned query, SigLIP), or mean_max (mean plus maximum of each channel, the norm behind it: a small object
+            on a large ground stands out).
         projection_dim: width of a last linear layer without bias on the pooled vector (CLIP); 0: none.
     """
 
@@ -143,7 +145,9 @@ class VisionTower(nn.Module):
         self.projection = nn.Linear(hidden, config.projection_dim, bias=False) if config.projection_dim else None
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images [b, 3, y, x] of any whole number of patches -> (patches [b, P, h], row-major; pooled [b, pooled_size])."""
+        """images [b, 3, y, x] of any whole number of patches -> (patches [b, P, h], row-major; pooled [b,
+        pooled_size]).
+        """
         grid = self.stem(images)
         x = self._with_prefix(self._positioned(grid))
         if self.embedding_norm is not None:

@@ -1,4 +1,6 @@
-"""An exported artefact, opened for search: photos or texts in, the best documents out. Needs neither the run nor its catalogue."""
+"""An exported artefact, opened for search: photos or texts in, the best documents out. Needs neither the run nor its
+catalogue.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,8 @@ class Artefact:
 
     Args:
         path: what `shelfmark export` wrote.
-        backend: decoder of the photos, dali or reference; the one that the run was trained and evaluated with by default.
+        backend: decoder of the photos, dali or reference; the one that the run was trained and evaluated with by
+            default.
         threads: decoding threads.
 
     Attributes:
@@ -99,7 +102,8 @@ class Artefact:
     Raises:
         UserError: no artefact there, one that is damaged or of another format, no faiss, no DALI.
 
-    Nothing in the folder is run: weights, pictures, tables and vectors are data, whose sizes are compared before memory is taken for them.
+    Nothing in the folder is run: weights, pictures, tables and vectors are data, whose sizes are compared before memory
+    is taken for them.
     """
 
     def __init__(self, path: Path, backend: str | None = None, threads: int = 1) -> None:
@@ -182,8 +186,8 @@ class Artefact:
     def search(self, queries: Tensor, k: int) -> list[list[Hit]]:
         """The `k` best documents (or all there are) of each query [n, d], best first.
 
-        Order and scores are those of evaluation (harness/evaluate/ranking.py), ties included, unless more than 32 documents tie with
-        the last one: FAISS finds the candidates in fp32, which are then ranked exactly.
+        Order and scores are those of evaluation (harness/evaluate/ranking.py), ties included, unless more than 32
+        documents tie with the last one: FAISS finds the candidates in fp32, which are then ranked exactly.
         """
         if not len(queries):
             return []

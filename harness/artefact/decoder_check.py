@@ -1,4 +1,6 @@
-"""Decoder check before export: a service decodes on a CPU, while the documents' vectors may have been decoded on a GPU. `shelfmark export` compares the two."""
+"""Decoder check before export: a service decodes on a CPU, while the documents' vectors may have been decoded on a GPU.
+`shelfmark export` compares the two.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ from models.batch import Batch
 from models.registry import Method
 
 SAMPLE = 64  # documents: the first of the split
-# Decoders round chroma, the discrete cosine transform and resizing differently: a tower's vectors then differ by less than this. A window,
-# orientation or chroma upsampling that differs makes more of it.
+# Decoders round chroma, the discrete cosine transform and resizing differently: a tower's vectors then differ by less
+# than this. A window, orientation or chroma upsampling that differs makes more of it.
 LEAST_COSINE = 0.999
 
 
@@ -30,7 +32,8 @@ LEAST_COSINE = 0.999
 def compare_decoders(
     method: Method, settings: RunConfig, catalogue: Catalogue, split: str | None, tokenizer: Tokenizer, mesh: Mesh
 ) -> dict[str, Any]:
-    """Embeds the images of SAMPLE documents, without their texts, as they are decoded here and as a service decodes them; collective.
+    """Embeds the images of SAMPLE documents, without their texts, as they are decoded here and as a service decodes
+    them; collective.
 
     Args:
         method: in evaluation mode.
@@ -41,7 +44,8 @@ def compare_decoders(
         mesh: the ranks; all embed the same documents.
 
     Returns:
-        decoded_by and served_by (decoders in words), documents, lowest_cosine, largest_difference (of a number of a unit vector).
+        decoded_by and served_by (decoders in words), documents, lowest_cosine, largest_difference (of a number of a
+        unit vector).
 
     Raises:
         UserError: the lowest cosine is below LEAST_COSINE.

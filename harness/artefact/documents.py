@@ -19,7 +19,8 @@ def read_documents(folder: Path, count: int) -> pa.Table:
     """All rows of folder/documents/part-*.parquet but the embeddings, `count` of them.
 
     Raises:
-        UserError: another number of rows, columns that are missing or of another type, text that is none, or a damaged file; it is named.
+        UserError: another number of rows, columns that are missing or of another type, text that is none, or a damaged
+            file; it is named.
     """
     parts = sorted((folder / "documents").glob("part-*.parquet"))
     tables = []

@@ -1,4 +1,6 @@
-"""FAISS's exact inner-product index as a file: written without holding the vectors, and read only where its head and size say what they must."""
+"""FAISS's exact inner-product index as a file: written without holding the vectors, and read only where its head and
+size say what they must.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def import_faiss() -> Any:
 
 
 def write_index(stage: Path, width: int) -> None:
-    """The index, from the parts in their order; no more than _ROWS vectors are in memory at once, as FAISS itself would hold them all."""
+    """The index, from the parts in their order; no more than _ROWS vectors are in memory at once, as FAISS itself would
+    hold them all.
+    """
     parts = [pq.ParquetFile(part) for part in sorted((stage / "documents").glob("part-*.parquet"))]
     with (stage / FILE).open("wb") as index:
         index.write(index_head(width, sum(part.metadata.num_rows for part in parts)))
@@ -39,7 +43,8 @@ def write_index(stage: Path, width: int) -> None:
 
 
 def read_index(folder: Path, width: int, count: int) -> Any:
-    """The index of `count` vectors in folder/index.faiss. FAISS takes memory by what a file says of itself, so that is compared first.
+    """The index of `count` vectors in folder/index.faiss. FAISS takes memory by what a file says of itself, so that is
+    compared first.
 
     Raises:
         UserError: there is no such file, or it is another.

@@ -1,4 +1,6 @@
-"""The query encoder of an artefact: weights in safetensors, the network built by our code from the method's configuration. No megatron-core."""
+"""The query encoder of an artefact: weights in safetensors, the network built by our code from the method's
+configuration. No megatron-core.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,8 @@ def read_model(method: str, values: Any, where: Path) -> Any:
 
 
 def read_query_encoder(method: str, model: Any, folder: Path) -> nn.Module:
-    """The query encoder of folder/encoder.safetensors, float32 on the CPU; no memory is taken before names and shapes are known to fit.
+    """The query encoder of folder/encoder.safetensors, float32 on the CPU; no memory is taken before names and shapes
+    are known to fit.
 
     Raises:
         UserError: no such file, one that is damaged, or the weights of another encoder.

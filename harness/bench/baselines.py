@@ -1,9 +1,9 @@
 """Baselines of the class-parallel head: full softmax and Partial FC's scheme, stated anew in plain PyTorch.
 
-Written from the published descriptions (An et al., arXiv 2010.05222 and 2203.15565) and from what version 2 of InsightFace's own was seen to
-do; at sample rate 1.0 the scheme is the full class-sharded softmax. Where it leaves room, the cheaper way is taken: fewer copies of the logits
-than theirs. One thing is left out: their factor of the world size on the embeddings' gradient, which undoes the mean of
-DistributedDataParallel.
+Written from the published descriptions (An et al., arXiv 2010.05222 and 2203.15565) and from what version 2 of
+InsightFace's own was seen to do; at sample rate 1.0 the scheme is the full class-sharded softmax. Where it leaves room,
+the cheaper way is taken: fewer copies of the logits than theirs. One thing is left out: their factor of the world size
+on the embeddings' gradient, which undoes the mean of DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from models.heads.margin import Margin, margin_cosine
 class PartialFC(nn.Module):
     """Margin softmax over classes spread over the ranks; of the other classes each rank samples its own.
 
-    The logits of the whole batch against all sampled rows are held; the margin counts as a constant for the gradient; probabilities are
-    clamped at 1e-30; the gradient of the rows is dense, so that an optimizer updates every row in every step.
+    The logits of the whole batch against all sampled rows are held; the margin counts as a constant for the gradient;
+    probabilities are clamped at 1e-30; the gradient of the rows is dense, so that an optimizer updates every row in
+    every step.
 
     Args:
         rows: [n, d], this rank's rows, a parameter from now on; not copied.
@@ -71,7 +72,9 @@ class PartialFC(nn.Module):
         return _SoftmaxLoss.apply(logits.mul_(self.scale), mine, target, self.group)
 
     def _sample(self, positive: Tensor) -> Tensor:
-        """Positives and random other rows, `samples` in all (more only where there are more positives): int64, ascending."""
+        """Positives and random other rows, `samples` in all (more only where there are more positives): int64,
+        ascending.
+        """
         positive = positive.unique()
         if len(positive) > self.samples:
             return positive
@@ -104,7 +107,9 @@ class _Gather(torch.autograd.Function):
 
 
 class _SoftmaxLoss(torch.autograd.Function):
-    """Mean of -log(softmax at the target) over columns spread over the ranks; turns the logits into probabilities in place."""
+    """Mean of -log(softmax at the target) over columns spread over the ranks; turns the logits into probabilities in
+    place.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, mine: Tensor, target: Tensor, group: ProcessGroup) -> Tensor:

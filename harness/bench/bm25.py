@@ -1,4 +1,6 @@
-"""BM25 over titles: the baseline of text search, by the bm25s library on the queries of the task `text`, and as neighbours in the task `category`."""
+"""BM25 over titles: the baseline of text search, by the bm25s library on the queries of the task `text`, and as
+neighbours in the task `category`.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ EXAMPLE = f"python -m {MODULE} --catalogue catalogues/fashion --query-attributes
 
 @dataclass(frozen=True, kw_only=True)
 class Bm25Config:
-    """Ranks titles by BM25 (k1 1.5, b 0.75, lower-case words without plural s) for the queries of the task `text`, or for other titles.
+    """Ranks titles by BM25 (k1 1.5, b 0.75, lower-case words without plural s) for the queries of the task `text`, or
+    for other titles.
 
     Args:
         catalogue: the catalogue folder.
@@ -48,8 +51,9 @@ class Bm25Config:
 
 
 def run(config: Bm25Config) -> dict[str, Any]:
-    """Ranks, prints and returns the report (see `harness/bench/report.py`): the metrics of the task, bare_… of titles without those words, and knn_…
-    of the category."""
+    """Ranks, prints and returns the report (see `harness/bench/report.py`): the metrics of the task, bare_… of titles
+    without those words, and knn_… of the category.
+    """
     catalogue = Catalogue(config.catalogue)
     attributes = [*config.query_attributes, *config.bare_titles, *([config.category] if config.category else [])]
     if not (config.query_attributes or config.category):
@@ -90,7 +94,9 @@ def ranked(documents: Side, queries: AttributeQueries) -> dict[str, float]:
 
 
 def nearest(learned: Side, asked: Side, category: str) -> dict[str, float]:
-    """Scores of the category that the nearest titles of `learned` have, each counting by its BM25; those of documents in `asked` do not teach."""
+    """Scores of the category that the nearest titles of `learned` have, each counting by its BM25; those of documents
+    in `asked` do not teach.
+    """
     known = learned.select(~np.isin(learned.ids, asked.ids) & learned.columns[category].filled())
     values = known.columns[category].tolist()
     said, truth, score = [], [], scorer(known)

@@ -44,10 +44,12 @@ STAGES = ("open", "evaluate", "export")
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationBenchConfig:
-    """Draws catalogues of texts alone and evaluates and exports them with drawn vectors, on every number of ranks of this machine.
+    """Draws catalogues of texts alone and evaluates and exports them with drawn vectors, on every number of ranks of
+    this machine.
 
-    Each document has an id and a title of its own, shares its class with one other, and has a colour and a category. The tasks are photo
-    search, text search by category and category prediction; export writes documents, index and checksums, without thumbnails.
+    Each document has an id and a title of its own, shares its class with one other, and has a colour and a category.
+    The tasks are photo search, text search by category and category prediction; export writes documents, index and
+    checksums, without thumbnails.
 
     Args:
         documents: sizes of the catalogues.
@@ -78,9 +80,9 @@ class EvaluationBenchConfig:
 def run(config: EvaluationBenchConfig) -> dict[str, Any]:
     """Measures, prints and returns the report (see `harness/bench/report.py`).
 
-    Rows: the most memory that a rank held in each stage, libraries and mapped files included. Headline: the largest of all; and, where sizes
-    and ranks allow it, the bytes that each document costs every rank, those that it costs its own rank besides, and what that gives for 10
-    million documents on 8 ranks, by least squares.
+    Rows: the most memory that a rank held in each stage, libraries and mapped files included. Headline: the largest of
+    all; and, where sizes and ranks allow it, the bytes that each document costs every rank, those that it costs its own
+    rank besides, and what that gives for 10 million documents on 8 ranks, by least squares.
     """
     rows: list[dict[str, Any]] = []
     for documents in config.documents:

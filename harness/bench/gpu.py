@@ -1,7 +1,7 @@
 """Shared parts of the programs of jobs/gpu: their flags, the device, and a report that grows on the disk row by row.
 
-Such a program proves or measures one thing on one GPU; with --tiny the same code runs small on a CPU, which the tests do. Exit codes: 0, 1 where a
-row says ok = false, 2 without a GPU.
+Such a program proves or measures one thing on one GPU; with --tiny the same code runs small on a CPU, which the tests
+do. Exit codes: 0, 1 where a row says ok = false, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Program:
 
     Attributes:
         given: values of the flags.
-        out: file of the report (harness/bench/report.py), whole after every row, so that a crash keeps what was found before it.
+        out: file of the report (harness/bench/report.py), whole after every row, so that a crash keeps what was found
+            before it.
         tiny: whether to run small on a CPU.
         device: the GPU, or the CPU with --tiny.
     """
@@ -79,7 +80,9 @@ class Program:
         self._write()
 
     def bar(self, what: str, value: float, bar: float, at_least: bool = True) -> None:
-        """A row that holds a figure against the bar that is set for one H100 (docs/gpu.md), and the figure for the headline. It never fails."""
+        """A row that holds a figure against the bar that is set for one H100 (docs/gpu.md), and the figure for the
+        headline. It never fails.
+        """
         self.cite(**{what: value})
         self.add(bar_of=what, value=value, bar=bar, ratio=value / bar, met=value >= bar if at_least else value <= bar)
 
@@ -100,7 +103,9 @@ class Program:
 
 
 def empty_folder(folder: Path) -> None:
-    """Makes `folder` anew where nothing is, or what an earlier program left; ends this program where it holds anything else."""
+    """Makes `folder` anew where nothing is, or what an earlier program left; ends this program where it holds anything
+    else.
+    """
     mark = folder / ".gpu-check"
     if os.path.lexists(folder) and not mark.is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         print(f"error: {folder} holds something that no check of a GPU made. Name another folder", file=sys.stderr)

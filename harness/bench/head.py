@@ -35,19 +35,23 @@ MB = 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-    """Times two sides at a time in the same ranks, in alternating order, and measures each side's memory in ranks of its own.
+    """Times two sides at a time in the same ranks, in alternating order, and measures each side's memory in ranks of
+    its own.
 
-    One setting is --batch at --sample-rate, one a quarter of the batch at a fifth of the rate. The same embeddings and labels go to both sides of a
-    round. All sides use AdamW with torch's defaults and CosFace (margin 0.4, scale 64), on fp32 rows.
+    One setting is --batch at --sample-rate, one a quarter of the batch at a fifth of the rate. The same embeddings and
+    labels go to both sides of a round. All sides use AdamW with torch's defaults and CosFace (margin 0.4, scale 64), on
+    fp32 rows.
 
     Args:
-        num_classes: number of classes; the loss's memory is also measured at a quarter, our step also at four times as many.
+        num_classes: number of classes; the loss's memory is also measured at a quarter, our step also at four times as
+            many.
         embedding_dim: width of the embeddings.
         ranks: processes that share the classes; under torchrun its world size.
         batch: samples of all ranks together.
         sample_rate: share of the classes that serve as negatives in a step.
         pairs: rounds that count, after one that does not.
-        partial_fc: InsightFace's partial_fc_v2.py, to measure that too; it is imported and run, so give no file that you do not trust.
+        partial_fc: InsightFace's partial_fc_v2.py, to measure that too; it is imported and run, so give no file that
+            you do not trust.
     """
 
     num_classes: int = 100_000
@@ -217,13 +221,15 @@ SIDES: dict[str, Callable[[Setting, torch.device], Side]] = {
 def run(config: HeadConfig) -> dict[str, Any]:
     """Measures, prints and returns the report (see `harness/bench/report.py`).
 
-    Rows say what is measured (time, memory or loss memory), the side, and the setting. Times are medians over the rounds of the slowest rank's;
-    memory is the peak beyond the rows, of the rank that needs most (1 MB = 10^6 bytes); sent_mb is defined in harness/bench/ranks.py.
+    Rows say what is measured (time, memory or loss memory), the side, and the setting. Times are medians over the
+    rounds of the slowest rank's; memory is the peak beyond the rows, of the rank that needs most (1 MB = 10^6 bytes);
+    sent_mb is defined in harness/bench/ranks.py.
 
-    Headline: `time_vs_X`, median over the rounds of our step's time by that of X, with least and largest; the same `_small` at a quarter of the
-    batch and a fifth of the rate; `time_4m_over_1m`, our step at four times the classes and a quarter of the rate by that at the classes
-    and rate given; `memory_vs_X`, peak beyond the rows by that of X; `loss_memory_growth`, the peak of forward and backward at rate 1.0 beyond
-    rows and row gradient, by that at a quarter of the classes.
+    Headline: `time_vs_X`, median over the rounds of our step's time by that of X, with least and largest; the same
+    `_small` at a quarter of the batch and a fifth of the rate; `time_4m_over_1m`, our step at four times the classes
+    and a quarter of the rate by that at the classes and rate given; `memory_vs_X`, peak beyond the rows by that of X;
+    `loss_memory_growth`, the peak of forward and backward at rate 1.0 beyond rows and row gradient, by that at a
+    quarter of the classes.
     """
     # four copies of 5 x the classes for their growth, or full softmax with its logits beside ours, in fp32
     need = 4 * config.num_classes * max(17 * config.embedding_dim, 9 * config.embedding_dim + 3 * config.batch)

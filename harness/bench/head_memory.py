@@ -24,13 +24,15 @@ PER_VALUE = {
     "partial_fc_adamw": (4 + 4 + 8, 0),
     "full_softmax_adamw": (4 + 4 + 8, 0),
 }
-# Bytes per row: an int32 counts its updates, a float64 says which weight decay was paid; 8-bit moments have two fp32 scales.
+# Bytes per row: an int32 counts its updates, a float64 says which weight decay was paid; 8-bit moments have two fp32
+# scales.
 PER_ROW = {"ours_fp32": 12, "ours_bf16_8bit": 12 + 8}
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadMemoryConfig:
-    """Computes what a head needs on a GPU, and measures ours with bf16 rows rounded stochastically and 8-bit moments, in ranks of this machine.
+    """Computes what a head needs on a GPU, and measures ours with bf16 rows rounded stochastically and 8-bit moments,
+    in ranks of this machine.
 
     Args:
         num_classes: classes of the measured point; it is measured at half as many too.
@@ -61,8 +63,9 @@ class HeadMemoryConfig:
 def run(config: HeadMemoryConfig) -> dict[str, Any]:
     """Measures, computes, prints and returns the report (see `harness/bench/report.py`).
 
-    Headline, of a rank with its rows, by a million classes: `measured_…`, the peak in making the optimizer and in three steps; `added_…`, what the
-    second half of the classes added to it, without the working memory that does not grow; `computed_…`, what the formula gives.
+    Headline, of a rank with its rows, by a million classes: `measured_…`, the peak in making the optimizer and in three
+    steps; `added_…`, what the second half of the classes added to it, without the working memory that does not grow;
+    `computed_…`, what the formula gives.
     """
     halves = []
     for classes in (config.num_classes // 2, config.num_classes):
@@ -95,9 +98,9 @@ def run(config: HeadMemoryConfig) -> dict[str, Any]:
 def computed_mib(side: str, config: HeadMemoryConfig, classes: float, gpus: int) -> float:
     """MiB on one of `gpus` that share `classes`.
 
-    Counted: rows, moments and their scales, counters, the gradient (dense for the peers, of the active rows in ours), and for the peers the fp32
-    logits of the whole batch, once, though they hold them more often. Left out: what depends on the batch alone, the optimizer's
-    intermediate results, copies of the active rows, the towers.
+    Counted: rows, moments and their scales, counters, the gradient (dense for the peers, of the active rows in ours),
+    and for the peers the fp32 logits of the whole batch, once, though they hold them more often. Left out: what depends
+    on the batch alone, the optimizer's intermediate results, copies of the active rows, the towers.
     """
     own = classes / gpus
     always, active = PER_VALUE[side]

@@ -1,4 +1,6 @@
-"""Triton kernels compiled for a GPU that is not here: registers, spills, shared memory, tensor-core products, occupancy. Needs no GPU."""
+"""Triton kernels compiled for a GPU that is not here: registers, spills, shared memory, tensor-core products,
+occupancy. Needs no GPU.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from harness.core.errors import UserError
 MODULE = "harness.bench.kernels"
 EXAMPLE = f"python -m {MODULE} --dtype bf16 --dim 512 --json kernels.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Compute capability -> what a processor (SM) and a block of it can have (CUDA C++ Programming Guide, "Compute Capabilities").
+# Compute capability -> what a processor (SM) and a block of it can have (CUDA C++ Programming Guide, "Compute
+# Capabilities").
 SHARED_OF_PROCESSOR = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 RESERVED_SHARED = 1 << 10  # of every block, for the driver
 REGISTERS_OF_PROCESSOR = 65536
@@ -52,7 +55,8 @@ def _row_update(dtype: torch.dtype, d: int) -> None:
         decay_rows(table, active, one)
 
 
-# A module's name -> calls its launchers on CPU tensors of a table of that type and width; each compiles where it would launch.
+# A module's name -> calls its launchers on CPU tensors of a table of that type and width; each compiles where it would
+# launch.
 LAUNCHES: dict[str, Callable[[torch.dtype, int], None]] = {
     "cosine_lse": _cosine_lse,
     "cosine_lse_filtered": functools.partial(_cosine_lse, filter_above=0.5),
@@ -62,7 +66,8 @@ LAUNCHES: dict[str, Callable[[torch.dtype, int], None]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class KernelsConfig:
-    """Compiles every kernel as its launcher does, for GPUs that need not be here, and reads the assembler's account of it.
+    """Compiles every kernel as its launcher does, for GPUs that need not be here, and reads the assembler's account of
+    it.
 
     Args:
         kernels: what to launch (LAUNCHES).
@@ -92,8 +97,8 @@ class KernelsConfig:
 def compile_launches(launch: Callable[[], None], capability: int) -> list[dict[str, Any]]:
     """Runs `launch` with every start of a Triton kernel replaced by its compilation, as on a GPU of that capability.
 
-    The arguments, their types, specialisations and options are those of the launch itself. What the launcher computes from the kernels' results is
-    without meaning. Not in the interpreter.
+    The arguments, their types, specialisations and options are those of the launch itself. What the launcher computes
+    from the kernels' results is without meaning. Not in the interpreter.
 
     Returns:
         A flat row per kernel, a kernel that is launched twice alike once.
@@ -105,7 +110,9 @@ def compile_launches(launch: Callable[[], None], capability: int) -> list[dict[s
 
 
 class _Driver:
-    """As much of a GPU's driver as Triton asks for before it launches. Each is a device of its own, for Triton remembers what it compiled for one."""
+    """As much of a GPU's driver as Triton asks for before it launches. Each is a device of its own, for Triton
+    remembers what it compiled for one.
+    """
 
     _number = itertools.count()
 
@@ -124,7 +131,9 @@ class _Driver:
 
 @contextlib.contextmanager
 def _compiling(capability: int, seen: Callable[[Any, str], object]) -> Iterator[None]:
-    """Inside, a launch compiles and calls seen(compiled kernel, the assembler's messages) instead, unless it is like one before."""
+    """Inside, a launch compiles and calls seen(compiled kernel, the assembler's messages) instead, unless it is like
+    one before.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
@@ -153,7 +162,9 @@ def _compiling(capability: int, seen: Callable[[Any, str], object]) -> Iterator[
 
 
 def _row(kernel: Any, log: str, capability: int) -> dict[str, Any]:
-    """Figures of a compiled kernel. tensor_core: such instructions; serialized: the assembler made asynchronous products wait for each other."""
+    """Figures of a compiled kernel. tensor_core: such instructions; serialized: the assembler made asynchronous
+    products wait for each other.
+    """
 
     def number(pattern: str) -> int:
         found = re.search(pattern, log)
@@ -195,8 +206,8 @@ def blocks_of_processor(capability: int, registers: int, warps: int, shared: int
 def run(config: KernelsConfig) -> dict[str, Any]:
     """Compiles, prints and returns the report (see `harness/bench/report.py`).
 
-    Headline, per capability: bytes spilled in all kernels together, the most shared memory of a block, and how many kernels multiply without
-    tensor cores.
+    Headline, per capability: bytes spilled in all kernels together, the most shared memory of a block, and how many
+    kernels multiply without tensor cores.
     """
     rows: list[dict[str, Any]] = []
     cases = list(itertools.product(config.kernels, config.dtype, config.dim, config.capability))

@@ -40,8 +40,8 @@ FIGURES = {"shelfmark": "shelfmark_images_per_s", "pillow": "pillow_images_per_s
 class LoaderConfig:
     """Reads the same JPEG files from disk by three ways in turn, after one round that does not count.
 
-    Shelfmark: catalogue, checksums, drawn parameters, DALI. Pillow: a torch DataLoader with as many workers as threads, the same
-    windows, flips and colours. Bare DALI: its own file reader, random crops and flips, without the colours.
+    Shelfmark: catalogue, checksums, drawn parameters, DALI. Pillow: a torch DataLoader with as many workers as threads,
+    the same windows, flips and colours. Bare DALI: its own file reader, random crops and flips, without the colours.
 
     Args:
         images: number of different JPEG files, made for the purpose in a temporary folder.
@@ -66,8 +66,8 @@ class LoaderConfig:
 def run(config: LoaderConfig) -> dict[str, Any]:
     """Measures, prints and returns the report (see `harness/bench/report.py`).
 
-    Headline: median images per second of each way; `speedup_vs_pillow` and `fraction_of_bare_dali`, the medians over the rounds of
-    Shelfmark's rate by theirs, with least and largest; and the mean size of a file in kB.
+    Headline: median images per second of each way; `speedup_vs_pillow` and `fraction_of_bare_dali`, the medians over
+    the rounds of Shelfmark's rate by theirs, with least and largest; and the mean size of a file in kB.
     """
     spec = PreprocessSpec(image_size=config.image_size)
     torch_threads = torch.get_num_threads()

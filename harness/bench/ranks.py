@@ -25,7 +25,8 @@ import torch.distributed as dist
 from harness.core.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)
-# Imported once and not in every rank; torch's first optimizer would import the last: 180 MB that no measurement should count.
+# Imported once and not in every rank; torch's first optimizer would import the last: 180 MB that no measurement should
+# count.
 PRELOAD = ["harness.bench.report", "models.heads.row_optimizer", "torch._dynamo", __name__]
 _number = itertools.count()
 
@@ -33,8 +34,8 @@ _number = itertools.count()
 def on_ranks(ranks: int, job: Callable[..., Any], *args: Any) -> Any:
     """job(device, *args) in fresh processes that form one process group: a measurement sees nothing of the one before.
 
-    Under torchrun every rank starts one process, otherwise this one starts them all. They use NCCL where every process of the machine has a GPU
-    of its own, else gloo on the CPU, the cores shared equally.
+    Under torchrun every rank starts one process, otherwise this one starts them all. They use NCCL where every process
+    of the machine has a GPU of its own, else gloo on the CPU, the cores shared equally.
 
     Args:
         ranks: size of the group; under torchrun its world size.
@@ -176,7 +177,8 @@ _COLLECTIVES = {
 class Traffic:
     """Bytes that an average rank sends in the collectives called through torch.distributed inside `counted()`.
 
-    Of a ring's algorithm over n ranks: (n - 1) / n of the whole tensor, twice for an all-reduce. What a backend really sends may be more.
+    Of a ring's algorithm over n ranks: (n - 1) / n of the whole tensor, twice for an all-reduce. What a backend really
+    sends may be more.
     """
 
     def __init__(self) -> None:

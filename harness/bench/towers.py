@@ -1,4 +1,6 @@
-"""Forward and backward passes of the towers per second, beside `transformers` and beside their plain twins, the same weights in all of them."""
+"""Forward and backward passes of the towers per second, beside `transformers` and beside their plain twins, the same
+weights in all of them.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +44,15 @@ AGREE = 1e-4  # largest difference of outputs in fp32, relative to their largest
 
 @dataclass(frozen=True, kw_only=True)
 class TowersConfig:
-    """Times forward and backward of one tower at a time; the sides take turns within a round. Ours is what a run trains at tensor parallel 1.
+    """Times forward and backward of one tower at a time; the sides take turns within a round. Ours is what a run trains
+    at tensor parallel 1.
 
-    All have the same random weights, no dropout, and torch's scaled_dot_product_attention; before anything is timed their outputs must
-    agree in fp32. The loss is a weighted sum of all token vectors. Texts have no padding.
+    All have the same random weights, no dropout, and torch's scaled_dot_product_attention; before anything is timed
+    their outputs must agree in fp32. The loss is a weighted sum of all token vectors. Texts have no padding.
 
     Args:
-        model: presets to measure (models/presets.py): of images vit_…, dinov2_… without registers and siglip_…; of texts bert_…, roberta_… and
-            xlm_roberta_….
+        model: presets to measure (models/presets.py): of images vit_…, dinov2_… without registers and siglip_…; of
+            texts bert_…, roberta_… and xlm_roberta_….
         batch: images or texts; 0: 8 images, 16 texts.
         tokens: length of a text.
         dtype: fp32 or bf16.
@@ -75,7 +78,9 @@ class TowersConfig:
 
 @dataclass(frozen=True)
 class Sides:
-    """The modules of one tower: inputs -> token vectors [b, s, h]. `items` are images or tokens of a batch, `flops` those of forward and backward."""
+    """The modules of one tower: inputs -> token vectors [b, s, h]. `items` are images or tokens of a batch, `flops`
+    those of forward and backward.
+    """
 
     modules: dict[str, nn.Module]
     inputs: Tensor
@@ -87,9 +92,10 @@ class Sides:
 def run(config: TowersConfig) -> dict[str, Any]:
     """Measures, prints and returns the report (see `harness/bench/report.py`).
 
-    Headline: `X_vs_transformers` and `X_vs_plain`, medians over the rounds of the other's time by ours (above 1: ours is faster), least and largest;
-    `X_images_per_s` or `X_tokens_per_s`, ours; `matrix_tflops`, the rate of one large matrix product in the same dtype; `X_of_matrix_rate`, our model
-    FLOPs by that; on a GPU of harness/train/flops.py's table `X_model_flops_utilisation`, by the data sheet's peak.
+    Headline: `X_vs_transformers` and `X_vs_plain`, medians over the rounds of the other's time by ours (above 1: ours
+    is faster), least and largest; `X_images_per_s` or `X_tokens_per_s`, ours; `matrix_tflops`, the rate of one large
+    matrix product in the same dtype; `X_of_matrix_rate`, our model FLOPs by that; on a GPU of harness/train/flops.py's
+    table `X_model_flops_utilisation`, by the data sheet's peak.
     """
     with Mesh(MeshConfig(compile=config.compile)) as mesh:
         dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
@@ -142,7 +148,9 @@ def make_sides(name: str, config: TowersConfig, mesh: Mesh) -> Sides:
 def build_side(
     side: str, name: str, config: VisionConfig | TextConfig, state: dict[str, Tensor], mesh: Mesh
 ) -> nn.Module:
-    """One of SIDES of the preset `name`, with the weights `state` of its plain twin: inputs -> token vectors [b, s, h]; on the CPU."""
+    """One of SIDES of the preset `name`, with the weights `state` of its plain twin: inputs -> token vectors [b, s, h];
+    on the CPU.
+    """
     kind, layout = _layout(name)
     if side == "transformers":
         return _Tokens(_transformers(config, {f"{kind}.{key}": value for key, value in state.items()}, layout))
@@ -207,7 +215,9 @@ def _tower(config: VisionConfig | TextConfig, build: TransformerBuilder) -> nn.M
 
 
 def _transformers(config: VisionConfig | TextConfig, state: dict[str, Tensor], layout: str) -> nn.Module:
-    """The model of transformers with SDPA attention that holds `state`; without the pooling layer of its own, which our towers lack."""
+    """The model of transformers with SDPA attention that holds `state`; without the pooling layer of its own, which our
+    towers lack.
+    """
     import transformers  # here: only this benchmark needs it
 
     described, tensors = export_tower(config, state, layout)

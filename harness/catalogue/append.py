@@ -1,7 +1,8 @@
 """A catalogue that grows: what is added comes after what is there, and catalogue.json, replaced last, makes it count.
 
-A reader takes from index.npy, shards/ and samples/ only as much as catalogue.json counts. So whatever a killed append left
-beyond that is nobody's, and the next append removes or overwrites it: files under the names that it gives, and no others.
+A reader takes from index.npy, shards/ and samples/ only as much as catalogue.json counts. So whatever a killed append
+left beyond that is nobody's, and the next append removes or overwrites it: files under the names that it gives, and no
+others.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def add_up(metas: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write_meta(catalogue: Path, meta: dict[str, Any], name: str = "catalogue.json") -> Path:
-    """Writes the catalogue.json of a folder that is still staged; checksums of what `meta` counts are added where it has none."""
+    """Writes the catalogue.json of a folder that is still staged; checksums of what `meta` counts are added where it
+    has none.
+    """
     file = catalogue / name
     file.write_text(json.dumps(with_checksums(catalogue, meta), indent=2) + "\n", encoding="utf-8")
     return file
@@ -69,7 +72,8 @@ def growing(path: Path, attributes: list[str]) -> Iterator[tuple[dict[str, Any],
         Its catalogue.json, and the holder of the addition, for `grow`.
 
     Raises:
-        UserError: no catalogue there, one of other attributes or with its shards elsewhere, or another append is under way.
+        UserError: no catalogue there, one of other attributes or with its shards elsewhere, or another append is under
+            way.
     """
     if (path / PLACE_FILE).exists():
         raise UserError(
@@ -123,7 +127,8 @@ def grow(path: Path, old: dict[str, Any], added: dict[str, Any], folder: Path, h
     for number in range(added["num_parts"]):
         os.replace(folder / "samples" / part_name(number), path / "samples" / part_name(old["num_parts"] + number))
     os.replace(folder / "quarantine.parquet", path / quarantine_name(meta))
-    # Before catalogue.json: a kill in between costs a run of govern, the other order would keep classes that lack samples.
+    # Before catalogue.json: a kill in between costs a run of govern, the other order would keep classes that lack
+    # samples.
     if (path / "classes").exists():
         kept = path / f"classes-{old['num_samples']}"
         holder.discard(kept)
@@ -136,7 +141,9 @@ def grow(path: Path, old: dict[str, Any], added: dict[str, Any], folder: Path, h
 
 
 def _grow_index(path: Path, length: int, records: np.ndarray) -> None:
-    """Writes `records` after the first `length`; in place, since a mapped file may not be replaced on every network disk."""
+    """Writes `records` after the first `length`; in place, since a mapped file may not be replaced on every network
+    disk.
+    """
     with path.open("r+b") as file:
         np.lib.format.read_magic(file)
         np.lib.format.read_array_header_1_0(file)

@@ -219,7 +219,9 @@ class Catalogue:
         split: str | None = None,
         between: tuple[int, int] | None = None,
     ) -> Iterator[pa.RecordBatch]:
-        """The rows of `table` piece by piece, for what must not grow with the catalogue; `between`: with ids from the first to the last alone."""
+        """The rows of `table` piece by piece, for what must not grow with the catalogue; `between`: with ids from the
+        first to the last alone.
+        """
         rows = _which(kind, split)
         if between is not None:
             rows &= (pc.field("sample_id") >= int(between[0])) & (pc.field("sample_id") <= int(between[1]))

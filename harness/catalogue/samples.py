@@ -23,7 +23,8 @@ QUARANTINE_SCHEMA = pa.schema([("row", pa.int64()), ("image", pa.string()), ("re
 
 
 def check_texts(row: Sequence[str | None], attributes: Sequence[str]) -> None:
-    """Checks the texts of a sample, values of SAMPLE_SCHEMA after sample_id and then its attributes, from whatever reader.
+    """Checks the texts of a sample, values of SAMPLE_SCHEMA after sample_id and then its attributes, from whatever
+    reader.
 
     Raises:
         Rejected: one holds bytes that were no UTF-8, or is too long.

@@ -1,7 +1,7 @@
 """Stores of a catalogue's shards: its own folder, or any fsspec URL (s3, gcs, http …) behind a bounded local cache.
 
-A reader asks for (file, offset, length) and gets these bytes, an error, or, where the file ends early, fewer bytes. Nothing else is read:
-a sample costs one ranged request, once.
+A reader asks for (file, offset, length) and gets these bytes, an error, or, where the file ends early, fewer bytes.
+Nothing else is read: a sample costs one ranged request, once.
 """
 
 from __future__ import annotations
@@ -172,11 +172,12 @@ def open_store(catalogue: Path, at: str | None = None) -> Store:
 
     Args:
         catalogue: the folder.
-        at: URL of the shards, or 'here' for the folder's own shards/; by default what shards.json says (`shelfmark shards`), and 'here'
-            without one.
+        at: URL of the shards, or 'here' for the folder's own shards/; by default what shards.json says (`shelfmark
+            shards`), and 'here' without one.
 
     Raises:
-        UserError: shards.json is damaged, no shards/, no package for the URL's protocol, or a cache that cannot be used.
+        UserError: shards.json is damaged, no shards/, no package for the URL's protocol, or a cache that cannot be
+            used.
     """
     file = catalogue / PLACE_FILE
     if at is None and file.exists():
@@ -193,7 +194,9 @@ def open_store(catalogue: Path, at: str | None = None) -> Store:
 
 @functools.cache
 def _say_ignored(file: Path) -> None:
-    """Once for a file, on the first rank. A catalogue may be anybody's: it must not say what is written, and deleted, where."""
+    """Once for a file, on the first rank. A catalogue may be anybody's: it must not say what is written, and deleted,
+    where.
+    """
     if os.environ.get("RANK", "0") == "0":
         print(f"{file}: its cache is not used; {CACHE_PLACE} names one", file=sys.stderr, flush=True)
 

@@ -103,10 +103,11 @@ class Manifest:
             )
 
     def _records(self, width: int | None = None) -> Iterator[list[str] | str]:
-        """Records as cells, or as what is wrong with one; then reading goes on with the line after the one where it began.
+        """Records as cells, or as what is wrong with one; then reading goes on with the line after the one where it
+        began.
 
-        So a quote that is never closed costs its own line, not those that it seems to hold: where a record of several lines is none, or has
-        not `width` cells, all but its first line are read anew.
+        So a quote that is never closed costs its own line, not those that it seems to hold: where a record of several
+        lines is none, or has not `width` cells, all but its first line are read anew.
         """
         csv.field_size_limit(MOST_TEXT)
         # Bytes that are no UTF-8 cost their own row, not the run.
@@ -154,7 +155,9 @@ class Manifest:
             raise UserError(f"{self.path} is damaged after row {read:,} ({error})", "Write it again") from error
 
     def _batches(self, names: list[str]) -> Iterator[pa.RecordBatch]:
-        """The columns `names`, at most BATCH_BYTES at once where a row has fewer: a dictionary holds a text once that a million rows may share."""
+        """The columns `names`, at most BATCH_BYTES at once where a row has fewer: a dictionary holds a text once that a
+        million rows may share.
+        """
         with pq.ParquetFile(self.path) as file:
             coded_names = [field.name for field in file.schema_arrow if field.name in names and _is_text(field.type)]
             with pq.ParquetFile(self.path, read_dictionary=coded_names) as coded:

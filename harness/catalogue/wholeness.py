@@ -1,8 +1,9 @@
-"""Checksums of a catalogue's own files, compared once at the start of what reads them: damage is named before anything is made of it.
+"""Checksums of a catalogue's own files, compared once at the start of what reads them: damage is named before anything
+is made of it.
 
-catalogue.json has those of what grows in place: index.npy in pieces, so that an append adds pieces and a killed one takes none away, samples/ and
-the quarantines. classes/, tokenizer/ and queries/, which are replaced as a whole, have a manifest.json each. An image's stands in the index, and is
-compared whenever it is read.
+catalogue.json has those of what grows in place: index.npy in pieces, so that an append adds pieces and a killed one
+takes none away, samples/ and the quarantines. classes/, tokenizer/ and queries/, which are replaced as a whole, have a
+manifest.json each. An image's stands in the index, and is compared whenever it is read.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ PIECE = 1 << 20  # records of index.npy under one checksum
 
 
 class Finding(NamedTuple):
-    """A part of a catalogue, what is wrong with it ('' = nothing), what to do then, and why it was not checked ('' = it was)."""
+    """A part of a catalogue, what is wrong with it ('' = nothing), what to do then, and why it was not checked ('' = it
+    was).
+    """
 
     what: str
     problem: str
@@ -39,7 +42,9 @@ class Finding(NamedTuple):
 
 
 def with_checksums(folder: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The catalogue.json `meta` with checksums of the files in `folder` that it counts, and its own; those that it has already are kept."""
+    """The catalogue.json `meta` with checksums of the files in `folder` that it counts, and its own; those that it has
+    already are kept.
+    """
     known = meta.get("files", {})
     index = np.load(folder / "index.npy", mmap_mode="r")
     pieces = list(known.get("index.npy", ()))
@@ -56,7 +61,8 @@ def with_checksums(folder: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_whole(catalogue: Catalogue, mesh: Mesh | None = None, folders: Sequence[str] = ()) -> None:
-    """Compares a catalogue's files with their checksums, and says what has none; with `mesh` collective, the files shared out over the ranks.
+    """Compares a catalogue's files with their checksums, and says what has none; with `mesh` collective, the files
+    shared out over the ranks.
 
     Args:
         catalogue: its index, samples and quarantines are always compared.

@@ -1,9 +1,11 @@
-"""`shelfmark estimate`: parameters, memory, FLOPs, bytes communicated and checkpoint size of a recipe at a layout, without running it.
+"""`shelfmark estimate`: parameters, memory, FLOPs, bytes communicated and checkpoint size of a recipe at a layout,
+without running it.
 
-Parameters, activations and traffic are those of a dry run (harness/train/dry_run.py), which also refuses a layout that does not fit.
-Whatever has one number for each parameter or class row follows from their counts. Memory is that of a training step beside the process
-itself (libraries, decoder) and evaluation; writing a checkpoint needs more, a figure of its own. Texts are taken to be as long as their
-towers allow (for FLOPs see --text-length). MB and GB are 10^6 and 10^9 bytes.
+Parameters, activations and traffic are those of a dry run (harness/train/dry_run.py), which also refuses a layout that
+does not fit. Whatever has one number for each parameter or class row follows from their counts. Memory is that of a
+training step beside the process itself (libraries, decoder) and evaluation; writing a checkpoint needs more, a figure
+of its own. Texts are taken to be as long as their towers allow (for FLOPs see --text-length). MB and GB are 10^6 and
+10^9 bytes.
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ EXAMPLE = (
     "shelfmark estimate --config jobs/recipes/oclear_grocery.yaml --world 8 --tensor-parallel 2 --num-classes 1000000"
 )
 FP32 = 4
-# Bytes for each trained number that the first rank of a copy needs beside all else while it writes a checkpoint: measured with megatron-core 0.16
-# (weights and two moments in fp32, three times: gathered, cut by parameter, copied for the writer).
+# Bytes for each trained number that the first rank of a copy needs beside all else while it writes a checkpoint:
+# measured with megatron-core 0.16 (weights and two moments in fp32, three times: gathered, cut by parameter, copied for
+# the writer).
 _SAVING = 36
 
 
@@ -65,10 +68,12 @@ class EstimateConfig:
 
 
 def estimate(argv: list[str]) -> dict[str, Any]:
-    """Parses a recipe with the options of EstimateConfig and overrides, prints the table, writes --json, and returns the figures.
+    """Parses a recipe with the options of EstimateConfig and overrides, prints the table, writes --json, and returns
+    the figures.
 
     Raises:
-        UserError: as `harness.train.config.parse`, a layout that does not fit, or a number that only the missing catalogue knows.
+        UserError: as `harness.train.config.parse`, a layout that does not fit, or a number that only the missing
+            catalogue knows.
     """
     values = parsed(argv, EstimateConfig, "shelfmark estimate", EXAMPLE)
     asked = EstimateConfig(**{name: getattr(values, name) for name in vars(EstimateConfig())})
@@ -84,7 +89,8 @@ def estimate(argv: list[str]) -> dict[str, Any]:
 
 
 def with_sizes(config: RunConfig, asked: EstimateConfig) -> tuple[RunConfig, int]:
-    """The recipe with its vocabulary and keyword table, and its classes: those that are asked for, else the recipe's, else the catalogue's.
+    """The recipe with its vocabulary and keyword table, and its classes: those that are asked for, else the recipe's,
+    else the catalogue's.
 
     Raises:
         UserError: none of them says.
@@ -102,7 +108,8 @@ def with_sizes(config: RunConfig, asked: EstimateConfig) -> tuple[RunConfig, int
 
 
 def figures_of(config: RunConfig, num_classes: int, world: int, text_length: int = 0) -> dict[str, Any]:
-    """All figures of `config` on `world` ranks: counts, bytes and FLOPs, these with texts of `text_length` tokens (0: of the most).
+    """All figures of `config` on `world` ranks: counts, bytes and FLOPs, these with texts of `text_length` tokens (0:
+    of the most).
 
     On GPUs, whatever this machine has, unless mesh.device is cpu.
     """
@@ -156,7 +163,8 @@ def memory_per_rank(config: RunConfig, world: int, own: int, active: float, run:
     """Bytes of the first rank at the peak of a step, by term; it has `own` class rows, of which `active` take part."""
     size, ranks, cuda = number_bytes(config), world // config.mesh.tensor_parallel, config.mesh.device != "cpu"
     per_row = row_bytes(config.head, config.optimizer.rows, config.model.embedding_dim)
-    # What else the peak may be, beside the rows' gradients: gloo reduces a copy of the whole buffer; AdamW's denominators, on a GPU all at once.
+    # What else the peak may be, beside the rows' gradients: gloo reduces a copy of the whole buffer; AdamW's
+    # denominators, on a GPU all at once.
     reduced = 0 if cuda else FP32 * run.trained
     denominators = FP32 * (run.trained if cuda else 2 * run.largest) / ranks
     peak = max(run.peak, FP32 * config.model.embedding_dim * active + max(reduced, denominators))

@@ -1,4 +1,5 @@
-"""`shelfmark export RUN --out ARTEFACT`: a checkpoint and a catalogue become what a search service loads. Under torchrun the work is shared.
+"""`shelfmark export RUN --out ARTEFACT`: a checkpoint and a catalogue become what a search service loads. Under
+torchrun the work is shared.
 
 artefact.json             format, method and its configuration, run, checkpoint, catalogue, decoders, versions
 encoder.safetensors       weights of the query encoder, which our code builds: images [n, 3, S, S] or tokens [n, L] -> unit embeddings [n, d]
@@ -85,7 +86,8 @@ def run(config: ExportConfig) -> dict[str, Any]:
     """Exports, prints a line on rank 0 and returns documents, embedding_dim and seconds.
 
     Raises:
-        UserError: no run or checkpoint there, `out` exists, no document, a layout that does not divide, no faiss, decoders that differ.
+        UserError: no run or checkpoint there, `out` exists, no document, a layout that does not divide, no faiss,
+            decoders that differ.
     """
     started = time.perf_counter()
     require_free(config.out)  # on every rank, and before the work

@@ -1,4 +1,6 @@
-"""`shelfmark export-weights`: a tower, trained or imported, becomes a folder that `transformers`, timm or open_clip reads."""
+"""`shelfmark export-weights`: a tower, trained or imported, becomes a folder that `transformers`, timm or open_clip
+reads.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,15 @@ EXAMPLE = "shelfmark export-weights runs/grocery --tower vision --layout dinov2 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportWeightsConfig:
-    """Writes the weights of one tower, or of both for open_clip, as a description and safetensors, float32, and manifest.json: their SHA-256.
+    """Writes the weights of one tower, or of both for open_clip, as a description and safetensors, float32, and
+    manifest.json: their SHA-256.
 
     Args:
         source: a run folder, or a folder that `shelfmark import` made.
         out: the folder to create; it appears only when it is complete.
         tower: vision, text, or both (open_clip alone, whose models are pairs).
-        layout: timm, open_clip, or the model_type of transformers to write, such as vit, dinov2, clip_vision_model or xlm-roberta.
+        layout: timm, open_clip, or the model_type of transformers to write, such as vit, dinov2, clip_vision_model or
+            xlm-roberta.
         checkpoint: a step folder of the run; the newest complete one by default.
     """
 
@@ -44,7 +48,8 @@ class ExportWeightsConfig:
 
 
 def run(config: ExportWeightsConfig) -> dict[str, Any]:
-    """Writes the folder, prints a line, and returns the number of parameters and what reads it: a class of transformers, timm or open_clip.
+    """Writes the folder, prints a line, and returns the number of parameters and what reads it: a class of
+    transformers, timm or open_clip.
 
     Raises:
         UserError: no such run or folder, `out` exists, an unknown layout, or one that has no place for this tower.

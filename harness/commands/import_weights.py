@@ -1,4 +1,5 @@
-"""`shelfmark import`: the weights of a model from the Hugging Face hub, timm or open_clip become the start of a training run.
+"""`shelfmark import`: the weights of a model from the Hugging Face hub, timm or open_clip become the start of a
+training run.
 
 weights.safetensors   the towers' tensors, float32, under the names of a checkpoint
 weights.json          what the towers must be for them, where they are from, what was left out
@@ -38,7 +39,8 @@ class ImportConfig:
 
     Args:
         out: the folder to create; it appears only when it is complete.
-        vision: a folder with the image tower: config.json (of transformers or timm) or open_clip_config.json, and *.safetensors.
+        vision: a folder with the image tower: config.json (of transformers or timm) or open_clip_config.json, and
+            *.safetensors.
         text: a folder with the text tower; the same one where a model has both.
         projection: take along the layer onto the space that image and text share (CLIP, SigLIP's text).
         allow_unused: leave out tensors that the tower has no place for, instead of refusing.
@@ -55,7 +57,8 @@ def run(config: ImportConfig) -> dict[str, Any]:
     """Converts, prints a line for each tower, and returns parameters and left_out of each.
 
     Raises:
-        UserError: nothing to import, `out` exists, a folder that is no such model, a tower that ours cannot hold, tensors left over.
+        UserError: nothing to import, `out` exists, a folder that is no such model, a tower that ours cannot hold,
+            tensors left over.
     """
     folders = {"vision": config.vision, "text": config.text}
     wanted = {tower: folder for tower, folder in folders.items() if folder is not None}

@@ -41,8 +41,8 @@ MOST_FIELDS = 1 << 23  # bytes of a .json or .txt member
 class IndexConfig:
     """Indexes a folder of webdataset tars in place, every image decoded once.
 
-    What is known of a sample comes from the fields of its .json member; its title from .txt where that has none. The tars must stay where
-    they are, as they are; a copy elsewhere is named with `shelfmark shards`.
+    What is known of a sample comes from the fields of its .json member; its title from .txt where that has none. The
+    tars must stay where they are, as they are; a copy elsewhere is named with `shelfmark shards`.
 
     Args:
         tars: folder with the uncompressed .tar files.
@@ -93,7 +93,8 @@ def run(config: IndexConfig) -> dict[str, Any]:
         catalogue, num_samples, query, document, quarantined, splits, num_shards, reasons (category: samples), seconds.
 
     Raises:
-        UserError: no tar there, one that is compressed or damaged, `out` exists, the disk is full, or no sample can be used.
+        UserError: no tar there, one that is compressed or damaged, `out` exists, the disk is full, or no sample can be
+            used.
     """
     started = time.perf_counter()
     if config.kind is not None and config.kind not in KINDS:

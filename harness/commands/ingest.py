@@ -219,7 +219,9 @@ def _figures(out: Path, meta: dict[str, Any], added: int, reasons: Counter[str],
 
 
 def _request(config: IngestConfig) -> str:
-    """Fingerprint of the manifest's bytes and of all that decides what is made of them: a rerun of one append has the same."""
+    """Fingerprint of the manifest's bytes and of all that decides what is made of them: a rerun of one append has the
+    same.
+    """
     options = {
         **asdict(config),
         "images": os.path.abspath(config.images),

@@ -42,7 +42,8 @@ def find_parts(catalogue: Path) -> list[Catalogue]:
     """The parts of `catalogue` in the order of the manifest.
 
     Raises:
-        UserError: some are missing, there are parts of several divisions, or they are not of one manifest and one request.
+        UserError: some are missing, there are parts of several divisions, or they are not of one manifest and one
+            request.
     """
     folder, found = part_folder(catalogue, 1, 1).parent, _numbers(catalogue)
     if not found:
@@ -84,7 +85,9 @@ def _request(part: Catalogue) -> dict[str, Any]:
 
 
 def _is_made_of(catalogue: Path, found: list[tuple[int, int]]) -> bool:
-    """True where a merge made `catalogue` of these parts: of one request with it, and each of their shards is a file of the catalogue too."""
+    """True where a merge made `catalogue` of these parts: of one request with it, and each of their shards is a file of
+    the catalogue too.
+    """
     made = Catalogue(catalogue)
     number = made.meta["source"].get("parts")
     parts = [Catalogue(part_folder(catalogue, *part)) for part in found if part[1] == number]
@@ -106,7 +109,8 @@ def run(config: MergeConfig) -> dict[str, Any]:
         catalogue, num_samples, query, document, quarantined, splits, num_shards, parts (those merged).
 
     Raises:
-        UserError: from `find_parts`; `catalogue` exists and was not made of these parts; its disk has no hard links; or no part has a sample.
+        UserError: from `find_parts`; `catalogue` exists and was not made of these parts; its disk has no hard links; or
+            no part has a sample.
     """
     catalogue = config.catalogue
     if not catalogue.exists():

@@ -1,4 +1,5 @@
-"""`shelfmark queries`: what is known of a catalogue's documents besides title and photo: texts that lead to them, keywords, categories.
+"""`shelfmark queries`: what is known of a catalogue's documents besides title and photo: texts that lead to them,
+keywords, categories.
 
 queries/
     queries.json     the attributes' values with their synonyms, the keywords and the categories, each list in the order of its codes
@@ -48,7 +49,8 @@ class QueriesConfig:
         split: split that keywords and values are taken from; samples of split 'all' belong to it.
         min_count: fewest titles of the split that a keyword stands in; with clicks, of the clicked documents.
         max_share: largest share of those titles.
-        keywords_per_product: keywords of a document that are kept: the words of its attributes, then the rarest of its title.
+        keywords_per_product: keywords of a document that are kept: the words of its attributes, then the rarest of its
+            title.
     """
 
     catalogue: Path
@@ -63,10 +65,12 @@ class QueriesConfig:
 
 
 def run(config: QueriesConfig) -> dict[str, Any]:
-    """Writes queries/ and prints a summary; returns keywords, categories, texts, clicked_documents, with_keywords (documents).
+    """Writes queries/ and prints a summary; returns keywords, categories, texts, clicked_documents, with_keywords
+    (documents).
 
     Raises:
-        UserError: an unknown attribute, a click log or a file of synonyms that cannot be used, or nothing to make a query of.
+        UserError: an unknown attribute, a click log or a file of synonyms that cannot be used, or nothing to make a
+            query of.
     """
     catalogue = Catalogue(config.catalogue)
     require_whole(catalogue)

@@ -1,4 +1,6 @@
-"""`shelfmark search ARTEFACT PHOTO …`: the documents that a photo shows, a text asks for or another document is like, as table and contact sheet."""
+"""`shelfmark search ARTEFACT PHOTO …`: the documents that a photo shows, a text asks for or another document is like,
+as table and contact sheet.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +48,8 @@ def run(config: SearchConfig) -> dict[str, Any]:
     """Searches, prints ids, titles and scores, draws the sheet; returns what was found for each query and seconds.
 
     Raises:
-        UserError: no query or more than one kind of it, a kind that the artefact does not take, a photo or an artefact that cannot be used, an
-            empty box, a sheet that cannot be written.
+        UserError: no query or more than one kind of it, a kind that the artefact does not take, a photo or an artefact
+            that cannot be used, an empty box, a sheet that cannot be written.
     """
     if config.top < 1:
         raise UserError(f"--top is {config.top}", "It must be at least 1")

@@ -21,14 +21,15 @@ EXAMPLE = "shelfmark shards catalogues/products --at s3://bucket/products/shards
 class ShardsConfig:
     """Moves a catalogue's images out of its folder, for every command that reads them from then on.
 
-    Copy the folder's shards/ there first; index, texts, classes and tokenizer stay. One sample of each shard is read and its checksum
-    compared. shards.json holds the place; without that file the catalogue's own shards/ counts. Where the environment names a folder in
-    SHELFMARK_CACHE, every command keeps what it read there, at most SHELFMARK_CACHE_GIB GiB (50); processes of a node share it.
+    Copy the folder's shards/ there first; index, texts, classes and tokenizer stay. One sample of each shard is read
+    and its checksum compared. shards.json holds the place; without that file the catalogue's own shards/ counts. Where
+    the environment names a folder in SHELFMARK_CACHE, every command keeps what it read there, at most
+    SHELFMARK_CACHE_GIB GiB (50); processes of a node share it.
 
     Args:
         catalogue: the catalogue folder.
-        at: URL of the folder with the shards in any protocol that fsspec has a package for: s3, gcs, http, file …; 'here' for the
-            catalogue's own shards/. Without a password: that belongs where fsspec looks for it.
+        at: URL of the folder with the shards in any protocol that fsspec has a package for: s3, gcs, http, file …;
+            'here' for the catalogue's own shards/. Without a password: that belongs where fsspec looks for it.
     """
 
     catalogue: Path

@@ -1,7 +1,8 @@
-"""`shelfmark verify`: reads catalogues, runs, checkpoints, artefacts and folders of weights through, and names what is damaged.
+"""`shelfmark verify`: reads catalogues, runs, checkpoints, artefacts and folders of weights through, and names what is
+damaged.
 
-Checksums tell that nothing has changed since a folder was written, not who wrote it. Nothing that is read is run. PyTorch is loaded only for
-checkpoints, whose pickles are looked through too.
+Checksums tell that nothing has changed since a folder was written, not who wrote it. Nothing that is read is run.
+PyTorch is loaded only for checkpoints, whose pickles are looked through too.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
-    """Compares every file with its checksum and prints a line for each thing; exit code 0 means that all of them are whole.
+    """Compares every file with its checksum and prints a line for each thing; exit code 0 means that all of them are
+    whole.
 
     Args:
         paths: folders of any of these kinds.

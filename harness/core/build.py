@@ -56,7 +56,8 @@ def build(
 def builder(mesh: Mesh) -> TransformerBuilder:
     """Builder of the blocks of towers that are trained or evaluated on this mesh.
 
-    Where they are compiled and nothing is tensor-parallel, plain layers: each is one graph, where megatron-core's break. The same names and weights.
+    Where they are compiled and nothing is tensor-parallel, plain layers: each is one graph, where megatron-core's
+    break. The same names and weights.
 
     Raises:
         UserError: they are to be compiled on a CPU, and there is no C++ compiler.
@@ -78,7 +79,9 @@ def builder(mesh: Mesh) -> TransformerBuilder:
 
 
 def plain_query_encoder(method: str, model: Any, towers: nn.Module, mesh: Mesh) -> nn.Module:
-    """The method's query encoder in plain torch, fp32 on the CPU, with the weights of tensor-parallel `towers`; collective over tp."""
+    """The method's query encoder in plain torch, fp32 on the CPU, with the weights of tensor-parallel `towers`;
+    collective over tp.
+    """
     state = {name: value.float().cpu() for name, value in merged_state_dict(towers, mesh.tp).items()}
     plain = METHODS[method].towers(model, PlainBuilder())
     plain.load_state_dict(state)

@@ -189,10 +189,12 @@ def write_figures(path: Path | None, figures: Mapping[str, Any]) -> None:
 
 
 def run_command(body: Callable[[], Any]) -> int:
-    """Runs a command's body; a UserError or what the system refuses becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+    """Runs a command's body; a UserError or what the system refuses becomes one line on stderr and exit code 2, Ctrl-C
+    exit code 130.
 
-    A reader of standard output that goes away, as `head` does, ends nothing: the rest is written nowhere.
-    One of several ranks that meets an error leaves the process at once: the end of its groups, or of what holds them, could wait for the others.
+    A reader of standard output that goes away, as `head` does, ends nothing: the rest is written nowhere. One of
+    several ranks that meets an error leaves the process at once: the end of its groups, or of what holds them, could
+    wait for the others.
     """
     end_with_launcher()
     try:
@@ -256,10 +258,11 @@ def _output(stream: Any, original: Any, name: str) -> Any:
 
 
 def tell(error: Exception) -> int:
-    """Prints `error`, once however often it is told, and returns its exit code; 0, without a word, where the interpreter tells it well enough.
+    """Prints `error`, once however often it is told, and returns its exit code; 0, without a word, where the
+    interpreter tells it well enough.
 
-    A mistake that all ranks of a node have met is told by the first of them. One that only follows from the end of another rank waits a moment, in
-    which torchrun ends this rank too.
+    A mistake that all ranks of a node have met is told by the first of them. One that only follows from the end of
+    another rank waits a moment, in which torchrun ends this rank too.
     """
     mistake = _mistake(error)
     if mistake is None and not _has_peers():
@@ -282,7 +285,9 @@ def tell(error: Exception) -> int:
 
 
 def _mistake(error: Exception) -> UserError | None:
-    """The UserError that `error` amounts to: itself, or one made of a system error about a file or a limit; None for others."""
+    """The UserError that `error` amounts to: itself, or one made of a system error about a file or a limit; None for
+    others.
+    """
     if not isinstance(error, OSError):
         return error if isinstance(error, UserError) else None
     file, reason = error.filename, error.strerror or str(error)
@@ -303,7 +308,9 @@ def _has_peers() -> bool:
 
 
 def _first_to_say(what: str) -> bool:
-    """True for the first rank of this node to say `what`, numbers aside. torchrun gives each a folder of its own in one that they share."""
+    """True for the first rank of this node to say `what`, numbers aside. torchrun gives each a folder of its own in one
+    that they share.
+    """
     own = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not own:
         return True

@@ -19,10 +19,12 @@ DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device that mesh.device `wanted` means on this rank; every rank of a node comes to the same kind, or to the same error.
+    """The device that mesh.device `wanted` means on this rank; every rank of a node comes to the same kind, or to the
+    same error.
 
     Raises:
-        UserError: cuda is wanted and torch sees no GPU; for auto, the machine has GPUs which torch cannot use; fewer GPUs than ranks on this node.
+        UserError: cuda is wanted and torch sees no GPU; for auto, the machine has GPUs which torch cannot use; fewer
+            GPUs than ranks on this node.
     """
     if wanted == "cpu":
         return torch.device("cpu")
@@ -85,7 +87,8 @@ def set_deterministic(wanted: bool) -> None:
 
 
 def set_precision(precision: str) -> None:
-    """Sets how a GPU multiplies float32 matrices and convolutions: in TF32 for train.precision tf32, exactly for all others.
+    """Sets how a GPU multiplies float32 matrices and convolutions: in TF32 for train.precision tf32, exactly for all
+    others.
 
     torch's own default mixes them: convolutions in TF32, matrices exactly.
     """

@@ -153,7 +153,9 @@ class Record:
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with their own `checksum`, xxh3-64 over sorted JSON: damage that leaves a file JSON is found by `Record.require_seal`."""
+    """`values` with their own `checksum`, xxh3-64 over sorted JSON: damage that leaves a file JSON is found by
+    `Record.require_seal`.
+    """
     rest = {name: value for name, value in values.items() if name != "checksum"}
     return {**rest, "checksum": xxhash.xxh3_64_hexdigest(json.dumps(rest, sort_keys=True).encode())}
 
@@ -187,7 +189,9 @@ def _finite(value: Any) -> Any:
 
 
 def printable(text: str, most: int = 200) -> str:
-    """`text` for a terminal: one line of at most `most` characters, what would control the terminal shown as \\x1b and the like."""
+    """`text` for a terminal: one line of at most `most` characters, what would control the terminal shown as \\x1b and
+    the like.
+    """
     shown = "".join(
         c if c.isprintable() or c in _HARMLESS else c.encode("unicode_escape").decode() for c in text[: most + 1]
     )

@@ -1,4 +1,6 @@
-"""Parent-death signal of a rank: torchrun killed, by the kernel or by SIGUSR1, would leave its ranks training without it."""
+"""Parent-death signal of a rank: torchrun killed, by the kernel or by SIGUSR1, would leave its ranks training without
+it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 def end_with_launcher() -> None:
     """Has the kernel kill this process when its parent ends, if torchrun started it; Linux alone can.
 
-    It watches the thread that started the process: torchrun's main one. For processes that a rank starts itself it holds not.
+    It watches the thread that started the process: torchrun's main one. For processes that a rank starts itself it
+    holds not.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
         return

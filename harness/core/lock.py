@@ -1,8 +1,8 @@
 """One process at a time in a folder, and its name for everybody else.
 
-The kernel's lock on a file (flock) ends with the process that holds it, however that ends: what a killed one leaves holds nobody up. Some
-shared disks keep this lock to one host. So a holder rewrites its file every few seconds, and whoever finds another host's name in it first
-watches whether it still does; clocks are not compared.
+The kernel's lock on a file (flock) ends with the process that holds it, however that ends: what a killed one leaves
+holds nobody up. Some shared disks keep this lock to one host. So a holder rewrites its file every few seconds, and
+whoever finds another host's name in it first watches whether it still does; clocks are not compared.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ _held: set[int] = set()  # descriptors of the locks of this process
 
 @contextmanager
 def locked(file: Path, what: str) -> Iterator[None]:
-    """Holds the lock `file` (made, with its folder, and removed in the end); a process that was killed leaves it, which holds nobody up.
+    """Holds the lock `file` (made, with its folder, and removed in the end); a process that was killed leaves it, which
+    holds nobody up.
 
     A forked child does not hold it on.
 

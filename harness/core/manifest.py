@@ -1,4 +1,5 @@
-"""manifest.json: size and checksum of every file of a folder, by which a checkpoint, an artefact and a catalogue prove that they are whole.
+"""manifest.json: size and checksum of every file of a folder, by which a checkpoint, an artefact and a catalogue prove
+that they are whole.
 
 Checksums find damage. They do not tell who made a folder: whoever changes a file can change its manifest too.
 """
@@ -38,7 +39,8 @@ def write_manifest(folder: Path, mesh: Mesh | None = None, algorithm: str = "xxh
     Args:
         folder: holds files and folders, no links.
         mesh: the ranks that share the work.
-        algorithm: xxh3-64, fast, for what stays here; sha256 for what is handed on, so that its manifest can be compared with one that was published.
+        algorithm: xxh3-64, fast, for what stays here; sha256 for what is handed on, so that its manifest can be
+            compared with one that was published.
     """
 
     def flushed(name: str) -> tuple[int, str]:
@@ -53,7 +55,8 @@ def write_manifest(folder: Path, mesh: Mesh | None = None, algorithm: str = "xxh
 
 
 def verify(folder: Path, mesh: Mesh | None = None) -> str:
-    """Names what is wrong with a folder that has a manifest; empty if it holds exactly the listed files, each with its checksum.
+    """Names what is wrong with a folder that has a manifest; empty if it holds exactly the listed files, each with its
+    checksum.
 
     With `mesh` collective, as in `write_manifest`, and the same on every rank.
     """
@@ -74,7 +77,9 @@ def verify(folder: Path, mesh: Mesh | None = None) -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 of the manifest, which stands for all of the folder: what an author publishes, and `sha256sum FOLDER/manifest.json` compares."""
+    """SHA-256 of the manifest, which stands for all of the folder: what an author publishes, and `sha256sum
+    FOLDER/manifest.json` compares.
+    """
     return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
 
 
@@ -93,7 +98,8 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 
 def _listed(folder: Path) -> tuple[str, dict[str, tuple[int, str]]] | str:
-    """The algorithm, and size and checksum of each file; or what is wrong with the manifest, or with what lies in the folder.
+    """The algorithm, and size and checksum of each file; or what is wrong with the manifest, or with what lies in the
+    folder.
 
     No name of a manifest is opened that a listing of the folder did not give.
     """
@@ -162,7 +168,9 @@ def shared(sizes: Mapping[str, int], work: Callable[[str], T], mesh: Mesh | None
 
 
 def shared_out(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
-    """Names for each rank: the files that it wrote itself, as both checkpoint libraries name them; the rest goes where the fewest bytes are."""
+    """Names for each rank: the files that it wrote itself, as both checkpoint libraries name them; the rest goes where
+    the fewest bytes are.
+    """
     shares: list[list[str]] = [[] for _ in range(ranks)]
     loads, others = [0] * ranks, []
     for name, size in sizes.items():

@@ -1,4 +1,6 @@
-"""Every process group of a run, built once and handed on explicitly. The only importer of megatron-core's parallel_state."""
+"""Every process group of a run, built once and handed on explicitly. The only importer of megatron-core's
+parallel_state.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,22 @@ class MeshConfig:
     """Layout of the ranks.
 
     Args:
-        tensor_parallel: ranks that share one copy of the towers (inside a node), a power of two; the rest of the world is data-parallel.
-        sequence_parallel: between the towers' linear layers each of them holds a range of the tokens instead of all: less memory, the same result.
-        recompute: what backward computes again instead of keeping it: none, selective (attention cores) or full (transformer layers).
-        device: cuda, one GPU for each rank of a node; cpu; or auto, the GPUs unless the machine has none or CUDA_VISIBLE_DEVICES hides them.
-        deterministic: on a GPU, kernels whose results do not change from run to run, where torch has them, and an error where not; slower.
-        accelerators: auto takes fused kernels of TransformerEngine and apex on a GPU, where they are whole; torch takes none.
-        compile: auto compiles the towers' blocks by torch.compile on a GPU; always on a CPU too (needs a C++ compiler); never.
-        timeout_minutes: a rank that is not heard of for so long ends the run, and so does a collective that takes a quarter longer.
+        tensor_parallel: ranks that share one copy of the towers (inside a node), a power of two; the rest of the world
+            is data-parallel.
+        sequence_parallel: between the towers' linear layers each of them holds a range of the tokens instead of all:
+            less memory, the same result.
+        recompute: what backward computes again instead of keeping it: none, selective (attention cores) or full
+            (transformer layers).
+        device: cuda, one GPU for each rank of a node; cpu; or auto, the GPUs unless the machine has none or
+            CUDA_VISIBLE_DEVICES hides them.
+        deterministic: on a GPU, kernels whose results do not change from run to run, where torch has them, and an error
+            where not; slower.
+        accelerators: auto takes fused kernels of TransformerEngine and apex on a GPU, where they are whole; torch takes
+            none.
+        compile: auto compiles the towers' blocks by torch.compile on a GPU; always on a CPU too (needs a C++ compiler);
+            never.
+        timeout_minutes: a rank that is not heard of for so long ends the run, and so does a collective that takes a
+            quarter longer.
     """
 
     tensor_parallel: int = 1
@@ -55,8 +65,9 @@ class MeshConfig:
 class Mesh:
     """Process groups and this rank's place in them; in a `with` block they end with it.
 
-    tp: ranks that share the towers' weights; dp: ranks that bring different samples; row_group: dp x tp, the ranks that share the class rows.
-    On GPUs every group computes over NCCL, and carries objects, barriers and CPU tensors over gloo.
+    tp: ranks that share the towers' weights; dp: ranks that bring different samples; row_group: dp x tp, the ranks that
+    share the class rows. On GPUs every group computes over NCCL, and carries objects, barriers and CPU tensors over
+    gloo.
     """
 
     def __init__(self, config: MeshConfig) -> None:
@@ -92,7 +103,9 @@ class Mesh:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        """Ends the groups, unless an error leaves the block on one of several ranks: the others may never come to an end that waits for them."""
+        """Ends the groups, unless an error leaves the block on one of several ranks: the others may never come to an
+        end that waits for them.
+        """
         if error is None or self.world_size == 1:
             self.close()
 
@@ -106,8 +119,9 @@ class Mesh:
     def seed_streams(self, seed: int, step: int) -> None:
         """Random streams of one step, a pure function of (seed, step, place), so that no generator state is ever saved.
 
-        torch's generator differs over dp and agrees over tp; megatron-core's tracked stream, for dropout inside tensor-parallel regions,
-        differs over both. Inside a sequence-parallel block torch's is switched to that one; what has to agree there draws from COMMON_STREAM.
+        torch's generator differs over dp and agrees over tp; megatron-core's tracked stream, for dropout inside
+        tensor-parallel regions, differs over both. Inside a sequence-parallel block torch's is switched to that one;
+        what has to agree there draws from COMMON_STREAM.
         """
         # Modulo 2**64, all that a generator takes: odd factors keep the streams of a run apart there too.
         key = (seed * 1_000_003 + step) * 65_537 + self.dp.rank()
@@ -141,8 +155,9 @@ class Mesh:
 def _build_groups(tensor_parallel: int, timeout: timedelta) -> ProcessGroupCollection:
     """megatron-core's groups, and its globals that name them; of those over the same ranks there is one.
 
-    megatron-core itself makes every group of every rank, over all ranks each: at 512 ranks 5,641 rounds through the store, and ten full meshes of
-    gloo sockets a rank. Here a rank makes the groups that it is part of, at most three, all ranks in the same order.
+    megatron-core itself makes every group of every rank, over all ranks each: at 512 ranks 5,641 rounds through the
+    store, and ten full meshes of gloo sockets a rank. Here a rank makes the groups that it is part of, at most three,
+    all ranks in the same order.
     """
     made = {tuple(range(dist.get_world_size())): dist.group.WORLD}
 

@@ -64,14 +64,18 @@ class Holder:
         self.discard(old)
 
     def discard(self, folder: Path) -> None:
-        """Deletes a folder of the same disk whole or, where this process is killed, at the next hold; it is gone from its place at once."""
+        """Deletes a folder of the same disk whole or, where this process is killed, at the next hold; it is gone from
+        its place at once.
+        """
         gone = self.folder / "gone"
         if os.path.lexists(folder):
             folder.rename(gone)
             _delete(gone)
 
     def recover(self) -> bool:
-        """Brings everything back to one `final`, the old one where a replacement had begun; True where there was something to do."""
+        """Brings everything back to one `final`, the old one where a replacement had begun; True where there was
+        something to do.
+        """
         new, old, gone = (self.folder / name for name in ("new", "old", "gone"))
         left = [folder for folder in (new, old, gone) if os.path.lexists(folder)]
         if old in left and not os.path.lexists(self.final):
@@ -86,7 +90,8 @@ def held(final: Path) -> Iterator[Holder]:
     """Holds everything about `final` for this process, after what a killed one left is cleared away.
 
     Raises:
-        UserError: another process holds it, which is named; the holder cannot be made or is not ours; or the disk is full.
+        UserError: another process holds it, which is named; the holder cannot be made or is not ours; or the disk is
+            full.
     """
     final = Path(os.path.abspath(final))
     holder = Holder(final, final.with_name(f"{final.name}.tmp"))
@@ -107,13 +112,16 @@ def held(final: Path) -> Iterator[Holder]:
 
 @contextmanager
 def staged_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Gives a new folder to write into; on leaving, syncs it to disk and renames it to `final`. An exception removes it.
+    """Gives a new folder to write into; on leaving, syncs it to disk and renames it to `final`. An exception removes
+    it.
 
-    With `replace` an existing `final` gives way: for an instant between two renames neither is there. What a process that is killed leaves
-    is cleared away by the next call for the same `final`, which is then as it was before or as it should be.
+    With `replace` an existing `final` gives way: for an instant between two renames neither is there. What a process
+    that is killed leaves is cleared away by the next call for the same `final`, which is then as it was before or as it
+    should be.
 
     Raises:
-        UserError: `final` exists and may not be replaced, is in use by another process, cannot be created, or the disk is full.
+        UserError: `final` exists and may not be replaced, is in use by another process, cannot be created, or the disk
+            is full.
     """
     if not replace:
         require_free(final)
@@ -122,7 +130,9 @@ def staged_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def require_free(final: Path) -> None:
-    """Raises UserError where `final` exists; not yet where something unfinished lies beside it, which `held` looks after first."""
+    """Raises UserError where `final` exists; not yet where something unfinished lies beside it, which `held` looks
+    after first.
+    """
     if os.path.lexists(final) and not os.path.lexists(f"{final}.tmp"):
         raise _taken(final)
 

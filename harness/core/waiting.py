@@ -1,7 +1,8 @@
-"""Waits for work of unbounded length on some ranks: no collective waits for it, and so no collective's timeout ends the run.
+"""Waits for work of unbounded length on some ranks: no collective waits for it, and so no collective's timeout ends the
+run.
 
-The ranks meet in the store of the process group. One that raises, or that stands still (`harness.core.watch`), ends the wait of all others
-with an error.
+The ranks meet in the store of the process group. One that raises, or that stands still (`harness.core.watch`), ends the
+wait of all others with an error.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def on_first_rank(make: Callable[[], T], mesh: Mesh, what: str) -> T:
 
 
 def of_all_ranks(work: Callable[[], T], mesh: Mesh, what: str) -> list[T]:
-    """work() of every rank, in their order, for every rank, however long it takes; collective. Raises what `in_own_time` does."""
+    """work() of every rank, in their order, for every rank, however long it takes; collective. Raises what
+    `in_own_time` does.
+    """
     made = in_own_time(work, mesh, what)
     parts: list[Any] = [None] * mesh.world_size
     dist.all_gather_object(parts, made)
@@ -63,7 +66,9 @@ def of_all_ranks(work: Callable[[], T], mesh: Mesh, what: str) -> list[T]:
 
 
 class _Place:
-    """This rank in one wait. Rank 0 watches all ranks, the others watch rank 0: a look at the store costs few reads at any number of ranks."""
+    """This rank in one wait. Rank 0 watches all ranks, the others watch rank 0: a look at the store costs few reads at
+    any number of ranks.
+    """
 
     def __init__(self, mesh: Mesh, what: str) -> None:
         self.mesh, self.what = mesh, what

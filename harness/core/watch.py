@@ -1,4 +1,6 @@
-"""Beats of every rank in the store of the process group: a rank that stands still is named, before a timeout names those who wait."""
+"""Beats of every rank in the store of the process group: a rank that stands still is named, before a timeout names
+those who wait.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,12 @@ _CLOSED = "closed"
 class Watch:
     """Shows that this rank lives and where it is, and looks after others: rank 0 after all, the others after rank 0.
 
-    A thread does both. Whoever waits for a collective cannot be reached: where a rank is lost, the thread prints one line and ends this process with
-    exit code 2, unless `waits` is set, by one who looks at `lost` himself.
+    A thread does both. Whoever waits for a collective cannot be reached: where a rank is lost, the thread prints one
+    line and ends this process with exit code 2, unless `waits` is set, by one who looks at `lost` himself.
 
     Args:
-        patience: seconds for which a rank may be silent; less than a collective may take, whose timeout would name one who waits.
+        patience: seconds for which a rank may be silent; less than a collective may take, whose timeout would name one
+            who waits.
     """
 
     def __init__(self, patience: float) -> None:

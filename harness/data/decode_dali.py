@@ -58,7 +58,8 @@ class ImagePipeline:
         if device == "mixed":
             self.line += f", nvJPEG {require_nvjpeg()}"
         self._mixed = device == "mixed"
-        # DALI's buffers that this call reads, and those of the call before with the event after which nothing reads them.
+        # DALI's buffers that this call reads, and those of the call before with the event after which nothing reads
+        # them.
         self._lent: list[torch.Tensor] = []
         self._held: deque[tuple[torch.cuda.Event, list[torch.Tensor]]] = deque()
         self._mean = torch.tensor(spec.mean, device=target).view(1, 3, 1, 1)
@@ -67,8 +68,9 @@ class ImagePipeline:
     def decode(self, encoded: list[bytes], params: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode, cut, resize, mirror, colour and normalise.
 
-        On a GPU the result is queued on the calling thread's current stream, as any of torch's; another stream that reads it must wait for it.
-        A bad image costs itself alone. The result of an image does not depend on the others of the call.
+        On a GPU the result is queued on the calling thread's current stream, as any of torch's; another stream that
+        reads it must wait for it. A bad image costs itself alone. The result of an image does not depend on the others
+        of the call.
 
         Args:
             encoded: n <= batch_size files as bytes; JPEG and PNG are fastest, anything that Pillow reads will do.
@@ -127,8 +129,10 @@ class ImagePipeline:
         return planes
 
     def _give_back(self, held: int = 1) -> None:
-        """Lets DALI have its buffers again once they have been read. DALI orders their next use behind its own stream only: what torch has
-        queued to read them may not have run when this call returns. At most the `held` newest calls' buffers are kept."""
+        """Lets DALI have its buffers again once they have been read. DALI orders their next use behind its own stream
+        only: what torch has queued to read them may not have run when this call returns. At most the `held` newest
+        calls' buffers are kept.
+        """
         lent, self._lent = self._lent, []
         if not self._mixed:
             return

@@ -1,6 +1,7 @@
 """This rank's part of every step: positions -> samples -> bytes -> pixels and tokens, read ahead by one thread.
 
-Nothing here has a state: what step k holds is a function of (order, k), and how it is cut over ranks and micro-batches a function of their numbers.
+Nothing here has a state: what step k holds is a function of (order, k), and how it is cut over ranks and micro-batches
+a function of their numbers.
 """
 
 from __future__ import annotations
@@ -46,15 +47,20 @@ class DataConfig:
 
     Args:
         catalogue: folder made by `shelfmark ingest`, with classes (`govern`) and a tokenizer (`tokenizer`).
-        queries_per_step: query photos in one optimizer step, over all ranks; without effect for a method that trains on documents.
-        documents_per_step: documents in one optimizer step, over all ranks; without effect where every query photo brings its own.
+        queries_per_step: query photos in one optimizer step, over all ranks; without effect for a method that trains on
+            documents.
+        documents_per_step: documents in one optimizer step, over all ranks; without effect where every query photo
+            brings its own.
         micro_batches: pieces into which a rank cuts its part of the step, to save memory.
-        backend: dali (decodes on the GPU where there is one), dali_cpu (never there), or reference (Pillow and numpy, where DALI has no wheel).
-        threads: decoding threads of each rank; 0: the process's cores by the ranks of its node, less two, at least 1. Results do not depend on it.
+        backend: dali (decodes on the GPU where there is one), dali_cpu (never there), or reference (Pillow and numpy,
+            where DALI has no wheel).
+        threads: decoding threads of each rank; 0: the process's cores by the ranks of its node, less two, at least 1.
+            Results do not depend on it.
         read_ahead: steps that are read ahead at most.
-        read_ahead_bytes: bytes of decoded images that a rank reads ahead at most, on the device that decodes; one step in any case.
-        max_bad_fraction: the run stops at a line of log where more than this share of the samples that it has read since it was started
-            was damaged; not before 1,000 were read. Damaged samples have weight 0.
+        read_ahead_bytes: bytes of decoded images that a rank reads ahead at most, on the device that decodes; one step
+            in any case.
+        max_bad_fraction: the run stops at a line of log where more than this share of the samples that it has read
+            since it was started was damaged; not before 1,000 were read. Damaged samples have weight 0.
         preprocess: from an image to the model's input.
         query_attributes: fewest and most attributes in a text query that is made of attributes.
         masking: what masked modelling hides.
@@ -92,7 +98,9 @@ class DataConfig:
 
 
 class TextTokens(NamedTuple):
-    """Sums over texts: of their tokens, and of the squares of these, which attention costs; of documents and of text queries."""
+    """Sums over texts: of their tokens, and of the squares of these, which attention costs; of documents and of text
+    queries.
+    """
 
     documents: int = 0
     documents_squared: int = 0
@@ -109,9 +117,10 @@ class TextTokens(NamedTuple):
 class StepData:
     """One rank's part of a step: its micro-batches and the ledger of its (position, id) pairs.
 
-    bad_ids: of what this rank read of it, the ids that could not be decoded (tensor-parallel ranks share the reading); images: how many it
-    read; read_seconds: what waiting for their bytes and decoding them took; texts: its documents' texts and text queries, padding left out;
-    ready: share of the read-ahead that was ready when this step was asked for.
+    bad_ids: of what this rank read of it, the ids that could not be decoded (tensor-parallel ranks share the reading);
+    images: how many it read; read_seconds: what waiting for their bytes and decoding them took; texts: its documents'
+    texts and text queries, padding left out; ready: share of the read-ahead that was ready when this step was asked
+    for.
     """
 
     batches: list[Batch]
@@ -124,7 +133,9 @@ class StepData:
 
 
 class Pipeline(Protocol):
-    """Encoded images to the model's input: DALI's and Pillow's, told apart by nothing but speed. `line` says what decodes, in words."""
+    """Encoded images to the model's input: DALI's and Pillow's, told apart by nothing but speed. `line` says what
+    decodes, in words.
+    """
 
     line: str
 
@@ -157,7 +168,9 @@ def open_pipeline(spec: PreprocessSpec, backend: str, batch_size: int, threads: 
 
 
 def decoding_threads(threads: int) -> int:
-    """`threads`; of 0 this rank's share of the cores that its node gives the process, less two: one computes, one reads ahead."""
+    """`threads`; of 0 this rank's share of the cores that its node gives the process, less two: one computes, one reads
+    ahead.
+    """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return threads or max(1, len(os.sched_getaffinity(0)) // ranks - 2)
 
@@ -170,7 +183,9 @@ class Pixels(NamedTuple):
 
 
 class Request(NamedTuple):
-    """Samples that are being read: all that are wanted, and of those that this rank reads their ids, parameters and bytes to come."""
+    """Samples that are being read: all that are wanted, and of those that this rank reads their ids, parameters and
+    bytes to come.
+    """
 
     wanted: int
     ids: Ints
@@ -188,7 +203,8 @@ class ImageReader:
         batch_size: the most images per call.
         threads: decoding threads; see `DataConfig`.
         device: where the pixels are wanted; DALI decodes there too.
-        tp: ranks that all want the same samples: each reads and decodes a part, `gather` brings the parts together. None: every rank for itself.
+        tp: ranks that all want the same samples: each reads and decodes a part, `gather` brings the parts together.
+            None: every rank for itself.
 
     Attributes:
         line: what decodes, in words.
@@ -328,7 +344,8 @@ class StepLoader:
         # Decoding must not queue behind a training step's kernels, nor those behind the decoding of steps to come.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.depth = max(1, min(config.read_ahead, config.read_ahead_bytes // max(1, self.step_bytes)))
-        # SimpleQueue alone: a Ctrl-C amid the Python code of any other queue, semaphore or event leaves its lock held, and `close` waits for ever.
+        # SimpleQueue alone: a Ctrl-C amid the Python code of any other queue, semaphore or event leaves its lock held,
+        # and `close` waits for ever.
         self._queue: queue.SimpleQueue[_Decoded | BaseException] = queue.SimpleQueue()
         self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # an entry for each step that may be decoded
         for _ in range(self.depth):
@@ -452,7 +469,9 @@ class StepLoader:
         return q, self.order.draw("document", documents)
 
     def _texts(self, documents: Draw) -> dict[str, torch.Tensor]:
-        """A text query of each document, with what is known of the document; nothing where the method has no text queries."""
+        """A text query of each document, with what is known of the document; nothing where the method has no text
+        queries.
+        """
         if self.products is None:
             return {}
         ids = documents.sample_ids
@@ -536,7 +555,9 @@ class _Planned(NamedTuple):
 
 
 class _Decoded(NamedTuple):
-    """A step without pixels and weights, this rank's part of these for each micro-batch, and the event after which they are there."""
+    """A step without pixels and weights, this rank's part of these for each micro-batch, and the event after which they
+    are there.
+    """
 
     data: StepData
     pixels: list[Pixels]

@@ -27,9 +27,11 @@ class MaskConfig:
     Args:
         word_rate: share of a title's words that are masked (BERT's 0.15).
         patch_rates: share of an image's patches that are masked, least and most.
-        one_heavy: mask one modality of each sample heavily (ITEm): a sample hides either `heavy_word_rate` of its words and no patch,
-            or `word_rate` of its words and `patch_rates` of its patches. False masks every sample the second way.
-        heavy_word_rate: share of the words of a title that is masked heavily; 1: ITEm then sees the image alone, as it does a query photo.
+        one_heavy: mask one modality of each sample heavily (ITEm): a sample hides either `heavy_word_rate` of its words
+            and no patch, or `word_rate` of its words and `patch_rates` of its patches. False masks every sample the
+            second way.
+        heavy_word_rate: share of the words of a title that is masked heavily; 1: ITEm then sees the image alone, as it
+            does a query photo.
         mismatched: share of samples that other_titles gives another title.
     """
 
@@ -52,8 +54,9 @@ class MaskConfig:
 
 
 class Masks(NamedTuple):
-    """Of n documents: titles with the masked words replaced int64 [n, L], masked words bool [n, L], masked patches bool [n, P], and whether
-    the whole title is masked, bool [n]."""
+    """Of n documents: titles with the masked words replaced int64 [n, L], masked words bool [n, L], masked patches bool
+    [n, P], and whether the whole title is masked, bool [n].
+    """
 
     tokens: Ints
     words: Bools
@@ -88,10 +91,11 @@ def draw_masks(
 def mask_words(
     tokens: Ints, rate: npt.ArrayLike, special: SpecialTokens, seed: int, epochs: Ints | int, sample_ids: Ints
 ) -> tuple[Ints, Bools]:
-    """Masked titles and which words are masked, both [n, L]; `rate` [n] or one for all. Source: Devlin et al. 2019 (BERT).
+    """Masked titles and which words are masked, both [n, L]; `rate` [n] or one for all. Source: Devlin et al. 2019
+    (BERT).
 
-    Each ordinary piece is masked with probability `rate`, a special one (padding among them) never. Of the masked ones 80 % become [MASK],
-    10 % any ordinary piece, and 10 % stay.
+    Each ordinary piece is masked with probability `rate`, a special one (padding among them) never. Of the masked ones
+    80 % become [MASK], 10 % any ordinary piece, and 10 % stay.
 
     Raises:
         UserError: a rate above 0, but the vocabulary has no [MASK].
@@ -115,7 +119,9 @@ def mask_words(
 def mask_patches(
     num_patches: int, low: npt.ArrayLike, high: npt.ArrayLike, seed: int, epochs: Ints | int, sample_ids: Ints
 ) -> Bools:
-    """Masked patches [n, P]: a share of each image drawn evenly between `low` and `high` ([n] or one for all), rounded to whole patches."""
+    """Masked patches [n, P]: a share of each image drawn evenly between `low` and `high` ([n] or one for all), rounded
+    to whole patches.
+    """
     if not len(sample_ids):
         return np.zeros((0, num_patches), np.bool_)
     share = keyed_uniform(seed, _PATCHES, epochs, sample_ids)
@@ -127,7 +133,8 @@ def mask_patches(
 
 
 def other_titles(mismatched: float, order: ClassOrder, seed: int, epochs: Ints | int, sample_ids: Ints) -> Ints:
-    """For each sample the document whose title stands beside its image: its own, or with probability `mismatched` any one's.
+    """For each sample the document whose title stands beside its image: its own, or with probability `mismatched` any
+    one's.
 
     Args:
         mismatched: that probability.

@@ -1,4 +1,6 @@
-"""Check of the nvJPEG in use: DALI takes the one that the loader finds first, and with an old one decodes on the CPU in silence."""
+"""Check of the nvJPEG in use: DALI takes the one that the loader finds first, and with an old one decodes on the CPU in
+silence.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from pathlib import Path
 
 from harness.core.errors import UserError
 
-# nvimgcodec 0.9 refuses a window with fancy upsampling, which is what harness/data/decode_dali.py asks for, to an nvJPEG before this one.
+# nvimgcodec 0.9 refuses a window with fancy upsampling, which is what harness/data/decode_dali.py asks for, to an
+# nvJPEG before this one.
 LEAST = (13, 2)
 NAMES = (
     "libnvjpeg.so.13",

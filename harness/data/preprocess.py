@@ -1,4 +1,5 @@
-"""Preprocessing, from a photo to the model's input: one specification for training, evaluation and serving, and its random draws.
+"""Preprocessing, from a photo to the model's input: one specification for training, evaluation and serving, and its
+random draws.
 
 Both are one operation: cut a window out of the oriented image (EXIF applied), resize it to a square, mirror it, apply
 one linear colour transform, clamp, normalise. Training draws window, mirroring and colour; evaluation takes the centre.

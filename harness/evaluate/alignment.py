@@ -1,4 +1,6 @@
-"""Fits a method's alignment of two views (models/alignment.py) to documents of the catalogue; before every evaluation and every checkpoint."""
+"""Fits a method's alignment of two views (models/alignment.py) to documents of the catalogue; before every evaluation
+and every checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def documents_to_align(documents: Side, limit: int) -> Side:
 
 
 def align(method: Method, documents: Side, embedder: Embedder) -> None:
-    """Fits the method's alignment; collective, and the same on every rank. The towers are left in training mode if they were."""
+    """Fits the method's alignment; collective, and the same on every rank. The towers are left in training mode if they
+    were.
+    """
     assert isinstance(method, Aligns) and method.alignment is not None
     training, width = method.towers.training, 2 * len(method.alignment.correlation)
     method.towers.eval()

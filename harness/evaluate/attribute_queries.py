@@ -20,8 +20,8 @@ GAINS = (3.0, 1.0)
 class AttributeQueries:
     """Every combination of values that a document has is a query, as 'men navy blue shirts'.
 
-    Relevant are the documents that have all of its values; graded nDCG also counts those that have all but one. Values are held as numbers,
-    four bytes for each document and attribute.
+    Relevant are the documents that have all of its values; graded nDCG also counts those that have all but one. Values
+    are held as numbers, four bytes for each document and attribute.
 
     Args:
         documents: the catalogue's own documents, with the columns of `attributes`.
@@ -64,7 +64,8 @@ class AttributeQueries:
         return np.where(rows >= 0, self._labels[rows], -1)
 
     def grades(self, queries: np.ndarray, best: np.ndarray) -> np.ndarray:
-        """Number of its query's attributes that each document lacks, int64 [n, k]; all of them where it is of another catalogue.
+        """Number of its query's attributes that each document lacks, int64 [n, k]; all of them where it is of another
+        catalogue.
 
         Args:
             queries: [n] places in `texts`.
@@ -86,7 +87,8 @@ class AttributeQueries:
         width = self._codes.shape[1]
         close = np.zeros_like(exact)
         for left_out in range(width if width > 1 else 0):
-            # Documents with all of a query's values but that at `left_out`: those that agree elsewhere, less those that agree there too.
+            # Documents with all of a query's values but that at `left_out`: those that agree elsewhere, less those that
+            # agree there too.
             rest = np.delete(self._codes, left_out, 1)
             numbers = _as_one(np.concatenate([np.delete(self._wanted, left_out, 1), rest[(rest >= 0).all(1)]]))
             wanted, others = np.split(numbers, [len(exact)])

@@ -1,4 +1,6 @@
-"""Category prediction: what frozen embeddings tell of a document's category, by a linear probe and by nearest neighbours."""
+"""Category prediction: what frozen embeddings tell of a document's category, by a linear probe and by nearest
+neighbours.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ _CHOICE = 40  # keeps this draw apart from others under the same seed
 
 
 class CategoryTask:
-    """Documents of one split teach the categories, those of the evaluation are asked; scikit-learn on the first rank, the others wait as long.
+    """Documents of one split teach the categories, those of the evaluation are asked; scikit-learn on the first rank,
+    the others wait as long.
 
     Args:
         learned: documents that teach, of another split.
@@ -60,7 +63,9 @@ class CategoryTask:
         return Found(on_first_rank(lambda: predicted(*learned, *asked), self.mesh, "fitting the probe"))
 
     def _table(self, side: Side, own: Embedded) -> tuple[np.ndarray, np.ndarray]:
-        """On the first rank vectors, float64, and numbers of the categories of all ranks' documents that are looked at; collective."""
+        """On the first rank vectors, float64, and numbers of the categories of all ranks' documents that are looked at;
+        collective.
+        """
         rows = chosen(side, self.category, self.limit)
         mine = torch.isin(own.ids, torch.from_numpy(side.ids[rows]).to(own.ids.device))
         vectors = gather_rows(own.vectors[mine], self.mesh.dp, first=True)
@@ -76,7 +81,8 @@ def chosen(side: Side, category: str, limit: int) -> np.ndarray:
 
 
 def predicted(x: np.ndarray, y: np.ndarray, asked: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Accuracy and macro-F1 of a logistic regression on standardised features and of the 10 nearest by cosine, the nearer weighing more.
+    """Accuracy and macro-F1 of a logistic regression on standardised features and of the 10 nearest by cosine, the
+    nearer weighing more.
 
     Args:
         x: [n, d] unit vectors that teach.

@@ -1,4 +1,6 @@
-"""A column of texts as numbers: four bytes a row however long the texts are, where a catalogue has millions of rows on every rank."""
+"""A column of texts as numbers: four bytes a row however long the texts are, where a catalogue has millions of rows on
+every rank.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ import pyarrow.compute as pc
 class Coded:
     """n texts: that of row i is values[codes[i]].
 
-    codes: int32 [n], -1 where there is none (null); values: the distinct texts, ascending by code point as Python sorts them, so that codes
-    sort as their texts do. After `take` some of them may have no row.
+    codes: int32 [n], -1 where there is none (null); values: the distinct texts, ascending by code point as Python sorts
+    them, so that codes sort as their texts do. After `take` some of them may have no row.
     """
 
     codes: np.ndarray

@@ -27,10 +27,12 @@ from models.registry import Method
 
 @dataclass(frozen=True)
 class Side:
-    """Queries or documents of an evaluation over all ranks, n rows in the order of their ids; every rank holds these numbers of all of them.
+    """Queries or documents of an evaluation over all ranks, n rows in the order of their ids; every rank holds these
+    numbers of all of them.
 
-    ids are unique over all catalogues; sample_ids count within `catalogue`; labels number class keys, -1 = relevant to nothing. columns are
-    attributes. Titles and descriptions stay in the catalogue: `read` streams them. `retitle` is what a title is read as.
+    ids are unique over all catalogues; sample_ids count within `catalogue`; labels number class keys, -1 = relevant to
+    nothing. columns are attributes. Titles and descriptions stay in the catalogue: `read` streams them. `retitle` is
+    what a title is read as.
     """
 
     catalogue: Catalogue
@@ -105,7 +107,9 @@ class ClassKeys:
 def side_of(
     catalogue: Catalogue, kind: str, split: str | None, columns: Sequence[str], keys: ClassKeys | None, offset: int
 ) -> Side:
-    """All samples of a kind, with attributes `columns`; class keys get their labels from `keys` (None: every label is -1)."""
+    """All samples of a kind, with attributes `columns`; class keys get their labels from `keys` (None: every label is
+    -1).
+    """
     names = [*(["class_key"] if keys is not None else []), *columns]
     pieces: dict[str, list[pa.DictionaryArray]] = {name: [] for name in names}
     found = [np.empty(0, np.int64)]
@@ -152,7 +156,8 @@ class Embedder:
     def apply(
         self, method: Method, side: Side, function: Callable[[Batch], Tensor], width: int
     ) -> tuple[Tensor, range]:
-        """`function` (a batch to [n, width]) of the method's for this rank's share of a side, float32, and the numbers of its rows.
+        """`function` (a batch to [n, width]) of the method's for this rank's share of a side, float32, and the numbers
+        of its rows.
 
         Blocks of batch_size rows, always full, so that a vector does not depend on the number of ranks.
         """
@@ -198,7 +203,9 @@ class Embedder:
         return range(min(blocks.start * self.batch_size, rows), min(blocks.stop * self.batch_size, rows))
 
     def _tokens(self, side: Side, own: range) -> Iterator[Tensor]:
-        """Tokens [n, L] of the documents of each block, none of queries; those on disk where they are of the run's tokenizer."""
+        """Tokens [n, L] of the documents of each block, none of queries; those on disk where they are of the run's
+        tokenizer.
+        """
         length, size = self.model.text.max_length, self.batch_size
         stored = self._stored(side)
         if side.kind == "query" or stored is not None:
@@ -226,5 +233,6 @@ class Embedder:
     def _batch(self, side: Side, rows: np.ndarray, pixels: Pixels, text: Tensor) -> Batch:
         samples, (images, ok) = side.sample_ids[rows], pixels
         labels, ids, weights = torch.from_numpy(side.labels[rows]), torch.from_numpy(samples), ok.float()
-        # Without lengths texts keep their padding: cut to the longest of a batch, a vector would depend on its batch in the last digits.
+        # Without lengths texts keep their padding: cut to the longest of a batch, a vector would depend on its batch in
+        # the last digits.
         return Batch(images, labels, weights, ids, images, text, labels, weights, ids)

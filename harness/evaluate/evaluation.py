@@ -45,15 +45,19 @@ class EvaluationConfig:
     Args:
         split: split of the queries (and of documents that are not in every split).
         batch_size: images embedded at once.
-        tasks: what is asked: photo, text, same_product, category; none names the method's usual one. Figures of the first keep plain names.
+        tasks: what is asked: photo, text, same_product, category; none names the method's usual one. Figures of the
+            first keep plain names.
         final_tasks: what is asked besides once training has ended.
         views: what is seen of documents: both, title, image; more than one is a modality drop.
         query_attributes: attributes that the queries of the task text are made of.
         bare_titles: attributes whose values' words are also tried without, in the titles of the task text.
         category: attribute that the task category predicts, and by whose values MAKE's weights are reported.
-        learn_split: split of the documents that the task category learns from; those that are also in `split` do not teach.
-        probe_documents: at most so many documents teach the task category, and at most so many are asked, chosen by their ids: one rank holds them.
-        align_documents: at most so many documents of learn_split that a method's alignment of its views is fitted to (model.aligned).
+        learn_split: split of the documents that the task category learns from; those that are also in `split` do not
+            teach.
+        probe_documents: at most so many documents teach the task category, and at most so many are asked, chosen by
+            their ids: one rank holds them.
+        align_documents: at most so many documents of learn_split that a method's alignment of its views is fitted to
+            (model.aligned).
         slices: attribute columns of the catalogue whose values get figures of their own.
         distractors: other catalogues whose documents join the gallery, relevant to nothing.
         panel: queries shown with their best documents in TensorBoard.
@@ -113,8 +117,8 @@ class EvaluationConfig:
 class Report:
     """Result of an evaluation; the same on every rank, `sample` excepted.
 
-    found: task, or task/view, -> its figures and slices, the first task's view first;
-    sample: on the first rank of dp config.projector documents spread evenly over the catalogue's own, by id, on the CPU; None elsewhere.
+    found: task, or task/view, -> its figures and slices, the first task's view first; sample: on the first rank of dp
+    config.projector documents spread evenly over the catalogue's own, by id, on the CPU; None elsewhere.
     """
 
     found: dict[str, Found]
@@ -188,7 +192,9 @@ class Evaluation:
             offset += other.num_samples
 
     def run(self, method: Method, final: bool = True) -> Report:
-        """Embeds, ranks and measures; collective. `final` asks final_tasks too. The towers are left in training mode if they were."""
+        """Embeds, ranks and measures; collective. `final` asks final_tasks too. The towers are left in training mode if
+        they were.
+        """
         training = method.towers.training
         method.towers.eval()
         gallery = Gallery(self.embedder, self.documents, method)

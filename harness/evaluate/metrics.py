@@ -1,7 +1,7 @@
 """Retrieval metrics from the ranks of the relevant documents.
 
-Input everywhere: `ranks` and `offsets` as in `harness.evaluate.ranking.RelevantRanks`, which all processes hold alike, in
-query-id order: they compute the same numbers to the last digit, and nothing is left to reduce. A query without any
+Input everywhere: `ranks` and `offsets` as in `harness.evaluate.ranking.RelevantRanks`, which all processes hold alike,
+in query-id order: they compute the same numbers to the last digit, and nothing is left to reduce. A query without any
 relevant document has no defined metric: it is left out of the means and counted.
 """
 

@@ -210,7 +210,9 @@ def _relevance_blocks(
     query_block: int,
     document_tile: int,
 ) -> Iterator[_Block]:
-    """`_query_blocks`, cut smaller where queries have many relevant documents, so that (queries x the most of them) stays bounded."""
+    """`_query_blocks`, cut smaller where queries have many relevant documents, so that (queries x the most of them)
+    stays bounded.
+    """
     for block in _query_blocks(queries, documents, group, query_block):
         relevant = _range_of(block.labels, label_of)[1]
         if group is not None:
@@ -295,7 +297,9 @@ def _within(slots: Tensor, sizes: Tensor) -> Tensor:
 
 
 def gather_rows(rows: Tensor, group: dist.ProcessGroup, first: bool = False) -> Tensor:
-    """The rows [n, ...] of all ranks one after another, on all of them; with `first` on the group's first rank alone, none elsewhere."""
+    """The rows [n, ...] of all ranks one after another, on all of them; with `first` on the group's first rank alone,
+    none elsewhere.
+    """
     counts = _all_gather_ints([len(rows)], rows.device, group)[:, 0].tolist()
     if not first:
         return _all_gather_rows(rows, counts, group)

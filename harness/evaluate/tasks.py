@@ -1,6 +1,8 @@
-"""Evaluation tasks: photo -> document, text -> document, same product. Category prediction is in harness/evaluate/category.py.
+"""Evaluation tasks: photo -> document, text -> document, same product. Category prediction is in
+harness/evaluate/category.py.
 
-A task is prepared once, where it refuses what it cannot use, and run at any step. Documents are embedded once for all tasks.
+A task is prepared once, where it refuses what it cannot use, and run at any step. Documents are embedded once for all
+tasks.
 """
 
 from __future__ import annotations
@@ -140,7 +142,8 @@ class PhotoTask:
 
 
 class SameProductTask:
-    """The photo of a product, without its text, finds the other documents of its class: another id of the same title, say. Its own is left out.
+    """The photo of a product, without its text, finds the other documents of its class: another id of the same title,
+    say. Its own is left out.
 
     Args:
         documents: the catalogue's own documents, whose labels are classes.
@@ -171,7 +174,8 @@ class TextTask:
 
     Args:
         queries: the texts and what is relevant to each.
-        bare: also search documents whose titles lack the words of these attributes' values; none: only titles as they are.
+        bare: also search documents whose titles lack the words of these attributes' values; none: only titles as they
+            are.
         category: attribute by whose values a method's weights of title and image are reported; empty: not.
         panel: rows of the panel.
         embedder: embeds texts and documents.

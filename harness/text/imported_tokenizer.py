@@ -17,7 +17,8 @@ FILES: dict[str, Kind] = {
     "spiece.model": "sentencepiece",
     "tokenizer.model": "sentencepiece",
 }
-# The keys of special_tokens_map.json and tokenizer_config.json; bert-base-uncased and roberta-base, to name two, have neither, but usual names.
+# The keys of special_tokens_map.json and tokenizer_config.json; bert-base-uncased and roberta-base, to name two, have
+# neither, but usual names.
 KEYS = {
     "pad": ["pad_token"],
     "unk": ["unk_token"],
@@ -78,7 +79,8 @@ def _special(pieces: Pieces, config: dict[str, Any], file: Path) -> SpecialToken
     ids: dict[str, int | None] = {}
     for name, keys in KEYS.items():
         said = [value for key in keys if (value := config.get(key))]
-        # Where SentencePiece alone encodes, only who names a first token has one: SigLIP has none, though <s> may be a piece.
+        # Where SentencePiece alone encodes, only who names a first token has one: SigLIP has none, though <s> may be a
+        # piece.
         sure = name == "bos" and not isinstance(pieces, LibraryPieces | XlmRobertaPieces)
         usual = [] if sure else USUAL[name]
         found = [token for piece in said or usual if (token := pieces.id_of(piece)) is not None]
@@ -103,7 +105,9 @@ def _special(pieces: Pieces, config: dict[str, Any], file: Path) -> SpecialToken
 
 
 def _said(file: Path) -> dict[str, Any]:
-    """Special tokens of a file: those keys of it that are read, each token as its piece; nothing where there is no file."""
+    """Special tokens of a file: those keys of it that are read, each token as its piece; nothing where there is no
+    file.
+    """
     if not file.is_file():
         return {}
     record = read_record(file)

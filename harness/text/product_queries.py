@@ -1,7 +1,8 @@
 """Training queries of a catalogue's documents, made of clicks and attributes.
 
-A training query is a function of (seed, epoch, sample id): a clicked text drawn by its clicks or, for a document without one, some of its
-attributes' values in any order, each in one of its wordings. The papers train on click logs; queries from attributes are ours.
+A training query is a function of (seed, epoch, sample id): a clicked text drawn by its clicks or, for a document
+without one, some of its attributes' values in any order, each in one of its wordings. The papers train on click logs;
+queries from attributes are ours.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ class ProductQueries:
         """
         key = (epochs, sample_ids)
         first, end = self._offsets[sample_ids], self._offsets[sample_ids + 1]
-        # text_clicks counts up over all texts, so that a document's texts are a stretch of a line, each as long as its clicks.
+        # text_clicks counts up over all texts, so that a document's texts are a stretch of a line, each as long as its
+        # clicks.
         begin, total = self._upto(first), self._upto(end) - self._upto(first)
         clicked = begin + (keyed_uniform(seed, _TEXT, *key) * total).astype(np.int64)
         text = np.searchsorted(self._clicks, clicked, side="right")
@@ -97,7 +99,9 @@ class ProductQueries:
         return [self._texts[int(t)].as_py() if n else m for t, n, m in zip(text, end - first, made, strict=True)]
 
     def keywords_of(self, texts: list[str]) -> Ints:
-        """Keywords that texts name, themselves or by a synonym of an attribute's value, as codes int64 [n, K], -1 behind the last."""
+        """Keywords that texts name, themselves or by a synonym of an attribute's value, as codes int64 [n, K], -1
+        behind the last.
+        """
         found = np.full((len(texts), self.keywords.shape[1]), -1, np.int64)
         longest = max(map(len, self._synonyms), default=0)
         for row, text in enumerate(texts):
@@ -160,10 +164,12 @@ def read_meta(catalogue: Path) -> dict[str, Any]:
 
 
 def with_keywords(method: str, model: Any, catalogue: Path) -> Any:
-    """The method's configuration with the size of the catalogue's keyword table, where it has a place for that and no size of its own.
+    """The method's configuration with the size of the catalogue's keyword table, where it has a place for that and no
+    size of its own.
 
     Raises:
-        UserError: the catalogue has no queries (harness/commands/queries.py), or other keywords than the objective on them is configured for.
+        UserError: the catalogue has no queries (harness/commands/queries.py), or other keywords than the objective on
+            them is configured for.
     """
     if method != "make":
         return model

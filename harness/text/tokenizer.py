@@ -1,4 +1,5 @@
-"""`shelfmark tokenizer`: learns the vocabulary of a catalogue's text, or takes one that exists, and stores every sample's tokens.
+"""`shelfmark tokenizer`: learns the vocabulary of a catalogue's text, or takes one that exists, and stores every
+sample's tokens.
 
 SentencePiece (Kudo and Richardson, 2018, arXiv:1808.06226) with the unigram model by default.
 
@@ -52,7 +53,8 @@ QUIET = 3  # SentencePiece's log level above errors: those come as exceptions
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """Trains a SentencePiece tokenizer on titles and descriptions, or takes another's, then stores the tokens of every sample.
+    """Trains a SentencePiece tokenizer on titles and descriptions, or takes another's, then stores the tokens of every
+    sample.
 
     Args:
         catalogue: the catalogue folder; an existing tokenizer/ in it is replaced.
@@ -62,8 +64,9 @@ class TokenizerConfig:
         character_coverage: share of the text's characters that get a piece; the rarest others become [UNK].
         max_texts: texts to learn from at most, taken at even distances; SentencePiece holds them in memory.
         fold_case: read all text in lower case, queries too: shoppers do not type the capitals of titles.
-        keep_from: a folder whose tokenizer is taken as it is. A run or catalogue: a run goes on with a grown catalogue only with its own
-            pieces. A folder of `shelfmark import` or of the hub: an imported text tower knows its own ids alone.
+        keep_from: a folder whose tokenizer is taken as it is. A run or catalogue: a run goes on with a grown catalogue
+            only with its own pieces. A folder of `shelfmark import` or of the hub: an imported text tower knows its own
+            ids alone.
     """
 
     catalogue: Path
@@ -180,7 +183,8 @@ class TokenStore:
         return cls(tokens, offsets, tokenizer.special)
 
     def batch(self, sample_ids: np.ndarray, max_length: int, fields: Sequence[str] = FIELDS) -> np.ndarray:
-        """[CLS], where the vocabulary has a first token, and then each field's tokens with [SEP], cut to `max_length` and padded.
+        """[CLS], where the vocabulary has a first token, and then each field's tokens with [SEP], cut to `max_length`
+        and padded.
 
         Every [CLS] and [SEP] is kept: earlier fields take their tokens first, later ones what room is left.
 
@@ -277,10 +281,12 @@ def run(config: TokenizerConfig) -> dict[str, Any]:
     """Trains, encodes the whole catalogue and prints a summary.
 
     Returns:
-        vocab_size, texts (learned from; 0 of an imported one), tokens (of each field), unknown (share of [UNK] in the tokens), seconds.
+        vocab_size, texts (learned from; 0 of an imported one), tokens (of each field), unknown (share of [UNK] in the
+        tokens), seconds.
 
     Raises:
-        UserError: no text in the split, a vocabulary that the text cannot fill or that cannot hold its characters, or no tokenizer to keep.
+        UserError: no text in the split, a vocabulary that the text cannot fill or that cannot hold its characters, or
+            no tokenizer to keep.
     """
     start = time.perf_counter()
     catalogue = Catalogue(config.catalogue)

@@ -10,7 +10,8 @@ from typing import Literal, Protocol
 import sentencepiece
 
 Kind = Literal["sentencepiece", "xlm-roberta", "siglip", "tokenizers"]
-# fairseq put these before SentencePiece's pieces, which moved up by one, and <mask> behind them (Conneau et al. 2020, XLM-R).
+# fairseq put these before SentencePiece's pieces, which moved up by one, and <mask> behind them (Conneau et al. 2020,
+# XLM-R).
 XLMR_IDS = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
 MOST_IDS = 1 << 24
 _AT_ONCE = 4096  # what the library returns of a text is a hundred times the text

@@ -8,8 +8,8 @@
         manifest.json   size and xxh3-64 of every other file; written last
     latest              name of the step folder that was written last
 
-A folder is written as step-N.tmp, flushed, checksummed and renamed; only then does `latest` move. Nothing in it is unpickled without a restriction:
-`problem` tells what may be loaded. The only importer of either checkpoint library.
+A folder is written as step-N.tmp, flushed, checksummed and renamed; only then does `latest` move. Nothing in it is
+unpickled without a restriction: `problem` tells what may be loaded. The only importer of either checkpoint library.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def save(
 ) -> Path:
     """Writes the checkpoint of `step` under `folder`, and returns it; collective.
 
-    Deletes what is older than the newest `keep` of those that this process has written or found whole: damaged ones do not count.
+    Deletes what is older than the newest `keep` of those that this process has written or found whole: damaged ones do
+    not count.
 
     Raises:
         UserError: a weight is not finite (nothing is written), the disk is full, or the folder cannot be written.
@@ -152,7 +153,9 @@ def _make_room(folder: Path) -> None:
 
 
 def _publish(temporary: Path, final: Path, keep: int) -> None:
-    """`temporary` becomes `final` and the newest; what it replaces is deleted meanwhile, for training need not wait for that."""
+    """`temporary` becomes `final` and the newest; what it replaces is deleted meanwhile, for training need not wait for
+    that.
+    """
     folder = final.parent
     if final.exists():
         final.rename(folder / f".{final.name}.replaced")
@@ -177,7 +180,8 @@ def _retire(folder: Path, keep: int, written: Path) -> None:
 
 
 def tidy(folder: Path, keep: int, resumed: Path, mesh: Mesh) -> None:
-    """Ends what a process began that was killed after its last save, and deletes what a smaller `keep` asks for; collective.
+    """Ends what a process began that was killed after its last save, and deletes what a smaller `keep` asks for;
+    collective.
 
     Where there are more than `keep` checkpoints, the newest are read through until so many are known to be whole.
     """
@@ -197,7 +201,8 @@ def tidy(folder: Path, keep: int, resumed: Path, mesh: Mesh) -> None:
 def newest(folder: Path, mesh: Mesh | None = None) -> tuple[Path | None, list[str]]:
     """The newest complete checkpoint under `folder`, and a sentence for each that was passed over.
 
-    With `mesh` collective, and the same on every rank: each reads its share of the files. What has another name than ours is let alone.
+    With `mesh` collective, and the same on every rank: each reads its share of the files. What has another name than
+    ours is let alone.
     """
     passed_over: list[str] = []
     for candidate in at_first(lambda: _steps(folder, rf"{_STEP}(?:\.tmp)?"), mesh, "listing checkpoints"):
@@ -271,8 +276,9 @@ def has_average(checkpoint: Path) -> bool:
 def load(checkpoint: Path, parts: Trainable, mesh: Mesh, classes: ClassMap | None = None) -> None:
     """Loads what `parts` asks for, at whatever layout the ranks have now; collective.
 
-    Without a tower_optimizer the towers take the average of the weights, if there is one. An `ema` that the checkpoint lacks starts anew from the
-    weights that it has. With `classes` rows and their optimizer state follow the class keys; those of new classes stay as they are.
+    Without a tower_optimizer the towers take the average of the weights, if there is one. An `ema` that the checkpoint
+    lacks starts anew from the weights that it has. With `classes` rows and their optimizer state follow the class keys;
+    those of new classes stay as they are.
 
     Raises:
         UserError: its tensors are others than those of this model, or not finite.
@@ -336,7 +342,9 @@ def _averaged(checkpoint: Path) -> list[str]:
 
 
 def _sharded(tensors: Mapping[str, torch.Tensor], prefix: str, towers: nn.Module, mesh: Mesh) -> dict[str, Any]:
-    """`tensors`, cut like the parameters of `towers` that have their names, as ShardedTensors with the keys prefix + name."""
+    """`tensors`, cut like the parameters of `towers` that have their names, as ShardedTensors with the keys prefix +
+    name.
+    """
     axes = {
         name: parameter.partition_dim  # type: ignore[attr-defined]
         for name, parameter in towers.named_parameters()

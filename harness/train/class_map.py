@@ -49,7 +49,8 @@ class ClassMap:
 def class_map(before: Path, now: Path, mesh: Mesh) -> ClassMap | None:
     """Compares two classes.parquet by key; collective. None where every class has kept its id and there is no other.
 
-    The first rank joins them and every rank gets its own range: no rank but the first ever holds a number for every class.
+    The first rank joins them and every rank gets its own range: no rank but the first ever holds a number for every
+    class.
     """
     ids: np.ndarray = np.empty(0, dtype=np.int64)
 
@@ -81,7 +82,8 @@ def class_map(before: Path, now: Path, mesh: Mesh) -> ClassMap | None:
 def move_rows(before: Tensor, into: Tensor, classes: ClassMap, group: ProcessGroup) -> None:
     """Sets into[i] to the row of class `classes.source[i]`, and leaves rows of new classes as they are; collective.
 
-    In rounds, each rank asking the owners for a bounded number of rows, so that no rank ever holds more than its own and AT_ONCE bytes.
+    In rounds, each rank asking the owners for a bounded number of rows, so that no rank ever holds more than its own
+    and AT_ONCE bytes.
 
     Args:
         before: this rank's shard, in torch.chunk's ranges, of a tensor with a row for each of the classes of before.
@@ -115,8 +117,8 @@ def move_rows(before: Tensor, into: Tensor, classes: ClassMap, group: ProcessGro
 
 
 def keep_classes(catalogue: Path, order_id: str, run: Path) -> Path:
-    """Copies the catalogue's classes.parquet into the run folder: checkpoints must name the classes that the run trains on, also when
-    the catalogue is governed anew meanwhile. Returns the copy.
+    """Copies the catalogue's classes.parquet into the run folder: checkpoints must name the classes that the run trains
+    on, also when the catalogue is governed anew meanwhile. Returns the copy.
 
     Raises:
         UserError: the catalogue was governed anew since its order was opened, or the run folder cannot be written.

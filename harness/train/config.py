@@ -1,4 +1,6 @@
-"""A run's configuration: one YAML recipe, dotted overrides, frozen dataclasses; checked before any process group starts."""
+"""A run's configuration: one YAML recipe, dotted overrides, frozen dataclasses; checked before any process group
+starts.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ POSITIVE = (
     "image_size patch_size hidden_size num_attention_heads num_layers max_length embedding_dim concept_slots fusion_heads "
     "temperature tensor_parallel timeout_minutes lr"
 ).split()
-# The largest integers of a model by the last parts of their keys, before memory is taken for it; the others may be as large as a vocabulary.
+# The largest integers of a model by the last parts of their keys, before memory is taken for it; the others may be as
+# large as a vocabulary.
 LARGEST = {
     "num_layers": 1000,
     "image_size": LARGEST_IMAGE,
@@ -57,19 +60,24 @@ class TrainConfig:
 
     Args:
         steps: optimizer steps of the run.
-        precision: fp32, tf32 (fp32 whose products a GPU rounds to TF32, 10 bits, on tensor cores), or bf16 (bf16 towers with fp32 master weights).
+        precision: fp32, tf32 (fp32 whose products a GPU rounds to TF32, 10 bits, on tensor cores), or bf16 (bf16 towers
+            with fp32 master weights).
         margin_warmup: steps over which the margin grows from 0 to its value.
         log_every: steps between two lines of log.
         evaluate_every: steps between two evaluations; 0 evaluates at the end only.
         checkpoint_every: steps between two checkpoints; 0 saves at the end only.
         keep_checkpoints: newest checkpoints to keep.
-        resume: auto continues the newest checkpoint in the run folder if there is one; never starts anew and refuses a used folder.
-        new_phase: a resume on a catalogue that was governed anew goes on with its classes and order, as a new data phase; false refuses it.
-        init_from: start from the towers and rows of this run folder's newest checkpoint, or of this step folder, with a fresh optimizer at
-            step 0; rows follow their class keys. Or from a folder of `shelfmark import`. Without effect once the run has a checkpoint of its own.
-        ema_decay: in [0, 1): an average of the towers' weights, average = ema_decay x average + (1 - ema_decay) x weights after each step, is what
-            evaluation, export and runs that start from this one take; 0 keeps none.
-        profile_steps: FIRST:LAST, 0-based: torch's profiler records these steps into the run's TensorBoard folder; empty records none.
+        resume: auto continues the newest checkpoint in the run folder if there is one; never starts anew and refuses a
+            used folder.
+        new_phase: a resume on a catalogue that was governed anew goes on with its classes and order, as a new data
+            phase; false refuses it.
+        init_from: start from the towers and rows of this run folder's newest checkpoint, or of this step folder, with a
+            fresh optimizer at step 0; rows follow their class keys. Or from a folder of `shelfmark import`. Without
+            effect once the run has a checkpoint of its own.
+        ema_decay: in [0, 1): an average of the towers' weights, average = ema_decay x average + (1 - ema_decay) x
+            weights after each step, is what evaluation, export and runs that start from this one take; 0 keeps none.
+        profile_steps: FIRST:LAST, 0-based: torch's profiler records these steps into the run's TensorBoard folder;
+            empty records none.
         stop_at: stop, with a checkpoint, once this many steps are done; 0 runs all. For trying out a resume.
     """
 
@@ -166,10 +174,12 @@ def _sections(method: str) -> dict[str, type]:
 
 
 def parse(argv: list[str], world: int | None = None) -> tuple[RunConfig, Path | None]:
-    """The checked configuration of a command line for `world` ranks (by default those of the launcher), and its --json file.
+    """The checked configuration of a command line for `world` ranks (by default those of the launcher), and its --json
+    file.
 
     Raises:
-        UserError: unknown keys (with the nearest one), values out of range, paths that do not exist, a layout that does not divide.
+        UserError: unknown keys (with the nearest one), values out of range, paths that do not exist, a layout that does
+            not divide.
     """
     values = parsed(argv)
     config = build(values)
@@ -178,7 +188,8 @@ def parse(argv: list[str], world: int | None = None) -> tuple[RunConfig, Path | 
 
 
 def parsed(argv: list[str], more: type | None = None, prog: str = "", example: str = "") -> jsonargparse.Namespace:
-    """The values of a command line, unchecked, for `build`; the fields of `more` are options too, of the command `prog`.
+    """The values of a command line, unchecked, for `build`; the fields of `more` are options too, of the command
+    `prog`.
 
     Raises:
         UserError: unknown keys (with the nearest one), values of another type.

@@ -1,7 +1,8 @@
-"""Data phases of a run: resuming on a grown catalogue, starting from another run's weights, and checks of what must stay equal.
+"""Data phases of a run: resuming on a grown catalogue, starting from another run's weights, and checks of what must
+stay equal.
 
-A phase is a stretch of steps on one order of the samples. Its positions start at 0, so that a step's samples are a function of the order and
-of the steps since the phase began.
+A phase is a stretch of steps on one order of the samples. Its positions start at 0, so that a step's samples are a
+function of the order and of the steps since the phase began.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from harness.train.class_map import ClassMap
 from harness.train.config import RunConfig, difference
 from harness.train.open_run import find_checkpoint
 
-# Parts of keys under `model` that a warm start may change: they shape neither the towers nor what they compute in evaluation.
+# Parts of keys under `model` that a warm start may change: they shape neither the towers nor what they compute in
+# evaluation.
 FREE = set(
     "dropout drop_path attention_dropout text_dropout transform_dropout gate_init branch_init temperature vocab_size weights qic mpm contrast "
     "mpm_patches related_keywords related_category product_keywords memory_bank memory_after".split()
@@ -31,7 +33,9 @@ FREE = set(
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps from first_step on, in the order `order_id` of num_classes classes: kept from before, new, and dropped ones of before."""
+    """Steps from first_step on, in the order `order_id` of num_classes classes: kept from before, new, and dropped ones
+    of before.
+    """
 
     first_step: int
     order_id: str
@@ -105,7 +109,9 @@ def require_tokenizer(path: Path, state: dict[str, Any], catalogue: Path) -> Non
 
 
 def require_queries(path: Path, state: dict[str, Any], queries: str | None, catalogue: Path) -> None:
-    """Raises UserError where checkpoint `path` was trained on other text queries than those of id `queries`; one that does not tell passes."""
+    """Raises UserError where checkpoint `path` was trained on other text queries than those of id `queries`; one that
+    does not tell passes.
+    """
     if state.get("queries", queries) != queries:
         raise UserError(
             f"{path} was trained on other queries than those of {catalogue}: `shelfmark queries` made them anew since",
@@ -114,7 +120,8 @@ def require_queries(path: Path, state: dict[str, Any], queries: str | None, cata
 
 
 def open_start(config: RunConfig, mesh: Mesh) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint that train.init_from names, a step folder or the newest of a run folder, and its state; collective.
+    """The checkpoint that train.init_from names, a step folder or the newest of a run folder, and its state;
+    collective.
 
     Raises:
         UserError: none there or none complete, towers that differ, or another tokenizer.

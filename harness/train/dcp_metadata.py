@@ -1,7 +1,9 @@
-"""Check of a .metadata file before torch.distributed.checkpoint reads it: a pickle, which could run anything, may build nothing but this format.
+"""Check of a .metadata file before torch.distributed.checkpoint reads it: a pickle, which could run anything, may build
+nothing but this format.
 
-The check unpickles it with stand-ins for all classes, by an unpickler that knows only the opcodes which such a file needs. What passes has only
-tensors, in files beside it: the library would unpickle any other object of a checkpoint without a restriction.
+The check unpickles it with stand-ins for all classes, by an unpickler that knows only the opcodes which such a file
+needs. What passes has only tensors, in files beside it: the library would unpickle any other object of a checkpoint
+without a restriction.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ def metadata_problem(file: Path) -> str:
 
 
 def _stand_in(name: str) -> type:
-    """A class of that name whose objects hold what the file gives them, and do nothing; the class itself cannot be changed."""
+    """A class of that name whose objects hold what the file gives them, and do nothing; the class itself cannot be
+    changed.
+    """
 
     def new(cls: type, *args: Any) -> Any:
         return object.__new__(cls)
@@ -69,7 +73,9 @@ def _stand_in(name: str) -> type:
 
 
 class _Reader(pickle._Unpickler):
-    """An unpickler in Python, for the one in C takes memory at a word of the file: the allowed opcodes, and stand-ins of the allowed classes."""
+    """An unpickler in Python, for the one in C takes memory at a word of the file: the allowed opcodes, and stand-ins
+    of the allowed classes.
+    """
 
     dispatch = {code: pickle._Unpickler.dispatch[code] for code in _OPCODES}  # noqa: RUF012
 

@@ -1,4 +1,6 @@
-"""Dry run of a training step: the method's real modules and losses on tensors that have shapes and no numbers (torch's FakeTensorMode)."""
+"""Dry run of a training step: the method's real modules and losses on tensors that have shapes and no numbers (torch's
+FakeTensorMode).
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ from models.registry import METHODS
 
 
 class Shapes(FakeTensorMode):
-    """FakeTensorMode in which what was made outside of it, the labels and masks of a batch, keeps its numbers, so that they can be asked for."""
+    """FakeTensorMode in which what was made outside of it, the labels and masks of a batch, keeps its numbers, so that
+    they can be asked for.
+    """
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
@@ -56,8 +60,8 @@ class Recorder(TorchDispatchMode):
 
     Attributes:
         alive, peak: bytes.
-        sent: bytes that a rank sends in a ring's algorithm over n ranks, (n - 1) / n of the whole tensor, twice for an all-reduce: by the
-            package that asks for it, megatron (inside the towers) or models (the losses).
+        sent: bytes that a rank sends in a ring's algorithm over n ranks, (n - 1) / n of the whole tensor, twice for an
+            all-reduce: by the package that asks for it, megatron (inside the towers) or models (the losses).
     """
 
     def __init__(self, known: list[Tensor]) -> None:
@@ -115,7 +119,9 @@ def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = F
 
 
 class _Kernel:
-    """The class head's kernel by its shapes, since what it does depends on the labels: a tile of rows and their logits at work."""
+    """The class head's kernel by its shapes, since what it does depends on the labels: a tile of rows and their logits
+    at work.
+    """
 
     @staticmethod
     def cosine_lse(embeddings: Tensor, rows: Tensor, *_: Any) -> CosineLse:
@@ -144,7 +150,8 @@ class DryRun:
     """Counts of a dry run on a rank.
 
     Args:
-        parameters: numbers of the towers that the rank holds; trained: those that are trained, and largest, of the largest of these.
+        parameters: numbers of the towers that the rank holds; trained: those that are trained, and largest, of the
+            largest of these.
         bank: bytes of the memory banks.
         kept: bytes that backward finds of a micro-batch.
         peak: the most transient bytes at a time.
@@ -161,7 +168,8 @@ class DryRun:
 
 
 def dry_run(config: RunConfig, world: int, active: float, cuda: bool) -> DryRun:
-    """Runs the losses of a step and their backward on the first of `world` ranks; weights, their gradients and images are not transient.
+    """Runs the losses of a step and their backward on the first of `world` ranks; weights, their gradients and images
+    are not transient.
 
     Args:
         config: a recipe whose sizes are all known.
@@ -220,7 +228,8 @@ def dry_run(config: RunConfig, world: int, active: float, cuda: bool) -> DryRun:
 
 
 def made_batch(config: RunConfig, sizes: dict[str, list[int]], dtype: torch.dtype = torch.float32) -> Batch:
-    """The first rank's micro-batch of a step whose sizes are given, texts at their full length, as much of it masked as is to be expected.
+    """The first rank's micro-batch of a step whose sizes are given, texts at their full length, as much of it masked as
+    is to be expected.
 
     On the host are only its masks and the documents' tokens.
     """
@@ -276,8 +285,10 @@ def fill_banks(banks: Any) -> None:
 
 
 def masked(config: MaskConfig, words: int, patches: int) -> tuple[float, float]:
-    """Masked words and patches to expect in a document with room for so many: rate x max_length and the mean rate x patches, as if titles
-    filled their room with ordinary pieces (padding is never masked, so there are fewer); with one_heavy the mean of its two ways."""
+    """Masked words and patches to expect in a document with room for so many: rate x max_length and the mean rate x
+    patches, as if titles filled their room with ordinary pieces (padding is never masked, so there are fewer); with
+    one_heavy the mean of its two ways.
+    """
     rate, share = config.word_rate, sum(config.patch_rates) / 2
     if config.one_heavy:
         rate, share = (rate + config.heavy_word_rate) / 2, share / 2

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """average = decay * average + (1 - decay) * weight after every step, float32, of this rank's part of every trained parameter.
+    """average = decay * average + (1 - decay) * weight after every step, float32, of this rank's part of every trained
+    parameter.
 
     Of bf16 towers the bf16 weights are averaged: the float32 ones behind them are spread over the data-parallel ranks.
 

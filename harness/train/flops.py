@@ -1,8 +1,10 @@
-"""Model FLOPs of a training step, counted in a dry run of the plain towers; for `shelfmark estimate`, the meters and the benchmarks of towers.
+"""Model FLOPs of a training step, counted in a dry run of the plain towers; for `shelfmark estimate`, the meters and
+the benchmarks of towers.
 
-Counted: matrix products and convolutions, a multiplication and an addition being two operations, by the formulas of torch.utils.flop_counter.
-Model FLOPs: what the mathematics needs. What is computed again to save memory (attention, recomputation, tiles of the head) does not count, so a
-utilisation made of them compares between systems. Nor does padding: what texts cost follows from their own lengths (`StepFlops`).
+Counted: matrix products and convolutions, a multiplication and an addition being two operations, by the formulas of
+torch.utils.flop_counter. Model FLOPs: what the mathematics needs. What is computed again to save memory (attention,
+recomputation, tiles of the head) does not count, so a utilisation made of them compares between systems. Nor does
+padding: what texts cost follows from their own lengths (`StepFlops`).
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ class Work:
 class _Counter(TorchDispatchMode):
     """Counts by the child of `towers` in whose forward an operation was asked for; `losses` is the rest.
 
-    A backward operation belongs to the part whose forward made its node: torch numbers the nodes of a graph in the order of their making.
+    A backward operation belongs to the part whose forward made its node: torch numbers the nodes of a graph in the
+    order of their making.
     """
 
     def __init__(self, towers: nn.Module) -> None:
@@ -99,12 +102,16 @@ def tower_flops(make: Callable[[], nn.Module], inputs: Tensor) -> float:
 
 
 def active_rows(num_classes: int, sample_rate: float, samples: int) -> float:
-    """Expected number of classes that take part in a step: those drawn, and of the others the positives, taken as distinct."""
+    """Expected number of classes that take part in a step: those drawn, and of the others the positives, taken as
+    distinct.
+    """
     return sample_rate * num_classes + (1 - sample_rate) * min(samples, num_classes)
 
 
 def step_parts(config: RunConfig, num_classes: int) -> dict[str, Work]:
-    """Model FLOPs of one optimizer step over all ranks, by part of the towers, with texts of max_length tokens; the class head's by formula."""
+    """Model FLOPs of one optimizer step over all ranks, by part of the towers, with texts of max_length tokens; the
+    class head's by formula.
+    """
     spec, model = METHODS[config.method], config.model
     reads = spec.reads(model)
     counts = reads.samples(config.data.queries_per_step, config.data.documents_per_step)
@@ -155,7 +162,9 @@ class StepFlops:
 
     @classmethod
     def of(cls, config: RunConfig, num_classes: int, documents: int) -> StepFlops:
-        """For steps of so many documents over all ranks, each, in MAKE, with a text query. ITEm's other titles count as long as the own."""
+        """For steps of so many documents over all ranks, each, in MAKE, with a text query. ITEm's other titles count as
+        long as the own.
+        """
         fixed = whole = flops_per_step(config, num_classes)
         factors: list[float] = []
         for tower in ("text", "query"):
@@ -170,7 +179,9 @@ class StepFlops:
 
     @classmethod
     def for_meters(cls, config: RunConfig, num_classes: int, documents: int, device: torch.device) -> StepFlops:
-        """As `of` where `device` has a peak to compare with, else of nothing; so too, with a warning, for a method that cannot be counted."""
+        """As `of` where `device` has a peak to compare with, else of nothing; so too, with a warning, for a method that
+        cannot be counted.
+        """
         if peak_flops(device, config.train.precision) is None:
             return cls()
         try:
@@ -184,7 +195,8 @@ class StepFlops:
         return sum(factor * count for factor, count in zip(self.factors, tokens, strict=False))
 
 
-# Part of the device's name -> dense peak in TFLOP/s of (bf16 tensor cores, fp32 without them), from NVIDIA's data sheets. The first that fits counts.
+# Part of the device's name -> dense peak in TFLOP/s of (bf16 tensor cores, fp32 without them), from NVIDIA's data
+# sheets. The first that fits counts.
 _PEAKS: dict[str, tuple[float, float]] = {
     "B200": (2250, 75),
     "H200": (989, 67),
@@ -203,9 +215,11 @@ _PEAKS: dict[str, tuple[float, float]] = {
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak FLOP/s of `device` in `precision` (of train.precision) by its data sheet; None for a CPU and for GPUs that are not in the table.
+    """Peak FLOP/s of `device` in `precision` (of train.precision) by its data sheet; None for a CPU and for GPUs that
+    are not in the table.
 
-    A CPU has no such figure: its clock depends on the instructions and on what else runs, so a utilisation would mislead.
+    A CPU has no such figure: its clock depends on the instructions and on what else runs, so a utilisation would
+    mislead.
     """
     if device.type != "cuda":
         return None
@@ -220,6 +234,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def utilisation(flops: float, seconds: float, ranks: int, device: torch.device, precision: str) -> dict[str, float]:
-    """{"speed/model_flops_utilisation": share of the ranks' peak} for `flops` over all ranks in `seconds`; empty where either is not known."""
+    """{"speed/model_flops_utilisation": share of the ranks' peak} for `flops` over all ranks in `seconds`; empty where
+    either is not known.
+    """
     peak = peak_flops(device, precision)
     return {"speed/model_flops_utilisation": flops / (seconds * ranks * peak)} if peak and flops and seconds > 0 else {}

@@ -18,7 +18,8 @@ LONGEST_LINE = 1000  # characters of a message that names tensors
 
 
 def init_towers(towers: nn.Module, folder: Path, group: ProcessGroup) -> None:
-    """Loads an imported folder into tensor-parallel towers; `group` shares their weights. Towers that the folder lacks stay as they are.
+    """Loads an imported folder into tensor-parallel towers; `group` shares their weights. Towers that the folder lacks
+    stay as they are.
 
     Raises:
         UserError: the folder holds no weights, or those of other towers than these; what differs is named.

@@ -31,8 +31,9 @@ def start_new_rows(
 ) -> None:
     """Sets the rows that `classes` calls new; collective. The method's towers and the other rows are loaded already.
 
-    A new row points along the mean of the unit embeddings of its first members, queries and documents alike, and is as long as the
-    other rows are on average. It owes no weight decay of the steps before. One whose samples are all damaged keeps its random start.
+    A new row points along the mean of the unit embeddings of its first members, queries and documents alike, and is as
+    long as the other rows are on average. It owes no weight decay of the steps before. One whose samples are all
+    damaged keeps its random start.
 
     Args:
         method: with a head; its towers embed, in evaluation mode.
@@ -74,7 +75,9 @@ def start_new_rows(
 
 
 def first_members(folder: Path, classes: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The at most MEMBERS samples of each class with the lowest ids: kind -> (sample ids, place of their class in `classes`)."""
+    """The at most MEMBERS samples of each class with the lowest ids: kind -> (sample ids, place of their class in
+    `classes`).
+    """
     kinds, ids, places = [], [], []
     for number, kind in enumerate(KINDS):
         members, offsets = (
@@ -111,7 +114,9 @@ def _mean_length(head: ClassParallelHead, classes: ClassMap) -> float:
 def _summed_embeddings(
     method: Method, loader: StepLoader, reader: ImageReader, classes: np.ndarray, batch_size: int, mesh: Mesh
 ) -> Tensor:
-    """Sums of the unit embeddings of `first_members`, damaged ones left out: float64 [classes, d], the same on every rank."""
+    """Sums of the unit embeddings of `first_members`, damaged ones left out: float64 [classes, d], the same on every
+    rank.
+    """
     assert method.head is not None, "new rows belong to a head"
     dtype = next(method.towers.parameters()).dtype
     sums = torch.zeros(len(classes), method.head.config.embedding_dim, dtype=torch.float64, device=mesh.device)

@@ -30,7 +30,8 @@ def open_settings(run: Path, tensor_parallel: int, batch_size: int) -> RunConfig
 
 
 def find_checkpoint(run: Path, wanted: Path | None, mesh: Mesh | None = None) -> Path:
-    """The checkpoint `wanted`, or else the newest complete one of `run`; with `mesh` collective, the files shared out over the ranks.
+    """The checkpoint `wanted`, or else the newest complete one of `run`; with `mesh` collective, the files shared out
+    over the ranks.
 
     Raises:
         UserError: there is no complete one.
@@ -49,7 +50,8 @@ def find_checkpoint(run: Path, wanted: Path | None, mesh: Mesh | None = None) ->
 
 
 def load_method(settings: RunConfig, path: Path, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Method, Any]:
-    """The method without its head, in evaluation mode, with the weights of checkpoint `path`, and its configuration; collective.
+    """The method without its head, in evaluation mode, with the weights of checkpoint `path`, and its configuration;
+    collective.
 
     Where the checkpoint holds an average of its weights (train.ema_decay), that is taken.
     """

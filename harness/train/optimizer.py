@@ -41,10 +41,12 @@ class OptimizerConfig:
         betas: decay of the first and second moment.
         eps: added to the root of the second moment.
         clip_norm: largest global norm of the gradient; 0 never clips.
-        frozen: parts of the towers that are not trained: names of parameters as in a checkpoint, or their beginnings (vision.stem, text,
-            vision.block.layers.0); * and [0-5] as in a shell.
-        layer_decay: factor on the learning rate from each layer of a tower to the one below it; 1 trains all layers alike.
-        lr_factors: factors on the learning rate by name, as query_transform=10, the names as in `frozen`; the last that fits counts.
+        frozen: parts of the towers that are not trained: names of parameters as in a checkpoint, or their beginnings
+            (vision.stem, text, vision.block.layers.0); * and [0-5] as in a shell.
+        layer_decay: factor on the learning rate from each layer of a tower to the one below it; 1 trains all layers
+            alike.
+        lr_factors: factors on the learning rate by name, as query_transform=10, the names as in `frozen`; the last that
+            fits counts.
         overlap: whether gradients are reduced while backward still runs: auto (on a GPU), always or never.
         rows: AdamW of the class rows.
     """
@@ -173,7 +175,9 @@ class TowerOptimizer:
             self.optimizer.prepare_grads()
 
     def squared_norm(self) -> Tensor:
-        """Sum of squares of this rank's shard of the gradients, float64 []; summed over the world it counts every element once."""
+        """Sum of squares of this rank's shard of the gradients, float64 []; summed over the world it counts every
+        element once.
+        """
         grads = self.optimizer.get_main_grads_for_grad_norm()
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for norm in torch._foreach_norm(grads) if grads else []:
@@ -199,7 +203,9 @@ class TowerOptimizer:
             return self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
 
     def load_state_dict(self, state: Any) -> None:
-        """Takes moments, float32 weights and the count of steps that dist_checkpointing loaded; hyper-parameters stay the present ones."""
+        """Takes moments, float32 weights and the count of steps that dist_checkpointing loaded; hyper-parameters stay
+        the present ones.
+        """
         saved = state["optimizer"]["param_groups"][0]
         count = {"step": saved["step"]} if "step" in saved else {}
         own = ({key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups)
@@ -213,7 +219,9 @@ class TowerOptimizer:
                     entry["step"] = entry["step"].clone()
 
     def _materialise(self) -> None:
-        """Gives torch's AdamW its state before the first step: a fresh DistributedOptimizer can otherwise be neither saved nor loaded."""
+        """Gives torch's AdamW its state before the first step: a fresh DistributedOptimizer can otherwise be neither
+        saved nor loaded.
+        """
         if distrib_optimizer.HAVE_APEX_OR_TE:
             return
         for part in self._parts:
@@ -232,7 +240,9 @@ class TowerOptimizer:
 
 
 def _overrides(settings: Any, factors: dict[nn.Parameter, float]) -> dict[Any, Any]:
-    """megatron-core's parameter groups: its own (biases and norms without weight decay), cut once more by the factor on the learning rate."""
+    """megatron-core's parameter groups: its own (biases and norms without weight decay), cut once more by the factor on
+    the learning rate.
+    """
     overrides = dict(megatron_optimizer.get_standard_config_overrides(settings))
     for factor in sorted(set(factors.values()) - {1.0}):
         has_factor = ParamWithNamePredicate(name=f"lr x {factor}", fn=lambda p, _, factor=factor: factors[p] == factor)
@@ -241,8 +251,9 @@ def _overrides(settings: Any, factors: dict[nn.Parameter, float]) -> dict[Any, A
 
 
 def _mend_loading() -> None:
-    """Without TransformerEngine or apex, megatron-core's fully reshardable load asks the file for AdamW's `step` (KeyError) and writes in place to
-    leaves; the step is set by load_state_dict anyway."""
+    """Without TransformerEngine or apex, megatron-core's fully reshardable load asks the file for AdamW's `step`
+    (KeyError) and writes in place to leaves; the step is set by load_state_dict anyway.
+    """
     original = distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
 
     @torch.no_grad()

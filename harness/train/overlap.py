@@ -11,10 +11,11 @@ from torch import nn
 class OverlappedReduction:
     """Starts megatron-core's reductions in one order on every rank, and lets parameters without a gradient pass.
 
-    megatron-core 0.16 starts the reduction of a bucket group at the moment when all its parameters have got their gradient, and ends the run in
-    the second step if in the first one a parameter got none: a head whose weight is 0, the text tower of a model that sees images alone. Here
-    those parameters are left out of what a group waits for. A group whose turn has come late on some rank (one without samples, say) keeps the
-    groups behind it waiting there, for NCCL pairs the collectives of ranks by their order. Source: ours; the fixed order is that of torch's
+    megatron-core 0.16 starts the reduction of a bucket group at the moment when all its parameters have got their
+    gradient, and ends the run in the second step if in the first one a parameter got none: a head whose weight is 0,
+    the text tower of a model that sees images alone. Here those parameters are left out of what a group waits for. A
+    group whose turn has come late on some rank (one without samples, say) keeps the groups behind it waiting there, for
+    NCCL pairs the collectives of ranks by their order. Source: ours; the fixed order is that of torch's
     DistributedDataParallel (Li et al. 2020).
 
     Args:
@@ -42,7 +43,8 @@ class OverlappedReduction:
         """Starts what is still to be started; to be called after backward and before megatron-core's finish_grad_sync.
 
         Raises:
-            RuntimeError: a parameter that got no gradient in the first step has got one now, after the reduction of its group.
+            RuntimeError: a parameter that got no gradient in the first step has got one now, after the reduction of its
+                group.
         """
         for number, group in enumerate(self.groups):
             got = group.per_param_grad_ready_counts.keys()

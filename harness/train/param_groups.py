@@ -10,7 +10,8 @@ from torch import nn
 
 from harness.core.errors import UserError
 
-# What lies below the first layer of a tower, by the first part of its name there. Beside word embeddings a `norm` is theirs.
+# What lies below the first layer of a tower, by the first part of its name there. Beside word embeddings a `norm` is
+# theirs.
 EMBEDDINGS = frozenset(
     "stem words position class_position word_position patch_position class_token register_token token_type modality first "
     "embedding_norm".split()
@@ -34,9 +35,11 @@ def lr_factors(towers: nn.Module, layer_decay: float, by_name: Sequence[str]) ->
     """Factor on the learning rate of every parameter.
 
     Args:
-        towers: the model. A tower in it is a module with layers (`block`) and embeddings (`stem` or `words`) of its own.
-        layer_decay: factor between neighbouring layers of a tower: layer l of n (from 0) has layer_decay ** (n - l), what is below the first
-            layer_decay ** (n + 1), all else 1. Source: BEiT (Bao et al. 2021), as DINOv2 has it.
+        towers: the model. A tower in it is a module with layers (`block`) and embeddings (`stem` or `words`) of its
+            own.
+        layer_decay: factor between neighbouring layers of a tower: layer l of n (from 0) has layer_decay ** (n - l),
+            what is below the first layer_decay ** (n + 1), all else 1. Source: BEiT (Bao et al. 2021), as DINOv2 has
+            it.
         by_name: `pattern=factor`, times that; of several patterns for one parameter the last counts.
 
     Raises:
@@ -74,7 +77,9 @@ def below_top(name: str, tower: nn.Module) -> int:
 
 
 def _named(towers: nn.Module, pattern: str, key: str) -> list[nn.Parameter]:
-    """The parameters whose name, or the beginning of whose name up to a dot, matches the shell pattern; `key` is where it stands."""
+    """The parameters whose name, or the beginning of whose name up to a dot, matches the shell pattern; `key` is where
+    it stands.
+    """
     names = towers.named_parameters(remove_duplicate=False)  # a module in two places has two names
     found = [p for name, p in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")]
     if not found:

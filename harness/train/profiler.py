@@ -1,4 +1,6 @@
-"""A profile of a few steps by one flag: torch's profiler, into the run's TensorBoard folder; Perfetto opens the same file."""
+"""A profile of a few steps by one flag: torch's profiler, into the run's TensorBoard folder; Perfetto opens the same
+file.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,8 @@ def parse_window(window: str) -> tuple[int, int] | None:
 class StepProfiler:
     """Records the steps of one window.
 
-    The trace is tensorboard/profile/steps-FIRST-LAST.rank-R.pt.trace.json.gz under the run folder: one file a rank. A run that stops within the
-    window, or starts within it, writes what it saw.
+    The trace is tensorboard/profile/steps-FIRST-LAST.rank-R.pt.trace.json.gz under the run folder: one file a rank. A
+    run that stops within the window, or starts within it, writes what it saw.
 
     Args:
         window: `train.profile_steps`, FIRST:LAST; empty: nothing is recorded.

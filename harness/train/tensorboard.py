@@ -23,8 +23,8 @@ from harness.evaluate.ranking import Embedded
 from harness.train.config import RunConfig
 from models.registry import Method
 
-# TensorBoard sorts groups, and the curves in a group, by name; "health" comes before retrieval, step_seconds and train, and the
-# numbers put first what is asked first. So the first screen tells whether the run is well.
+# TensorBoard sorts groups, and the curves in a group, by name; "health" comes before retrieval, step_seconds and train,
+# and the numbers put first what is asked first. So the first screen tells whether the run is well.
 _FIRST = (
     "train/loss retrieval/recall_at_1 train/gradient_norm train/learning_rate speed/images_per_second speed/data_wait_share "
     "data/bad_samples"
@@ -72,8 +72,9 @@ class Board:
         tables = {"Recipe": values, **facts, "Start": begun, "Versions": versions}
         self._writer.add_text("run/summary", _markdown(tables, settings), step)
         plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()}
-        # Not add_hparams, which makes a run of its own. Nor the list of columns: TensorBoard would take the first run's for all runs;
-        # without it TensorBoard joins those of all runs, those that differ first, and takes the scalars' last values as metrics.
+        # Not add_hparams, which makes a run of its own. Nor the list of columns: TensorBoard would take the first run's
+        # for all runs; without it TensorBoard joins those of all runs, those that differ first, and takes the scalars'
+        # last values as metrics.
         _, start, self._end = hparams(plain, {})
         self._add(start)
 
@@ -101,8 +102,8 @@ class Board:
 class Projector:
     """Document embeddings with thumbnails in TensorBoard's PROJECTOR: those of the newest evaluation alone.
 
-    SummaryWriter.add_embedding would list every evaluation and draw the same thumbnails each time. TensorBoard reads these files
-    once: one that was started before has to be started again to show them.
+    SummaryWriter.add_embedding would list every evaluation and draw the same thumbnails each time. TensorBoard reads
+    these files once: one that was started before has to be started again to show them.
 
     Args:
         folder: the run's tensorboard/.

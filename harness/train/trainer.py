@@ -51,7 +51,9 @@ LEDGER_STEPS = 1000  # whose samples a resume recomputes and compares
 
 @dataclass
 class StepResult:
-    """Result of a step: global loss, metrics as [k, 2] local sums in the order of `names`, gradient norm before clipping."""
+    """Result of a step: global loss, metrics as [k, 2] local sums in the order of `names`, gradient norm before
+    clipping.
+    """
 
     loss: Tensor
     names: list[str]
@@ -292,7 +294,9 @@ class Trainer:
         return (train.evaluate_every > 0 and self.step % train.evaluate_every == 0) or self.step == train.steps
 
     def _lacks_evaluation(self) -> bool:
-        """True where the process before saved this step and ended amid its evaluation; and at the last step, whose figures `fit` returns."""
+        """True where the process before saved this step and ended amid its evaluation; and at the last step, whose
+        figures `fit` returns.
+        """
         done = self._figures_file().exists() and self.step < self.config.train.steps
         return self.step > 0 and self._evaluates() and not done
 
@@ -300,7 +304,9 @@ class Trainer:
         return self.config.run_dir / f"eval-{self.step:08d}.json"
 
     def evaluate(self, log: RunLog) -> Report:
-        """Evaluates the present weights, or their average if there is one; logs metrics, retrieval panel and projector; collective."""
+        """Evaluates the present weights, or their average if there is one; logs metrics, retrieval panel and projector;
+        collective.
+        """
         self._align()
         with self._evaluated():
             report = self.evaluation.run(self.method, final=self.step == self.config.train.steps)
@@ -332,7 +338,8 @@ class Trainer:
         images, seconds, ready, texts = (sum(column) for column in zip(*self._reading, strict=True))
         steps, self._reading = len(self._reading), []
         local = [[images, seconds], [ready, steps], [texts, steps], [self.bad_samples, 0]]
-        # Over the world: tensor-parallel ranks read different samples of the same step; what they have in common cancels out.
+        # Over the world: tensor-parallel ranks read different samples of the same step; what they have in common
+        # cancels out.
         sums = self.mesh.sum(torch.cat([result.sums.double(), result.sums.new_tensor(local, dtype=torch.float64)]))
         bad = sums[-1, 0]
         *means, decode_rate, fill, texts = (sums[:-1, 0] / sums[:-1, 1].clamp_min(1e-12)).tolist()
@@ -356,7 +363,9 @@ class Trainer:
         }
 
     def _require_finite(self, loss: float, norm: float, data: StepData) -> None:
-        """Ends the run before a loss or gradient that is not finite reaches the weights; the newest checkpoint stays good."""
+        """Ends the run before a loss or gradient that is not finite reaches the weights; the newest checkpoint stays
+        good.
+        """
         if math.isfinite(norm) and math.isfinite(loss):
             return
         ids = _sample_ids(data)
@@ -373,7 +382,9 @@ class Trainer:
         )
 
     def _place(self) -> str:
-        """Place of this rank, told by the others where it stands still: step, part of it, and the samples that it has read for it."""
+        """Place of this rank, told by the others where it stands still: step, part of it, and the samples that it has
+        read for it.
+        """
         if self.clock.now == "data" or self._data is None:
             return f"step {self.step}, {self.clock.now}"
         ids = _sample_ids(self._data)
@@ -387,7 +398,9 @@ class Trainer:
             log.say(f"step {self.step}: samples {data.bad_ids} are damaged; they have weight 0")
 
     def _require_whole(self, bad: int, read: int) -> None:
-        """Ends the run where too many of the samples `read` since it was started, over all ranks, were damaged; all ranks alike."""
+        """Ends the run where too many of the samples `read` since it was started, over all ranks, were damaged; all
+        ranks alike.
+        """
         most = self.config.data.max_bad_fraction
         if read < LEAST_READ or bad <= most * read:
             return

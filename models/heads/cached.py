@@ -1,4 +1,6 @@
-"""Gradient caching: a loss over all micro-batches of a step at once, in the memory of one (Gao et al., arXiv 2101.06983)."""
+"""Gradient caching: a loss over all micro-batches of a step at once, in the memory of one (Gao et al., arXiv
+2101.06983).
+"""
 
 from __future__ import annotations
 
@@ -20,20 +22,23 @@ def cached_losses(
     loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
     parameters: Sequence[Tensor] = (),
 ) -> Iterator[tuple[Tensor, dict[str, Tensor], Rest]]:
-    """One loss for every micro-batch; call backward on each before the next is asked for. Their gradients add up to that of the loss over all.
+    """One loss for every micro-batch; call backward on each before the next is asked for. Their gradients add up to
+    that of the loss over all.
 
-    All micro-batches are encoded without a graph, the loss of all embeddings gives the gradient of each, and a second, equal forward of a
-    micro-batch carries its part into the weights: one forward more, exact also with dropout, whose random streams are rewound.
-    One micro-batch alone is encoded once.
+    All micro-batches are encoded without a graph, the loss of all embeddings gives the gradient of each, and a second,
+    equal forward of a micro-batch carries its part into the weights: one forward more, exact also with dropout, whose
+    random streams are rewound. One micro-batch alone is encoded once.
 
     Args:
         encode: a micro-batch to (embeddings, each [n, ...], and anything else, which is handed on with its graph).
         batches: the micro-batches of this rank; every rank has as many, of any size.
-        loss_of: (embeddings of all micro-batches, each [sum of n, ...]) -> (loss, metrics that add up); may be collective.
+        loss_of: (embeddings of all micro-batches, each [sum of n, ...]) -> (loss, metrics that add up); may be
+            collective.
         parameters: what `loss_of` learns besides the embeddings, as a log scale.
 
     Yields:
-        (loss, metrics, what encode returned besides), each an equal part of the whole: over the micro-batches they add up to the whole's.
+        (loss, metrics, what encode returned besides), each an equal part of the whole: over the micro-batches they add
+        up to the whole's.
     """
     if len(batches) == 1:
         embeddings, rest = encode(batches[0])
@@ -82,6 +87,8 @@ class _Streams:
 
 
 def _tracker() -> Any:
-    """megatron-core's tracker of random streams; None in a process that does not use megatron-core, and need not import it."""
+    """megatron-core's tracker of random streams; None in a process that does not use megatron-core, and need not import
+    it.
+    """
     random = sys.modules.get("megatron.core.tensor_parallel.random")
     return random.get_cuda_rng_tracker() if random else None

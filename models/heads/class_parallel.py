@@ -3,8 +3,9 @@
     row group   dp x tp: every rank owns a contiguous range of class ids (uneven, also empty).
     data group  dp: every rank brings its own samples; tensor-parallel ranks bring the same ones.
 
-Query and document embeddings are equivalent samples of a class (OCLEAR). The loss is sum(w l) / sum(w) over the global batch of the whole
-optimizer step, and the gradient a rank gets is d(global loss) / d(its embeddings): towers sum over dp and never average.
+Query and document embeddings are equivalent samples of a class (OCLEAR). The loss is sum(w l) / sum(w) over the global
+batch of the whole optimizer step, and the gradient a rank gets is d(global loss) / d(its embeddings): towers sum over
+dp and never average.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ class ClassHeadConfig:
 
 
 def rows_per_rank(num_classes: int, ranks: int) -> int:
-    """Rows of every rank but the last that has any: those of torch.chunk, so that a checkpoint can describe them as a DTensor."""
+    """Rows of every rank but the last that has any: those of torch.chunk, so that a checkpoint can describe them as a
+    DTensor.
+    """
     return -(-num_classes // ranks)
 
 
@@ -97,7 +100,8 @@ class _Step:
 
 
 class ClassParallelHead(nn.Module):
-    """See the module docstring. `rows` is no parameter: the towers' optimizer never sees it (models.heads.row_optimizer does).
+    """See the module docstring. `rows` is no parameter: the towers' optimizer never sees it (models.heads.row_optimizer
+    does).
 
     Args:
         config: num_classes and embedding_dim must be set.
@@ -135,7 +139,9 @@ class ClassParallelHead(nn.Module):
         self._step: _Step | None = None
 
     def initial_rows(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Rows keyed by class ids, on a CPU by blocks of them, so that they do not depend on the number of ranks; a GPU draws other numbers."""
+        """Rows keyed by class ids, on a CPU by blocks of them, so that they do not depend on the number of ranks; a GPU
+        draws other numbers.
+        """
         config = self.config
         rows = torch.empty(self.stop - self.start, config.embedding_dim, device=device, dtype=dtype)
         if device.type != "cpu":
@@ -156,12 +162,15 @@ class ClassParallelHead(nn.Module):
         margin_part: float = 1.0,
         sizes: list[int] | None = None,
     ) -> Tensor:
-        """Fixes the active rows and the global weight from the whole step's samples of this rank; the micro-batches' calls follow.
+        """Fixes the active rows and the global weight from the whole step's samples of this rank; the micro-batches'
+        calls follow.
 
-        Waits for the device once where classes are sampled (how many rows are active), without `sizes`, and for labels that are there already.
+        Waits for the device once where classes are sampled (how many rows are active), without `sizes`, and for labels
+        that are there already.
 
         Args:
-            labels: int64 [n], class ids of all micro-batches of this rank, best on the host; IGNORED (-1) counts nothing.
+            labels: int64 [n], class ids of all micro-batches of this rank, best on the host; IGNORED (-1) counts
+                nothing.
             weights: [n], default 1.
             step: global step; keys the sampling of negatives.
             margin_part: share of the margin in [0, 1], for its warm-up.
@@ -208,9 +217,9 @@ class ClassParallelHead(nn.Module):
             sizes: n of every rank of the data group, where the caller knows them; else the device is waited for.
 
         Returns:
-            (loss: the micro-batch's part sum(w l) / W of the step's loss, the same on every rank; metrics positive_cosine and accuracy as
-            local [weighted sum, weight], which add up over micro-batches and ranks). Without begin_step the call is a step of its own; the
-            rows' gradients wait in `row_grad`.
+            (loss: the micro-batch's part sum(w l) / W of the step's loss, the same on every rank; metrics
+            positive_cosine and accuracy as local [weighted sum, weight], which add up over micro-batches and ranks).
+            Without begin_step the call is a step of its own; the rows' gradients wait in `row_grad`.
         """
         if self._step is None:
             self.begin_step(labels, weights, sizes=sizes)
@@ -243,7 +252,9 @@ class ClassParallelHead(nn.Module):
         return weight.clone() if weight is self.rows else weight
 
     def load_full_weight(self, weight: Tensor) -> None:
-        """Takes this rank's rows out of `weight` [num_classes, embedding_dim]; before their optimizer is made, which may keep a copy."""
+        """Takes this rank's rows out of `weight` [num_classes, embedding_dim]; before their optimizer is made, which
+        may keep a copy.
+        """
         if tuple(weight.shape) != (self.config.num_classes, self.config.embedding_dim):
             raise ValueError(
                 f"expected [{self.config.num_classes}, {self.config.embedding_dim}], got {list(weight.shape)}"
@@ -251,7 +262,9 @@ class ClassParallelHead(nn.Module):
         self.rows.copy_(weight[self.start : self.stop])
 
     def _everyone(self, unit: Tensor, embeddings: Tensor, sizes: list[int]) -> Tensor:
-        """`unit` of all ranks: where the embeddings are of a narrower type, they are what travels, and are normalised again."""
+        """`unit` of all ranks: where the embeddings are of a narrower type, they are what travels, and are normalised
+        again.
+        """
         if self.data_group.size() == 1 or embeddings.dtype.itemsize >= unit.dtype.itemsize:
             return gather_shards(unit, self.data_group, sizes)
         return F.normalize(gather_shards(embeddings, self.data_group, sizes).to(unit.dtype), dim=-1)
@@ -329,7 +342,9 @@ class _MarginSoftmax(torch.autograd.Function):
 
 
 def _kernel(rows: Tensor) -> Any:
-    """The module with cosine_lse and its backward for these rows: Triton's on a GPU, which has no float64, else the torch twin."""
+    """The module with cosine_lse and its backward for these rows: Triton's on a GPU, which has no float64, else the
+    torch twin.
+    """
     if rows.is_cuda and rows.dtype != torch.float64:
         from kernels import cosine_lse_triton  # torch for CUDA brings triton; elsewhere it may be missing
 

@@ -1,7 +1,9 @@
-"""Contrastive losses over the global batch: symmetric InfoNCE and AM-softmax with negatives from every rank and from a memory bank.
+"""Contrastive losses over the global batch: symmetric InfoNCE and AM-softmax with negatives from every rank and from a
+memory bank.
 
-There is one way to gather, and it is exact: the loss is sum(w l) / sum(w) over all ranks' pairs, and a rank's gradients are those of this
-global loss. Its embeddings get all of theirs, a shared parameter (the log scale) its rank's part: towers sum over dp and never average.
+There is one way to gather, and it is exact: the loss is sum(w l) / sum(w) over all ranks' pairs, and a rank's gradients
+are those of this global loss. Its embeddings get all of theirs, a shared parameter (the log scale) its rank's part:
+towers sum over dp and never average.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class ContrastiveConfig:
 
     Args:
         temperature: divisor of the cosines; where the scale is learned, where it begins.
-        margin: taken off the positive's cosine: 0 is InfoNCE (van den Oord et al. 2018), above 0 AM-softmax (Wang et al. 2018).
+        margin: taken off the positive's cosine: 0 is InfoNCE (van den Oord et al. 2018), above 0 AM-softmax (Wang et
+            al. 2018).
         symmetric: the mean of both directions, query to documents and document to queries; false is the first alone.
     """
 
@@ -61,10 +64,11 @@ def contrastive_loss(
     related: Related = same_product,
     sizes: list[int] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss over the pairs of all ranks; row i of queries and documents is a pair. Collective: what is given on one rank is given on all.
+    """Loss over the pairs of all ranks; row i of queries and documents is a pair. Collective: what is given on one rank
+    is given on all.
 
-    A query's negatives are the documents of all other pairs, the hard negatives of all pairs and the document bank, a document's (symmetric)
-    the queries of all other pairs and the query bank; none of them is one that `related` names.
+    A query's negatives are the documents of all other pairs, the hard negatives of all pairs and the document bank, a
+    document's (symmetric) the queries of all other pairs and the query bank; none of them is one that `related` names.
 
     Args:
         queries, documents: [n, d], any length, any n per rank (also 0); tensor-parallel ranks pass the same.
@@ -75,12 +79,13 @@ def contrastive_loss(
         log_scale: [], the learned log(1 / temperature); default the config's constant.
         negatives: hard negatives of the pairs, ([n, k, d], their labels int64 [n, k, ...]).
         document_bank, query_bank: embeddings of earlier steps, the same on every rank; push this step's afterwards.
-        related: (query labels [a, ...], document labels [b, ...]) -> bool [a, b], which documents are no negatives of which queries.
+        related: (query labels [a, ...], document labels [b, ...]) -> bool [a, b], which documents are no negatives of
+            which queries.
         sizes: n of every rank of `group`, where the caller knows them; else the device is waited for.
 
     Returns:
-        (loss, the same on every rank; metrics positive_cosine and accuracy, query to documents, as local [weighted sum, weight], which add up
-        over ranks).
+        (loss, the same on every rank; metrics positive_cosine and accuracy, query to documents, as local [weighted sum,
+        weight], which add up over ranks).
     """
     kind = torch.promote_types(queries.dtype, torch.float32)
     weights = torch.ones(len(labels), device=labels.device, dtype=kind) if weights is None else weights.to(kind)
@@ -104,7 +109,8 @@ def contrastive_loss(
             unit, known, counts = bank.filled()
             candidates.append(_Candidates(unit.to(kind), known, counts))
 
-    # Each rank computes the terms of its own pairs; the gather's backward adds up what all ranks found for an embedding.
+    # Each rank computes the terms of its own pairs; the gather's backward adds up what all ranks found for an
+    # embedding.
     scale = 1 / config.temperature if log_scale is None else log_scale.to(kind).exp()
     positive = (query.unit[mine] * document.unit[mine]).sum(-1)
     logit = scale * (positive - config.margin)
@@ -125,7 +131,9 @@ def contrastive_loss(
 
 
 class _Candidates(NamedTuple):
-    """Candidates that a positive competes with: unit embeddings [c, d], labels [c, ...], and bool [c] whether they count at all."""
+    """Candidates that a positive competes with: unit embeddings [c, d], labels [c, ...], and bool [c] whether they
+    count at all.
+    """
 
     unit: Tensor
     labels: Tensor

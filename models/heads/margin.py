@@ -19,9 +19,9 @@ def margin_cosine(cosine: Tensor, margin: Margin, straight_through: bool) -> tup
         straight_through: take the derivative as 1 (what Partial FC does silently) instead of the true one.
 
     Returns:
-        (value [n], derivative [n]). Past m1 * theta + m2 = pi the cosine goes on falling: (-1)^k cos(x) - 2k for x in [k pi, (k+1) pi]
-        (the continuation of SphereFace), so a worse angle never gets a better logit. At theta = 0 the true derivative of an angular margin is
-        infinite; 1 / sin(theta) is bounded by 1000 there.
+        (value [n], derivative [n]). Past m1 * theta + m2 = pi the cosine goes on falling: (-1)^k cos(x) - 2k for x in
+        [k pi, (k+1) pi] (the continuation of SphereFace), so a worse angle never gets a better logit. At theta = 0 the
+        true derivative of an angular margin is infinite; 1 / sin(theta) is bounded by 1000 there.
     """
     m1, m2, m3 = margin
     if m1 == 1.0 and m2 == 0.0:

@@ -1,4 +1,6 @@
-"""Helpers for losses of several terms: means over all ranks, the weighted sum of its terms, and the mean of its micro-batches."""
+"""Helpers for losses of several terms: means over all ranks, the weighted sum of its terms, and the mean of its
+micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ from models.batch import Batch
 
 
 def global_mean(terms: Tensor, weights: Tensor, group: ProcessGroup) -> Tensor:
-    """sum(w l) / sum(w) over the terms [n] of all ranks of `group`, weighted [n], any n per rank; 0 where nothing weighs anything. Collective.
+    """sum(w l) / sum(w) over the terms [n] of all ranks of `group`, weighted [n], any n per rank; 0 where nothing
+    weighs anything. Collective.
 
-    The value is the same on every rank to the bit; the gradient is that of the own terms: towers sum over `group`, never average.
+    The value is the same on every rank to the bit; the gradient is that of the own terms: towers sum over `group`,
+    never average.
     """
     weights = weights.to(terms.dtype)
     sums = torch.stack([terms.detach() @ weights, weights.sum()])

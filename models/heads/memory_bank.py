@@ -11,10 +11,11 @@ from models.comm import gather_shards, shard_sizes
 
 
 class MemoryBank(nn.Module):
-    """A ring of the last `size` unit embeddings over all ranks, with their labels and without gradients; every rank holds the same.
+    """A ring of the last `size` unit embeddings over all ranks, with their labels and without gradients; every rank
+    holds the same.
 
-    Its content is a function of what was pushed in global order, not of the number of ranks. state_dict() is all of it: the same on every rank,
-    fit for any number of ranks.
+    Its content is a function of what was pushed in global order, not of the number of ranks. state_dict() is all of it:
+    the same on every rank, fit for any number of ranks.
 
     Args:
         size: embeddings kept.
@@ -48,7 +49,9 @@ class MemoryBank(nn.Module):
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64, device=device))
 
     def filled(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(unit embeddings [m, embedding_dim], labels [m, *label_shape], which of them count bool [m]), m <= size; in the ring's order."""
+        """(unit embeddings [m, embedding_dim], labels [m, *label_shape], which of them count bool [m]), m <= size; in
+        the ring's order.
+        """
         most = self._pushed_at_most()
         m = 0 if most < self.after else min(most, len(self.labels))
         counts = (torch.arange(m, device=self.pushed.device) < self.pushed) & (self.pushed >= self.after)
@@ -65,7 +68,8 @@ class MemoryBank(nn.Module):
     ) -> None:
         """Takes in the samples of all ranks in rank order; collective.
 
-        Where a step has several micro-batches, push one after the other: rank order within a micro-batch is the order of the step's positions.
+        Where a step has several micro-batches, push one after the other: rank order within a micro-batch is the order
+        of the step's positions.
 
         Args:
             embeddings: [n, embedding_dim], any length, any n per rank.
@@ -79,7 +83,8 @@ class MemoryBank(nn.Module):
         unit = F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
         unit, known = gather_shards(unit, group, sizes), gather_shards(labels, group, sizes)
         counts = torch.ones(n, device=labels.device) if weights is None else gather_shards(weights, group, sizes)
-        # How many count is known to the device alone: as many places are written as all samples would need, the last of them as they were.
+        # How many count is known to the device alone: as many places are written as all samples would need, the last of
+        # them as they were.
         kept, total = (counts > 0).int().argsort(descending=True, stable=True), (counts > 0).sum()
         newest = (total - size).clamp_min(0) + torch.arange(min(n, size), device=labels.device)
         source, places, counted = kept[newest], (self.pushed + newest) % size, newest < total

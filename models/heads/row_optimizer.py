@@ -1,4 +1,6 @@
-"""AdamW that touches active rows only: an inactive row costs nothing, and catches up on its weight decay when it becomes active."""
+"""AdamW that touches active rows only: an inactive row costs nothing, and catches up on its weight decay when it
+becomes active.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ class RowOptimizerConfig:
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
         state: the moments' format: fp32, or 8bit (a quarter of the memory).
-        bf16_rows: how rows of head.row_dtype bf16 are updated: master keeps them in fp32 beside, stochastic rounds up or down at random.
+        bf16_rows: how rows of head.row_dtype bf16 are updated: master keeps them in fp32 beside, stochastic rounds up
+            or down at random.
     """
 
     lr_factor: float = 1.0
@@ -48,13 +51,15 @@ class RowOptimizerConfig:
 class RowAdamW:
     """Row-sparse AdamW. Source: ours (Loshchilov and Hutter 2019, per row).
 
-    A row's moments and its bias correction advance only in steps where the row is active. Decoupled weight decay is due in every step:
-    `log_decay` sums log(1 - lr * weight_decay) over the steps so far, each row remembers the sum up to which it was paid.
+    A row's moments and its bias correction advance only in steps where the row is active. Decoupled weight decay is due
+    in every step: `log_decay` sums log(1 - lr * weight_decay) over the steps so far, each row remembers the sum up to
+    which it was paid.
 
     Args:
         rows: [n, d], updated in place; float64 rows keep float64 moments.
         config: hyper-parameters.
-        first_class: class id of the first row: with `seed` it keys stochastic rounding, which so does not depend on the number of ranks.
+        first_class: class id of the first row: with `seed` it keys stochastic rounding, which so does not depend on the
+            number of ranks.
         seed: of stochastic rounding.
     """
 
@@ -72,7 +77,9 @@ class RowAdamW:
         return cls(head.rows, config, head.start, head.config.seed)
 
     def row_state(self) -> dict[str, Tensor]:
-        """All that is kept per row, by name: each tensor has one entry per local row along dim 0. With `log_decay` it is the whole state."""
+        """All that is kept per row, by name: each tensor has one entry per local row along dim 0. With `log_decay` it
+        is the whole state.
+        """
         return self._table.state
 
     def catch_up(self, active: Tensor) -> None:

@@ -1,4 +1,6 @@
-"""Sampled negative classes: a pure function of (seed, step, block of class ids), so the active set is the same at every world size."""
+"""Sampled negative classes: a pure function of (seed, step, block of class ids), so the active set is the same at every
+world size.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,12 @@ _ROUNDS = 6
 
 
 def sampled_classes(start: int, stop: int, rate: float, seed: int, step: int, device: torch.device) -> Tensor:
-    """Class ids in [start, stop), each drawn with probability `rate`; int64, in no particular order, -1 among them: nothing. Source: ours.
+    """Class ids in [start, stop), each drawn with probability `rate`; int64, in no particular order, -1 among them:
+    nothing. Source: ours.
 
-    Every block draws rate x 4,096 ids without replacement (rounded up or down by its key), as the first values of a keyed permutation: the cost
-    follows the ids drawn, not the classes that there are. How many are returned depends on the arguments alone: nothing waits for the device.
+    Every block draws rate x 4,096 ids without replacement (rounded up or down by its key), as the first values of a
+    keyed permutation: the cost follows the ids drawn, not the classes that there are. How many are returned depends on
+    the arguments alone: nothing waits for the device.
     """
     if start >= stop:
         return torch.empty(0, dtype=torch.int64, device=device)
@@ -33,7 +37,9 @@ def sampled_classes(start: int, stop: int, rate: float, seed: int, step: int, de
 
 
 def _permuted(place: Tensor, key: Tensor) -> Tensor:
-    """A permutation of [0, ID_BLOCK) for each key, at the given places: a Feistel network on the two halves of the number."""
+    """A permutation of [0, ID_BLOCK) for each key, at the given places: a Feistel network on the two halves of the
+    number.
+    """
     low = (1 << _HALF) - 1
     left, right = (place >> _HALF).expand(len(key), -1), (place & low).expand(len(key), -1)
     for number in range(_ROUNDS):

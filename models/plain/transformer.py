@@ -1,6 +1,8 @@
-"""The transformer block in plain torch, with the state names, the weight layout and the initial weights of the merged megatron-core one.
+"""The transformer block in plain torch, with the state names, the weight layout and the initial weights of the merged
+megatron-core one.
 
-The twin that tests compare with, what a search service runs and, compiled, what trains where nothing is tensor-parallel.
+The twin that tests compare with, what a search service runs and, compiled, what trains where nothing is
+tensor-parallel.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ class PlainAttention(nn.Module):
         self.qk_norm = shape.qk_norm
 
     def forward(self, hidden: Tensor, mask: Tensor | None, rotary: Tensor | None) -> Tensor:
-        """hidden [s, b, h]; mask bool [b, 1, 1 or s, s], True = hidden; rotary angles [s, 1, 1, head_dim]. Returns [s, b, h]."""
+        """hidden [s, b, h]; mask bool [b, 1, 1 or s, s], True = hidden; rotary angles [s, 1, 1, head_dim]. Returns [s,
+        b, h].
+        """
         q, k, v = self.linear_qkv(hidden).unflatten(2, (self.heads, 3, -1)).unbind(3)
         if self.qk_norm:
             q, k = self.q_layernorm(q), self.k_layernorm(k)
@@ -57,7 +61,9 @@ class PlainAttention(nn.Module):
 
 
 def rotated(x: Tensor, angles: Tensor) -> Tensor:
-    """x [s, b, heads, d] rotated by `angles` [s, 1, 1, d], the halves of d being the two coordinates. Source: Su et al. 2021 (RoPE)."""
+    """x [s, b, heads, d] rotated by `angles` [s, 1, 1, d], the halves of d being the two coordinates. Source: Su et al.
+    2021 (RoPE).
+    """
     first, second = x.chunk(2, dim=-1)
     return x * angles.cos().to(x.dtype) + torch.cat([-second, first], dim=-1) * angles.sin().to(x.dtype)
 
@@ -161,7 +167,8 @@ class PlainBuilder:
     """Builds a tower's transformer parts in plain torch (models.shape.TransformerBuilder).
 
     Args:
-        recompute: what backward computes again instead of keeping it: none, selective (attention cores) or full (layers).
+        recompute: what backward computes again instead of keeping it: none, selective (attention cores) or full
+            (layers).
         backend: of torch.compile, for the layers; empty: they are not compiled.
     """
 

@@ -1,7 +1,9 @@
-"""Folders of weights: another project's into our tensors, ours into another project's, and the converted folder between them.
+"""Folders of weights: another project's into our tensors, ours into another project's, and the converted folder between
+them.
 
-A source is a folder with a config.json of transformers, one of timm, or an open_clip_config.json, and *.safetensors, in one file or several
-with an index. A converted folder holds weights.safetensors under the plain twin's names, and weights.json: what the towers must be for them.
+A source is a folder with a config.json of transformers, one of timm, or an open_clip_config.json, and *.safetensors, in
+one file or several with an index. A converted folder holds weights.safetensors under the plain twin's names, and
+weights.json: what the towers must be for them.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ FREE = (
 
 @dataclass(frozen=True)
 class Converted:
-    """A tower's weights under our names, float32, its configuration, the tensors left out because they are none of it, and where it is from."""
+    """A tower's weights under our names, float32, its configuration, the tensors left out because they are none of it,
+    and where it is from.
+    """
 
     config: TowerConfig
     state: dict[str, Tensor]
@@ -60,7 +64,8 @@ class Source:
     """A folder of weights as another project wrote it.
 
     Raises:
-        WeightsError: no description, no safetensors, files that the index names but that are missing, or a damaged file.
+        WeightsError: no description, no safetensors, files that the index names but that are missing, or a damaged
+            file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -75,7 +80,8 @@ class Source:
                         shape = tuple(tensors.get_slice(name).get_shape())
                         if 0 in shape:  # DINOv3 without registers writes a table of none
                             continue
-                        # Files from TensorFlow's days name a layer norm's two tensors so; transformers renames them too.
+                        # Files from TensorFlow's days name a layer norm's two tensors so; transformers renames them
+                        # too.
                         own = name.replace("LayerNorm.gamma", "LayerNorm.weight")
                         own = own.replace("LayerNorm.beta", "LayerNorm.bias")
                         self.shapes[own], self._stored[own] = shape, (file, name)
@@ -95,10 +101,12 @@ class Source:
 
 
 def import_tower(source: Source, tower: str, projection: bool = False, allow_unused: bool = False) -> Converted:
-    """The `tower` (vision or text) of a source. `projection` takes the layer onto the space that image and text share as well.
+    """The `tower` (vision or text) of a source. `projection` takes the layer onto the space that image and text share
+    as well.
 
     Raises:
-        WeightsError: a tower that we cannot hold, tensors that are missing, of another shape, or (unless allowed) of no use.
+        WeightsError: a tower that we cannot hold, tensors that are missing, of another shape, or (unless allowed) of no
+            use.
     """
     try:
         layout, config, rules, origin = _understood(source, tower, projection)
@@ -163,7 +171,8 @@ def export_open_clip_pair(
     """Both towers as one model of open_clip, with the temperature that it starts from.
 
     Raises:
-        WeightsError: a tower that open_clip cannot describe, or two that it cannot hold together; what differs is named.
+        WeightsError: a tower that open_clip cannot describe, or two that it cannot hold together; what differs is
+            named.
     """
     described, tensors = export_tower(vision, state, "open_clip")
     second, more = export_tower(text, state, "open_clip")
@@ -182,7 +191,9 @@ def write_exported(folder: Path, described: Json, tensors: dict[str, Tensor]) ->
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Writes a safetensors file as transformers does, with the permissions of any new file; the library's own are for the writer alone."""
+    """Writes a safetensors file as transformers does, with the permissions of any new file; the library's own are for
+    the writer alone.
+    """
     file.touch()
     mode = file.stat().st_mode
     save_file(tensors, file, metadata={"format": "pt"})
@@ -203,7 +214,8 @@ def write_converted(folder: Path, towers: Mapping[str, Converted]) -> None:
 
 
 def read_converted(folder: Path) -> tuple[dict[str, TowerConfig], dict[str, Tensor]]:
-    """(configuration of each tower, all tensors) of a converted folder; names and shapes are compared before any tensor is read.
+    """(configuration of each tower, all tensors) of a converted folder; names and shapes are compared before any tensor
+    is read.
 
     Raises:
         WeightsError: it is none, or it is damaged.
@@ -345,7 +357,8 @@ def own_file(folder: Path, name: str) -> Path:
     """The file `name` of a folder that somebody else may have written.
 
     Raises:
-        WeightsError: it lies elsewhere. A link may lead into the folder and, as in the cache of the Hugging Face hub, into blobs/ two folders above.
+        WeightsError: it lies elsewhere. A link may lead into the folder and, as in the cache of the Hugging Face hub,
+            into blobs/ two folders above.
     """
     file, home = folder / name, folder.resolve()
     if Path(name).name != name or not {home, home.parent.parent / "blobs"} & {file.resolve().parent}:

@@ -1,6 +1,7 @@
 """The layouts of Hugging Face's `transformers`, a table for each kind of tower.
 
-Names are those on the hub. Defaults are those of the configuration classes, because files on the hub leave out what equals them.
+Names are those on the hub. Defaults are those of the configuration classes, because files on the hub leave out what
+equals them.
 """
 
 from __future__ import annotations

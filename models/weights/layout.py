@@ -1,4 +1,6 @@
-"""A kind of tower of another project as data: the keys of its description, the names of its tensors; and what reads that in both directions."""
+"""A kind of tower of another project as data: the keys of its description, the names of its tensors; and what reads
+that in both directions.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ _LAYER = re.compile(r"(?:vision|text)\.(?:block\.layers\.(\d+)\.)?(.+)")
 
 @dataclass(frozen=True)
 class Choice:
-    """A key whose values have other names with us: theirs -> ours. An empty `ours`: no field, the key just must have such a value.
+    """A key whose values have other names with us: theirs -> ours. An empty `ours`: no field, the key just must have
+    such a value.
 
     Where none fits our value, the first is written; export then sees that it means another tower, and refuses.
     """
@@ -60,9 +63,10 @@ class Layout:
         unfold: a description to one that `keys` can say: arithmetic on several keys at once.
         fold: back again.
         wrap: (layout, folded description) to the content of the file.
-        names: tensor or layer of ours, in short (_SHORT) -> theirs. A layer ends in "." or "_", and weight or bias follows. (a|b): several, one part
-            after the other. `layer`: what stands before the names within layer {i}. A name after "/" stands outside the prefix, one before "^T" is
-            transposed; what begins with "gated." or "biased." is for a gated MLP, for a projection with bias.
+        names: tensor or layer of ours, in short (_SHORT) -> theirs. A layer ends in "." or "_", and weight or bias
+            follows. (a|b): several, one part after the other. `layer`: what stands before the names within layer {i}. A
+            name after "/" stands outside the prefix, one before "^T" is transposed; what begins with "gated." or
+            "biased." is for a gated MLP, for a projection with bias.
         dims: dimensions of their tables of rows, of which ours all have two.
         flat_patches: the patch embedding is a matrix on pixels in the order row, column, channel.
         prefixes: what may stand before the names; the first is written.
@@ -184,7 +188,9 @@ class Layout:
 
 
 def _require_like(key: str, value: Any, default: Any) -> None:
-    """Refuses a value of another type than the default's, or a number of no size; numbers may be whole or not, None stands for what was left out."""
+    """Refuses a value of another type than the default's, or a number of no size; numbers may be whole or not, None
+    stands for what was left out.
+    """
     numbers = type(default) in (int, float) and type(value) in (int, float)
     if default is not None and value is not None and not numbers and type(value) is not type(default):
         raise WeightsError(f"{key} is {shown(value)}, not of type {type(default).__name__}")

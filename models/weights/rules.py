@@ -1,4 +1,6 @@
-"""Rules between our tensors and another project's: a rule for each group of tensors, with a function in each direction. Both only move numbers."""
+"""Rules between our tensors and another project's: a rule for each group of tensors, with a function in each direction.
+Both only move numbers.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def transposed(ours: str, theirs: str) -> Rule:
 
 
 def rows(ours: tuple[str, ...], theirs: str, dims: int) -> Rule:
-    """Rows [n, h] of ours, or two of ours ([1, h] and the rest), in one table of theirs with `dims` dimensions: ones in front, or n = 1 left out."""
+    """Rows [n, h] of ours, or two of ours ([1, h] and the rest), in one table of theirs with `dims` dimensions: ones in
+    front, or n = 1 left out.
+    """
 
     def load(t: Tensors) -> Tensors:
         table = t[0].reshape(-1, t[0].shape[-1])
@@ -75,7 +79,9 @@ def interleaved(ours: str, theirs: tuple[str, ...], parts: int, groups: int) -> 
 
 
 def keyless_bias(ours: str, query: str, value: str, heads: int) -> Rule:
-    """The bias of queries, keys and values where theirs has none for keys: ours is zero there, and must still be when it goes back."""
+    """The bias of queries, keys and values where theirs has none for keys: ours is zero there, and must still be when
+    it goes back.
+    """
     whole = interleaved(ours, (query, "", value), 3, heads)
 
     def save(t: Tensors) -> Tensors:

@@ -96,7 +96,8 @@ TIMM = Layout(
 
 
 def timm_said(shapes: Shapes, architecture: str, args: Json, prefix: str = "") -> Json:
-    """Configuration of a VisionTransformer of timm, from the shapes of its tensors after `prefix`, and from its arguments where shapes do not tell.
+    """Configuration of a VisionTransformer of timm, from the shapes of its tensors after `prefix`, and from its
+    arguments where shapes do not tell.
 
     Raises:
         WeightsError: the tensors are not those of one.

@@ -153,7 +153,8 @@ def make_products(count: int, near_duplicates: float, unseen: float, seed: int) 
     bag: list[str] = []
     tries = 0
     while len(products) < count - pairs:
-        # A shuffled bag of all kinds, again and again, makes kinds equally frequent; fruit has less room and ends early.
+        # A shuffled bag of all kinds, again and again, makes kinds equally frequent; fruit has less room and ends
+        # early.
         bag = bag or [str(kind) for kind in rng.permutation(list(KINDS))]
         name = bag.pop()
         kind = KINDS[name]
