@@ -1,4 +1,4 @@
-"""Main memory of a rank that evaluates and to export a large catalogue, without its images and encoder."""
+"""Main memory of a rank that evaluates and exports a large catalogue, without its images and encoder."""
 
 from __future__ import annotations
 
