@@ -31,7 +31,7 @@ COMMANDS = {
         "Turn a catalogue's samples into training classes.",
     ),
     "tokenizer": (
-        "harness.text.tokenizer",
+        "harness.commands.tokenizer",
         "TokenizerConfig",
         "catalogue",
         "Train or take a tokenizer and encode a catalogue's text.",

@@ -47,8 +47,7 @@ def prepared_catalogue(
     folder: Path, classes: int = 6, queries: int = 5, size: int = 48, seed: int = 0, vocab_size: int = 48
 ) -> Path:
     """tests.catalogues.make_catalogue, then govern and tokenizer: ready to train on. Returns folder/catalogue."""
-    from harness.commands import govern
-    from harness.text import tokenizer
+    from harness.commands import govern, tokenizer
 
     catalogue = make_catalogue(folder, classes=classes, queries=queries, size=size, seed=seed)
     govern.run(govern.GovernConfig(catalogue=catalogue))

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 
 from harness.catalogue.catalogue import Catalogue
-from harness.commands import govern
+from harness.commands import govern, tokenizer
 from harness.commands.ingest import IngestConfig
 from harness.commands.ingest import run as ingest
 from harness.core.errors import UserError
 from harness.data.order import ClassOrder
 from harness.evaluate.embed import ClassKeys, Embedder, side_of
-from harness.text import tokenizer
+from harness.text import tokenizer as text_tokenizer
 from harness.train import checkpoint, class_map, new_rows
 from harness.train.class_map import NEW, ClassMap, move_rows
 from models.comm import gather_shards
@@ -71,11 +71,11 @@ def catalogues(tmp_path_factory: pytest.TempPathFactory) -> Catalogues:
 
     add(old, first, append=False)
     govern.run(govern.GovernConfig(catalogue=old, min_queries=2))
-    tokenizer.run(tokenizer.TokenizerConfig(catalogue=old, vocab_size=48))
+    tokenizer.run(text_tokenizer.TokenizerConfig(catalogue=old, vocab_size=48))
     shutil.copytree(old, grown)
     add(grown, later, append=True)
     govern.run(govern.GovernConfig(catalogue=grown, min_queries=3))
-    tokenizer.run(tokenizer.TokenizerConfig(catalogue=grown, keep_from=old))
+    tokenizer.run(text_tokenizer.TokenizerConfig(catalogue=grown, keep_from=old))
     assert (keys(old / "classes/classes.parquet"), keys(grown / "classes/classes.parquet")) == (OLD, GROWN)
     return old, grown
 
@@ -271,9 +271,9 @@ def test_what_does_not_belong_to_the_run_is_refused(run: Path, catalogues: Catal
         pytest.raises(UserError, match="with another tokenizer than that"),
     ):
         patch.setattr(
-            tokenizer.Tokenizer,
+            text_tokenizer.Tokenizer,
             "load",
-            classmethod(lambda cls, _: tokenizer.Tokenizer((meta.parent / "spm.model").read_bytes())),
+            classmethod(lambda cls, _: text_tokenizer.Tokenizer((meta.parent / "spm.model").read_bytes())),
         )
         train(grown, run, {}, 6)
 

@@ -16,13 +16,13 @@ import pytest
 
 from harness.catalogue.catalogue import Catalogue
 from harness.catalogue.wholeness import require_whole
-from harness.commands import govern, merge
+from harness.commands import govern, merge, tokenizer
 from harness.commands.ingest import IngestConfig, run
 from harness.commands.merge import MergeConfig
 from harness.core.errors import UserError
 from harness.core.staged_folder import held
 from harness.data.order import ClassOrder
-from harness.text import tokenizer
+from harness.text.tokenizer import TokenStore
 from tests.catalogues import COLUMNS, draw_rows, write_manifest
 
 ROOT = Path(__file__).parents[1]
@@ -104,12 +104,12 @@ def test_classes_and_tokens_of_before_are_refused(drawn: Drawn, tmp_path: Path) 
     govern.run(govern.GovernConfig(catalogue=out))
     tokenizer.run(tokenizer.TokenizerConfig(catalogue=out, vocab_size=40))
     ClassOrder.open(out, seed=0)
-    tokenizer.TokenStore.open(out)
+    TokenStore.open(out)
     ingest(drawn, out, slice(24, 36), append=True)
     with pytest.raises(UserError, match="has no classes; run: shelfmark govern"):
         ClassOrder.open(out, seed=0)
     with pytest.raises(UserError, match=r"tokens in .* do not fit the catalogue"):
-        tokenizer.TokenStore.open(out)
+        TokenStore.open(out)
     assert (out / "classes-23/governance.json").is_file()
     assert govern.run(govern.GovernConfig(catalogue=out))["num_classes"] == 5  # the sixth has no document
 

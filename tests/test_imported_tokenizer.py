@@ -18,12 +18,13 @@ import yaml
 
 from harness.commands.import_weights import ImportConfig
 from harness.commands.import_weights import run as import_weights
+from harness.commands.tokenizer import TokenizerConfig, run
 from harness.core.cli import leaves
 from harness.core.errors import UserError
 from harness.data.masking import MaskConfig, draw_masks, mask_words
 from harness.text.imported_tokenizer import FILES, read_imported
 from harness.text.special_tokens import SpecialTokens
-from harness.text.tokenizer import Tokenizer, TokenizerConfig, TokenStore, run
+from harness.text.tokenizer import Tokenizer, TokenStore
 from harness.text.tower_check import require_fit
 from harness.train.run import train
 from models.item import StreamConfig

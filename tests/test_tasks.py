@@ -13,7 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from harness.commands import govern, ingest
+from harness.commands import govern, ingest, tokenizer
 from harness.commands.queries import QueriesConfig
 from harness.commands.queries import run as make_queries
 from harness.core.errors import UserError
@@ -22,7 +22,6 @@ from harness.evaluate.category import predicted
 from harness.evaluate.coded import Coded
 from harness.evaluate.embed import Side
 from harness.evaluate.evaluation import EvaluationConfig, Report
-from harness.text import tokenizer
 from harness.text.product_queries import with_keywords
 from harness.train.config import RunConfig, parse
 from tests.catalogues import draw_rows, make_catalogue, write_manifest

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from harness.catalogue.catalogue import Catalogue
+from harness.commands import tokenizer as module
 from harness.commands.ingest import IngestConfig
 from harness.commands.ingest import run as ingest
+from harness.commands.tokenizer import TokenizerConfig, run
 from harness.core.errors import UserError
-from harness.text import tokenizer as module
 from harness.text.special_tokens import SpecialTokens
-from harness.text.tokenizer import Tokenizer, TokenizerConfig, TokenStore, run
+from harness.text.tokenizer import Tokenizer, TokenStore
 from tests.catalogues import make_catalogue
 
 WORDS = ("red", "green", "blue", "wool", "cotton", "silk", "shirt", "scarf", "jacket", "sleeve", "collar", "winter")

@@ -74,8 +74,7 @@ def documents_alone(folder: Path) -> Path:
 
     The last one is of split val and has a shape of its own, the first is of all splits and has no shape.
     """
-    from harness.commands import govern, ingest
-    from harness.text import tokenizer
+    from harness.commands import govern, ingest, tokenizer
 
     rows = draw_rows(folder, classes=12, queries=0, size=24, seed=0)
     for number, row in enumerate(rows):

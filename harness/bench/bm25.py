@@ -30,8 +30,9 @@ EXAMPLE = f"python -m {MODULE} --catalogue catalogues/fashion --query-attributes
 
 @dataclass(frozen=True, kw_only=True)
 class Bm25Config:
-    """Ranks titles by BM25 (k1 1.5, b 0.75, lower-case words without plural s) for the queries of the task `text`, or
-    for other titles.
+    """Ranks titles by BM25 (k1 1.5, b 0.75) for the queries of the task `text`, or for other titles.
+
+    Words are in lower case and without plural s.
 
     Args:
         catalogue: the catalogue folder.

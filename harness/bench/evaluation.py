@@ -22,6 +22,7 @@ from harness.bench.ranks import Memory, is_first, on_ranks
 from harness.bench.report import bench_main, command_line, make_report, print_report
 from harness.catalogue.catalogue import CATALOGUE_FORMAT, INDEX_DTYPE, SAMPLE_SCHEMA, Catalogue, shard_name
 from harness.catalogue.writers import ROW_GROUP, NpyWriter
+from harness.commands import tokenizer
 from harness.commands.export import write_documents
 from harness.core.errors import UserError
 from harness.core.manifest import write_manifest
@@ -30,8 +31,7 @@ from harness.core.waiting import in_own_time, on_first_rank
 from harness.data.loader import DataConfig, Pixels
 from harness.evaluate.embed import side_of
 from harness.evaluate.evaluation import Evaluation, EvaluationConfig
-from harness.text import tokenizer
-from harness.text.tokenizer import FIELDS, Tokenizer
+from harness.text.tokenizer import FIELDS, Tokenizer, copy_tokenizer
 from models.batch import Batch
 
 MODULE = "harness.bench.evaluation"
@@ -44,8 +44,7 @@ STAGES = ("open", "evaluate", "export")
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationBenchConfig:
-    """Draws catalogues of texts alone and evaluates and exports them with drawn vectors, on every number of ranks of
-    this machine.
+    """Evaluates and exports drawn catalogues of texts with drawn vectors, on every number of ranks of this machine.
 
     Each document has an id and a title of its own, shares its class with one other, and has a colour and a category.
     The tasks are photo search, text search by category and category prediction; export writes documents, index and
@@ -174,7 +173,7 @@ def _draw_tokens(folder: Path, documents: int, total: int, phrases: dict[str, li
     meta = {"format": CATALOGUE_FORMAT, "num_samples": PHRASES, "num_shards": 0, "attributes": [], "counts": counts}
     (small / "catalogue.json").write_text(json.dumps(meta))
     tokenizer.run(tokenizer.TokenizerConfig(catalogue=small, vocab_size=400))
-    tokenizer.copy_tokenizer(small, folder)
+    copy_tokenizer(small, folder)
     learned = Tokenizer.load(folder)
     for field, texts in phrases.items():
         encoded = learned.encode_all(texts)

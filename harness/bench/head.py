@@ -35,8 +35,7 @@ MB = 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-    """Times two sides at a time in the same ranks, in alternating order, and measures each side's memory in ranks of
-    its own.
+    """Times two sides at a time in the same ranks, in alternating order; measures each side's memory in its own ranks.
 
     One setting is --batch at --sample-rate, one a quarter of the batch at a fifth of the rate. The same embeddings and
     labels go to both sides of a round. All sides use AdamW with torch's defaults and CosFace (margin 0.4, scale 64), on

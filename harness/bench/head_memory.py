@@ -31,8 +31,7 @@ PER_ROW = {"ours_fp32": 12, "ours_bf16_8bit": 12 + 8}
 
 @dataclass(frozen=True, kw_only=True)
 class HeadMemoryConfig:
-    """Computes what a head needs on a GPU, and measures ours with bf16 rows rounded stochastically and 8-bit moments,
-    in ranks of this machine.
+    """Computes a head's memory on a GPU, and measures ours with bf16 rows and 8-bit moments in ranks of this machine.
 
     Args:
         num_classes: classes of the measured point; it is measured at half as many too.

@@ -66,8 +66,7 @@ LAUNCHES: dict[str, Callable[[torch.dtype, int], None]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class KernelsConfig:
-    """Compiles every kernel as its launcher does, for GPUs that need not be here, and reads the assembler's account of
-    it.
+    """Compiles every kernel as its launcher does, for GPUs that need not be here, and reads the assembler's account.
 
     Args:
         kernels: what to launch (LAUNCHES).

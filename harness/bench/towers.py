@@ -44,8 +44,9 @@ AGREE = 1e-4  # largest difference of outputs in fp32, relative to their largest
 
 @dataclass(frozen=True, kw_only=True)
 class TowersConfig:
-    """Times forward and backward of one tower at a time; the sides take turns within a round. Ours is what a run trains
-    at tensor parallel 1.
+    """Times forward and backward of one tower at a time; the sides take turns within a round.
+
+    Ours is what a run trains at tensor parallel 1.
 
     All have the same random weights, no dropout, and torch's scaled_dot_product_attention; before anything is timed
     their outputs must agree in fp32. The loss is a weighted sum of all token vectors. Texts have no padding.

@@ -28,8 +28,7 @@ EXAMPLE = "shelfmark export-weights runs/grocery --tower vision --layout dinov2 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportWeightsConfig:
-    """Writes the weights of one tower, or of both for open_clip, as a description and safetensors, float32, and
-    manifest.json: their SHA-256.
+    """Writes the weights of one tower, or of both for open_clip: a description, float32 safetensors, their SHA-256.
 
     Args:
         source: a run folder, or a folder that `shelfmark import` made.

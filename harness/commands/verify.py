@@ -37,8 +37,7 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
-    """Compares every file with its checksum and prints a line for each thing; exit code 0 means that all of them are
-    whole.
+    """Compares every file with its checksum and prints a line for each thing; exit code 0 means that all are whole.
 
     Args:
         paths: folders of any of these kinds.

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from harness.bench.gpu import Program, empty_folder
 from harness.bench.photos import photos as made_up
-from harness.commands import govern, ingest, queries, synth
-from harness.text import tokenizer
+from harness.commands import govern, ingest, queries, synth, tokenizer
 
 LONG_SIDE = 500  # pixels; as ImageNet's photos, on which the published rates were taken
 
