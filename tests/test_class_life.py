@@ -71,11 +71,11 @@ def catalogues(tmp_path_factory: pytest.TempPathFactory) -> Catalogues:
 
     add(old, first, append=False)
     govern.run(govern.GovernConfig(catalogue=old, min_queries=2))
-    tokenizer.run(text_tokenizer.TokenizerConfig(catalogue=old, vocab_size=48))
+    tokenizer.run(tokenizer.TokenizerConfig(catalogue=old, vocab_size=48))
     shutil.copytree(old, grown)
     add(grown, later, append=True)
     govern.run(govern.GovernConfig(catalogue=grown, min_queries=3))
-    tokenizer.run(text_tokenizer.TokenizerConfig(catalogue=grown, keep_from=old))
+    tokenizer.run(tokenizer.TokenizerConfig(catalogue=grown, keep_from=old))
     assert (keys(old / "classes/classes.parquet"), keys(grown / "classes/classes.parquet")) == (OLD, GROWN)
     return old, grown
 
