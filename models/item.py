@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from models.batch import Batch, rank_sizes
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss
 from models.heads.mean import averaged, global_mean, weight_errors, weighted_sum
 from models.masking import WordHead, hide_patches, patch_pixels, word_terms
+from models.ranges import NonNegativeFloat, OptionalSize, Pixels, Size
 from models.shape import TransformerBuilder, TransformerShape, padded_vocab, shape_errors
 from models.stem import conv_stem, patch_stem
 from models.transfer import places
@@ -43,12 +45,12 @@ class ItemWeights:
             the same towers.
     """
 
-    itm: float = 1.0
-    mlm: float = 1.0
-    mim: float = 1.0
-    gmlm: float = 1.0
-    gmim: float = 1.0
-    contrast: float = 0.0
+    itm: NonNegativeFloat = 1.0
+    mlm: NonNegativeFloat = 1.0
+    mim: NonNegativeFloat = 1.0
+    gmlm: NonNegativeFloat = 1.0
+    gmim: NonNegativeFloat = 1.0
+    contrast: NonNegativeFloat = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +64,10 @@ class PatchConfig:
         stem_blocks: residual blocks in each stage of the stem.
     """
 
-    image_size: int = 224
-    patch_size: int = 16
-    stem_channels: tuple[int, ...] = ()
-    stem_blocks: tuple[int, ...] = ()
+    image_size: Pixels = 224
+    patch_size: Pixels = 16
+    stem_channels: tuple[Size, ...] = ()
+    stem_blocks: tuple[OptionalSize, ...] = ()
 
     @property
     def num_patches(self) -> int:
@@ -83,9 +85,9 @@ class StreamConfig(TransformerShape):
         pad_id: the id of padding.
     """
 
-    vocab_size: int = 0
-    max_length: int = 64
-    pad_id: int = 0
+    vocab_size: OptionalSize = 0
+    max_length: Size = 64
+    pad_id: OptionalSize = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,7 @@ class ItemConfig:
     vision: PatchConfig = field(default_factory=PatchConfig)
     text: StreamConfig = field(default_factory=StreamConfig)
     aligned: bool = False
-    global_targets: str = "masked"
+    global_targets: Literal["masked", "all"] = "masked"
     weights: ItemWeights = field(default_factory=ItemWeights)
     contrast: ContrastiveConfig = field(default_factory=ContrastiveConfig)
 
@@ -120,9 +122,7 @@ class ItemConfig:
         """Errors for values that do not fit together; each names its key."""
         errors = VisionConfig(**vars(self.vision)).errors("model.vision")
         errors += shape_errors(self.text, tensor_parallel, "model.text")
-        if self.global_targets not in ("masked", "all"):
-            errors.append(f"model.global_targets is '{self.global_targets}'; it can be 'masked' or 'all'")
-        return errors + weight_errors(self.weights) + self.contrast.errors("model.contrast")
+        return errors + weight_errors(self.weights)
 
 
 class ItemTowers(nn.Module):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from models.fusion import ConcatFusion, ConceptFusion, ResidualTransform
 from models.heads.cached import cached_losses
 from models.heads.class_parallel import ClassParallelHead
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss
+from models.ranges import ClosedUnitInterval, OpenUnitInterval, PositiveFloat, Size
 from models.shape import TransformerBuilder, shape_errors, words_hidden
 from models.text import TextConfig, TextTower
 from models.vision import VisionConfig, VisionTower
@@ -48,16 +50,16 @@ class OclearConfig:
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    embedding_dim: int = 256
-    fusion_kind: str = "concept"
-    concept_slots: int = 8
-    fusion_heads: int = 4
-    gate_init: float = 0.5
-    text_dropout: float = 0.0
+    embedding_dim: Size = 256
+    fusion_kind: Literal["concept", "concat", "image"] = "concept"
+    concept_slots: Size = 8
+    fusion_heads: Size = 4
+    gate_init: OpenUnitInterval = 0.5
+    text_dropout: ClosedUnitInterval = 0.0
     separate_transforms: bool = True
-    transform_dropout: float = 0.0
-    objective: str = "classification"
-    temperature: float = 0.07
+    transform_dropout: ClosedUnitInterval = 0.0
+    objective: Literal["classification", "contrastive"] = "classification"
+    temperature: PositiveFloat = 0.07
 
     def errors(self, tensor_parallel: int) -> list[str]:
         """Errors for values that do not fit together; each names its key."""
@@ -68,14 +70,6 @@ class OclearConfig:
             )
         errors += shape_errors(self.vision, tensor_parallel, "model.vision")
         errors += shape_errors(self.text, tensor_parallel, "model.text")
-        if self.objective not in ("classification", "contrastive"):
-            errors.append(f"model.objective is '{self.objective}'; it can be 'classification' or 'contrastive'")
-        if self.fusion_kind not in ("concept", "concat", "image"):
-            errors.append(f"model.fusion_kind is '{self.fusion_kind}'; it can be 'concept', 'concat' or 'image'")
-        if not 0 < self.gate_init < 1:
-            errors.append(f"model.gate_init is {self.gate_init}; it must lie in (0, 1)")
-        if not 0 <= self.text_dropout <= 1:
-            errors.append(f"model.text_dropout is {self.text_dropout}; it must lie in [0, 1]")
         if self.vision.hidden_size % self.fusion_heads:
             errors.append(
                 f"model.vision.hidden_size {self.vision.hidden_size} is no multiple of model.fusion_heads {self.fusion_heads}"

@@ -15,8 +15,6 @@ megatron_cpu.install()
 
 from megatron.core import tensor_parallel  # noqa: E402
 
-RECOMPUTE = ("none", "selective", "full")
-
 
 def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """function(*inputs), which keeps its inputs alone and runs again in backward, with the random numbers of the first

@@ -27,7 +27,7 @@ from harness.text.tokenizer import Tokenizer
 from harness.train import checkpoint
 from harness.train import run_log as meters
 from harness.train.config import RunConfig
-from harness.train.optimizer import OptimizerConfig, learning_rate
+from harness.train.schedule import OptimizerConfig, learning_rate
 from models.batch import TENSORS, Batch, Reads
 from tests.pool import ranks
 from tests.runs import UNUSED, tiny_config, trainer

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -32,11 +32,13 @@ from harness.text.product_queries import ProductQueries
 from harness.text.tokenizer import Tokenizer, TokenStore
 from models.batch import Batch, Reads
 from models.comm import gather_shards
+from models.ranges import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from models.transfer import send
 
 Ints = npt.NDArray[np.int64]
 READS = 16  # of a rank under way at once: a parallel file system or a server answers late, but many at a time
-BACKENDS = ("dali", "dali_cpu", "reference")
+Backend = Literal["dali", "dali_cpu", "reference"]
+BACKENDS = get_args(Backend)
 _LEDGER_KEY = 0x5348_4C46
 _POSITIONS_AT_ONCE = 1 << 18  # bounds the memory of `StepLoader.ledgers`
 
@@ -67,34 +69,25 @@ class DataConfig:
     """
 
     catalogue: Path = Path("catalogue")
-    queries_per_step: int = 64
-    documents_per_step: int = 64
-    micro_batches: int = 1
-    backend: str = "dali"
-    threads: int = 0
-    read_ahead: int = 3
-    read_ahead_bytes: int = 1 << 30
-    max_bad_fraction: float = 0.01
+    queries_per_step: PositiveInt = 64
+    documents_per_step: PositiveInt = 64
+    micro_batches: PositiveInt = 1
+    backend: Backend = "dali"
+    threads: NonNegativeInt = 0
+    read_ahead: PositiveInt = 3
+    read_ahead_bytes: PositiveInt = 1 << 30
+    max_bad_fraction: ClosedUnitInterval = 0.01
     preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
-    query_attributes: tuple[int, int] = (1, 4)
+    query_attributes: tuple[PositiveInt, PositiveInt] = (1, 4)
     masking: MaskConfig = field(default_factory=MaskConfig)
 
     def errors(self) -> list[str]:
-        """Errors for values out of range; each names its key."""
-        errors = []
-        if self.backend not in BACKENDS:
-            errors.append(f"data.backend is '{self.backend}'; it can be {', '.join(BACKENDS)}")
-        if self.threads < 0:
-            errors.append(f"data.threads is {self.threads}; it must not be negative")
-        positive = "queries_per_step documents_per_step micro_batches read_ahead read_ahead_bytes"
-        for name in positive.split():
-            if getattr(self, name) < 1:
-                errors.append(f"data.{name} must be at least 1")
-        if not 0 <= self.max_bad_fraction <= 1:
-            errors.append(f"data.max_bad_fraction is {self.max_bad_fraction}; it must lie in 0..1")
-        if not 1 <= self.query_attributes[0] <= self.query_attributes[1]:
-            errors.append(f"data.query_attributes is {self.query_attributes}; it must be two rising numbers from 1 on")
-        return errors + self.masking.errors("data.masking")
+        """Errors for values that do not fit together; each names its key."""
+        errors = self.preprocess.errors("data.preprocess") + self.masking.errors("data.masking")
+        fewest, most = self.query_attributes
+        if fewest > most:
+            errors.append(f"data.query_attributes is {self.query_attributes}; the first must not be above the second")
+        return errors
 
 
 class TextTokens(NamedTuple):

@@ -35,6 +35,7 @@ from harness.evaluate.tasks import (
     spread,
 )
 from harness.text.tokenizer import Tokenizer
+from models.ranges import AtLeastTwo, NonNegativeInt, PositiveInt
 from models.registry import METHODS, Method
 
 
@@ -65,7 +66,7 @@ class EvaluationConfig:
     """
 
     split: str = "val"
-    batch_size: int = 128
+    batch_size: PositiveInt = 128
     tasks: tuple[str, ...] = ()
     final_tasks: tuple[str, ...] = ()
     views: tuple[str, ...] = ("both",)
@@ -73,26 +74,16 @@ class EvaluationConfig:
     bare_titles: tuple[str, ...] = ()
     category: str = ""
     learn_split: str = "train"
-    probe_documents: int = 200_000
-    align_documents: int = 8192
+    probe_documents: AtLeastTwo = 200_000
+    align_documents: AtLeastTwo = 8192
     slices: tuple[str, ...] = ()
     distractors: tuple[Path, ...] = ()
-    panel: int = 8
-    projector: int = 1000
+    panel: NonNegativeInt = 8
+    projector: NonNegativeInt = 1000
 
     def errors(self, method: str) -> list[str]:
-        """Errors for values out of range and for tasks or views that the method lacks; each names its key."""
+        """Errors for tasks or views that the method lacks; each names its key."""
         errors, spec = [], METHODS[method]
-        if self.batch_size < 1:
-            errors.append("evaluation.batch_size must be at least 1")
-        errors += [
-            f"evaluation.{name} must be at least 2"
-            for name in ("align_documents", "probe_documents")
-            if getattr(self, name) < 2
-        ]
-        errors += [
-            f"evaluation.{name} must be at least 0" for name in ("panel", "projector") if getattr(self, name) < 0
-        ]
         for key, given, known in (
             ("tasks", self.tasks, spec.tasks),
             ("final_tasks", self.final_tasks, spec.tasks),

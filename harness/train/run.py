@@ -17,7 +17,6 @@ from harness.core.versions import versions
 from harness.core.waiting import on_first_rank
 from harness.text.product_queries import with_keywords
 from harness.train.config import parse
-from harness.train.trainer import Trainer, prepare_run_folder
 
 LOCK = ".lock"  # in the run folder; what only reads a run does not ask for it
 
@@ -25,6 +24,11 @@ LOCK = ".lock"  # in the run folder; what only reads a run does not ask for it
 def train(argv: list[str]) -> None:
     """Parses, checks, trains. Raises UserError for what the user can mend, on every rank alike."""
     config, json_file = parse(argv)
+    from harness.train.trainer import (  # megatron-core takes seconds: mistakes are told first
+        Trainer,
+        prepare_run_folder,
+    )
+
     model = with_keywords(config.method, config.model, config.data.catalogue)
     config = replace(config, model=model)
     check_figures(json_file)

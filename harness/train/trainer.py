@@ -35,9 +35,10 @@ from harness.train.ema import Ema
 from harness.train.flops import StepFlops, utilisation
 from harness.train.imported_weights import init_towers
 from harness.train.new_rows import start_new_rows
-from harness.train.optimizer import TowerOptimizer, learning_rate, sum_of_squares
+from harness.train.optimizer import TowerOptimizer, sum_of_squares
 from harness.train.profiler import StepProfiler
 from harness.train.run_log import RunLog, StepClock
+from harness.train.schedule import learning_rate
 from harness.train.tensorboard import Projector
 from models.batch import rank_sizes
 from models.heads.row_optimizer import RowAdamW
