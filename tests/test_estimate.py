@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.bench.ranks import Traffic
-from harness.commands.estimate import estimate
+from harness.commands.estimate import main as estimate
 from harness.core.errors import UserError
 from harness.data.loader import TextTokens
 from harness.train.config import parse

@@ -1,4 +1,4 @@
-"""`shelfmark index`: webdataset tars become a catalogue where they lie; no image is copied.
+"""`shelfmark index`: Make a catalogue of webdataset tars where they lie; no image is copied.
 
 A webdataset sample is a run of members that share their name up to its first dot: 000123.jpg, 000123.json, 000123.txt.
 """
@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,7 @@ from harness.catalogue.writers import NpyWriter, ParquetWriter
 from harness.core.errors import UserError
 from harness.core.files import write_json
 from harness.core.staged_folder import staged_folder
+from models.ranges import NonNegativeInt, PositiveInt
 
 EXAMPLE = "shelfmark index /shared/tars --out catalogues/products --kind document"
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")  # extensions of the member that is the sample's image
@@ -61,9 +62,9 @@ class IndexConfig:
         workers: tars read at once; the CPU cores this process may use by default.
     """
 
-    tars: Path
+    tars: Path = field(kw_only=False)
     out: Path
-    kind: str | None = None
+    kind: Literal["query", "document"] | None = None
     kind_field: str = "kind"
     item_field: str = "id"
     class_field: str = "class_id"
@@ -71,10 +72,10 @@ class IndexConfig:
     description_field: str = "description"
     split_field: str = "split"
     attribute_fields: str = ""
-    max_pixels: int = MOST_PIXELS
-    max_bytes: int = MOST_BYTES
-    rows_per_part: int = 262_144
-    workers: int | None = None
+    max_pixels: PositiveInt = MOST_PIXELS
+    max_bytes: PositiveInt = MOST_BYTES
+    rows_per_part: PositiveInt = 262_144
+    workers: NonNegativeInt | None = None
 
 
 class Found(NamedTuple):
@@ -97,8 +98,6 @@ def run(config: IndexConfig) -> dict[str, Any]:
             used.
     """
     started = time.perf_counter()
-    if config.kind is not None and config.kind not in KINDS:
-        raise UserError(f"--kind is {config.kind!r}", "It can be 'query' or 'document'")
     names = sorted(path.name for path in config.tars.glob("*.tar")) if config.tars.is_dir() else []
     if not names:
         raise UserError(f"there is no .tar file in {config.tars}", "Name the folder that holds them")

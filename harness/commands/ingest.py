@@ -1,4 +1,4 @@
-"""`shelfmark ingest`: a manifest and its image files become a catalogue of checked samples under global ids."""
+"""`shelfmark ingest`: Make a catalogue of a manifest and an image folder."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from harness.catalogue.table import Manifest, Row
 from harness.catalogue.writers import ROW_GROUP, NpyWriter, ParquetWriter
 from harness.core.errors import UserError
 from harness.core.staged_folder import staged_folder
+from models.ranges import PositiveInt
 
 EXAMPLE = "shelfmark ingest --manifest products.tsv --images photos/ --out catalogues/products"
 OPTIONAL_COLUMNS = {"class": "class_id", "title": "title", "description": "description", "split": "split"}
@@ -81,11 +82,11 @@ class IngestConfig:
     description_column: str | None = None
     split_column: str | None = None
     attribute_columns: str = ""
-    max_pixels: int = MOST_PIXELS
-    max_bytes: int = MOST_BYTES
-    shard_size: int = 2**30
-    rows_per_part: int = 262_144
-    workers: int | None = None
+    max_pixels: PositiveInt = MOST_PIXELS
+    max_bytes: PositiveInt = MOST_BYTES
+    shard_size: PositiveInt = 2**30
+    rows_per_part: PositiveInt = 262_144
+    workers: PositiveInt | None = None
 
 
 class Columns:
@@ -163,10 +164,6 @@ def run(config: IngestConfig) -> dict[str, Any]:
             disk is full, or no row can be used.
     """
     start = time.perf_counter()
-    for name in ("max_pixels", "max_bytes", "shard_size", "rows_per_part", "workers"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}", "It must be at least 1")
     if config.append and config.part is not None:
         raise UserError("--append and --part exclude each other", "Merge the parts into a catalogue of its own")
     manifest = Manifest(config.manifest)

@@ -38,6 +38,7 @@ _SYSTEM = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG), ""),
 }
 _ARROW = re.compile(r"'([^']+)'\. Detail: \[errno \d+\] (.*)")
+_CLASS = re.compile(r"<class\s+'(?:\w+\.)*(\w+)'>")
 # What gloo and NCCL say when a rank at the other end is gone.
 _FOLLOWS = re.compile(r"by peer|[Rr]emote (process|server)|communicator was aborted")
 
@@ -95,7 +96,7 @@ class Parser(jsonargparse.ArgumentParser):
                 and not any(name.startswith(f"{key}.") for name in known)
                 and key not in ("help", "config")
             ):
-                raise unknown_key(key, known, "command line")
+                raise UserError(f"command line: unknown key '{key}'", nearest(key, known))
         try:
             given = self.parse_object(dict(recipe)) if recipe else None
             values = self.parse_args(argv, namespace=given)
@@ -128,15 +129,14 @@ class Parser(jsonargparse.ArgumentParser):
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """The help text, its flags spelt with dashes (the keys of a recipe, which hold dots, keep their underscores)."""
-        return re.sub(
-            r"--[a-z_]+(?![\w.])", lambda flag: flag[0].replace("_", "-"), super().format_help(*args, **kwargs)
-        )
+        text = re.sub(_CLASS, r"\1", super().format_help(*args, **kwargs))
+        return re.sub(r"--[a-z_]+(?![\w.])", lambda flag: flag[0].replace("_", "-"), text)
 
 
-def unknown_key(key: str, known: Iterable[str], where: str) -> UserError:
-    """The error for a key that does not exist, naming the nearest that does."""
-    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)
-    return UserError(f"{where}: unknown key '{key}'", f"Did you mean '{near[0]}'?" if near else "")
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The remedy for a name that is not `known`: the nearest that is."""
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)
+    return f"Did you mean '{near[0]}'?" if near else ""
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def _check_keys(recipe: Mapping[str, Any], known: set[str], where: str) -> None:
     for key, value in leaves(recipe):
         section = any(name.startswith(f"{key}.") for name in known)
         if key not in known and not section:
-            raise unknown_key(key, known, where)
+            raise UserError(f"{where}: unknown key '{key}'", nearest(key, known))
         if section and value != {}:
             raise UserError(f"{where}: '{key}' must be a mapping of keys to values")
         if value is None:
@@ -194,10 +194,10 @@ def _plain(message: str) -> str:
         return f"{found[1]} is {found[2]}"
     union = r"Does not validate .* Subtypes: \[(.*)\] Errors: .* Given value: "
     message = re.sub(union, r"Expected a \1. Got value: ", message)
-    message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("typing.", "").replace("NoneType", "null")
+    message = re.sub(_CLASS, r"\1", message).replace("typing.", "").replace("NoneType", "null")
     if found := re.fullmatch(r"(\S+): Expected a (.*Literal\[.*)\. Got value: (.*)", message):
-        choices = re.sub(r"Literal\[(.*?)\]|Optional\[(.*)\]", r"\1\2", found[2]).replace("'", "").split(", ")
-        return f"{found[1]} is {found[3]}. It can be {' or '.join(choices)}"
+        *others, last = re.findall(r"'(.+?)'", found[2])
+        return f"{found[1]} is {found[3]}. It can be {', '.join(others)} or {last}"
     return message
 
 

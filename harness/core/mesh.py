@@ -22,6 +22,9 @@ from models.ranges import PositiveFloat, PositiveInt
 from models.sequence import COMMON_STREAM
 from models.shape import VOCAB_MULTIPLE
 
+Device = Literal["auto", "cuda", "cpu"]
+Compile = Literal["auto", "always", "never"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
@@ -49,10 +52,10 @@ class MeshConfig:
     tensor_parallel: PositiveInt = 1
     sequence_parallel: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Device = "auto"
     deterministic: bool = False
     accelerators: Literal["auto", "torch"] = "auto"
-    compile: Literal["auto", "always", "never"] = "auto"
+    compile: Compile = "auto"
     timeout_minutes: PositiveFloat = 10.0
 
 

@@ -16,16 +16,15 @@ from harness.train.config import RunConfig, load
 from models.registry import Method
 
 
-def open_settings(run: Path, tensor_parallel: int, batch_size: int) -> RunConfig:
+def open_settings(run: Path, tensor_parallel: int) -> RunConfig:
     """The configuration of `run`, checked for use on that layout before any process group starts.
 
     Raises:
-        UserError: no run there, a layout that does not divide, no image in a batch.
+        UserError: no run there, or a layout that does not divide.
     """
     settings = load(run)
-    errors = settings.model.errors(tensor_parallel) if tensor_parallel > 0 else []
-    if errors or batch_size < 1:
-        raise UserError(errors[0] if errors else f"--batch-size is {batch_size}; it must be at least 1")
+    if errors := settings.model.errors(tensor_parallel):
+        raise UserError(errors[0])
     return settings
 
 
