@@ -96,7 +96,9 @@ def test_help_names_every_command(shelfmark: Shelfmark) -> None:
 def test_help_imports_no_command() -> None:
     """Their sentences are read, so that the overview is there at once."""
     code = "import sys, harness.__main__ as cli; cli.usage(); print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     assert "harness.commands" in loaded and not {"torch", "pyarrow", *cli.COMMANDS.values()} & set(loaded)
     assert all(cli.sentence(name).endswith(".") or "…" in cli.sentence(name) for name in cli.COMMANDS)
 

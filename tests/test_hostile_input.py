@@ -38,8 +38,6 @@ from harness.evaluate import evaluation as evaluate
 from harness.evaluate.contact_sheet import CELL, LONGEST, draw_panel, text_picture
 from harness.train import config
 from harness.train import tensorboard as board
-from tests.runs import UNUSED, tiny_config
-from tests.test_cli import changed
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\r\n  1.  0.9999  forged\x9b"
 RED = Image.new("RGB", (16, 12), "red")
