@@ -21,7 +21,7 @@ from harness.core.mesh import Mesh
 from harness.evaluate.contact_sheet import LONGEST, picture
 from harness.evaluate.ranking import Embedded
 from harness.train.config import RunConfig
-from models.registry import Method
+from models.method import Method
 
 # TensorBoard sorts groups, and the curves in a group, by name; "health" comes before retrieval, step_seconds and train,
 # and the numbers put first what is asked first. So the first screen tells whether the run is well.
