@@ -134,6 +134,8 @@ class ItemTowers(nn.Module):
     tokens, the patches.
     """
 
+    EMBEDDINGS = ("words", "stem", "first", "word_position", "patch_position", "modality", "norm")
+
     def __init__(self, config: ItemConfig, build: TransformerBuilder) -> None:
         super().__init__()
         self.config = config

@@ -67,6 +67,8 @@ class TextTower(nn.Module):
     et al. 2021 (CLIP).
     """
 
+    EMBEDDINGS = ("words", "position", "token_type", "norm")
+
     def __init__(self, config: TextConfig, build: TransformerBuilder) -> None:
         super().__init__()
         self.config = config
