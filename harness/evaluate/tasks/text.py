@@ -48,7 +48,7 @@ class TextTask(Task):
 
     name = "text"
     config = TextTaskConfig
-    attributes = ("query_attributes", "bare_titles")
+    attributes = ("query_attributes", "bare_titles", "category")
 
     def __init__(self, inputs: TaskInputs) -> None:
         config: TextTaskConfig = inputs.config
