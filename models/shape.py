@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from models.activation import GATED, Activation
+from models.fields import TRAINING_ONLY
 from models.ranges import (
     ClosedUnitInterval,
     Layers,
@@ -53,8 +54,8 @@ class TransformerShape:
     hidden_size: Size = 128
     num_attention_heads: Size = 4
     ffn_hidden_size: OptionalSize = 0
-    dropout: ClosedUnitInterval = 0.0
-    attention_dropout: ClosedUnitInterval = 0.0
+    dropout: ClosedUnitInterval = field(default=0.0, metadata=TRAINING_ONLY)
+    attention_dropout: ClosedUnitInterval = field(default=0.0, metadata=TRAINING_ONLY)
     layernorm_eps: NonNegativeFloat = 1e-5
     activation: Activation = "gelu"
     qkv_bias: bool = True
@@ -62,8 +63,8 @@ class TransformerShape:
     qk_norm: bool = False
     post_norm: bool = False
     layer_scale: NonNegativeFloat = 0.0
-    drop_path: UnitIntervalBelow1 = 0.0
-    branch_init: NonNegativeFloat = 1.0
+    drop_path: UnitIntervalBelow1 = field(default=0.0, metadata=TRAINING_ONLY)
+    branch_init: NonNegativeFloat = field(default=1.0, metadata=TRAINING_ONLY)
 
     @property
     def mlp_size(self) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from models.fields import TRAINING_ONLY
 from models.ranges import OptionalSize, Size
 from models.shape import TransformerBuilder, TransformerShape, padded_vocab, words_hidden
 
@@ -33,7 +34,7 @@ class TextConfig(TransformerShape):
         projection_bias: whether that layer has a bias (SigLIP's has).
     """
 
-    vocab_size: OptionalSize = 0
+    vocab_size: OptionalSize = field(default=0, metadata=TRAINING_ONLY)
     max_length: Size = 64
     pad_id: OptionalSize = 0
     eos_id: OptionalSize = 0
@@ -61,6 +62,8 @@ class TextTower(nn.Module):
     """Tokens to token vectors. Source: Devlin et al. 2019 (BERT), with pre-norm layers (ours) unless post_norm; Radford
     et al. 2021 (CLIP).
     """
+
+    EMBEDDINGS = ("words", "position", "token_type", "norm")
 
     def __init__(self, config: TextConfig, build: TransformerBuilder) -> None:
         super().__init__()

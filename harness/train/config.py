@@ -22,6 +22,7 @@ from harness.evaluate.evaluation import EvaluationConfig
 from harness.train.profiler import parse_window
 from harness.train.schedule import OptimizerConfig
 from models.heads.class_parallel import ClassHeadConfig
+from models.method import MethodConfig
 from models.presets import PRESETS, expand
 from models.ranges import NonNegativeInt, PositiveInt, UnitIntervalBelow1
 from models.registry import METHODS
@@ -93,7 +94,7 @@ class RunConfig:
     run_dir: Path
     method: str
     seed: int
-    model: Any
+    model: MethodConfig
     head: ClassHeadConfig
     data: DataConfig
     mesh: MeshConfig
