@@ -333,7 +333,7 @@ def test_resuming_on_another_order_or_never_is_refused(
     other = tmp_path / "catalogue"
     shutil.copytree(catalogue, other)
     assert shelfmark("govern", other, "--query-power", "1", "--document-ratio", "2").code == 0
-    refused(shelfmark("train", *arguments(other, run)), "order", "governed anew")
+    refused(shelfmark("train", *arguments(other, run)), "order", "governed again")
 
 
 def test_a_resume_says_what_changed(shelfmark: Shelfmark, catalogue: Path, run: Path, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def states(catalogue: Path, run: Path, settings: dict[str, Any], tensor_parallel
             **joined,
             "log_decay": t.rows.log_decay,
             "step": t.step,
-            "ledger": t.ledger,
+            "ledger": t.ledger.total,
             "adam_steps": sorted(set(adam)),
             "moments": moments,
         }

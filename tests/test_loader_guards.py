@@ -20,7 +20,6 @@ from harness.core.errors import UserError
 from harness.data.loader import StepLoader
 from harness.train import checkpoint
 from harness.train import run as train
-from harness.train import trainer as loop
 from tests.pool import ranks
 from tests.runs import arguments, tiny_config, trainer
 from tests.test_loop import damage, log_lines, open_loader
@@ -76,11 +75,14 @@ def test_the_share_of_damage_that_is_allowed_is_configured(
 
 def train_to(catalogue: Path, run: Path, end: int) -> tuple[int, list[str]]:
     """Trains to step `end`, comparing 4 steps at a resume; the ledger of all and what the start noted."""
-    with mock.patch.object(loop, "LEDGER_STEPS", 4), trainer(tiny_config(catalogue, run, **{"train.steps": 9})) as t:
+    with (
+        mock.patch("harness.train.ledger.LEDGER_STEPS", 4),
+        trainer(tiny_config(catalogue, run, **{"train.steps": 9})) as t,
+    ):
         for data in t.loader.steps(t.step, end):
             t.train_step(data)
         t.save()
-        return t.ledger, t.notes
+        return t.ledger.total, t.notes
 
 
 def rewrite_state(run: Path, step: int, change: dict[str, Any]) -> None:

@@ -24,8 +24,7 @@ from harness.core import manifest as checksums
 from harness.core.errors import UserError
 from harness.data.loader import StepData, StepLoader
 from harness.text.tokenizer import Tokenizer
-from harness.train import checkpoint
-from harness.train import run_log as meters
+from harness.train import checkpoint, throughput
 from harness.train.config import RunConfig
 from harness.train.optimizer import OptimizerConfig, learning_rate
 from models.batch import TENSORS, Batch, Reads
@@ -113,11 +112,11 @@ def train_by_a_clock_of_its_own(config: RunConfig) -> None:
                 yield loss
 
         with (
-            mock.patch.object(meters, "time", SimpleNamespace(perf_counter=lambda: now)),
+            mock.patch.object(throughput, "time", SimpleNamespace(perf_counter=lambda: now)),
             mock.patch.object(t.loader, "steps", slow_steps),
             mock.patch.object(t.method, "losses", slow_losses),
         ):
-            t.clock = meters.StepClock(t.mesh)
+            t.clock = throughput.StepClock(t.mesh)
             t.fit()
 
 
@@ -267,7 +266,7 @@ def damage_met(catalogue: Path, run: Path) -> int:
     """Trains; how many damaged samples this rank itself met."""
     with trainer(tiny_config(catalogue, run)) as t:
         t.fit()
-    return t.bad_samples
+    return t.damaged.count
 
 
 def test_damaged_samples_of_all_ranks_are_counted(damaged: tuple[Path, list[int]], tmp_path: Path) -> None:

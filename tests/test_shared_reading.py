@@ -116,7 +116,7 @@ def test_embedding_shares_the_reading_too(damaged: tuple[Path, list[int]]) -> No
 def trained(catalogue: Path, run: Path, tensor_parallel: int, settings: dict[str, Any]) -> int:
     with trainer(tiny_config(catalogue, run, **settings), tensor_parallel) as t:
         t.fit()
-        return t.bad_samples
+        return t.damaged.count
 
 
 def test_damage_counts_once_whoever_reads_it(damaged: tuple[Path, list[int]], tmp_path: Path) -> None:
@@ -203,12 +203,12 @@ def flops_of_a_run(catalogue: Path, run: Path, tensor_parallel: int) -> list[flo
     with (
         mock.patch("harness.train.flops.peak_flops", return_value=1e12),  # a CPU has none, so nothing would be counted
         trainer(config, tensor_parallel) as t,
-        mock.patch("harness.train.trainer.utilisation", utilisation),
+        mock.patch("harness.train.throughput.utilisation", utilisation),
     ):
         t.fit()
         reads = Reads(text_length=config.model.text.max_length)
         with closing(StepLoader(config.data, config.seed, reads, 0, 1, CPU)) as loader:
-            own = [t._flops.fixed + t._flops.texts(loader.load(step).texts) for step in range(4)]
+            own = [t.throughput.flops.fixed + t.throughput.flops.texts(loader.load(step).texts) for step in range(4)]
     assert logged == pytest.approx([sum(own[:2]) / 2, sum(own[2:]) / 2], rel=1e-12)
     return logged
 

@@ -368,7 +368,7 @@ def test_queries_made_anew_are_another_run(catalogue: Path, tmp_path: Path) -> N
     for options in ({"keywords_per_product": 2}, {"min_count": 5}, {"category": ""}):
         queries(copy, **options)
         with pytest.raises(
-            UserError, match=r"step-00000001 was trained on other queries than those of .* made them anew"
+            UserError, match=r"step-00000001 was trained on other queries than those of .* has replaced them"
         ):
             trained(config_of("make", copy, run), 1, 1)
     queries(copy)

@@ -42,7 +42,7 @@ from harness.core.files import Record, printable, read_json, read_record, write_
 from harness.core.manifest import at_first, file_sizes, verify, write_manifest
 from harness.core.mesh import Mesh
 from harness.core.waiting import on_first_rank
-from harness.train.class_map import ClassMap, move_rows
+from harness.train.class_rows import ClassMap, move_rows
 from harness.train.dcp_metadata import metadata_problem
 from harness.train.ema import Ema
 from harness.train.optimizer import TowerOptimizer

@@ -31,6 +31,11 @@ class Ema:
         )  # as in the towers' own state: shared ones by all their names
         self.state: dict[str, Tensor] = {name: average[p] for name, p in names if p.requires_grad}
 
+    @property
+    def note(self) -> str:
+        """Note for the log."""
+        return f"evaluation takes the average of the weights (train.ema_decay {self.decay})"
+
     def restart(self) -> None:
         """Starts the average anew, from the present weights."""
         torch._foreach_copy_(self._average, self._weights)

@@ -111,7 +111,7 @@ class TowerOptimizer:
     """
 
     def __init__(self, towers: nn.Module, config: OptimizerConfig, mesh: Mesh) -> None:
-        self.mesh = mesh
+        self.mesh, self.config = mesh, config
         freeze(towers, config.frozen)
         dtype = next(towers.parameters()).dtype
         overlap = config.overlap == "always" or (config.overlap == "auto" and mesh.device.type == "cuda")
@@ -153,6 +153,17 @@ class TowerOptimizer:
     @property
     def _parts(self) -> list[Any]:
         return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+
+    @property
+    def notes(self) -> list[str]:
+        """Notes for the log, on frozen parameters and unequal learning rates."""
+        parameters = list(self.ddp.module.parameters())
+        frozen = sum(not parameter.requires_grad for parameter in parameters)
+        rates = sorted({group["lr_mult"] for group in self.optimizer.param_groups})
+        notes = [f"frozen: {frozen} of the towers' {len(parameters)} tensors"] if self.config.frozen else []
+        if rates != [1.0]:
+            notes.append(f"learning rates of the towers' parts: {rates[0]:.3g} to {rates[-1]:.3g} x optimizer.lr")
+        return notes
 
     def zero_grad(self) -> None:
         """Forgets all gradients."""

@@ -1,10 +1,9 @@
-"""Run logging on rank 0: JSONL, TensorBoard, progress bar; step timing."""
+"""Run logging on rank 0: JSONL, TensorBoard, progress bar."""
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,43 +11,6 @@ from tqdm import tqdm
 from harness.core.files import printable, write_whole
 from harness.core.mesh import Mesh
 from harness.train.tensorboard import Board
-
-_NEXT = {"data": "forward", "forward": "backward", "backward": "optimizer", "optimizer": "what follows a step"}
-
-
-class StepClock:
-    """Seconds of each part of a step. On a GPU a part is only timed truly where the device is waited for: see `exact`.
-
-    now: the part of the present moment.
-    """
-
-    def __init__(self, mesh: Mesh) -> None:
-        self.mesh = mesh
-        self.now = "the start"
-        self.exact = False
-        self.seconds: dict[str, float] = {}
-        self._charged: dict[str, float] = {}  # since `take_share`
-        self._last = time.perf_counter()
-
-    def start(self, exact: bool) -> None:
-        """Begins a step; `exact` waits for the device at every mark."""
-        self.exact, self.seconds, self.now = exact, {}, "data"
-        self._last = time.perf_counter()
-
-    def mark(self, part: str) -> None:
-        """Charges the time since the last mark to `part`."""
-        if self.exact:
-            self.mesh.synchronize()
-        now = time.perf_counter()
-        for sums in (self.seconds, self._charged):
-            sums[part] = sums.get(part, 0.0) + now - self._last
-        self._last, self.now = now, _NEXT[part]
-
-    def take_share(self, part: str) -> float:
-        """The part's share of all that was charged since the last call."""
-        share = self._charged.get(part, 0.0) / max(1e-9, sum(self._charged.values()))
-        self._charged = {}
-        return share
 
 
 class RunLog:

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from PIL import Image, ImageOps
-from tensorboard.plugins import projector  # type: ignore[import-untyped]
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from harness.catalogue.catalogue import Catalogue
 from harness.core.mesh import Mesh
-from harness.evaluate.contact_sheet import LONGEST, picture
-from harness.evaluate.ranking import Embedded
 from harness.train.config import RunConfig
 from models.registry import Method
 
@@ -37,8 +31,6 @@ HYPERPARAMETERS = (
     "model.text.num_layers model.text.hidden_size head.scale head.margin data.queries_per_step data.documents_per_step "
     "optimizer.lr optimizer.warmup_steps optimizer.weight_decay train.steps train.precision train.margin_warmup"
 ).split()
-THUMBNAIL = 64
-LARGEST_SPRITE = 8192  # pixels; what WebGL takes as one texture
 
 
 class Board:
@@ -99,60 +91,6 @@ class Board:
         self._writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
 
 
-class Projector:
-    """Document embeddings with thumbnails in TensorBoard's PROJECTOR: those of the newest evaluation alone.
-
-    SummaryWriter.add_embedding would list every evaluation and draw the same thumbnails each time. TensorBoard reads
-    these files once: one that was started before has to be started again to show them.
-
-    Args:
-        folder: the run's tensorboard/.
-        catalogue: of the documents.
-        threads: that decode pictures.
-    """
-
-    def __init__(self, folder: Path, catalogue: Catalogue, threads: int) -> None:
-        self.folder, self.catalogue, self.threads = folder, catalogue, threads
-        self._drawn: list[int] = []
-        self._edge = THUMBNAIL
-
-    def write(self, step: int, documents: Embedded) -> None:
-        """Replaces what is shown; ids are sample ids of the catalogue, ascending."""
-        ids = documents.ids.tolist()
-        (self.folder / "projector").mkdir(exist_ok=True)
-        if ids != self._drawn:
-            self._draw(ids)
-            self._drawn = ids
-        new = self.folder / "projector" / "vectors.new"
-        np.savetxt(new, documents.vectors.numpy(), fmt="%.9g", delimiter="\t")  # 9 digits give float32 back exactly
-        new.replace(new.with_suffix(".tsv"))  # TensorBoard may be reading
-        info = projector.EmbeddingInfo(
-            tensor_name=f"documents at step {step}",
-            tensor_path="projector/vectors.tsv",
-            metadata_path="projector/metadata.tsv",
-        )
-        info.sprite.image_path = "projector/sprite.png"
-        info.sprite.single_image_dim.extend([self._edge, self._edge])
-        projector.visualize_embeddings(str(self.folder), projector.ProjectorConfig(embeddings=[info]))
-
-    def _draw(self, ids: list[int]) -> None:
-        """Thumbnails, row by row in a square, and a table of what is known of each document."""
-        columns = ["title", "class_key", "item", *self.catalogue.attributes]
-        rows = self.catalogue.rows(ids, columns)
-        lines = ["\t".join(["sample_id", *columns])]
-        lines += ["\t".join(_one_line(row[name])[:LONGEST] for name in ["sample_id", *columns]) for row in rows]
-        (self.folder / "projector" / "metadata.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-        side = math.ceil(math.sqrt(len(ids)))
-        edge = self._edge = min(THUMBNAIL, LARGEST_SPRITE // side)
-        sprite = Image.new("RGB", (side * edge, side * edge), "white")
-        with ThreadPoolExecutor(self.threads) as pool:
-            small = pool.map(lambda i: ImageOps.fit(picture(self.catalogue, i), (edge, edge)), ids)
-            for place, image in enumerate(small):
-                sprite.paste(image, (place % side * edge, place // side * edge))
-        sprite.save(self.folder / "projector" / "sprite.png")
-
-
 def _facts(mesh: Mesh, catalogue: Catalogue, method: Method, classes: int, width: int) -> dict[str, dict[str, Any]]:
     """Heading -> name -> value, of what no configuration says; `width` is that of a class row."""
     tp, counts = mesh.tp.size(), catalogue.meta["counts"]
@@ -180,14 +118,15 @@ def _markdown(tables: Mapping[str, Mapping[str, Any]], settings: Mapping[str, An
     """A table for each heading, then the whole configuration as YAML, indented as code."""
     parts = []
     for heading, rows in tables.items():
-        lines = [f"| {name} | {_one_line(value).replace('|', '&#124;')} |" for name, value in rows.items()]
+        lines = [f"| {name} | {one_line(value).replace('|', '&#124;')} |" for name, value in rows.items()]
         parts.append("\n".join([f"| **{heading}** | |", "|---|---|", *lines]))
     text = yaml.safe_dump(dict(settings), sort_keys=False)
     parts += ["**Configuration**", "".join(f"    {line}\n" for line in text.splitlines())]
     return "\n\n".join(parts)
 
 
-def _one_line(value: Any) -> str:
+def one_line(value: Any) -> str:
+    """Text of a value without line breaks; empty for None."""
     return "" if value is None else " ".join(str(value).split())
 
 
