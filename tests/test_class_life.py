@@ -22,7 +22,7 @@ from harness.core.errors import UserError
 from harness.data.order import ClassOrder
 from harness.evaluate.embed import ClassKeys, Embedder, side_of
 from harness.text import tokenizer as text_tokenizer
-from harness.train import checkpoint, class_rows
+from harness.train import checkpoint_files, class_rows
 from harness.train.class_rows import NEW, ClassMap, move_rows
 from models.comm import gather_shards
 from models.merge import merged_state_dict
@@ -223,7 +223,7 @@ def test_a_phase_starts_its_order_and_resumes_to_the_digit(run: Path, catalogues
     other = shutil.copytree(run, tmp_path / "other")
     ids, ledgers = samples_of(grown, run, new_phase, 4)
     assert ids == ClassOrder.open(grown, seed=1).draw("query", range(7)).sample_ids.tolist()
-    before = int(checkpoint.read_state(run / "checkpoints/step-00000004")["ledger"], 16)
+    before = int(checkpoint_files.read_state(run / "checkpoints/step-00000004")["ledger"], 16)
     straight = ranks(2).run(train, grown, run, new_phase, 10)[0]
     first = ranks(2).run(train, grown, other, new_phase, 7)[0]
     # Not told again: it is the order of its last phase now. And one more resume, with nothing left to do.
@@ -231,7 +231,7 @@ def test_a_phase_starts_its_order_and_resumes_to_the_digit(run: Path, catalogues
     assert any(note.startswith("data phase 2 goes on: from step 4 on") for note in second["notes"])
     same(first.pop("losses") + second.pop("losses"), straight.pop("losses"))
     same({**second, "notes": 0}, {**straight, "notes": 0})
-    state = checkpoint.read_state(other / "checkpoints/step-00000010")
+    state = checkpoint_files.read_state(other / "checkpoints/step-00000010")
     assert int(state["ledger"], 16) == (before + sum(ledgers)) % 2**64
     assert [phase["first_step"] for phase in state["phases"]] == [0, 4]
     assert state["positions"] == {"query": 42, "document": 18}
@@ -280,7 +280,7 @@ def test_what_does_not_belong_to_the_run_is_refused(run: Path, catalogues: Catal
 
 def test_a_checkpoint_from_before_there_were_phases(run: Path, catalogues: Catalogues) -> None:
     rewrite_state(run, 4, {"phases": None, "tokenizer": None})
-    state = checkpoint.read_state(run / "checkpoints/step-00000004")
+    state = checkpoint_files.read_state(run / "checkpoints/step-00000004")
     held = train(catalogues[0], run, {}, 4, save=False)
     assert held["phases"] == [f"from step 0 on in order {state['order_id']} of 5 classes (0 kept, 5 new, 0 dropped)"]
     assert len(train(catalogues[1], run, {"train.new_phase": True}, 4, save=False)["phases"]) == 2

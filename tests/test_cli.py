@@ -20,7 +20,7 @@ from harness import __main__ as cli
 from harness.core import manifest as checksums
 from harness.core.cli import run_command
 from harness.core.errors import UserError
-from harness.train import checkpoint
+from harness.train import checkpoint_files
 from harness.train.config import check, parse
 from harness.train.run import train
 from tests.catalogues import make_catalogue
@@ -385,7 +385,7 @@ def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints(
         "step-00000002.tmp was not written: the disk is full",
         "Earlier checkpoints are untouched",
     )
-    path, passed_over = checkpoint.newest(run / "checkpoints")
+    path, passed_over = checkpoint_files.newest(run / "checkpoints")
     assert path is not None and path.name == "step-00000001" and checksums.verify(path) == ""
     assert passed_over == [], "the half-written one still holds the space"
     assert (run / "checkpoints" / "latest").read_text() == "step-00000001"

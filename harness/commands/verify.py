@@ -89,7 +89,7 @@ def _folder(path: Path, kind: str, remedy: str) -> Finding:
     if not (path / MANIFEST).exists() and kind == "weights":
         return Finding(f"{kind} {path}", "", "", "of an earlier version, which wrote no checksums; import them again")
     if kind == "checkpoint":
-        from harness.train.checkpoint import problem  # here: it loads PyTorch
+        from harness.train.checkpoint_files import problem  # here: it loads PyTorch
 
         return Finding(f"{kind} {path}", problem(path), remedy)
     return Finding(f"{kind} {path}", verify(path), remedy)

@@ -268,8 +268,9 @@ def _batch(loader: StepLoader, reader: ImageReader, samples: np.ndarray) -> tupl
 
 
 def keep_classes(catalogue: Path, order_id: str, run: Path) -> Path:
-    """Copies the catalogue's classes.parquet into the run folder and returns the copy. Checkpoints must name the classes
-    that the run trains on, also when the catalogue is governed again meanwhile.
+    """Copies the catalogue's classes.parquet into the run folder and returns the copy.
+
+    Checkpoints must name the classes that the run trains on, also when the catalogue is governed again meanwhile.
 
     Raises:
         UserError: the catalogue was governed again since its order was opened, or the run folder cannot be written.

@@ -61,8 +61,10 @@ class Projector:
         """Writes thumbnails, row by row in a square, and a table of the documents' texts and attributes."""
         columns = ["title", "class_key", "item", *self.catalogue.attributes]
         rows = self.catalogue.rows(ids, columns)
-        lines = ["\t".join(["sample_id", *columns])]
-        lines += ["\t".join(one_line(row[name])[:LONGEST] for name in ["sample_id", *columns]) for row in rows]
+        names = ["sample_id", *columns]
+        lines = ["\t".join(names)]
+        for row in rows:
+            lines.append("\t".join(one_line(row[name])[:LONGEST] for name in names))
         (self.folder / "projector" / "metadata.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
         side = math.ceil(math.sqrt(len(ids)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from harness.core.mesh import Mesh
 from harness.core.waiting import on_first_rank
 from harness.data.loader import StepLoader
 from harness.data.order import ClassOrder
-from harness.train import checkpoint
-from harness.train.class_rows import ClassMap, class_map, start_new_rows
+from harness.train import checkpoint, checkpoint_files
+from harness.train.class_rows import ClassMap, class_map, keep_classes, start_new_rows
 from harness.train.config import RunConfig, difference, identity_changes
 from harness.train.imported_weights import init_towers
 from harness.train.ledger import Ledger
@@ -72,6 +73,7 @@ class Resume:
         checkpoint: that the run continues; None where it starts at step 0.
         step: finished steps.
         phases: data phases, the present one last.
+        classes: the run's copy of the catalogue's classes.parquet, for its checkpoints.
         notes: lines for the log.
 
     Raises:
@@ -95,19 +97,14 @@ class Resume:
         self.queries_id = None if loader.products is None else loader.products.meta["id"]
         self.step = 0
         self.phases: list[Phase] = []
-        self.checkpoint, passed_over = checkpoint.newest(config.run_dir / "checkpoints", mesh)
+        self.checkpoint, passed_over = checkpoint_files.newest(config.run_dir / "checkpoints", mesh)
         self.notes = [f"passed over checkpoint {line}" for line in passed_over]
         if self.checkpoint is not None:
             self._continue(self.checkpoint)
-            return
-        if config.train.init_from is None:
-            self.phases = [_first_phase(loader.order)]
-        elif (config.train.init_from / "weights.json").is_file():
-            self.phases = [self._from_imported(config.train.init_from)]
         else:
-            self.phases = [self._from_other_run(config.train.init_from)]
-        if parts.ema is not None:
-            parts.ema.restart()  # from the weights just loaded
+            self.phases = [self._begin(config.train.init_from)]
+        keep = partial(keep_classes, self.catalogue, loader.order.order_id, config.run_dir)
+        self.classes = on_first_rank(keep, mesh, "copying the classes")
 
     def state(self, step: int) -> dict[str, Any]:
         """Content of state.json after `step` finished steps; collective over dp."""
@@ -135,7 +132,7 @@ class Resume:
                 f"{config.run_dir} holds checkpoints and train.resume is 'never'", "Choose another --run-dir"
             )
         # It must be the same run.
-        state = checkpoint.read_state(path)
+        state = checkpoint_files.read_state(path)
         self._require_queries(path, state)  # before the identity: they give the model its number of keywords
         changes = difference(state["config"], config.to_dict())
         self._require_identity(changes)
@@ -156,7 +153,7 @@ class Resume:
             self.notes += self.ledger.compare(path, state, self.loader)
         # A memory bank labels its embeddings with class ids, which have another meaning in a new phase.
         self._load(path, replace(self.parts, memory=None) if begins else self.parts, classes)
-        checkpoint.tidy(path.parent, config.train.keep_checkpoints, path, self.mesh)
+        checkpoint_files.tidy(path.parent, config.train.keep_checkpoints, path, self.mesh)
         self._note_continued(path, state, changes, begins)
 
     def _note_continued(
@@ -170,6 +167,18 @@ class Resume:
         self.notes += [f"changed since: {key} {old} -> {new}" for key, (old, new) in changes.items()]
         if self.config.train.init_from is not None:
             self.notes.append("train.init_from has no effect: the run has a checkpoint of its own")
+
+    def _begin(self, init_from: Path | None) -> Phase:
+        """Begins a run at step 0."""
+        if init_from is None:
+            phase = _first_phase(self.loader.order)
+        elif (init_from / "weights.json").is_file():
+            phase = self._from_imported(init_from)
+        else:
+            phase = self._from_other_run(init_from)
+        if self.parts.ema is not None:
+            self.parts.ema.restart()  # from the weights just loaded
+        return phase
 
     def _from_imported(self, folder: Path) -> Phase:
         """Takes towers from a folder of `shelfmark import`."""
@@ -202,13 +211,13 @@ class Resume:
         path = named
         if on_first_rank((named / "checkpoints").is_dir, self.mesh, "looking for checkpoints"):
             path = find_checkpoint(named, None, self.mesh)
-        elif problem := checkpoint.problem(named, self.mesh):
+        elif problem := checkpoint_files.problem(named, self.mesh):
             raise UserError(f"train.init_from {named}: {problem}", "Name a run folder or one of its step folders")
-        state = checkpoint.read_state(path)
-        there, here = ({key: c[key] for key in ("method", "model")} for c in (state["config"], self.config.to_dict()))
-        for key, (old, new) in difference(there, here).items():
+        state = checkpoint_files.read_state(path)
+        for key, (old, new) in difference(state["config"], self.config.to_dict()).items():
+            shapes = key == "method" or key.startswith("model.")
             # A key that the checkpoint's version did not know had the meaning of its default.
-            if old is not None and not FREE & set(key.split(".")):
+            if shapes and old is not None and not FREE & set(key.split(".")):
                 raise UserError(
                     f"train.init_from {path} was trained with {key} = {old}, not {new}: its weights do not fit",
                     f"Set {key} to {old}, or leave out train.init_from",

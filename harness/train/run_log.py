@@ -19,11 +19,13 @@ class RunLog:
     Args:
         folder: the run folder: log.jsonl and tensorboard/ in it.
         mesh: the ranks.
-        first: step at which this process starts; later lines of an earlier process are cut, they will be written again.
+        first: step at which this process starts. An earlier process's lines of later steps are removed: they will be
+            written again.
         steps: last step, for the progress bar.
-        again: whether `first` is evaluated again: the line of its evaluation is cut too.
+        again: True if step `first` is evaluated again: the line of its evaluation is removed too.
 
-    On rank 0 `board` is the run's TensorBoard; other ranks have none.
+    Attributes:
+        board: the run's TensorBoard, on rank 0 only.
     """
 
     def __init__(self, folder: Path, mesh: Mesh, first: int, steps: int, again: bool = False) -> None:
@@ -44,20 +46,20 @@ class RunLog:
         self._bar = tqdm(total=steps, initial=first, desc="training", unit=" steps", smoothing=0.05, mininterval=pace)
 
     def advance(self, shown: dict[str, str]) -> None:
-        """One step is done; `shown` stands beside the progress bar."""
+        """Counts a finished step; `shown` is displayed beside the progress bar."""
         if self.active:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update()
 
     def scalars(self, step: int, figures: dict[str, float]) -> None:
-        """A line of log.jsonl, and TensorBoard's curves; step counts finished steps."""
+        """Writes a line of log.jsonl and points of TensorBoard's curves; `step` counts finished steps."""
         if self.active:
             self._jsonl.write(json.dumps({"step": step, **figures}) + "\n")
             self._jsonl.flush()
             self.board.scalars(step, figures)
 
     def say(self, line: str) -> None:
-        """A line above the progress bar."""
+        """Prints a line above the progress bar."""
         if self.active:
             tqdm.write(printable(line, 1000))
 
@@ -70,7 +72,7 @@ class RunLog:
 
 
 def _step(line: str) -> float:
-    """The step of a line of log; infinite for one that a killed process left unfinished."""
+    """Step of a line of the log; infinite for a line that a killed process left unfinished."""
     try:
         return json.loads(line)["step"]
     except ValueError:

@@ -1,4 +1,4 @@
-"""TensorBoard of a run: health first, then the rest by subject. Only on rank 0."""
+"""TensorBoard of a run: health first, then all else by subject. Only on rank 0."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ from harness.core.mesh import Mesh
 from harness.train.config import RunConfig
 from models.registry import Method
 
-# TensorBoard sorts groups, and the curves in a group, by name; "health" comes before retrieval, step_seconds and train,
-# and the numbers put first what is asked first. So the first screen tells whether the run is well.
+# TensorBoard sorts groups, and the curves in a group, by name. "health" comes before retrieval, step_seconds and train,
+# and numbers order its curves, so that the first screen tells whether the run is well.
 _FIRST = (
-    "train/loss retrieval/recall_at_1 train/gradient_norm train/learning_rate speed/images_per_second speed/data_wait_share "
-    "data/bad_samples"
+    "train/loss retrieval/recall_at_1 train/gradient_norm train/learning_rate speed/images_per_second "
+    "speed/data_wait_share data/bad_samples"
 ).split()
 # Key of log.jsonl -> tag, where the two differ: train/loss -> health/1_loss.
 HEALTH = {key: f"health/{n}_{key.split('/')[1]}" for n, key in enumerate(_FIRST, 1)}
-# What HPARAMS compares; a key that a method does not have is left out.
+# Keys that HPARAMS compares; those that a method lacks are left out.
 HYPERPARAMETERS = (
-    "method seed model.objective model.embedding_dim model.vision.image_size model.vision.num_layers model.vision.hidden_size "
-    "model.text.num_layers model.text.hidden_size head.scale head.margin data.queries_per_step data.documents_per_step "
-    "optimizer.lr optimizer.warmup_steps optimizer.weight_decay train.steps train.precision train.margin_warmup"
+    "method seed model.objective model.embedding_dim model.vision.image_size model.vision.num_layers "
+    "model.vision.hidden_size model.text.num_layers model.text.hidden_size head.scale head.margin "
+    "data.queries_per_step data.documents_per_step optimizer.lr optimizer.warmup_steps optimizer.weight_decay "
+    "train.steps train.precision train.margin_warmup"
 ).split()
 
 
 class Board:
-    """The event file of one process.
+    """Event file of one process.
 
     Args:
         folder: the run's tensorboard/.
-        first: step at which this process starts; TensorBoard drops what an earlier process wrote of later ones.
+        first: step at which this process starts; TensorBoard drops an earlier process's points of later steps.
     """
 
     def __init__(self, folder: Path, first: int) -> None:
-        # Also where nothing is to be dropped: TensorBoard obeys every such mark but a run's first.
+        # Set even where nothing is to be dropped: TensorBoard obeys every such mark except a run's first.
         self._writer = SummaryWriter(str(folder), purge_step=first + 1)
 
     def introduce(
@@ -55,7 +56,7 @@ class Board:
         classes: int,
         notes: list[str],
     ) -> None:
-        """The run in words (TEXT) and its hyper-parameters (HPARAMS); the run folder explains itself already."""
+        """Writes the run's summary (TEXT) and its hyper-parameters (HPARAMS); reads versions.json of the run folder."""
         settings = config.to_dict()
         values = {key: value for key in HYPERPARAMETERS if (value := _at(settings, key)) is not None}
         facts = _facts(mesh, catalogue, method, classes, config.model.embedding_dim)
@@ -64,9 +65,9 @@ class Board:
         tables = {"Recipe": values, **facts, "Start": begun, "Versions": versions}
         self._writer.add_text("run/summary", _markdown(tables, settings), step)
         plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()}
-        # Not add_hparams, which makes a run of its own. Nor the list of columns: TensorBoard would take the first run's
-        # for all runs; without it TensorBoard joins those of all runs, those that differ first, and takes the scalars'
-        # last values as metrics.
+        # add_hparams would make a run of its own. A list of columns is left out too: TensorBoard would use the first
+        # run's for all runs. Without it TensorBoard joins the columns of all runs, those that differ first, and takes
+        # the scalars' last values as metrics.
         _, start, self._end = hparams(plain, {})
         self._add(start)
 
@@ -75,12 +76,12 @@ class Board:
         self._add(self._end)
 
     def scalars(self, step: int, figures: Mapping[str, float]) -> None:
-        """Figures under their keys of log.jsonl."""
+        """Adds points to the curves of the figures, given by their keys of log.jsonl."""
         for name, value in figures.items():
             self._writer.add_scalar(HEALTH.get(name, name), value, step)
 
     def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
-        """uint8 [H, W, 3]."""
+        """Adds an image, uint8 [H, W, 3]."""
         self._writer.add_image(tag, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
@@ -92,7 +93,7 @@ class Board:
 
 
 def _facts(mesh: Mesh, catalogue: Catalogue, method: Method, classes: int, width: int) -> dict[str, dict[str, Any]]:
-    """Heading -> name -> value, of what no configuration says; `width` is that of a class row."""
+    """Facts beyond the configuration: heading -> name -> value. `width` is that of a class row."""
     tp, counts = mesh.tp.size(), catalogue.meta["counts"]
     towers = sum(
         p.numel() * (tp if getattr(p, "tensor_model_parallel", False) else 1) for p in method.towers.parameters()
@@ -131,7 +132,7 @@ def one_line(value: Any) -> str:
 
 
 def _at(settings: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key; None where there is none."""
+    """Value of a dotted key; None if it is missing."""
     value: Any = settings
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None

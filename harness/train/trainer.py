@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from harness.evaluate.alignment import align, documents_to_align, wants_alignmen
 from harness.evaluate.evaluation import Evaluation, Report
 from harness.text.tower_check import require_fit
 from harness.train import checkpoint, guards, panels
-from harness.train.class_rows import keep_classes
 from harness.train.config import RunConfig
 from harness.train.ema import Ema
 from harness.train.ledger import Ledger
@@ -38,8 +36,13 @@ from models.registry import METHODS
 
 @dataclass
 class StepResult:
-    """Result of a step: global loss, metrics as [k, 2] local sums in the order of `names`, gradient norm before
-    clipping.
+    """Result of a step.
+
+    Attributes:
+        loss: over all ranks' samples.
+        names: of the metrics.
+        sums: [k, 2], this rank's [sum, weight] of each metric.
+        norm: of the gradient before clipping.
     """
 
     loss: Tensor
@@ -53,7 +56,6 @@ class Trainer:
 
     Attributes:
         step: finished steps.
-        classes: the run's copy of the catalogue's classes.parquet.
         notes: lines for the log about the start of the run.
     """
 
@@ -66,7 +68,6 @@ class Trainer:
         require_fit(self.tokenizer.special, config.model.text, "model.text")
         if METHODS[config.method].query == "text":
             require_fit(self.tokenizer.special, config.model.query, "model.query")
-        self.classes = config.data.catalogue / "classes" / "classes.parquet"
         # Model
         self.method, self.model_config = build(
             config.method,
@@ -92,7 +93,7 @@ class Trainer:
             config.model,
             self.loader.catalogue,
             self.tokenizer,
-            self.classes,
+            config.data.catalogue / "classes" / "classes.parquet",
             mesh,
         )
         self.align_on = None
@@ -106,15 +107,13 @@ class Trainer:
         self.clock = StepClock(mesh)
         self.throughput = Throughput(replace(config, model=self.model_config), self.loader, mesh)
         self.damaged = guards.DamagedSamples(config.data, mesh)
-        # Start, or continuation
         self.ledger = Ledger(mesh)
         self._data: StepData | None = None  # of the present step, once it is read
+        # Start, or continuation
         self.resume = Resume(config, mesh, self.loader, self.method, self.parts, self.ledger)
         self.step = self.resume.step
         averaged = [] if self.ema is None else [self.ema.note]
         self.notes = [*self.towers.notes, *averaged, *self.resume.notes]
-        keep = partial(keep_classes, config.data.catalogue, self.loader.order.order_id, config.run_dir)
-        self.classes = on_first_rank(keep, mesh, "copying the classes")
 
     def train_step(self, data: StepData) -> StepResult:
         """One optimizer step over all its micro-batches."""
@@ -224,12 +223,10 @@ class Trainer:
         self._align()
         folder, keep = self.config.run_dir / "checkpoints", self.config.train.keep_checkpoints
         state = self.resume.state(self.step)
-        return checkpoint.save(folder, self.step, self.parts, state, self.classes, self.mesh, keep)
+        return checkpoint.save(folder, self.step, self.parts, state, self.resume.classes, self.mesh, keep)
 
     def evaluate(self, log: RunLog) -> Report:
-        """Evaluates the present weights, or their average if there is one; logs metrics, retrieval panel and projector;
-        collective.
-        """
+        """Evaluates the present weights, or their average if there is one, and logs figures and pictures; collective."""
         self._align()
         with self._evaluated():
             report = self.evaluation.run(self.method, final=self.step == self.config.train.steps)
@@ -253,7 +250,7 @@ class Trainer:
         self._aligned_at = self.step
 
     def _evaluated(self) -> AbstractContextManager[None]:
-        """Inside, the towers have the weights that are evaluated: their average, if there is one."""
+        """Inside the block the towers' weights are those that are evaluated: the average, if there is one."""
         return nullcontext() if self.ema is None else self.ema.applied()
 
     def _evaluates(self) -> bool:
@@ -272,7 +269,7 @@ class Trainer:
         return self.config.run_dir / f"eval-{self.step:08d}.json"
 
     def _open_log(self, again: bool) -> RunLog:
-        """Opens the log and writes what this process starts from; `again`: see `RunLog`."""
+        """Opens the log and writes the start of this process into it; `again`: see `RunLog`."""
         config, mesh = self.config, self.mesh
         log = RunLog(config.run_dir, mesh, self.step, config.train.steps, again)
         device = f"{mesh.line}, precision {config.train.precision}"
@@ -291,28 +288,27 @@ class Trainer:
         # cancels out.
         sums = self.mesh.sum(torch.cat([result.sums.double(), result.sums.new_tensor(local, dtype=torch.float64)]))
         means = (sums[:-1, 0] / sums[:-1, 1].clamp_min(1e-12)).tolist()
-        metrics, speed = means[: len(result.names)], means[len(result.names) :]
+        names = [f"train/{name}" for name in result.names]
+        metrics = dict(zip(names, means, strict=False))  # the means of the speed follow those of the metrics
+        seconds = {f"step_seconds/{part}": value for part, value in self.clock.seconds.items()}
         return {
             "train/loss": result.loss.item(),
-            **{f"train/{name}": value for name, value in zip(result.names, metrics, strict=True)},
+            **metrics,
             "train/gradient_norm": result.norm,
             "train/learning_rate": learning_rate(self.config.optimizer, self.step - 1, self.config.train.steps),
-            **self.throughput.figures(rate, speed, self.clock.take_share("data")),
+            **self.throughput.figures(rate, means[len(names) :], self.clock.take_share("data")),
             "data/bad_samples": sums[-1, 0].item(),
-            **{f"step_seconds/{part}": seconds for part, seconds in self.clock.seconds.items()},
+            **seconds,
         }
 
     def _require_finite(self, loss: float, norm: float, data: StepData) -> None:
-        """Ends the run before a loss or gradient that is not finite reaches the weights; the newest checkpoint stays
-        good.
-        """
+        """Ends the run before a loss or gradient that is not finite reaches the weights and the next checkpoint."""
         if not (math.isfinite(norm) and math.isfinite(loss)):
-            just_resumed = self.resume.checkpoint is not None and self.step == self.resume.step
-            run_dir, rank = self.config.run_dir, self.mesh.rank
-            raise guards.not_finite(self.step, loss, norm, data, run_dir, rank, just_resumed)
+            resumed = self.resume.checkpoint is not None and self.step == self.resume.step
+            raise guards.not_finite(self.step, loss, norm, data, self.config.run_dir, self.mesh.rank, resumed)
 
     def _place(self) -> str:
-        """Place of this rank, which the others tell where it stands still: step, part of it, samples read for it."""
+        """Step, part of it and samples of this rank, for the error of the others if it stands still."""
         place = f"step {self.step}, {self.clock.now}"
         if self.clock.now == "data" or self._data is None:
             return place
