@@ -29,6 +29,7 @@ from harness.catalogue.synth.photo import photograph
 from harness.catalogue.synth.products import MAX_PRODUCTS, Product, make_products
 from harness.catalogue.synth.shapes import cutout
 from harness.core.errors import UserError
+from harness.core.keyed_random import SynthStream
 from harness.core.staged_folder import staged_folder
 
 EXAMPLE = "shelfmark synth demo --products 240 --photos 14"
@@ -167,7 +168,7 @@ def _draw_product(config: SynthConfig, folder: Path, number: int) -> list[dict[s
     attributes = {name: str(getattr(product, name)) for name in ATTRIBUTES}
     rows = []
     for member, split in enumerate(["test" if product.unseen else ALL_SPLITS, *splits]):
-        rng = np.random.default_rng([config.seed, 2, number, member])
+        rng = np.random.default_rng([config.seed, SynthStream.PHOTOS, number, member])
         if member:
             # Few of them for each product, so that a process seldom draws one twice.
             others = [_neighbour(shown[int(i)]) for i in rng.choice(len(shown), 3, replace=False)]
