@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from harness.catalogue.classes import KINDS
 from harness.core.mesh import Mesh
-from harness.data.loader import ImageReader, StepLoader, share
+from harness.data.images import ImageReader
+from harness.data.loader import StepLoader
 from harness.train.class_map import NEW, ClassMap
 from models.batch import Batch
-from models.comm import gather_shards
+from models.comm import gather_shards, share
 from models.heads.class_parallel import ClassParallelHead
 from models.heads.row_optimizer import RowAdamW
 from models.registry import Method

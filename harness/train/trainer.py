@@ -21,7 +21,9 @@ from harness.core.errors import UserError
 from harness.core.files import write_json
 from harness.core.mesh import Mesh
 from harness.core.waiting import on_first_rank
-from harness.data.loader import StepData, StepLoader, decoding_threads
+from harness.data.backends import decoding_threads
+from harness.data.loader import StepLoader
+from harness.data.step_data import StepData
 from harness.evaluate.alignment import align, documents_to_align, wants_alignment
 from harness.evaluate.contact_sheet import draw_panel, picture, text_picture
 from harness.evaluate.evaluation import Evaluation, Report
