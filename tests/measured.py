@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from harness.bench.ranks import Memory, on_ranks
 from harness.commands.estimate import estimate
-from harness.data.loader import StepData
+from harness.data.step_data import StepData
 from harness.train.config import parse
 from harness.train.dry_run import masked
 from models.batch import Batch

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from harness.bench.ranks import Traffic
 from harness.commands.estimate import estimate
 from harness.core.errors import UserError
-from harness.data.loader import TextTokens
+from harness.data.step_data import TextTokens
 from harness.train.config import parse
 from harness.train.dry_run import Recorder, dry_run
 from harness.train.flops import (

@@ -22,7 +22,8 @@ import yaml
 from harness.catalogue.catalogue import Catalogue, shard_name
 from harness.core import manifest as checksums
 from harness.core.errors import UserError
-from harness.data.loader import StepData, StepLoader
+from harness.data.loader import StepLoader
+from harness.data.step_data import StepData
 from harness.text.tokenizer import Tokenizer
 from harness.train import checkpoint_files, throughput
 from harness.train.config import RunConfig

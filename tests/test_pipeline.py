@@ -17,9 +17,9 @@ from PIL import Image, ImageOps
 
 from harness.core.errors import UserError
 from harness.data import nvjpeg
+from harness.data.backends import open_pipeline
 from harness.data.decode_dali import ImagePipeline
 from harness.data.decode_pillow import ReferencePipeline
-from harness.data.loader import open_pipeline
 from harness.data.preprocess import PreprocessSpec, draw_parameters
 from tests.runs import tiny_config, trainer
 

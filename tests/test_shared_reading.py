@@ -14,8 +14,11 @@ import pytest
 import torch
 
 from harness.catalogue.catalogue import Catalogue
-from harness.data.loader import ImageReader, StepData, StepLoader, TextTokens, decoding_threads
+from harness.data.backends import decoding_threads
+from harness.data.images import ImageReader
+from harness.data.loader import StepLoader
 from harness.data.preprocess import PreprocessSpec
+from harness.data.step_data import StepData, TextTokens
 from models.batch import Batch, Reads
 from tests.pool import layout, ranks
 from tests.runs import UNUSED, tiny_config, trainer

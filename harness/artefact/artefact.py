@@ -22,8 +22,9 @@ from harness.catalogue.images import MOST_BYTES, MOST_PIXELS, Rejected, check_im
 from harness.core.errors import UserError
 from harness.core.files import Record, printable, read_record
 from harness.core.manifest import verify
+from harness.data.backends import open_pipeline
+from harness.data.config import BACKENDS
 from harness.data.decode_pillow import decode_rgb
-from harness.data.loader import BACKENDS, open_pipeline
 from harness.data.preprocess import PreprocessSpec, draw_parameters
 from harness.evaluate.ranking import Embedded, top_k
 from harness.text.tokenizer import Tokenizer, TokenStore

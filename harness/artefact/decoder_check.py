@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from harness.catalogue.catalogue import Catalogue
 from harness.core.errors import UserError
 from harness.core.mesh import Mesh
-from harness.data.loader import ImageReader
+from harness.data.images import ImageReader
 from harness.text.tokenizer import FIELDS, Tokenizer, TokenStore
 from harness.train.config import RunConfig
 from models.batch import Batch

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from harness.bench.report import make_report
+from harness.core.files import write_whole
 from harness.core.tables import Scalar
 
 
@@ -97,9 +98,7 @@ class Program:
         return time.perf_counter()
 
     def _write(self) -> None:
-        temporary = self.out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._report, indent=1, default=str) + "\n")
-        os.replace(temporary, self.out)
+        write_whole(self.out, json.dumps(self._report, indent=1, default=str) + "\n")
 
 
 def empty_folder(folder: Path) -> None:

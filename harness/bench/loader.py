@@ -27,7 +27,7 @@ from harness.commands.ingest import IngestConfig
 from harness.commands.ingest import run as ingest
 from harness.core.errors import UserError
 from harness.data.decode_pillow import decode_rgb
-from harness.data.loader import ImageReader
+from harness.data.images import ImageReader
 from harness.data.preprocess import PreprocessSpec, draw_parameters
 
 MODULE = "harness.bench.loader"

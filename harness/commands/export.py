@@ -42,13 +42,14 @@ from harness.core.mesh import Mesh, MeshConfig
 from harness.core.staged_folder import require_free, staged_folder
 from harness.core.versions import versions
 from harness.core.waiting import in_own_time, on_first_rank
-from harness.data.loader import decoding_threads, share
+from harness.data.backends import decoding_threads
 from harness.evaluate.contact_sheet import picture
 from harness.evaluate.embed import Embedder, Side, side_of
 from harness.evaluate.ranking import Embedded
 from harness.text.tokenizer import FIELDS, Tokenizer
 from harness.train.config import RunConfig
 from harness.train.open_run import find_checkpoint, load_method, open_settings
+from models.comm import share
 from models.registry import METHODS
 
 EXAMPLE = "python jobs/torchrun.py --nproc-per-node 2 -m harness export runs/grocery --out artefacts/grocery"

@@ -6,7 +6,6 @@ Every result leaves the engine as a Parquet file, so that memory does not grow w
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from harness.catalogue.classes import GOVERNANCE_FORMAT, KINDS, order_id
 from harness.catalogue.wholeness import require_whole
 from harness.catalogue.writers import NpyWriter
 from harness.core.errors import UserError
+from harness.core.files import write_json
 from harness.core.manifest import write_manifest
 from harness.core.staged_folder import staged_folder
 
@@ -135,7 +135,7 @@ def run(config: GovernConfig) -> dict[str, Any]:
         summary["order_id"] = order_id(stage)
         options = {name: value for name, value in asdict(config).items() if name != "catalogue"}
         governance = {"format": GOVERNANCE_FORMAT, **summary, "options": options}
-        (stage / "governance.json").write_text(json.dumps(governance, indent=2) + "\n", encoding="utf-8")
+        write_json(stage / "governance.json", governance)
         write_manifest(stage)
     largest = summary["largest_class"]
     print(

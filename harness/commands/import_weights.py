@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from harness.core.errors import UserError
-from harness.core.files import printable
+from harness.core.files import printable, write_whole
 from harness.core.manifest import MANIFEST, fingerprint, write_manifest
 from harness.core.staged_folder import staged_folder
 from harness.train.imported_weights import LONGEST_LINE
@@ -76,7 +76,7 @@ def run(config: ImportConfig) -> dict[str, Any]:
     with staged_folder(config.out) as stage:
         write_converted(stage, towers)
         recipe = {"model": {tower: _chosen(converted) for tower, converted in towers.items()}}
-        (stage / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        write_whole(stage / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
         copied = [] if config.text is None else _copy_tokenizer(config.text, stage / "tokenizer")
         write_manifest(stage, algorithm="sha256")
     figures: dict[str, Any] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import threading
 import time
@@ -29,6 +28,8 @@ from harness.catalogue.synth.photo import photograph
 from harness.catalogue.synth.products import MAX_PRODUCTS, Product, make_products
 from harness.catalogue.synth.shapes import cutout
 from harness.core.errors import UserError
+from harness.core.files import write_json
+from harness.core.keyed_random import SynthStream
 from harness.core.staged_folder import staged_folder
 
 EXAMPLE = "shelfmark synth demo --products 240 --photos 14"
@@ -117,7 +118,7 @@ def run(config: SynthConfig) -> dict[str, Any]:
         # Where and with how many processes it was drawn is left out: equal settings give equal files.
         settings = {key: value for key, value in asdict(config).items() if key not in ("out", "workers")}
         meta = {"format": SYNTH_FORMAT, "config": settings, "counts": counts}
-        (stage / "synth.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        write_json(stage / "synth.json", meta)
     seconds = round(time.perf_counter() - start, 3)
     print(
         f"{config.out}: {config.products:,} products, {counts['photos']:,} photos, {clicks:,} clicks "
@@ -167,7 +168,7 @@ def _draw_product(config: SynthConfig, folder: Path, number: int) -> list[dict[s
     attributes = {name: str(getattr(product, name)) for name in ATTRIBUTES}
     rows = []
     for member, split in enumerate(["test" if product.unseen else ALL_SPLITS, *splits]):
-        rng = np.random.default_rng([config.seed, 2, number, member])
+        rng = np.random.default_rng([config.seed, SynthStream.PHOTOS, number, member])
         if member:
             # Few of them for each product, so that a process seldom draws one twice.
             others = [_neighbour(shown[int(i)]) for i in rng.choice(len(shown), 3, replace=False)]

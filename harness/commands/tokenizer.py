@@ -6,7 +6,6 @@ SentencePiece (Kudo and Richardson, 2018, arXiv:1808.06226) with the unigram mod
 from __future__ import annotations
 
 import io
-import json
 import re
 import time
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from harness.catalogue.catalogue import Catalogue
 from harness.catalogue.wholeness import require_whole
 from harness.catalogue.writers import NpyWriter
 from harness.core.errors import UserError
-from harness.core.files import printable, read_record
+from harness.core.files import printable, read_record, write_json
 from harness.core.manifest import write_manifest
 from harness.core.staged_folder import staged_folder
 from harness.text.imported_tokenizer import read_imported
@@ -95,7 +94,7 @@ def run(config: TokenizerConfig) -> dict[str, Any]:
         tokenizer = Tokenizer(model, SpecialTokens.from_meta(meta), kind(meta))
         (stage / model_name(meta)).write_bytes(model)
         tokens, unknown = _encode_catalogue(catalogue, tokenizer, stage)
-        (stage / "tokenizer.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        write_json(stage / "tokenizer.json", meta)
         write_manifest(stage)
     share = unknown / max(sum(tokens.values()), 1)
     texts = meta.get("texts", 0)

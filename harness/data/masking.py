@@ -9,15 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.core.errors import UserError
-from harness.core.keyed_random import keyed_hash, keyed_uniform
+from harness.core.keyed_random import Stream, keyed_hash, keyed_uniform
 from harness.data.order import ClassOrder
 from harness.text.special_tokens import SpecialTokens
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
-
-# They keep these draws apart from those of order.py and preprocess.py, and from each other, under the same seed.
-_WORDS, _PATCHES, _HEAVY, _OTHER = 16, 17, 18, 19
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +77,7 @@ def draw_masks(
     """
     heavy = np.zeros(len(sample_ids), np.bool_)
     if config.one_heavy:
-        heavy = keyed_uniform(seed, _HEAVY, epochs, sample_ids) < 0.5
+        heavy = keyed_uniform(seed, Stream.HEAVY_MASK, epochs, sample_ids) < 0.5
     word_rates = np.where(heavy, config.heavy_word_rate, config.word_rate)
     replaced, words = mask_words(tokens, word_rates, special, seed, epochs, sample_ids)
     low, high = (np.where(heavy, 0.0, rate) for rate in config.patch_rates)
@@ -107,7 +104,7 @@ def mask_words(
                 "Set data.masking.word_rate to 0 and data.masking.one_heavy to false, or take a tokenizer that has one (BERT's, XLM-R's)",
             )
         return tokens, np.zeros(tokens.shape, np.bool_)
-    uniform = _draws(seed, _WORDS, epochs, sample_ids, tokens.shape[1], 3)
+    uniform = _draws(seed, Stream.MASKED_WORDS, epochs, sample_ids, tokens.shape[1], 3)
     ids = np.array(special.ids)
     masked = (uniform[0] < np.asarray(rate).reshape(-1, 1)) & ~np.isin(tokens, ids)
     number = (uniform[2] * (special.vocab_size - len(ids))).astype(np.int64)
@@ -124,9 +121,9 @@ def mask_patches(
     """
     if not len(sample_ids):
         return np.zeros((0, num_patches), np.bool_)
-    share = keyed_uniform(seed, _PATCHES, epochs, sample_ids)
+    share = keyed_uniform(seed, Stream.MASKED_PATCHES, epochs, sample_ids)
     count = np.rint(num_patches * (low + share * (np.asarray(high) - low))).astype(np.int64)
-    order = _draws(seed, _PATCHES, epochs, sample_ids, num_patches, 1)[0].argsort(axis=1, kind="stable")
+    order = _draws(seed, Stream.MASKED_PATCHES, epochs, sample_ids, num_patches, 1)[0].argsort(axis=1, kind="stable")
     masked = np.zeros(order.shape, np.bool_)
     np.put_along_axis(masked, order, np.arange(num_patches) < count[:, None], axis=1)
     return masked
@@ -144,15 +141,17 @@ def other_titles(mismatched: float, order: ClassOrder, seed: int, epochs: Ints |
     Returns:
         int64 [n] sample ids. Any document may be the own one or have an equal title; who compares the titles sees that.
     """
-    chance = keyed_uniform(seed, _OTHER, epochs, sample_ids, 0)
-    place = keyed_hash(seed, _OTHER, epochs, sample_ids, 1) % np.uint64(order.slots("document"))
+    chance = keyed_uniform(seed, Stream.OTHER_TITLE, epochs, sample_ids, 0)
+    place = keyed_hash(seed, Stream.OTHER_TITLE, epochs, sample_ids, 1) % np.uint64(order.slots("document"))
     positions = np.asarray(epochs) * order.slots("document") + place.astype(np.int64)
     return np.where(chance < mismatched, order.draw("document", positions).sample_ids, sample_ids)
 
 
-def _draws(seed: int, tag: int, epochs: Ints | int, sample_ids: Ints, places: int, kinds: int) -> npt.NDArray[Any]:
+def _draws(
+    seed: int, stream: Stream, epochs: Ints | int, sample_ids: Ints, places: int, kinds: int
+) -> npt.NDArray[Any]:
     """Uniform numbers [kinds, n, places]."""
     epoch = np.asarray(epochs).reshape(-1, 1)
     return keyed_uniform(
-        seed, tag, epoch, sample_ids[:, None], np.arange(places), np.arange(1, kinds + 1)[:, None, None]
+        seed, stream, epoch, sample_ids[:, None], np.arange(places), np.arange(1, kinds + 1)[:, None, None]
     )

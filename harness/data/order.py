@@ -18,12 +18,9 @@ from harness.catalogue.catalogue import MOST, open_array
 from harness.catalogue.classes import ARRAYS, GOVERNANCE_FORMAT, KINDS
 from harness.core.errors import UserError
 from harness.core.files import read_record
-from harness.core.keyed_random import keyed_hash, keyed_permutation
+from harness.core.keyed_random import Stream, keyed_hash, keyed_permutation
 
 Ints = npt.NDArray[np.int64]
-
-# One word per use of the seed keeps the streams apart.
-_SLOT, _MEMBER, _PAIR = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -105,13 +102,13 @@ class ClassOrder:
         if position.size and position.min() < 0:
             raise ValueError("positions start at 0")
         epochs, offsets = np.divmod(position, slots)
-        slot = keyed_permutation(offsets, slots, keyed_hash(self.seed, _SLOT, word, epochs))
+        slot = keyed_permutation(offsets, slots, keyed_hash(self.seed, Stream.SLOT, word, epochs))
         class_ids = np.searchsorted(arrays.slot_offsets, slot, side="right") - 1
         first = arrays.slot_offsets[class_ids]
         visit = epochs * (arrays.slot_offsets[class_ids + 1] - first) + (slot - first)
         begin, size = self._members(kind, class_ids)
         lap, place = np.divmod(visit, size)
-        member = keyed_permutation(place, size, keyed_hash(self.seed, _MEMBER, word, class_ids, lap))
+        member = keyed_permutation(place, size, keyed_hash(self.seed, Stream.MEMBER, word, class_ids, lap))
         return Draw(np.asarray(arrays.members[begin + member]), class_ids, epochs)
 
     def paired(self, class_ids: npt.ArrayLike, positions: npt.ArrayLike, kind: str) -> Ints:
@@ -130,7 +127,7 @@ class ClassOrder:
         """
         classes = np.asarray(class_ids, dtype=np.int64)
         begin, size = self._members(kind, classes)
-        pick = keyed_hash(self.seed, _PAIR, KINDS[kind], classes, positions) % size.astype(np.uint64)
+        pick = keyed_hash(self.seed, Stream.PAIR, KINDS[kind], classes, positions) % size.astype(np.uint64)
         return np.asarray(self._kinds[kind].members[begin + pick.astype(np.int64)])
 
     def _members(self, kind: str, class_ids: Ints) -> tuple[Ints, Ints]:

@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.core.errors import UserError
-from harness.core.keyed_random import keyed_uniform
+from harness.core.keyed_random import Stream, keyed_uniform
 
 # anchor int32 [n, 2] and shape int32 [n, 2]: window (x, y) and (width, height) in pixels of the oriented image;
 # flip int32 [n]; matrix float32 [n, 3, 3] and offset float32 [n, 3]: colour = matrix @ rgb + offset for rgb in 0..1.
 Parameters = dict[str, npt.NDArray[Any]]
 
 LARGEST_IMAGE = 8192  # pixels; checked before memory is taken for it
-_AUGMENT = 4  # keeps these draws apart from those of harness/data/order.py under the same seed
+_AUGMENT = Stream.AUGMENT
 
 _LUMA = np.array([0.299, 0.587, 0.114])
 _YIQ = np.array([_LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])

@@ -17,11 +17,13 @@ from tqdm import tqdm
 from harness.catalogue.catalogue import Catalogue
 from harness.core.errors import UserError
 from harness.core.mesh import Mesh
-from harness.data.loader import DataConfig, ImageReader, Pixels, share
+from harness.data.config import DataConfig
+from harness.data.images import ImageReader, Pixels
 from harness.evaluate.coded import Coded, encoded
 from harness.evaluate.ranking import Embedded
 from harness.text.tokenizer import FIELDS, Tokenizer, TokenStore
 from models.batch import Batch
+from models.comm import share
 from models.registry import Method
 
 

@@ -17,7 +17,7 @@ from harness.catalogue.wholeness import require_whole
 from harness.core.errors import UserError
 from harness.core.files import printable
 from harness.core.mesh import Mesh
-from harness.data.loader import DataConfig
+from harness.data.config import DataConfig
 from harness.evaluate.attribute_queries import AttributeQueries
 from harness.evaluate.category import CategoryTask
 from harness.evaluate.embed import ClassKeys, Embedder, Side, side_of

@@ -18,7 +18,7 @@ from harness.core.cli import Parser, leaves, read_recipe
 from harness.core.device import PRECISIONS
 from harness.core.errors import UserError
 from harness.core.mesh import MeshConfig, check_layout
-from harness.data.loader import DataConfig
+from harness.data.config import DataConfig
 from harness.data.preprocess import LARGEST_IMAGE
 from harness.evaluate.evaluation import EvaluationConfig
 from harness.train.optimizer import OptimizerConfig

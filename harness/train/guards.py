@@ -11,7 +11,8 @@ import torch.distributed as dist
 from harness.core.errors import UserError
 from harness.core.files import write_json
 from harness.core.mesh import Mesh
-from harness.data.loader import DataConfig, StepData
+from harness.data.config import DataConfig
+from harness.data.step_data import StepData
 from harness.train.run_log import RunLog
 
 # Samples that must have been read before damage can end a run: a few at its start say nothing about the rest.

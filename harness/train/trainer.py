@@ -16,7 +16,9 @@ from harness.core.cli import tell
 from harness.core.files import write_json
 from harness.core.mesh import Mesh
 from harness.core.waiting import on_first_rank
-from harness.data.loader import StepData, StepLoader, decoding_threads
+from harness.data.backends import decoding_threads
+from harness.data.loader import StepLoader
+from harness.data.step_data import StepData
 from harness.evaluate.alignment import align, documents_to_align, wants_alignment
 from harness.evaluate.evaluation import Evaluation, Report
 from harness.text.tower_check import require_fit

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from harness.bench.gpu import Program, empty_folder
+from harness.core.files import write_whole
 
 SAVED, STEPS = 4, 6  # the checkpoint is of the fourth step
 WAIT = 300.0  # seconds for the other side's checkpoint
@@ -225,9 +226,7 @@ class Side:
 
     def write(self) -> None:
         """All that was found so far, for the process that compares."""
-        file = self.work / f"{self.name}.json"
-        file.with_suffix(".tmp").write_text(json.dumps(self.found))
-        file.with_suffix(".tmp").replace(file)
+        write_whole(self.work / f"{self.name}.json", json.dumps(self.found))
 
 
 def take_rows_of_a_cpu(trainer: Any) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from harness.catalogue.synth.products import Product
+from harness.core.keyed_random import SynthStream
 
 SCHEMA = pa.schema(
     [
@@ -36,7 +37,7 @@ def click_log(
         documents: id and product of the documents that may be listed.
         seed: of every draw.
     """
-    rng = np.random.default_rng([seed, 1])
+    rng = np.random.default_rng([seed, SynthStream.CLICKS])
     place = {product.number: index for index, (_, product) in enumerate(documents)}
     traffic = 30.0 / (1 + rng.permutation(len(documents))) ** ZIPF
     alike = np.array([[_likeness(a, b) for _, b in documents] for _, a in documents])

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from harness.core.keyed_random import SynthStream
+
 COLOURS = {
     "red": (206, 38, 44),
     "orange": (242, 128, 26),
@@ -146,7 +148,7 @@ def make_products(count: int, near_duplicates: float, unseen: float, seed: int) 
 
     All others of one kind differ in at least two of colour, pattern and brand while there is room, else in one.
     """
-    rng = np.random.default_rng([seed, 0])
+    rng = np.random.default_rng([seed, SynthStream.PRODUCTS])
     pairs = round(count * near_duplicates / 2)
     products: list[Product] = []
     looks: list[tuple[str, ...]] = []

@@ -1,0 +1,67 @@
+"""Configuration of a run's data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness.data.masking import MaskConfig
+from harness.data.preprocess import PreprocessSpec
+
+BACKENDS = ("dali", "dali_cpu", "reference")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Configuration of a run's data.
+
+    Args:
+        catalogue: folder made by `shelfmark ingest`, with classes (`govern`) and a tokenizer (`tokenizer`).
+        queries_per_step: query photos in one optimizer step, over all ranks; ignored by a method that trains on
+            documents only.
+        documents_per_step: documents in one optimizer step, over all ranks; ignored where every query photo brings a
+            document of its own.
+        micro_batches: parts into which a rank cuts its share of the step, to save memory.
+        backend: dali (decodes on the GPU if there is one), dali_cpu (always on the CPU), or reference (Pillow and numpy,
+            for platforms without a DALI wheel).
+        threads: decoding threads of each rank; 0: the process's cores divided by the ranks of its node, less two, at
+            least 1. Results do not depend on it.
+        read_ahead: largest number of steps that are read ahead.
+        read_ahead_bytes: most bytes of decoded images that a rank reads ahead, on the device that decodes; one step is
+            always read ahead.
+        max_bad_fraction: largest share of damaged samples among those read since the start; the run stops at a line of
+            log above it, but not before 1,000 samples were read. Damaged samples have weight 0.
+        preprocess: steps from an image to the model's input.
+        query_attributes: fewest and most attributes in a text query that is made of attributes.
+        masking: masks of masked modelling.
+    """
+
+    catalogue: Path = Path("catalogue")
+    queries_per_step: int = 64
+    documents_per_step: int = 64
+    micro_batches: int = 1
+    backend: str = "dali"
+    threads: int = 0
+    read_ahead: int = 3
+    read_ahead_bytes: int = 1 << 30
+    max_bad_fraction: float = 0.01
+    preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
+    query_attributes: tuple[int, int] = (1, 4)
+    masking: MaskConfig = field(default_factory=MaskConfig)
+
+    def errors(self) -> list[str]:
+        """Errors for values out of range; each names its key."""
+        errors = []
+        if self.backend not in BACKENDS:
+            errors.append(f"data.backend is '{self.backend}'; it can be {', '.join(BACKENDS)}")
+        if self.threads < 0:
+            errors.append(f"data.threads is {self.threads}; it must not be negative")
+        positive = "queries_per_step documents_per_step micro_batches read_ahead read_ahead_bytes"
+        for name in positive.split():
+            if getattr(self, name) < 1:
+                errors.append(f"data.{name} must be at least 1")
+        if not 0 <= self.max_bad_fraction <= 1:
+            errors.append(f"data.max_bad_fraction is {self.max_bad_fraction}; it must lie in 0..1")
+        if not 1 <= self.query_attributes[0] <= self.query_attributes[1]:
+            errors.append(f"data.query_attributes is {self.query_attributes}; it must be two rising numbers from 1 on")
+        return errors + self.masking.errors("data.masking")
