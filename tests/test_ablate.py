@@ -141,7 +141,7 @@ def test_mistakes_of_the_command_are_told(
         return said
 
     (tmp_path / "torn.yaml").write_text("cells: {")
-    assert "is no YAML" in says(file=tmp_path / "torn.yaml") and "No such file" in says(file=tmp_path / "no")
+    assert "is not YAML" in says(file=tmp_path / "torn.yaml") and "No such file" in says(file=tmp_path / "no")
     assert "--part is '5/4'" in says("--part", "5/4")
     assert "--ranks is 0" in says("--ranks", 0)
     (tmp_path / "taken").write_text("")

@@ -80,10 +80,10 @@ def test_what_is_not_listed_is_named(tmp_path: Path) -> None:
     (tmp_path / "outside").write_bytes(CONTENT["a/.b/c"])
     (folder / "a/.b/c").unlink()
     (folder / "a/.b/c").symlink_to(tmp_path / "outside")
-    assert verify(folder) == "a/.b/c is a link or no regular file"
+    assert verify(folder) == "a/.b/c is not a regular file"
     (folder / "a/.b/c").unlink()
     os.mkfifo(folder / "a/.b/c")
-    assert verify(folder) == "a/.b/c is a link or no regular file", "nothing waits for a pipe"
+    assert verify(folder) == "a/.b/c is not a regular file", "nothing waits for a pipe"
     (folder / "a/.b/c").unlink()
     (folder / "a/.b/c").write_bytes(CONTENT["a/.b/c"])
     (folder / "elsewhere").symlink_to(tmp_path)

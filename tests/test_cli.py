@@ -177,8 +177,8 @@ def test_json_writes_the_figures(shelfmark: Shelfmark, run: Path, tmp_path: Path
 
 RECIPES = {
     "no file": (None, ("No such file", "jobs/recipes")),
-    "broken YAML": ("train: {steps: [}", ("is no YAML", "line 1")),
-    "no YAML at all": (b"\xff\xfe\x00", ("is no YAML",)),
+    "broken YAML": ("train: {steps: [}", ("is not YAML", "line 1")),
+    "no YAML at all": (b"\xff\xfe\x00", ("is not YAML",)),
     "a list": ("[1, 2]", ("must be a YAML mapping",)),
     "empty": ("", ("must be a YAML mapping",)),
     "unknown key": ("train: {stepz: 4}", ("unknown key 'train.stepz'", "Did you mean 'train.steps'")),
@@ -367,7 +367,7 @@ def test_eval_refuses_a_damaged_run(shelfmark: Shelfmark, run: Path, tmp_path: P
     with (copy / "checkpoints" / "step-00000002" / "classes.parquet").open("ab") as file:
         file.write(b"\0")
     refused(shelfmark("eval", copy), "no complete checkpoint", "step-00000002: classes.parquet")
-    for text, piece in (("a: [", "is no YAML"), ("", "must be a YAML mapping"), ("method: oclear\nsede: 3", "'sede'")):
+    for text, piece in (("a: [", "is not YAML"), ("", "must be a YAML mapping"), ("method: oclear\nsede: 3", "'sede'")):
         (copy / "config.yaml").write_text(text)
         refused(shelfmark("eval", copy), piece, "config.yaml")
 

@@ -499,10 +499,10 @@ def test_help_goes_wherever_it_is_sent(end: str, code: int, said: str) -> None:
 
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 20))
 RECIPES = {
-    "brackets": ("[" * 20_000, "is no YAML"),
-    "braces": ("{a: " * 20_000, "is no YAML"),
+    "brackets": ("[" * 20_000, "is not YAML"),
+    "braces": ("{a: " * 20_000, "is not YAML"),
     "aliases": (BOMB, "an alias .* is not taken"),
-    "a number of 5,000 digits": ("seed: " + "9" * 5000, "is no YAML"),
+    "a number of 5,000 digits": ("seed: " + "9" * 5000, "is not YAML"),
     "too long": ("# " + "x" * (1 << 20), "more than 1,048,576 bytes"),
 }
 

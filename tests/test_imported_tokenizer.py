@@ -177,7 +177,7 @@ def test_what_cannot_be_kept_is_named(hub: Path, tmp_path: Path) -> None:
 
     refused("has no tokenizer.* It can be a run")
     refused(r"has vocab\.txt, but no tokenizer\.json.*save_pretrained", vocab_txt=b"[PAD]\n")
-    refused(r"spiece\.model: no SentencePiece model", spiece_model=b"nothing")
+    refused(r"spiece\.model: not a SentencePiece model", spiece_model=b"nothing")
     shutil.copyfile(hub / "siglip" / "spiece.model", tmp_path / "sentencepiece.bpe.model")
     refused(r"sentencepiece\.bpe\.model: its first pieces are not")
     refused(r"tokenizer\.json: no tokenizer\.json of the tokenizers library", tokenizer_json=b'{"model": 1}')

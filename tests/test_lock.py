@@ -162,7 +162,7 @@ def test_the_life_of_another_hosts_process_is_watched(
 def test_a_file_that_is_no_lock_is_not_written(tmp_path: Path, content: str) -> None:
     file, target = tmp_path / ".lock", tmp_path / "precious"
     file.write_text(content)
-    with pytest.raises(UserError, match=r"\.lock is no lock of ours"), locked(file, "it"):
+    with pytest.raises(UserError, match=r"\.lock is not a lock of ours"), locked(file, "it"):
         pass
     assert file.read_text() == content
     file.unlink()
@@ -258,7 +258,7 @@ os.rename = kill
     capsys.readouterr()
     with held(final):
         assert (final / "a").read_text() == "old"
-    assert capsys.readouterr().out == f"{final}: cleared away what a process that was killed left in out.tmp\n"
+    assert capsys.readouterr().out == f"{final}: cleared away leftovers of a killed process in out.tmp\n"
     assert os.listdir(tmp_path) == ["out"]
     with pytest.raises(UserError, match="out exists already"), staged_folder(final):
         pass

@@ -337,7 +337,7 @@ def test_what_a_layout_cannot_say_is_refused(folders: dict[str, Path]) -> None:
     converted = import_tower(Source(folders["dinov2"]), "vision")
     with pytest.raises(WeightsError, match="vit has no place for this tower: layer_scale is True, not False"):
         export_tower(converted.config, converted.state, "vit")
-    with pytest.raises(WeightsError, match="'bert' is no layout of a vision tower"):
+    with pytest.raises(WeightsError, match="'bert' is not a layout of a vision tower"):
         export_tower(converted.config, converted.state, "bert")
     rotary = import_tower(Source(folders["dinov3"]), "vision")
     rotary.state["vision.block.layers.0.self_attention.linear_qkv.bias"][8] = 1.0  # the first head's first key
@@ -687,7 +687,7 @@ def test_files_outside_the_folder_are_not_read(folders: dict[str, Path], tmp_pat
     (theirs / "model.safetensors").unlink()
     written(theirs, bert.config, tensors)
     (theirs / "tokenizer.json").symlink_to(secret)
-    with pytest.raises(UserError, match=r"tokenizer\.json cannot be taken along: .* leads out"):
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be copied: .* leads out"):
         run_import(ImportConfig(out=tmp_path / "out", text=theirs))
     assert not (tmp_path / "out").exists()
 

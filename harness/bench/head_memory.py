@@ -62,9 +62,9 @@ class HeadMemoryConfig:
 def run(config: HeadMemoryConfig) -> dict[str, Any]:
     """Measures, computes, prints and returns the report (see `harness/bench/report.py`).
 
-    Headline, of a rank with its rows, by a million classes: `measured_…`, the peak in making the optimizer and in three
-    steps; `added_…`, what the second half of the classes added to it, without the working memory that does not grow;
-    `computed_…`, what the formula gives.
+    Headline, of a rank with its rows, per million classes: `measured_…`, the peak in making the optimizer and in three
+    steps; `added_…`, the peak's growth by the second half of the classes, without working memory of constant size;
+    `computed_…`, by the formula.
     """
     halves = []
     for classes in (config.num_classes // 2, config.num_classes):
@@ -98,8 +98,8 @@ def computed_mib(side: str, config: HeadMemoryConfig, classes: float, gpus: int)
     """MiB on one of `gpus` that share `classes`.
 
     Counted: rows, moments and their scales, counters, the gradient (dense for the peers, of the active rows in ours),
-    and for the peers the fp32 logits of the whole batch, once, though they hold them more often. Left out: what depends
-    on the batch alone, the optimizer's intermediate results, copies of the active rows, the towers.
+    and for the peers the fp32 logits of the whole batch, once, though they hold several copies. Left out: memory that
+    depends only on the batch, the optimizer's intermediate results, copies of the active rows, the towers.
     """
     own = classes / gpus
     always, active = PER_VALUE[side]

@@ -52,8 +52,8 @@ class SynthConfig:
         photos: training photos of each product, 1 to 1,000.
         held_out: further photos of each product in each of the splits val and test, 1 to 1,000.
         unseen: share of products that training never shows, 0 to 0.5; they get twice `held_out` test photos.
-        near_duplicates: share of products in pairs that differ in small print or colour alone, 0 to 0.5.
-        seed: of everything that is drawn.
+        near_duplicates: share of products in pairs that differ only in small print or colour, 0 to 0.5.
+        seed: of all draws.
         workers: drawing processes; 0 = the CPU cores this process may use.
     """
 
@@ -114,7 +114,7 @@ def run(config: SynthConfig) -> dict[str, Any]:
             "clicks": clicks,
             "wrong_clicks": wrong,
         }
-        # Where and with how many processes it was drawn is left out: equal settings give equal files.
+        # Without `out` and `workers`: equal settings give equal files.
         settings = {key: value for key, value in asdict(config).items() if key not in ("out", "workers")}
         meta = {"format": SYNTH_FORMAT, "config": settings, "counts": counts}
         (stage / "synth.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
@@ -143,7 +143,7 @@ def _check(config: SynthConfig) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this drawing process where the command was killed: it would wait for more work for ever."""
+    """Ends this drawing process if the command was killed: it would wait for more work for ever."""
 
     def watch() -> None:
         parent = parent_process()

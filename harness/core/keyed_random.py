@@ -1,7 +1,7 @@
 """Random numbers without state: every draw is a function of a key and of the words that name it.
 
-The same words give the same number on every rank, in any order and in any batch, which is what lets the data order and
-the augmentation be recomputed from one position. Everything is vectorised and needs memory for its arguments only.
+The same words give the same number on every rank, in any order and in any batch. So the data order and the augmentation
+can be recomputed from one position. Everything is vectorised and needs memory only for its arguments.
 """
 
 from __future__ import annotations
@@ -96,6 +96,6 @@ def _word(value: Words) -> Any:
     if isinstance(value, int):
         return np.uint64(value & _MASK)
     array = np.asarray(value)
-    if array.size and array.dtype.kind not in "iub":  # an empty list has no type to complain of
+    if array.size and array.dtype.kind not in "iub":  # an empty list is float64
         raise TypeError(f"a word is an integer, not {array.dtype}")
     return array.astype(np.uint64)

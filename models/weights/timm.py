@@ -37,7 +37,7 @@ def _unfold_timm(said: Json) -> Json:
         "act_layer": "swiglu" if gated else said["act_layer"],
         "init_values": said["init_values"] or 0.0,
         "patch_bias": not said["pre_norm"],
-        # With registers, timm's positions are those of the registers too, or of the patches alone.
+        # With registers, timm's positions include those of the registers, or are those of the patches only.
         "class_position": said["class_token"] and not said["no_embed_class"] and not said["reg_tokens"],
     }
 
@@ -105,7 +105,7 @@ def timm_said(shapes: Shapes, architecture: str, args: Json, prefix: str = "") -
     own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
     if "blocks.0.attn.qkv.weight" not in own or "pos_embed" not in own:
         raise WeightsError(
-            f"'{architecture}' is no VisionTransformer of timm: blocks.0.attn.qkv.weight or pos_embed is missing"
+            f"'{architecture}' is not a VisionTransformer of timm: blocks.0.attn.qkv.weight or pos_embed is missing"
         )
     hidden, _, patch, _ = own["patch_embed.proj.weight"]
     fc1, fc2 = own["blocks.0.mlp.fc1.weight"][0], own["blocks.0.mlp.fc2.weight"][1]
@@ -246,7 +246,7 @@ def open_clip_of(shapes: Shapes, config: Json, tower: str) -> tuple[Layout, Json
         trunk = replace(TIMM, prefixes=("visual.trunk.",), known=layout.known, sibling=layout.sibling)
         return trunk, timm_said(shapes, architecture, {}, "visual.trunk.")
     if tower == "vision" and "visual.class_embedding" not in shapes:
-        raise WeightsError("the image tower is no vision transformer: visual.class_embedding is missing")
+        raise WeightsError("the image tower is not a vision transformer: visual.class_embedding is missing")
     prefix = layout.prefix(shapes)
     if prefix is None or f"{prefix}cls_emb" in shapes:
         raise WeightsError("the text tower is not open_clip's own transformer; import it from its own project")

@@ -1,4 +1,4 @@
-"""The demo's click log: what shoppers saw for each training photo and what they clicked, wrong clicks included."""
+"""The demo's click log: impressions and clicks for each training photo, wrong clicks included."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ ZIPF = 0.8  # exponent of the products' traffic
 def click_log(
     photos: Sequence[tuple[str, Product]], documents: Sequence[tuple[str, Product]], seed: int
 ) -> tuple[pa.Table, int]:
-    """Rows of SCHEMA, one for each (photo, document) that was seen at all; and how many clicks went wrong.
+    """(Rows of SCHEMA, one for each (photo, document) with an impression; number of wrong clicks).
 
-    Each photo has one result list: its own product near the top, the others the likelier the more alike they are.
+    Each photo has one result list: its own product near the top, then other products, similar ones more often.
     Impressions follow the product's traffic (Zipf) and fall with the position.
 
     Args:
@@ -69,6 +69,6 @@ def click_log(
 
 
 def _likeness(a: Product, b: Product) -> float:
-    """Weight with which `b` is listed and wrongly clicked for `a`."""
+    """Weight of `b` in the result list, and for wrong clicks, of a photo of `a`."""
     alike = 8 * (a.category == b.category) + 8 * (a.kind == b.kind) + 2 * (a.colour == b.colour)
     return float(1 + alike + 30 * (a.twin == b.number))

@@ -1,4 +1,4 @@
-"""Drawing of a product's clean picture: shaded parts of the unit square, twice as large as needed, then reduced."""
+"""Drawing of a product's clean picture: shaded parts of the unit square, at twice the size, then reduced."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Canvas:
     """A picture of one product in the making.
 
     Args:
-        product: what is drawn.
+        product: the product to draw.
         size: side of the finished picture in pixels.
     """
 
@@ -185,7 +185,7 @@ class Canvas:
         self._alpha[at] = np.maximum(self._alpha[at], cover)
 
     def finish(self) -> Image.Image:
-        """RGBA of the requested size, cut to what is drawn."""
+        """RGBA of the requested size, cropped to the drawing."""
         rgba = np.dstack([self._rgb, self._alpha * 255]).clip(0, 255).astype(np.uint8)
         image = Image.fromarray(rgba).reduce(SUPERSAMPLE)
         return image.crop(image.getbbox())

@@ -1,4 +1,4 @@
-"""From a clean picture to a photo: ground, neighbours, perspective, light, what covers it, blur and noise."""
+"""From a clean picture to a photo: ground, neighbours, perspective, light, covering objects, blur and noise."""
 
 from __future__ import annotations
 

@@ -99,8 +99,8 @@ class Product:
         pattern: one of PATTERNS, for fruit one of ARRANGEMENTS.
         brand: key of BRANDS.
         variant: the word in small print, a flavour or a size.
-        unseen: whether it occurs in no training photo, no shared split and no click.
-        twin: the number of the product that it differs from in small print or colour alone.
+        unseen: True if it occurs in no training photo, no shared split and no click.
+        twin: the number of the product that differs only in small print or colour.
     """
 
     number: int
@@ -144,7 +144,7 @@ class Product:
 def make_products(count: int, near_duplicates: float, unseen: float, seed: int) -> tuple[Product, ...]:
     """The catalogue: `near_duplicates` of `count` products belong to pairs, `unseen` of them are never trained on.
 
-    All others of one kind differ in at least two of colour, pattern and brand while there is room, else in one.
+    All others of one kind differ in at least two of colour, pattern and brand, or in one when combinations run out.
     """
     rng = np.random.default_rng([seed, 0])
     pairs = round(count * near_duplicates / 2)
