@@ -1,7 +1,7 @@
 """`make demo`: the whole line on a drawn catalogue, on this machine, by the commands that a user would type.
 
-Draws products and photos of them, makes a catalogue, trains OCLEAR from nothing, measures it on held-out photos, exports it, and searches
-eight of those photos. Leaves everything in runs/demo: summary.json says what came out.
+Draws products and photos of them, makes a catalogue, trains OCLEAR from nothing, measures it on held-out photos,
+exports it, and searches eight of those photos. Leaves everything in runs/demo: summary.json says what came out.
 """
 
 from __future__ import annotations

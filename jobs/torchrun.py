@@ -1,7 +1,9 @@
-"""torchrun whose launcher is closed to other machines, and that tells a failed rank in one line, with its exit code, instead of a traceback.
+"""torchrun whose launcher is closed to other machines, and that tells a failed rank in one line, with its exit code,
+instead of a traceback.
 
-Takes torchrun's options. On one machine the launcher meets itself in a file, and the ranks' store listens on the loopback interface. torchrun's
-own choice, a c10d store, listens on every interface and unpickles what it finds there: whoever reaches the port runs commands as this user.
+Takes torchrun's options. On one machine the launcher meets itself in a file, and the ranks' store listens on the
+loopback interface. torchrun's own choice, a c10d store, listens on every interface and unpickles what it finds there:
+whoever reaches the port runs commands as this user.
 """
 
 from __future__ import annotations

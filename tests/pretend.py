@@ -1,11 +1,13 @@
-"""A device that is none: tensors "on" it are CPU tensors in disguise, and what would fail or wait on a GPU fails or is listed.
+"""A device that is none: tensors "on" it are CPU tensors in disguise, and what would fail or wait on a GPU fails or is
+listed.
 
 torch's private-use backend, filled in Python. Inside `Pretend()`
     mixing the devices raises, also an index on the host, which CUDA would copy over with a wait;
     a CPU tensor in a collective raises, as with NCCL; tensors of the device go through the group's gloo;
     what makes the host wait for the device is listed in `waits`.
 Of the kernels only the class-parallel head's are launched by hand: their twin stands in for them (`launched`).
-It changes its process for good, and must be there before the first backward, so it runs in ranks of its own: tests.pool.ranks(n, "pretend").
+It changes its process for good, and must be there before the first backward, so it runs in ranks of its own:
+tests.pool.ranks(n, "pretend").
 """
 
 from __future__ import annotations
@@ -76,7 +78,9 @@ RECIPES |= {
 
 
 def cases(*layouts: tuple[int, int]) -> list[Any]:
-    """(world, tensor_parallel, name of a recipe): all recipes on the first layout, the three methods on the second, the rest in the full run."""
+    """(world, tensor_parallel, name of a recipe): all recipes on the first layout, the three methods on the second, the
+    rest in the full run.
+    """
     found = []
     for number, layout in enumerate(layouts):
         for place, name in enumerate(RECIPES):
@@ -250,7 +254,9 @@ _apply = nn.Module._apply
 
 
 def _moved(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """nn.Module._apply, which makes new parameters here where it would fill the old ones on CUDA: they keep megatron-core's marks."""
+    """nn.Module._apply, which makes new parameters here where it would fill the old ones on CUDA: they keep
+    megatron-core's marks.
+    """
     before = {name: dict(vars(p)) for name, p in module._parameters.items() if p is not None}
     _apply(module, function, recurse)
     for name, marks in before.items():

@@ -1,4 +1,6 @@
-"""Artefacts from strangers, their manifests genuine: nothing of them is run, no memory taken for what they claim, what is odd told in a line."""
+"""Artefacts from strangers, their manifests genuine: nothing of them is run, no memory taken for what they claim, what
+is odd told in a line.
+"""
 
 from __future__ import annotations
 
@@ -296,7 +298,10 @@ def cells(value: Any, kind: Any = None) -> pa.Array:
         ({"item": cells(None, pa.string())}, "has rows without"),
         ({"thumbnail": cells("text")}, "has no column thumbnail of type binary"),
         ({"sample_id": cells(b"\0")}, "has no column sample_id of type int64"),
-        ({"title": pa.Array.from_buffers(pa.string(), ROWS, cells(b"\xff\xfe").buffers())}, "part-00000.parquet cannot be read .*UTF"),
+        (
+            {"title": pa.Array.from_buffers(pa.string(), ROWS, cells(b"\xff\xfe").buffers())},
+            "part-00000.parquet cannot be read .*UTF",
+        ),
         ({"title": cells("a" * (1 << 20))}, "holds far more than its size"),
     ],
     ids=["missing", "numbers", "nulls", "no bytes", "no ids", "no text", "much"],

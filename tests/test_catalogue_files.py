@@ -1,4 +1,6 @@
-"""Every file of a catalogue, damaged in every way, is refused by its name before anything is read of it; what is odd in it too, in one line."""
+"""Every file of a catalogue, damaged in every way, is refused by its name before anything is read of it; what is odd in
+it too, in one line.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +118,8 @@ def test_a_damaged_file_is_named(prepared: Path, name: str, capsys: pytest.Captu
         with changed(file, data):
             start = said(lambda: opened(prepared))
             printed = capsys.readouterr().out
-            # A manifest that is damaged names a file that seems to be; one that is gone is as an earlier version left it.
+            # A manifest that is damaged names a file that seems to be; one that is gone is as an earlier version left
+            # it.
             if file.name == "manifest.json" and data is None:
                 assert not start and f"{file.parent}: of an earlier version, which wrote no checksums; run" in printed
             else:

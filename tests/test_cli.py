@@ -55,7 +55,9 @@ def shelfmark(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 
 def refused(answer: Answer, *pieces: str) -> None:
-    """Exit code 2, and on stderr, below what progress there was, one line that begins with `error: ` and holds `pieces`."""
+    """Exit code 2, and on stderr, below what progress there was, one line that begins with `error: ` and holds
+    `pieces`.
+    """
     assert answer.code == 2
     assert "Traceback" not in answer.err
     lines = [line for line in re.split(r"[\r\n]", answer.err) if line.startswith("error")]

@@ -1,4 +1,6 @@
-"""What decodes for a service against what made the documents' vectors: equal on a CPU, alike for Pillow and DALI, refused where they differ."""
+"""What decodes for a service against what made the documents' vectors: equal on a CPU, alike for Pillow and DALI,
+refused where they differ.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from tests.test_search import export_here
 
 
 class Other(ImageReader):
-    """The first reader of a check decodes with Pillow, the second with DALI; `mirrored`: and the first sees its images mirrored."""
+    """The first reader of a check decodes with Pillow, the second with DALI; `mirrored`: and the first sees its images
+    mirrored.
+    """
 
     made: list[str]
     mirrored = False

@@ -1,4 +1,6 @@
-"""Fine-tuning: frozen parts, learning rates by layer and by name, the average of the weights; all of it over layouts, resumes and warm starts."""
+"""Fine-tuning: frozen parts, learning rates by layer and by name, the average of the weights; all of it over layouts,
+resumes and warm starts.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +133,9 @@ def test_evaluation_and_warm_starts_take_the_average(
 
 
 def held(catalogue: Path, run: Path, settings: dict[str, Any], tensor_parallel: int, end: int) -> dict[str, Any]:
-    """Goes on to step `end` and saves: what there then is of the towers, joined over the ranks; of the moments this rank's own shards."""
+    """Goes on to step `end` and saves: what there then is of the towers, joined over the ranks; of the moments this
+    rank's own shards.
+    """
     with trainer(tiny_config(catalogue, run, **settings), tensor_parallel, ready=False) as t:
         for data in t.loader.steps(t.step, end):
             t.train_step(data)
@@ -158,7 +162,9 @@ def test_resumed_equals_uninterrupted_with_all_of_it(catalogue: Path, tmp_path: 
 
 
 def by_hand(t: Any, before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """One step of torch's AdamW, every parameter with the learning rate that its place in a tower of ALL_THREE's depth says."""
+    """One step of torch's AdamW, every parameter with the learning rate that its place in a tower of ALL_THREE's depth
+    says.
+    """
     decay, lr = 0.5, t.config.optimizer.lr
     below = {"vision.position": 3, "vision.stem": 3, "vision.block.layers.0": 2, "vision.block.layers.1": 1}
     below |= {"text.position": 2, "text.words": 2, "text.norm": 2, "text.block.layers.0": 1}

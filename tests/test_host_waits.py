@@ -1,4 +1,4 @@
-"""How often the host waits for the device in one training step: counted on the pretend device, bounded to the number."""
+"""Waits of the host for the device in one training step: counted on the pretend device, and bounded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Input that nobody means well with: it costs its own row or one line, and neither minutes, nor memory, nor a traceback."""
+"""Input that nobody means well with: it costs its own row or one line, and neither minutes, nor memory, nor a
+traceback.
+"""
 
 from __future__ import annotations
 
@@ -250,7 +252,7 @@ def test_cells_of_several_lines_are_one_row(photos: Path, tmp_path: Path) -> Non
 
 
 def test_an_open_quote_before_many_rows_loses_none_of_them(tmp_path: Path) -> None:
-    """More text follows than a cell may have: today's limit, where reading once went on after what had been swallowed."""
+    """More text follows than a cell may have: the limit, where reading once went on after the swallowed text."""
     manifest = tmp_path / "m.csv"
     with manifest.open("w", newline="") as file:
         writer = csv.writer(file)

@@ -125,7 +125,8 @@ def test_ids_are_those_of_transformers(hub: Path, kind: str) -> None:
         rows = TokenStore.encode(tokenizer, {"title": TEXTS}).batch(np.arange(len(TEXTS)), 12, ("title",))
         right = {"padding": "max_length", "max_length": 12, "truncation": True, "padding_side": "right"}
         assert rows.tolist() == theirs(TEXTS, **right)["input_ids"]
-    # What stands for a special token in a text is text; nor does an unknown character end one (CLIP's [UNK] is its end).
+    # What stands for a special token in a text is text; nor does an unknown character end one (CLIP's [UNK] is its
+    # end).
     never = set(special.ids) - {special.unk} | {special.pad, special.eos}
     assert not set(tokenizer.encode(FORGED + " \u2603")) & never
     if kind not in ("xlmr", "siglip"):

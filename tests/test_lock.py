@@ -1,4 +1,6 @@
-"""One process at a time in a folder: the second is told by whom, a dead one holds nobody up, and what is not ours stays."""
+"""One process at a time in a folder: the second is told by whom, a dead one holds nobody up, and what is not ours
+stays.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +101,7 @@ def test_the_lock_of_a_killed_process_holds_nobody_up(tmp_path: Path) -> None:
 
 
 def test_a_lock_that_its_holder_removes_just_now_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between opening and locking the file, its holder ends: what is locked must be the file that the next one finds."""
+    """Between opening and locking the file, its holder ends: the locked file must be the one that the next finds."""
     file, flock, ended = tmp_path / ".lock", fcntl.flock, []
 
     def late(handle: int, how: int) -> None:
@@ -403,7 +405,7 @@ sys.exit(main())
 
 @pytest.mark.full
 def test_of_two_trainings_and_two_exports_one_runs(catalogue: Path, tmp_path: Path) -> None:
-    """As a user starts them, the second under torchrun: exit code 2 and one line; the first is as if nothing had been."""
+    """As a user starts them, the second under torchrun: exit code 2 and one line; the first goes on undisturbed."""
     run, out = tmp_path / "run", tmp_path / "out"
     settings = arguments(catalogue, run, **{"train.steps": 3})
     torchrun = [sys.executable, "jobs/torchrun.py", "--standalone", "--nproc-per-node", "2", "-m", "harness"]

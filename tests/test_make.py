@@ -199,7 +199,9 @@ def check_matching() -> None:
 
 
 def test_the_hardest_negative_is_another_readable_unrelated_product() -> None:
-    """Products of which nothing is known are not related even to themselves; where all are related there is no negative."""
+    """Products of which nothing is known are not related even to themselves; where all are related there is no
+    negative.
+    """
     ranks(1).run(check_matching)
 
 

@@ -40,7 +40,9 @@ def everything() -> tuple[Embedded, Embedded]:
 
 
 def own_queries() -> Embedded:
-    """61 of the documents as queries that bear their ids: relevant to themselves, some with an equal document of another id."""
+    """61 of the documents as queries that bear their ids: relevant to themselves, some with an equal document of
+    another id.
+    """
     _, documents = everything()
     rows = torch.tensor([*range(30), *range(50, 75), *range(100, 105), DOCUMENTS - 1])
     return Embedded(documents.vectors[rows], documents.ids[rows], documents.labels[rows])

@@ -1,4 +1,6 @@
-"""Which classes a step draws: the same at every world size, in proportion, uniformly, independently of other steps and blocks."""
+"""Which classes a step draws: the same at every world size, in proportion, uniformly, independently of other steps and
+blocks.
+"""
 
 from __future__ import annotations
 

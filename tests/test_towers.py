@@ -1,4 +1,6 @@
-"""Tensor- and data-parallel towers, fusion and head against the plain twin in one float64 process: forward and every gradient."""
+"""Tensor- and data-parallel towers, fusion and head against the plain twin in one float64 process: forward and every
+gradient.
+"""
 
 from __future__ import annotations
 
@@ -337,7 +339,9 @@ def test_positions_turn_with_the_image() -> None:
 
 
 def dropped(rate: float) -> tuple[list[bool], bool, bool]:
-    """In a pool: samples whose branches the last of three layers dropped; whether the first layer dropped any; whether evaluation did."""
+    """In a pool: samples whose branches the last of three layers dropped; whether the first layer dropped any; whether
+    evaluation did.
+    """
     from models.transformer import MegatronBuilder
 
     shape = TransformerShape(num_layers=3, hidden_size=32, drop_path=rate)

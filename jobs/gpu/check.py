@@ -1,7 +1,9 @@
-"""Runs the parts of jobs/gpu_check.sh one after the other, each a program with a time limit of its own, whatever becomes of the others.
+"""Runs the parts of jobs/gpu_check.sh one after the other, each a program with a time limit of its own, whatever
+becomes of the others.
 
-Nothing but Python's own library is used here, so that a missing package costs the parts that need it and nothing else. Exit codes: 0 all parts ok,
-1 a part failed, 2 nothing was run (no GPU, a wrong flag), 3 none failed but some were skipped, 130 interrupted.
+Nothing but Python's own library is used here, so that a missing package costs the parts that need it and nothing else.
+Exit codes: 0 all parts ok, 1 a part failed, 2 nothing was run (no GPU, a wrong flag), 3 none failed but some were
+skipped, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -228,7 +230,10 @@ def gpu_by_driver() -> tuple[str, float] | None:
 
 def require_gpu(environment: dict[str, str]) -> str:
     """What torch says of the GPU; raises Stop where it sees none."""
-    code = "import torch; a = torch.cuda.is_available(); print(torch.__version__, torch.cuda.get_device_name() if a else '', sep='|')"
+    code = (
+        "import torch; a = torch.cuda.is_available(); "
+        "print(torch.__version__, torch.cuda.get_device_name() if a else '', sep='|')"
+    )
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     version, _, name = done.stdout.strip().rpartition("\n")[2].partition("|")
     if done.returncode or not name:
@@ -300,9 +305,11 @@ def print_plan(outcomes: Sequence[Outcome], given: argparse.Namespace, where: st
         print(f"{part.name:<11}{expected(part, given):>8.0f}{part.gib:>9}{part.disk:>9g}  {shown}{part.shows}{why}")
     runs = [one.part for one in outcomes if one.state == "planned"]
     total = sum(expected(part, given) for part in runs)
+    gib = max((part.gib for part in runs), default=0)
+    disk = max((part.disk for part in runs), default=0)
     print(
-        f"{len(runs)} parts, about {total:.0f} s in all, at most {max((part.gib for part in runs), default=0)} GiB of GPU memory and "
-        f"{max((part.disk for part in runs), default=0):g} GB of disk at a time; no network",
+        f"{len(runs)} parts, about {total:.0f} s in all, at most {gib} GiB of GPU memory and {disk:g} GB of disk at a "
+        "time; no network",
         flush=True,
     )
 
@@ -407,7 +414,8 @@ def main(argv: Sequence[str], parts: Sequence[Part] = PARTS) -> int:
     try:
         if not (3, 11) <= sys.version_info[:2] <= (3, 12):
             raise Stop(
-                f"this is Python {sys.version.split()[0]}; Shelfmark needs 3.11 or 3.12. Name one: PYTHON=python3.12 jobs/gpu_check.sh"
+                f"this is Python {sys.version.split()[0]}; Shelfmark needs 3.11 or 3.12. "
+                "Name one: PYTHON=python3.12 jobs/gpu_check.sh"
             )
         given = arguments(argv, parts)
         given.out = given.out.absolute()

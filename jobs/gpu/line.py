@@ -1,9 +1,10 @@
-"""The commands of a run on the GPU, as a user types them: train with DALI and bf16, stop and go on, evaluate, export; and on a CPU what the GPU left.
+"""The commands of a run on the GPU, as a user types them: train with DALI and bf16, stop and go on, evaluate, export;
+and on a CPU what the GPU left.
 
 python jobs/gpu/line.py OUT.json --catalogues FOLDER --work FOLDER
 
-One row for each command, with its exit code; then what must agree: recall of one checkpoint on GPU and CPU, and of search on the CPU among the
-catalogue vectors that the GPU made.
+One row for each command, with its exit code; then what must agree: recall of one checkpoint on GPU and CPU, and of
+search on the CPU among the catalogue vectors that the GPU made.
 """
 
 from __future__ import annotations

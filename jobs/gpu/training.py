@@ -1,10 +1,12 @@
-"""Six training steps of every method on the GPU and the same on a CPU, at the same time; then each goes on from the other's checkpoint.
+"""Six training steps of every method on the GPU and the same on a CPU, at the same time; then each goes on from the
+other's checkpoint.
 
 python jobs/gpu/training.py OUT.json --catalogues FOLDER --work FOLDER
 
-The loop's own Trainer steps: NCCL at world 1, megatron-core's DDP and distributed optimizer with overlap, the Triton head. Both sides see the same
-pixels (Pillow), so only arithmetic differs. Each side saves after the fourth step and goes on; a second trainer goes on from that checkpoint, a third
-from the other side's. The query encoder of the fp32 runs is exported by one side and opened by the other. With --tiny both sides are CPUs.
+The loop's own Trainer steps: NCCL at world 1, megatron-core's DDP and distributed optimizer with overlap, the Triton
+head. Both sides see the same pixels (Pillow), so only arithmetic differs. Each side saves after the fourth step and
+goes on; a second trainer goes on from that checkpoint, a third from the other side's. The query encoder of the fp32
+runs is exported by one side and opened by the other. With --tiny both sides are CPUs.
 """
 
 from __future__ import annotations
@@ -82,7 +84,8 @@ CASES: dict[str, dict[str, Any]] = {
     | {"mesh.recompute": "selective"},
 }
 TINY = ("oclear",)
-# Largest relative difference of losses, and of gradient norms. Moments of 8 bits and stochastic rows turn the last bit of a sum into another code.
+# Largest relative difference of losses, and of gradient norms. Moments of 8 bits and stochastic rows turn the last bit
+# of a sum into another code.
 BOUNDS = {"fp32": (1e-3, 5e-3), "bf16": (2e-2, 1e-1)}
 EXPORT = 1e-3  # largest difference of an entry of a unit vector
 Found = dict[str, Any]
@@ -91,8 +94,8 @@ Found = dict[str, Any]
 def compare(here: Found, twin: Found, precision: str) -> Found:
     """One row of one case from what both sides found: the largest differences, `ok`, and `why` not.
 
-    Losses and gradient norms of all steps, GPU by CPU; losses after a load from the own and from the other side's checkpoint, by those of the run
-    that went on; the exported encoder against the towers.
+    Losses and gradient norms of all steps, GPU by CPU; losses after a load from the own and from the other side's
+    checkpoint, by those of the run that went on; the exported encoder against the towers.
     """
     row: Found = {}
     for side, found in (("here", here), ("twin", twin)):
@@ -258,7 +261,9 @@ def export(trainer: Any, run: Path) -> None:
 
 
 def watch(program: Program, work: Path, sides: Mapping[str, Any], keys: Mapping[str, tuple[str, str]]) -> None:
-    """Adds a case's row as soon as both sides are through with it; those that a side never came to fail when it has ended."""
+    """Adds a case's row as soon as both sides are through with it; those that a side never came to fail when it has
+    ended.
+    """
     left = dict(keys)
     while left:
         running = any(process.poll() is None for process in sides.values())

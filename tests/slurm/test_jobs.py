@@ -1,4 +1,4 @@
-"""jobs/*.sh on a real SLURM of two nodes: what a job writes is what plain torchrun writes, and what fails ends at once."""
+"""jobs/*.sh on a real SLURM of two nodes: a job writes the same as plain torchrun, and a failing one ends at once."""
 
 from __future__ import annotations
 
