@@ -1,5 +1,5 @@
-"""How far the fused kernel may be from float64: one bound for the GPU's test and for the CPU's, which tries it on the
-kernel's arithmetic.
+"""Error bound of the fused kernel against float64, for the GPU's test and for the CPU's, which tries it on emulated
+arithmetic.
 
     python -m tests.kernel_error --n 1024 --a 20000 --d 512 --seeds 3
 

@@ -111,7 +111,7 @@ def main(folder: Path, every: int, names: list[str]) -> int:
 
 
 def _again(work: Path, case: Case, expected: dict[str, Any]) -> str:
-    """What is wrong after the same command, run again."""
+    """Problems after the same command, run again."""
     code, said = _forked(work, case.argv), (work.parent / "said").read_text()
     if code and not (code == 2 and case.done and case.done in said):
         return f"exit code {code}, {said}"

@@ -1,8 +1,9 @@
-"""What training steps hold in memory and a checkpoint on disk, measured in fresh processes beside what `shelfmark
-estimate` says of them.
+"""Memory of training steps and size of checkpoints, measured in fresh processes beside the result of `shelfmark
+estimate`.
 
-python -m tests.measured vit_s16      # a row of the table in docs/recipes.md; without a name all of them, a minute or
-two each
+python -m tests.measured vit_s16
+
+prints a row of the table in docs/recipes.md; without a name all of them, a minute or two each.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ TINY = {
     "model.text.vocab_size": 512,
     "data.read_ahead": 1,
 }
-# Recipes where weights, class rows and activations dominate; `world` and `num_classes` are no keys of a recipe.
+# Recipes where weights, class rows and activations dominate; `world` and `num_classes` are not keys of a recipe.
 SMALL: dict[str, dict[str, Any]] = {
     "weights": TINY
     | {
@@ -269,7 +270,7 @@ def measured(name: str, folder: Path) -> dict[str, Any]:
 
 
 def estimated(name: str) -> dict[str, Any]:
-    """What `shelfmark estimate` says of RECIPES[name]; `peak` without the images read ahead, since nothing reads in a
+    """Result of `shelfmark estimate` for RECIPES[name]; `peak` without the images read ahead, since nothing reads in a
     measurement.
     """
     words = flags({key.replace("num_classes", "num-classes"): value for key, value in RECIPES[name].items()})

@@ -1,4 +1,4 @@
-"""A device that is none: tensors "on" it are CPU tensors in disguise, and what would fail or wait on a GPU fails or is
+"""A pretend device: its tensors are CPU tensors in disguise; operations that would fail on a GPU fail, waits are
 listed.
 
 torch's private-use backend, filled in Python. Inside `Pretend()`
@@ -199,7 +199,7 @@ class Pretend(TorchDispatchMode):
 
 
 class _Backend(_DummyBackendModule):
-    """What torch asks of a device's module."""
+    """The functions that torch calls in a device's module."""
 
     get_rng_state, set_rng_state = staticmethod(torch.get_rng_state), staticmethod(torch.set_rng_state)
 
@@ -265,7 +265,7 @@ def _moved(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: boo
 
 
 def _of_objects() -> bool:
-    """Whether a collective is one of Python objects, which go over gloo on a GPU too."""
+    """True for a collective of Python objects, which go over gloo on a GPU too."""
     return any("_object" in frame.name and "distributed" in frame.filename for frame in traceback.extract_stack())
 
 
@@ -290,7 +290,7 @@ def on_pretend_device(mesh: Any) -> Iterator[Pretend]:
 
 
 def own_step(config: Any, num_classes: int, mesh: Any, known: bool = True) -> StepData:
-    """This rank's part of a drawn step of two micro-batches: one sample of the first rank alone, then the rest of all.
+    """This rank's part of a drawn step of two micro-batches: one sample of the first rank only, then the rest of all.
 
     Each knows how many the others have if they are `known`, as from the loader.
     """

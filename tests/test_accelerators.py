@@ -29,7 +29,7 @@ flags = ("HAVE_TE", "HAVE_APEX", "HAVE_APEX_OR_TE", "HAVE_FUSED_LAYER_NORM")
 megatron = {name: module for name, module in sys.modules.items() if name.startswith("megatron") and module}
 found = {"fooled": [f"{name}.{flag}" for name, module in megatron.items() for flag in flags if vars(module).get(flag)]}
 before = set(sys.modules)
-cuda, cpu = torch.device("meta"), torch.device("cpu")  # meta: a device that is no CPU and is there on every machine
+cuda, cpu = torch.device("meta"), torch.device("cpu")  # meta: a device other than the CPU that every machine has
 found["lines"] = [choose("auto", cuda).line, choose("torch", cuda).line, choose("auto", cpu).line]
 for which in ("auto", "torch"):
     chosen = choose(which, cuda)
@@ -49,7 +49,7 @@ print(json.dumps(found))
 
 
 def probe(folder: Path, files: dict[str, str]) -> dict[str, Any]:
-    """What a new process sees of megatron-core and of our choice, with `files` importable."""
+    """megatron-core's and our choice in a new process, with `files` importable."""
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(textwrap.dedent(text))

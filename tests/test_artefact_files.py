@@ -314,7 +314,7 @@ def test_odd_tables_are_one_line(photos: Path, columns: dict[str, Any], what: st
 def test_other_tables_than_ours_are_one_line(photos: Path) -> None:
     file = photos / "documents" / "part-00000.parquet"
     pq.write_table(documents(), file, compression="zstd")
-    refused(photos, "none that `shelfmark export` wrote")
+    refused(photos, "was not written by `shelfmark export`")
     pq.write_table(documents(), file)
     pq.write_table(documents(), file.with_name("part-00001.parquet"))
     refused(photos, "has 10 rows, not 5")

@@ -53,7 +53,7 @@ def prepared(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(catalogue: Path) -> None:
-    """What a training run does with a catalogue before its first step."""
+    """The steps of a training run with a catalogue before its first step."""
     found = Catalogue(catalogue)
     require_whole(found, None, tuple(FOLDERS))
     ClassOrder.open(catalogue, 1)

@@ -250,7 +250,7 @@ ODD: dict[str, Change] = {
     "state.json, deep": lambda c: (c / "state.json").write_text("[" * 100_000),
     "state.json, a step that is a text": lambda c: edit(c, step="2"),
     "state.json, an endless ledger": lambda c: edit(c, step=1 << 40, ledger_before={"step": 0, "ledger": "0" * 16}),
-    "state.json, a ledger that is no number": lambda c: edit(c, ledger="x"),
+    "state.json, a ledger that is not a number": lambda c: edit(c, ledger="x"),
     "classes.parquet, text": lambda c: (c / "classes.parquet").write_text("class_id"),
     "classes.parquet, other columns": lambda c: pq.write_table(pa.table({"x": [1]}), c / "classes.parquet"),
 }  # fmt: skip
@@ -415,7 +415,7 @@ def test_only_what_is_ours_is_deleted(forged: Path, catalogue: Path) -> None:
     assert checkpoint.problem(archive) == ""
 
 
-# --- weights that are no numbers ---
+# --- weights that are not numbers ---
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e12])

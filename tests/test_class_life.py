@@ -1,5 +1,5 @@
 """Classes come, go and change their ids while a run goes on: rows follow their keys, new rows start from their samples,
-the order begins anew.
+the order starts again.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def means(trained: tuple[Path, dict[str, Any]], catalogues: Catalogues) -> dict[
 
 
 def check_rows(held: dict[str, Any], before: dict[str, Any], means: dict[str, torch.Tensor], state: bool) -> None:
-    """Rows of kept classes are those of before, new ones point along their means; with `state`, their optimizer state
+    """Rows of kept classes are the previous ones, new ones point along their means; with `state`, their optimizer state
     too.
     """
     was, now = ({key: i for i, key in enumerate(names)} for names in (OLD, GROWN))
@@ -296,7 +296,7 @@ def test_a_checkpoint_from_before_there_were_phases(run: Path, catalogues: Catal
 
 
 def test_a_checkpoint_names_the_classes_that_were_trained(catalogues: Catalogues, tmp_path: Path) -> None:
-    """Also where the catalogue is governed anew while the run goes on."""
+    """Also where the catalogue is governed again while the run goes on."""
     catalogue = shutil.copytree(catalogues[0], tmp_path / "catalogue")
     with trainer(tiny_config(catalogue, tmp_path / "run", **SETTINGS), ready=False) as t:
         govern.run(govern.GovernConfig(catalogue=catalogue, min_queries=3))
@@ -307,7 +307,7 @@ def test_a_checkpoint_names_the_classes_that_were_trained(catalogues: Catalogues
         "c2",
         "c3",
         "c4",
-    ]  # the ids are those of before, the classes not
+    ]  # the previous ids, but other classes
     held = train(catalogue, tmp_path / "run", {"train.new_phase": True}, 0, save=False)
     assert held["phases"][1].endswith("of 4 classes (4 kept, 0 new, 1 dropped)")
     assert torch.equal(held["rows"], rows[:4])

@@ -28,7 +28,7 @@ from tests.runs import UNUSED, arguments, tiny_config
 
 
 class Answer(NamedTuple):
-    """What a command left: exit code, standard output, standard error."""
+    """Result of a command: exit code, standard output, standard error."""
 
     code: int
     out: str

@@ -48,7 +48,7 @@ class Problem:
         return [self.queries, self.documents, self.negatives, self.log_scale]
 
     def part(self, own: slice) -> Problem:
-        """A copy with the pairs `own` alone, and leaves of its own."""
+        """A copy with only the pairs `own`, and leaves of its own."""
         cut = ("queries", "documents", "negatives", "labels", "negative_labels", "weights")
         parts = {name: getattr(self, name).detach()[own].clone() for name in cut}
         return replace(self, **parts, log_scale=self.log_scale.detach().clone())

@@ -1,5 +1,5 @@
-"""What decodes for a service against what made the documents' vectors: equal on a CPU, alike for Pillow and DALI,
-refused where they differ.
+"""The decoder of a service against the decoder of the documents: equal on a CPU, alike for Pillow and DALI, refused
+where they differ.
 """
 
 from __future__ import annotations

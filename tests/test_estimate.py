@@ -157,8 +157,8 @@ def test_a_dry_run_keeps_what_a_step_keeps(tensor_parallel, names):
 
 
 def counted(make: Callable[[], nn.Module], *inputs: Tensor, call: Callable[..., Any] | None = None) -> Work:
-    """What torch counts of a plain twin on the meta device, where attention falls apart into the products that it is
-    made of.
+    """Operations of a plain twin by torch's counter, on the meta device, where attention is decomposed into its
+    products.
     """
     with torch.device("meta"):
         module = make()

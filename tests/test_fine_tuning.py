@@ -87,7 +87,7 @@ def test_frozen_parameters_stay_and_cost_nothing_and_all_others_move(tuned: dict
     before, after = found["weights"][0], found["weights"][-1]
     assert {part for part in before if torch.equal(before[part], after[part])} == set(filter(is_frozen, before))
     assert found["buffered"] == {part for part in before if not is_frozen(part)} == set(found["averages"][0])
-    assert found["moments"] == found["elements"], "AdamW's state is of the trained parameters alone"
+    assert found["moments"] == found["elements"], "AdamW's state is only of the trained parameters"
     assert found["losses"] == pytest.approx(tuned["one"][1]["losses"], rel=1e-4)
     assert f"frozen: {sum(map(is_frozen, before))} of the towers' {len(before)} tensors" in found["notes"]
 
@@ -105,7 +105,7 @@ def test_the_average_is_that_of_a_loop(tuned: dict[str, Any], name: str) -> None
 
 
 def load_trained(catalogue: Path, run: Path, tensor_parallel: int) -> dict[str, torch.Tensor]:
-    """What evaluation and export load."""
+    """The weights that evaluation and export load."""
     with layout(tensor_parallel) as mesh:
         settings = tiny_config(catalogue, run, **ALL_THREE)
         path = run / "checkpoints/step-00000003"

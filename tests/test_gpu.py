@@ -1,5 +1,5 @@
-"""What only a GPU can show: the compiled kernels and the head on CUDA against the CPU. Skipped elsewhere;
-`jobs/gpu_check.sh` runs it.
+"""Tests that need a GPU: the compiled kernels and the head on CUDA against the CPU. Skipped elsewhere;
+`jobs/gpu_check.sh` runs them.
 
 Needs no more than torch, triton and pytest.
 """

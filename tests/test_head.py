@@ -99,7 +99,7 @@ def check_head(
         close(total, wanted.detach())
         close(sums[:, 0] / sums[:, 1], torch.stack([cosine, accuracy]))
         close(sums[0, 1], (weights * (labels >= 0)).sum())
-        # each rank's part against the whole gradient's largest entry: an empty part is no smaller scale
+        # each rank's part against the whole gradient's largest entry: an empty part does not lower the scale
         grad = torch.zeros_like(embeddings)
         grad[own] = local.grad
         torch.distributed.all_reduce(grad, group=mesh.dp)

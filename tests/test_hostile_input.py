@@ -248,7 +248,7 @@ def test_cells_of_several_lines_are_one_row(photos: Path, tmp_path: Path) -> Non
     manifest.write_text('id,image,title\na,a.jpg,"one\ntwo\n\nthree"\nb,a.jpg,"x\ny",one too many\nc,a.jpg,plain\n')
     titles, reasons, read = taken(manifest, photos)
     assert titles == {"a": "one\ntwo\n\nthree", "c": "plain"}
-    assert len(reasons) == 2 and read == 4, "a record of several lines that is none is counted line by line"
+    assert len(reasons) == 2 and read == 4, "an invalid record of several lines is counted line by line"
 
 
 def test_an_open_quote_before_many_rows_loses_none_of_them(tmp_path: Path) -> None:

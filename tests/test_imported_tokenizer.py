@@ -73,7 +73,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
             json.loads(file.read_text()) | {"padding": {**padded, "pad_to_multiple_of": None}, "truncation": cut}
         )
     )
-    shutil.copytree(hub / "siglip2", hub / "framed")  # the hub's template has an end alone, and its class is Gemma's
+    shutil.copytree(hub / "siglip2", hub / "framed")  # the hub's template has only an end, and its class is Gemma's
     text = (hub / "framed" / "tokenizer_config.json").read_text().replace("Siglip2Tokenizer", "GemmaTokenizer")
     (hub / "framed" / "tokenizer_config.json").write_text(text)
     file = hub / "framed" / "tokenizer.json"

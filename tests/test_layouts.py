@@ -275,7 +275,7 @@ def first_moments(catalogue: Path, run: Path, settings: dict[str, Any]) -> tuple
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_one_norm_clips_towers_and_rows_alike(world: int, catalogue: Path, tmp_path: Path) -> None:
-    """From nothing, a first moment is (1 - beta1) x the clipped gradient, so all of them together have that norm."""
+    """From scratch, a first moment is (1 - beta1) x the clipped gradient, so all of them together have that norm."""
     for name, clip in (("clipped", 0.01), ("whole", 0.0)):
         settings = {**SETTINGS, "optimizer.clip_norm": clip, "optimizer.rows.betas": [0.9, 0.999]}
         moments, norm = ranks(world).run(first_moments, catalogue, tmp_path / name, settings)[0]

@@ -86,7 +86,7 @@ def test_the_second_is_told_by_whom(tmp_path: Path) -> None:
     assert not file.exists()
     with locked(file, "the folder"), pytest.raises(UserError, match=f"process {os.getpid()}"), locked(file, "it"):
         pass
-    assert not file.parent.exists(), "made for the lock alone"
+    assert not file.parent.exists(), "made only for the lock"
 
 
 def test_the_lock_of_a_killed_process_holds_nobody_up(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ FEW = ("oclear_demo", "make_fashion", "oclear: image only")
 def test_gradients_reduced_while_backward_runs_are_those_reduced_afterwards(name: str) -> None:
     assert (
         max(ranks(2).run(check_same, runs()[name])) < 1e-6
-    )  # a gradient of one rank alone makes 1e-3, the learning rate
+    )  # a gradient of only one rank makes 1e-3, the learning rate
 
 
 class Group:

@@ -206,7 +206,7 @@ def dropped(rates: dict[str, float]) -> Tensor:
 def test_drop_path_drops_a_sample_on_all_ranks_and_dropout_differs_between_their_tokens() -> None:
     first, second = ranks(2).run(dropped, {"drop_path": 0.5})
     assert torch.equal(first, second)
-    torch.testing.assert_close(first, first[:1].expand_as(first), msg="a sample was dropped on one rank alone")
+    torch.testing.assert_close(first, first[:1].expand_as(first), msg="a sample was dropped on one rank only")
     first, _ = ranks(2).run(dropped, {"dropout": 0.5})
     assert (first[0] != first[2]).any(-1).all(), "both ranks dropped the same channels"
 
@@ -317,9 +317,7 @@ def test_sharded_clipped_adamw_equals_the_plain_one(world: int, tensor_parallel:
 
 
 def check_state_of_torch_adamw(folder: Path) -> None:
-    """What megatron-core's distributed optimizer gets wrong on top of torch's AdamW, mended in
-    harness/train/optimizer.py.
-    """
+    """Errors of megatron-core's distributed optimizer on top of torch's AdamW, fixed in harness/train/optimizer.py."""
     from harness.train import checkpoint
     from harness.train.optimizer import OptimizerConfig, TowerOptimizer
 

@@ -93,7 +93,7 @@ def test_a_tensor_of_the_batch_that_stays_on_the_host_fails_the_step(name: str) 
 
 
 def refusals() -> dict[str, str]:
-    """What is not to be had, and why."""
+    """Missing devices, and the reasons."""
     host, found = torch.ones(3), {}
     with layout() as mesh, Pretend():
         x = torch.ones(3, device=DEVICE)

@@ -22,7 +22,7 @@ SHARDS = {1: ([61], [203]), 2: ([61, 0], [40, 163]), 3: ([7, 0, 54], [0, 130, 73
 
 
 def everything() -> tuple[Embedded, Embedded]:
-    """Queries and documents with distractors, labels of neither side alone, and many equal scores."""
+    """Queries and documents with distractors, labels that only one side has, and many equal scores."""
     rng = np.random.default_rng(3)
     vectors = rng.standard_normal((QUERIES + DOCUMENTS, DIM))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)

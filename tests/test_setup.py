@@ -1,5 +1,5 @@
-"""What a fresh machine installs: pyproject.toml, constraints.txt, requirements.lock and the Makefile agree, and name no
-registry.
+"""Installation on a fresh machine: pyproject.toml, constraints.txt, requirements.lock and the Makefile agree, and name
+no registry.
 """
 
 import fnmatch

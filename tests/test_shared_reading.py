@@ -43,7 +43,7 @@ def same(found: StepData, wanted: StepData) -> None:
 
 
 def steps_are_the_same(catalogue: Path, tensor_parallel: int, settings: dict[str, Any]) -> list[tuple[int, list[int]]]:
-    """On every rank: steps read alone and shared; how many images this rank read of each, and which were damaged."""
+    """On every rank: steps read alone and shared; numbers of images that this rank read, and the damaged ones."""
     config = tiny_config(catalogue, UNUSED, **settings)
     reads = Reads(text_length=config.model.text.max_length)
     found = []

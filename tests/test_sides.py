@@ -1,5 +1,5 @@
-"""What a rank holds of the samples of an evaluation: numbers of all of them, texts of its own share, and those for a
-moment.
+"""Memory of a rank for the samples of an evaluation: numbers of all of them, texts of its own share, and those only for
+a moment.
 """
 
 from __future__ import annotations

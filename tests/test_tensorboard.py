@@ -1,4 +1,4 @@
-"""What TensorBoard itself serves of two runs in one folder: read through its HTTP interface, and once in a browser."""
+"""TensorBoard's view of two runs in one folder: read through its HTTP interface, and once in a browser."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def test_fusions_for_comparison_equal_the_plain_twin(name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", COMPARED)
 def test_fusions_for_comparison_see_what_they_should(name: str) -> None:
-    """Concatenation sees every word but no padding, the image alone no word; both show a gate of 0."""
+    """Concatenation sees every word but no padding, the image only no word; both show a gate of 0."""
     torch.manual_seed(0)
     towers, batch = OclearTowers(COMPARED[name], PlainBuilder()).double().eval(), global_batch()
     vectors, gate = towers.document(batch.document_images, batch.document_tokens)

@@ -215,7 +215,7 @@ Straight = Callable[[str, int, int], list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def straight(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Straight:
-    """What every rank has of a run of 20 steps without a stop, by kind, ranks and tensor-parallel size; its folder as
+    """Results of every rank in a run of 20 steps without a stop, by kind, ranks and tensor-parallel size; its folder as
     'run'.
     """
     done: dict[tuple[str, int, int], list[dict[str, Any]]] = {}

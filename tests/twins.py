@@ -1,4 +1,4 @@
-"""What the tests of MAKE and ITEm share: drawn batches, and the comparison of tensor-parallel towers with their plain
+"""Shared by the tests of MAKE and ITEm: drawn batches, and the comparison of tensor-parallel towers with their plain
 twin.
 """
 

@@ -1,7 +1,6 @@
-"""Runs the parts of jobs/gpu_check.sh one after the other, each a program with a time limit of its own, whatever
-becomes of the others.
+"""Runs the parts of jobs/gpu_check.sh in sequence, each a program with its own time limit, independent of the others.
 
-Nothing but Python's own library is used here, so that a missing package costs the parts that need it and nothing else.
+Uses only Python's standard library: a missing package costs only the parts that need it.
 Exit codes: 0 all parts ok, 1 a part failed, 2 nothing was run (no GPU, a wrong flag), 3 none failed but some were
 skipped, 130 interrupted.
 """
@@ -49,14 +48,14 @@ class Part:
 
     Args:
         name: of the part; its report is OUT/<name>.json, its log OUT/<name>.log.
-        shows: what it proves or measures.
+        shows: what it proves or measures, for the plan.
         words: script and flags; {catalogues} and {work} stand for folders.
-        modules: what must be importable.
+        modules: modules that must be importable.
         seconds: expected on one H100 with 16 cores; three times that, and a minute at least, is its limit.
-        gib: GPU memory that it makes use of; a smaller GPU costs it rows, or takes a smaller batch.
+        gib: GPU memory that it uses; a smaller GPU costs it rows, or takes a smaller batch.
         least_gib: GPU memory below which it is left out.
-        disk: GB that it writes for a while.
-        after: part that must have ended well.
+        disk: GB that it writes temporarily.
+        after: part that must have succeeded.
     """
 
     name: str
@@ -155,7 +154,7 @@ PARTS = (
 
 @dataclass
 class Outcome:
-    """What became of a part: planned, ok, failed or skipped, and why."""
+    """State of a part (planned, ok, failed or skipped), and its reason."""
 
     part: Part
     state: str = "planned"
@@ -200,7 +199,7 @@ def arguments(argv: Sequence[str], parts: Sequence[Part]) -> argparse.Namespace:
 
 
 def missing_modules(modules: Sequence[str], environment: dict[str, str], wheels: Sequence[Path]) -> set[str]:
-    """Those that the interpreter does not find and no wheel brings."""
+    """Modules that the interpreter does not find and no wheel brings."""
     code = (
         "import importlib.util, json, sys\n"
         "def here(name):\n"
@@ -229,7 +228,7 @@ def gpu_by_driver() -> tuple[str, float] | None:
 
 
 def require_gpu(environment: dict[str, str]) -> str:
-    """What torch says of the GPU; raises Stop where it sees none."""
+    """torch's version and its name of the GPU; raises Stop if it sees none."""
     code = (
         "import torch; a = torch.cuda.is_available(); "
         "print(torch.__version__, torch.cuda.get_device_name() if a else '', sep='|')"
@@ -260,7 +259,7 @@ def install(wheels: Sequence[Path], site: Path) -> None:
 
 
 def plan(given: argparse.Namespace, parts: Sequence[Part], absent: set[str], gib: float) -> list[Outcome]:
-    """What is going to run, in order, and why the rest is not."""
+    """The parts to run, in order, and the reasons for leaving out the others."""
     outcomes, spent = [], 0.0
     free = (
         shutil.disk_usage(next(folder for folder in (given.out, *given.out.absolute().parents) if folder.exists())).free
@@ -295,7 +294,7 @@ def expected(part: Part, given: argparse.Namespace) -> float:
 
 
 def print_plan(outcomes: Sequence[Outcome], given: argparse.Namespace, where: str) -> None:
-    """What will be needed, before anything starts."""
+    """Prints the plan: time, GPU memory and disk of each part."""
     print(f"{where}; Python {sys.version.split()[0]}, {len(os.sched_getaffinity(0))} cores; reports in {given.out}")
     print(f"{'part':<11}{'seconds':>8}{'GPU GiB':>9}{'disk GB':>9}  shows")
     for one in outcomes:
@@ -345,7 +344,7 @@ def run_part(one: Outcome, given: argparse.Namespace, environment: dict[str, str
 
 
 def end_group(process: subprocess.Popen[Any]) -> None:
-    """Ends a process and those that it started: kindly, then not."""
+    """Ends a process and its children: by SIGTERM, then by SIGKILL."""
     for name in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, name)
@@ -399,7 +398,7 @@ def write_summary(outcomes: Sequence[Outcome], given: argparse.Namespace, where:
 
 
 def print_table(outcomes: Sequence[Outcome], given: argparse.Namespace) -> None:
-    """What became of every part."""
+    """Prints the state of every part."""
     print(f"\n{'part':<11}{'state':<9}{'seconds':>8}{'rows':>6}")
     for one in outcomes:
         print(f"{one.part.name:<11}{one.state:<9}{one.seconds:>8.1f}{one.rows:>6}  {one.why}".rstrip())

@@ -1,5 +1,4 @@
-"""Step time and memory of the class head beside Partial FC's scheme and full softmax, and beside what the memory's
-bandwidth allows.
+"""Step time and memory of the class head beside Partial FC's scheme, full softmax, and the limit by memory bandwidth.
 
 python jobs/gpu/head.py OUT.json --classes 1000000 [--sides ours partial_fc_fused ...]
 

@@ -1,5 +1,5 @@
-"""The commands of a run on the GPU, as a user types them: train with DALI and bf16, stop and go on, evaluate, export;
-and on a CPU what the GPU left.
+"""The commands of a run on the GPU, as a user types them: train with DALI and bf16, stop and resume, evaluate, export;
+then its results on a CPU.
 
 python jobs/gpu/line.py OUT.json --catalogues FOLDER --work FOLDER
 
@@ -37,7 +37,7 @@ class Line:
         self.program, self.logs = program, logs
 
     def run(self, name: str, *words: object, cpu: bool = False) -> bool:
-        """`python -m WORDS`; whether it ended well. With `cpu` the GPU is hidden."""
+        """Runs `python -m WORDS`; True if it succeeded. With `cpu` the GPU is hidden."""
         environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if cpu else {})}
         command, began = [sys.executable, "-W", "ignore", "-m", *map(str, words)], time.perf_counter()
         log = self.logs / f"{self.program.out.stem}-{name}.log"
@@ -60,7 +60,7 @@ def losses(run: Path) -> list[float]:
 
 
 def recall(file: Path) -> float:
-    """What an evaluation wrote."""
+    """The figures of an evaluation."""
     return json.loads(file.read_text())["recall_at_5"]
 
 

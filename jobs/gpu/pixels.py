@@ -1,5 +1,4 @@
-"""Whether images decoded on the GPU are those of DALI's CPU graph and of Pillow, and stay what they are while the
-device is busy.
+"""Compares images decoded on the GPU with those of DALI's CPU graph and of Pillow, also while the device is busy.
 
 python jobs/gpu/pixels.py OUT.json
 
@@ -99,7 +98,7 @@ def compare_pixels(
 
 
 def damaged(program: Program, pipeline: ImagePipeline, photos: list[bytes], params: Parameters) -> None:
-    """One file without its pixels costs itself alone, and no other pixel."""
+    """A file without its pixels costs only itself, and no other pixel."""
     count = min(8, len(photos))
     some = {name: rows[:count] for name, rows in params.items()}
     whole, _ = pipeline.decode(photos[:count], some)
@@ -114,9 +113,7 @@ def damaged(program: Program, pipeline: ImagePipeline, photos: list[bytes], para
 
 
 def busy(program: Program, pipeline: ImagePipeline, photos: list[bytes], params: Parameters) -> None:
-    """Decodes again at once while the device has half a second of other work queued: no batch may change under those
-    who read it later.
-    """
+    """Decodes again while the device has half a second of other work queued: no batch may change before later reads."""
     half = len(photos) // 2
     parts = [slice(0, half), slice(half, 2 * half)]
     cut = [(photos[part], {name: rows[part] for name, rows in params.items()}) for part in parts]

@@ -1,4 +1,4 @@
-"""Images a second and share of the peak of image towers in bf16: as a run trains them, on megatron-core, plain, plain
+"""Images per second and share of the peak of image towers in bf16: as in a run, on megatron-core, plain, plain
 compiled, and transformers.
 
 python jobs/gpu/towers.py OUT.json [--models vit_s16 vit_l14 ...] [--batch 256]
@@ -41,11 +41,11 @@ BARS = {"vit_s16": ("images_per_s", 8003.0), "vit_l14": ("model_flops_utilisatio
 
 
 class Failed(Exception):
-    """A side gives other outputs than its plain twin."""
+    """Outputs of a side that differ from its plain twin's."""
 
 
 def tokens_of(found: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """The token vectors of what a side gives; our towers give the pooled vector too."""
+    """The token vectors of a side's outputs; our towers return the pooled vector too."""
     return found[0] if isinstance(found, tuple) else found
 
 

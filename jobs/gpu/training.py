@@ -1,5 +1,5 @@
-"""Six training steps of every method on the GPU and the same on a CPU, at the same time; then each goes on from the
-other's checkpoint.
+"""Six training steps of every method on the GPU and on a CPU, at the same time; then each resumes the other's
+checkpoint.
 
 python jobs/gpu/training.py OUT.json --catalogues FOLDER --work FOLDER
 
@@ -135,7 +135,7 @@ class Side:
         name: here or twin.
         cuda: whether it has the GPU.
         work: folder that both share.
-        catalogue: what is trained on.
+        catalogue: training data.
     """
 
     def __init__(self, name: str, cuda: bool, work: Path, catalogue: Path) -> None:
@@ -243,7 +243,7 @@ def take_rows_of_a_cpu(trainer: Any) -> None:
 
 
 def export(trainer: Any, run: Path) -> None:
-    """Writes the run's query encoder for serving, and what the towers themselves make of the same queries."""
+    """Writes the run's query encoder for serving, and the towers' own vectors of the same queries."""
     from harness.core.build import plain_query_encoder
     from models.registry import METHODS
 

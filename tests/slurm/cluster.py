@@ -52,7 +52,7 @@ class Cluster:
         return int(self.command("sbatch", "--parsable", *words, cwd=cwd, **variables))
 
     def job(self, number: int | str) -> dict[str, str]:
-        """What SLURM knows of a job: JobState, ExitCode, ..."""
+        """SLURM's record of a job: JobState, ExitCode, ..."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.command("scontrol", "--oneliner", "show", "job", number)))
 
     def wait(self, number: int | str, seconds: float = 300.0) -> dict[str, str]:

@@ -83,7 +83,7 @@ def plain(project: Path, *words: object) -> None:
 
 
 def figures(run: Path) -> list[dict[str, Any]]:
-    """What log.jsonl says of every step, without what depends on the machine's speed."""
+    """The steps of log.jsonl, without the figures that depend on the machine's speed."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not any(part in k for part in TIMING)} for line in lines]
 
