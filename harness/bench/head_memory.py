@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -73,12 +74,10 @@ def run(config: HeadMemoryConfig) -> dict[str, Any]:
         halves.append((classes / 1e6, (found["peak_mb"] + found["left_out_mb"]) * MB / MIB))
     (half, less), (millions, measured) = halves
     computed = computed_mib("ours_bf16_8bit", config, config.num_classes, config.ranks)
-    rows: list[dict[str, Any]] = [
-        {"kind": "computed", "million_classes": count, "gpus": gpus}
-        | {f"{side}_mib": computed_mib(side, config, count * 1e6, gpus) for side in PER_VALUE}
-        for count in MILLIONS
-        for gpus in GPUS
-    ]
+    rows: list[dict[str, Any]] = []
+    for count, gpus in itertools.product(MILLIONS, GPUS):
+        sides = {f"{side}_mib": computed_mib(side, config, count * 1e6, gpus) for side in PER_VALUE}
+        rows.append({"kind": "computed", "million_classes": count, "gpus": gpus} | sides)
     rows += [
         {"kind": "measured", "million_classes": count, "gpus": config.ranks, "ours_bf16_8bit_mib": mib}
         for count, mib in halves

@@ -44,7 +44,7 @@ def make_report(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
         "headline": {key: float(value) for key, value in headline.items()},
-        "rows": [dict(row) for row in rows],
+        "rows": list(map(dict, rows)),
     }
 
 

@@ -96,20 +96,19 @@ def run(config: SynthConfig) -> dict[str, Any]:
             table.writeheader()
             table.writerows(rows)
         product_of = {f"c{product.number:04d}": product for product in products}
-        shown = {
-            split: [(row["id"], product_of[row["class_id"]]) for row in rows if row["split"] == split]
-            for split in ("train", ALL_SPLITS)
-        }
-        log, wrong = click_log(shown["train"], shown[ALL_SPLITS], config.seed)
+        photos = [(row["id"], product_of[row["class_id"]]) for row in rows if row["split"] == "train"]
+        documents = [(row["id"], product_of[row["class_id"]]) for row in rows if row["split"] == ALL_SPLITS]
+        log, wrong = click_log(photos, documents, config.seed)
         pq.write_table(log, stage / "clicks.parquet")
         clicks = int(np.sum(log["clicks"]))
+        splits = Counter(row["split"] for row in rows)
         counts = {
             "products": config.products,
             "documents": config.products,
             "photos": len(rows) - config.products,
-            "unseen_products": sum(product.unseen for product in products),
-            "near_duplicates": sum(product.twin is not None for product in products),
-            "splits": dict(sorted(Counter(row["split"] for row in rows).items())),
+            "unseen_products": [product.unseen for product in products].count(True),
+            "near_duplicates": len(products) - [product.twin for product in products].count(None),
+            "splits": dict(sorted(splits.items())),
             "impressions": int(np.sum(log["impressions"])),
             "clicks": clicks,
             "wrong_clicks": wrong,

@@ -117,7 +117,8 @@ def _listed(folder: Path) -> tuple[str, dict[str, tuple[int, str]]] | str:
         sizes = file_sizes(folder)
     except OSError as error:
         return f"{printable(str(error.filename))} cannot be read ({error.strerror})"
-    unlisted = {name for name in _UNLISTED[version] if any(Path(name).parent == Path(file).parent for file in files)}
+    folders = {Path(file).parent for file in files}
+    unlisted = {name for name in _UNLISTED[version] if Path(name).parent in folders}
     for name in [*files, *sorted(unlisted)]:
         if sizes.get(name) == -1:
             return f"{printable(name)} is not a regular file"

@@ -85,7 +85,10 @@ class Tokenizer:
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts."""
-        return [[token for token in ids if token not in self._never] for ids in self._pieces.encode(texts)]
+        found = []
+        for ids in self._pieces.encode(texts):
+            found.append([token for token in ids if token not in self._never])
+        return found
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens; some kinds keep [UNK]."""

@@ -24,11 +24,12 @@ ROOT = Path(__file__).resolve().parents[2]
 FULL_GIB = 79.0  # of the GPU that the expectations are for, an H100 of 80 GB
 TINY_SECONDS = 20
 # module -> the distribution that brings it
+_SAME = """
+    torch triton pytest numpy jsonargparse tqdm einops psutil pyarrow xxhash sentencepiece safetensors tensorboard
+    fsspec duckdb sqlglot parsy optree docstring_parser typeshed_client tokenizers gast astunparse
+"""
 MODULES = {
-    **{name: name for name in ("torch", "triton", "pytest", "numpy", "jsonargparse", "tqdm", "einops", "psutil")},
-    **{name: name for name in ("pyarrow", "xxhash", "sentencepiece", "safetensors", "tensorboard", "fsspec", "duckdb")},
-    **{name: name for name in ("sqlglot", "parsy", "optree", "docstring_parser", "typeshed_client", "tokenizers")},
-    **{name: name for name in ("gast", "astunparse")},
+    **{name: name for name in _SAME.split()},
     "megatron.core": "megatron-core",
     "ibis": "ibis-framework",
     "public": "atpublic",

@@ -115,8 +115,9 @@ def damaged(program: Program, pipeline: ImagePipeline, photos: list[bytes], para
 def busy(program: Program, pipeline: ImagePipeline, photos: list[bytes], params: Parameters) -> None:
     """Decodes again while the device has half a second of other work queued: no batch may change before later reads."""
     half = len(photos) // 2
-    parts = [slice(0, half), slice(half, 2 * half)]
-    cut = [(photos[part], {name: rows[part] for name, rows in params.items()}) for part in parts]
+    cut = []
+    for part in (slice(0, half), slice(half, 2 * half)):
+        cut.append((photos[part], {name: rows[part] for name, rows in params.items()}))
     quiet = [pipeline.decode(*one)[0].clone() for one in cut]
     program.synchronize()
     n = 8192 if program.device.type == "cuda" else 64

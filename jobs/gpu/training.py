@@ -69,7 +69,7 @@ ITEM = BASE | {
 EIGHT_BIT = {"head.row_dtype": "bf16", "optimizer.rows.state": "8bit", "optimizer.rows.bf16_rows": "stochastic"}
 CASES: dict[str, dict[str, Any]] = {
     "oclear": OCLEAR | {"head.sample_rate": 0.5, "optimizer.rows.weight_decay": 0.01, "data.micro_batches": 2},
-    "make, some weights 0": MAKE | {f"model.weights.{name}": 0.0 for name in ("qim", "mlm", "mpm")},
+    "make, some weights 0": MAKE | dict.fromkeys(("model.weights.qim", "model.weights.mlm", "model.weights.mpm"), 0.0),
     "item, some weights 0": ITEM | {"model.weights.itm": 0.0, "model.global_targets": "all"},
     "oclear, 8 bit, average": OCLEAR | EIGHT_BIT | {"head.sample_rate": 0.5, "train.ema_decay": 0.9},
     "make": MAKE | {"model.memory_bank": 32, "model.memory_after": 16},
@@ -77,10 +77,7 @@ CASES: dict[str, dict[str, Any]] = {
     "oclear, conv stem": OCLEAR
     | {"model.vision.stem_channels": [16, 32, 64, 64], "model.vision.stem_blocks": [0, 1, 1, 0]},
     "oclear, rotary, recompute": OCLEAR
-    | {
-        f"model.vision.{key}": value
-        for key, value in (("positions", "rotary"), ("qk_norm", True), ("pooling", "attention"))
-    }
+    | {"model.vision.positions": "rotary", "model.vision.qk_norm": True, "model.vision.pooling": "attention"}
     | {"mesh.recompute": "selective"},
 }
 TINY = ("oclear",)

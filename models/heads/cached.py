@@ -52,7 +52,7 @@ def cached_losses(
     leaves = [torch.cat(pieces).requires_grad_() for pieces in zip(*encoded, strict=True)]
     loss, metrics = loss_of(*leaves)
     grads = torch.autograd.grad(loss, [*leaves, *parameters])
-    lengths = [[len(x) for x in pieces] for pieces in zip(*encoded, strict=True)]
+    lengths = [list(map(len, pieces)) for pieces in zip(*encoded, strict=True)]
     grad_pieces = zip(*(g.split(n) for g, n in zip(grads, lengths, strict=False)), strict=True)
     part = 1 / len(batches)
     for batch, stream, pieces in zip(batches, streams, grad_pieces, strict=True):

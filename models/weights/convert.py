@@ -204,12 +204,11 @@ def write_converted(folder: Path, towers: Mapping[str, Converted]) -> None:
     """Writes weights.safetensors and weights.json into an existing folder."""
     state = {name: tensor for converted in towers.values() for name, tensor in converted.state.items()}
     save_tensors(state, folder / "weights.safetensors")
-    meta = {
-        "format": FORMAT,
-        "model": {tower: asdict(converted.config) for tower, converted in towers.items()},
-        "origin": {tower: converted.origin for tower, converted in towers.items()},
-        "left_out": {tower: converted.left_out for tower, converted in towers.items()},
-    }
+    meta: Json = {"format": FORMAT, "model": {}, "origin": {}, "left_out": {}}
+    for tower, converted in towers.items():
+        meta["model"][tower] = asdict(converted.config)
+        meta["origin"][tower] = converted.origin
+        meta["left_out"][tower] = converted.left_out
     (folder / "weights.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
 

@@ -146,7 +146,8 @@ def unused(names: Iterable[str], rules: Iterable[Rule], known: Iterable[str]) ->
     """Tensors that no rule takes: (those that match `known`, which are not part of the tower; the others)."""
     taken = {name for rule in rules for name in rule.theirs}
     rest = sorted(name for name in names if name not in taken)
-    matching = [name for name in rest if any(re.fullmatch(pattern, name) for pattern in known)]
+    pattern = re.compile("|".join(map("(?:{})".format, known)))
+    matching = [name for name in rest if pattern.fullmatch(name)]
     return matching, [name for name in rest if name not in matching]
 
 

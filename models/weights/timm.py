@@ -112,9 +112,10 @@ def timm_said(shapes: Shapes, architecture: str, args: Json, prefix: str = "") -
     positions = own["pos_embed"][-2]
     grid = math.isqrt(positions)
     quick, tanh = "quickgelu" in architecture, re.search(_GELU_TANH, architecture)
+    blocks = {name.split(".")[1] for name in own if name.startswith("blocks.")}
     return (
         {"architecture": architecture, "img_size": grid * patch, "patch_size": patch, "embed_dim": hidden}
-        | {"depth": len({name.split(".")[1] for name in own if name.startswith("blocks.")})}
+        | {"depth": len(blocks)}
         | {"num_heads": _HEADS.get(hidden, hidden // 64), "mlp_ratio": _ratio(hidden, fc1), "gated": fc1 == 2 * fc2}
         | {"act_layer": "quick_gelu" if quick else "gelu_tanh" if tanh else "gelu"}
         | {"global_pool": "map" if "attn_pool.latent" in own else "token" if "cls_token" in own else "avg"}

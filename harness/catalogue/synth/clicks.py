@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,7 +40,8 @@ def click_log(
     rng = np.random.default_rng([seed, 1])
     place = {product.number: index for index, (_, product) in enumerate(documents)}
     traffic = 30.0 / (1 + rng.permutation(len(documents))) ** ZIPF
-    alike = np.array([[_likeness(a, b) for _, b in documents] for _, a in documents])
+    pairs = itertools.product([product for _, product in documents], repeat=2)
+    alike = np.array(list(itertools.starmap(_likeness, pairs))).reshape(len(documents), -1)
     rows: list[tuple[int, int, int, int, bool]] = []
     for photo, (_, product) in enumerate(photos):
         own = place[product.number]
@@ -58,13 +60,9 @@ def click_log(
     wrong = min(round(int(clicks.sum()) * WRONG_SHARE / (1 - WRONG_SHARE)), len(shown))
     weight = alike[[place[photos[photo][1].number] for photo in photo_of[shown]], document_of[shown]]
     np.add.at(clicks, rng.choice(shown, wrong, replace=False, p=weight / weight.sum()), 1)
-    columns = [
-        [photos[photo][0] for photo in photo_of],
-        [documents[document][0] for document in document_of],
-        position_of,
-        impressions,
-        clicks,
-    ]
+    photo_ids = [photos[photo][0] for photo in photo_of]
+    document_ids = [documents[document][0] for document in document_of]
+    columns = (photo_ids, document_ids, position_of, impressions, clicks)
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA), wrong
 
 

@@ -45,9 +45,14 @@ def box(x0: float, y0: float, x1: float, y1: float, radius: float = 0.02) -> Poi
     return [point for arc in arcs for point in arc]
 
 
+def mirrored(half: Sequence[tuple[float, float]]) -> Points:
+    """An outline symmetric about x = 0, from its right half, top to bottom."""
+    return [*half, *[(-x, y) for x, y in reversed(half)]]
+
+
 def profile(*half: tuple[float, float]) -> Points:
     """A symmetric outline from (half width, y) pairs, top to bottom."""
-    return [(0.5 + w, y) for w, y in half] + [(0.5 - w, y) for w, y in reversed(half)]
+    return [(0.5 + x, y) for x, y in mirrored(half)]
 
 
 def smooth(points: Points, rounds: int = 3) -> Points:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
@@ -162,7 +163,7 @@ def make_products(count: int, near_duplicates: float, unseen: float, seed: int) 
         look = (name, colour, pattern, brand)
         room = 2 if tries < 20 * count else 3
         tries += 1
-        alike = (sum(a == b for a, b in zip(look, other, strict=True)) for other in looks if other[0] == name)
+        alike = (sum(map(operator.eq, look, other)) for other in looks if other[0] == name)
         if max(alike, default=0) > room:
             continue
         looks.append(look)

@@ -7,7 +7,20 @@ from math import cos, pi, sin
 
 from PIL import Image
 
-from harness.catalogue.synth.draw import CREAM, GLASS, INK, METAL, STALK, Canvas, box, darker, oval, profile, smooth
+from harness.catalogue.synth.draw import (
+    CREAM,
+    GLASS,
+    INK,
+    METAL,
+    STALK,
+    Canvas,
+    box,
+    darker,
+    mirrored,
+    oval,
+    profile,
+    smooth,
+)
 from harness.catalogue.synth.products import Product
 
 
@@ -294,7 +307,7 @@ def _fruit(outline: Callable[[Canvas, float, float, float], None]) -> Callable[[
 
 def _apple(c: Canvas, x: float, y: float, r: float) -> None:
     half = ((0.0, -0.72), (0.45, -0.95), (0.95, -0.6), (0.95, 0.1), (0.6, 0.9), (0.25, 0.98), (0.0, 0.86))
-    outline = [(x + r * a, y + r * b) for a, b in half] + [(x - r * a, y + r * b) for a, b in half[::-1]]
+    outline = [(x + r * a, y + r * b) for a, b in mirrored(half)]
     c.part(smooth(outline, 2), c.base, "ball")
     c.line([(x, y - 0.65 * r), (x + 0.12 * r, y - 1.08 * r)], 0.09 * r, STALK)
     c.part(smooth([(x + 0.1 * r, y - 0.85 * r), (x + 0.5 * r, y - 1.15 * r), (x + 0.7 * r, y - 0.9 * r)], 2),
@@ -302,7 +315,7 @@ def _apple(c: Canvas, x: float, y: float, r: float) -> None:
 
 def _pear(c: Canvas, x: float, y: float, r: float) -> None:
     half = ((0.0, -1.0), (0.35, -0.95), (0.4, -0.4), (0.85, 0.1), (0.85, 0.75), (0.4, 1.05), (0.0, 1.05))
-    outline = [(x + r * a, y + r * b) for a, b in half] + [(x - r * a, y + r * b) for a, b in half[::-1]]
+    outline = [(x + r * a, y + r * b) for a, b in mirrored(half)]
     c.part(smooth(outline, 2), c.base, "ball")
     c.line([(x, y - 0.9 * r), (x + 0.1 * r, y - 1.2 * r)], 0.09 * r, STALK)
 
@@ -323,8 +336,9 @@ def _orange(c: Canvas, x: float, y: float, r: float) -> None:
 
 def _lemon(c: Canvas, x: float, y: float, r: float) -> None:
     half = ((1.12, -0.08), (0.95, -0.2), (0.6, -0.65), (0.0, -0.78))
-    top = [*half, *[(-a, b) for a, b in half[::-1]]]
-    c.part(smooth([(x + r * a, y + r * b) for a, b in [*top, *[(a, -b) for a, b in top[::-1]]]], 2), c.base, "ball")
+    top = mirrored(half)
+    outline = [*top, *[(a, -b) for a, b in reversed(top)]]
+    c.part(smooth([(x + r * a, y + r * b) for a, b in outline], 2), c.base, "ball")
 
 # fmt: on
 
