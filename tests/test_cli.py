@@ -28,7 +28,7 @@ from tests.runs import UNUSED, arguments, tiny_config
 
 
 class Answer(NamedTuple):
-    """What a command left: exit code, standard output, standard error."""
+    """Result of a command: exit code, standard output, standard error."""
 
     code: int
     out: str
@@ -55,7 +55,9 @@ def shelfmark(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 
 def refused(answer: Answer, *pieces: str) -> None:
-    """Exit code 2, and on stderr, below what progress there was, one line that begins with `error: ` and holds `pieces`."""
+    """Exit code 2, and on stderr, below what progress there was, one line that begins with `error: ` and holds
+    `pieces`.
+    """
     assert answer.code == 2
     assert "Traceback" not in answer.err
     lines = [line for line in re.split(r"[\r\n]", answer.err) if line.startswith("error")]
@@ -177,8 +179,8 @@ def test_json_writes_the_figures(shelfmark: Shelfmark, run: Path, tmp_path: Path
 
 RECIPES = {
     "no file": (None, ("No such file", "jobs/recipes")),
-    "broken YAML": ("train: {steps: [}", ("is no YAML", "line 1")),
-    "no YAML at all": (b"\xff\xfe\x00", ("is no YAML",)),
+    "broken YAML": ("train: {steps: [}", ("is not YAML", "line 1")),
+    "no YAML at all": (b"\xff\xfe\x00", ("is not YAML",)),
     "a list": ("[1, 2]", ("must be a YAML mapping",)),
     "empty": ("", ("must be a YAML mapping",)),
     "unknown key": ("train: {stepz: 4}", ("unknown key 'train.stepz'", "Did you mean 'train.steps'")),
@@ -367,7 +369,7 @@ def test_eval_refuses_a_damaged_run(shelfmark: Shelfmark, run: Path, tmp_path: P
     with (copy / "checkpoints" / "step-00000002" / "classes.parquet").open("ab") as file:
         file.write(b"\0")
     refused(shelfmark("eval", copy), "no complete checkpoint", "step-00000002: classes.parquet")
-    for text, piece in (("a: [", "is no YAML"), ("", "must be a YAML mapping"), ("method: oclear\nsede: 3", "'sede'")):
+    for text, piece in (("a: [", "is not YAML"), ("", "must be a YAML mapping"), ("method: oclear\nsede: 3", "'sede'")):
         (copy / "config.yaml").write_text(text)
         refused(shelfmark("eval", copy), piece, "config.yaml")
 

@@ -418,7 +418,7 @@ ingest.run(ingest.IngestConfig(manifest=Path({str(manifest)!r}), images=Path({st
         Catalogue(tmp_path / "cat.tmp/new")
     capsys.readouterr()
     ingest_rows(drawn, tmp_path / "cat", shard_size=4096)
-    assert "cleared away what a process that was killed left in cat.tmp" in capsys.readouterr().out
+    assert "cleared away leftovers of a killed process in cat.tmp" in capsys.readouterr().out
     assert {path for path in tmp_path.iterdir() if path.is_dir()} == {tmp_path / "cat"}
     assert contents(tmp_path / "cat") == contents(ingest_rows(drawn, tmp_path / "undisturbed", shard_size=4096))
 

@@ -1,4 +1,4 @@
-"""What the loader guards against: damage beyond measure, an order that changed under a run, and memory without a bound."""
+"""The loader's guards: too much damage, an order that changed under a run, and memory without a bound."""
 
 from __future__ import annotations
 

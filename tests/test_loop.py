@@ -95,7 +95,7 @@ def test_the_log_has_every_figure_of_every_step(finished: tuple[Path, dict[str, 
 
 
 def train_by_a_clock_of_its_own(config: RunConfig) -> None:
-    """Trains where nothing takes time but waiting for data, 3 s on rank 0 and 6 s on rank 1, and the forward pass, 1 s."""
+    """Trains where only waiting for data (3 s on rank 0, 6 s on rank 1) and the forward pass (1 s) take time."""
     now = 0.0
     with trainer(config) as t:
         steps, losses = t.loader.steps, t.method.losses

@@ -379,7 +379,7 @@ class Queue:
 
 
 class Memory:
-    """DALI's: a buffer that nobody holds any more is written over by the next run, whatever is still queued to read it."""
+    """DALI's: the next run overwrites a buffer that nobody holds, even if a queued operation still reads it."""
 
     def __init__(self, pipeline):
         self.pipeline, self.buffers, self.streams = pipeline, [], []

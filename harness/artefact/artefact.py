@@ -1,6 +1,4 @@
-"""An exported artefact, opened for search: photos or texts in, the best documents out. Needs neither the run nor its
-catalogue.
-"""
+"""Search in an exported artefact: photos or texts in, the best documents out. Needs neither run nor catalogue."""
 
 from __future__ import annotations
 
@@ -41,14 +39,14 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Photo:
-    """A query photo: its bytes, and the window that is searched for, (x, y, width, height) in upright pixels."""
+    """A query photo: its bytes, and the window to search for, (x, y, width, height) in upright pixels."""
 
     data: bytes
     window: Box
 
     @classmethod
     def open(cls, path: Path, box: Sequence[int] = ()) -> Photo:
-        """Reads and checks a file; without `box` all of it counts.
+        """Reads and checks a file; without `box` the window is the whole photo.
 
         Raises:
             UserError: no such file, not an image, or a box that is empty or outside of it.
@@ -89,7 +87,7 @@ class Artefact:
     """An artefact folder.
 
     Args:
-        path: what `shelfmark export` wrote.
+        path: a folder written by `shelfmark export`.
         backend: decoder of the photos, dali or reference; the one that the run was trained and evaluated with by
             default.
         threads: decoding threads.
@@ -103,8 +101,9 @@ class Artefact:
     Raises:
         UserError: no artefact there, one that is damaged or of another format, no faiss, no DALI.
 
-    Nothing in the folder is run: weights, pictures, tables and vectors are data, whose sizes are compared before memory
-    is taken for them.
+    No code from the folder is run: weights, pictures, tables and vectors are data, whose sizes are checked before
+        memory
+    is allocated for them.
     """
 
     def __init__(self, path: Path, backend: str | None = None, threads: int = 1) -> None:
@@ -188,13 +187,13 @@ class Artefact:
         """The `k` best documents (or all there are) of each query [n, d], best first.
 
         Order and scores are those of evaluation (harness/evaluate/ranking.py), ties included, unless more than 32
-        documents tie with the last one: FAISS finds the candidates in fp32, which are then ranked exactly.
+        documents tie with the last one: FAISS finds candidates in fp32, which are then ranked exactly.
         """
         if not len(queries):
             return []
         _, rows = self._index.search(queries.numpy(), min(k + _SPARE, self._index.ntotal))
         if rows.min() < 0:
-            raise UserError(f"{self.path}: the encoder or the index gives vectors that are no numbers", "Export again")
+            raise UserError(f"{self.path}: the encoder or the index gives vectors that are not numbers", "Export again")
         ids, titles = self.documents.column("item"), self.documents.column("title")
         found = []
         for query, candidates in zip(queries, rows, strict=True):
@@ -205,7 +204,7 @@ class Artefact:
         return found
 
     def thumbnail(self, row: int) -> Image.Image:
-        """The small picture of a document; a grey one where none was exported, or it is no picture."""
+        """The thumbnail of a document; grey if none was exported, or it is not a picture."""
         data = self.documents.column("thumbnail")[row].as_py()
         try:
             return decode_rgb(check_image(data or b"", _THUMBNAIL_PIXELS).data)
@@ -252,5 +251,5 @@ def _read_settings(record: Record) -> tuple[Any, PreprocessSpec]:
 
 def _one_of(record: Record, name: str, choices: Sequence[str]) -> str:
     if (value := record.get(name, str)) not in choices:
-        record.refuse(f"{name} is none of {', '.join(choices)}")
+        record.refuse(f"{name} is not one of {', '.join(choices)}")
     return value

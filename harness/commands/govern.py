@@ -1,4 +1,4 @@
-"""`shelfmark govern`: which samples show the same thing, and how often an epoch shows each class.
+"""`shelfmark govern`: classes of samples that show the same thing, and their slots per epoch.
 
 The rules are relational queries, written once as Ibis expressions; DuckDB runs them here, embedded, spilling to disk.
 Every result leaves the engine as a Parquet file, so that memory does not grow with the catalogue.
@@ -39,8 +39,8 @@ class GovernConfig:
         split: the split to train on; samples of split 'all' belong to it.
         min_queries: fewest query samples a class needs.
         min_documents: fewest document samples a class needs.
-        query_power: how far an epoch follows the sizes of the classes: 1 shows every query once, 0 shows all classes
-            equally often.
+        query_power: exponent of the class sizes in an epoch: 1 shows every query once, 0 shows all classes equally
+            often.
         document_ratio: document samples shown per query sample of a class.
     """
 
@@ -82,7 +82,7 @@ def number_classes(kept: ibis.Table, mean: float, median: float, config: GovernC
     scale = mean or 1.0
     query_slots = ibis.greatest(1, (scale * (_.query_members / scale) ** config.query_power).round().cast("int64"))
     document_slots = ibis.greatest(1, (_.query_slots * config.document_ratio).round().cast("int64"))
-    # A class may lack one kind (--min-queries 0): there is nothing to show of it.
+    # A class may lack one kind (--min-queries 0), which then gets no slots.
     return kept.mutate(
         class_id=ibis.row_number().over(order_by=_.first_id),
         query_slots=ibis.ifelse(_.query_members == 0, 0, query_slots).cast("int64"),
@@ -161,7 +161,7 @@ def _check(config: GovernConfig) -> None:
 
 def _check_split(catalogue: Catalogue, split: str) -> None:
     splits: dict[str, int] = catalogue.meta["counts"]["splits"]
-    # A catalogue without splits is all of every split; in any other one, an unknown name is a slip.
+    # A catalogue without splits belongs to every split; in others an unknown name is a mistake.
     if split not in splits and set(splits) != {ALL_SPLITS}:
         there = ", ".join(f"{name} ({splits[name]:,})" for name in nearest_first(split, splits))
         raise UserError(f"no sample of {catalogue.path} is in split {split!r} (--split)", f"The splits are {there}")

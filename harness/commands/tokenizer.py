@@ -1,4 +1,4 @@
-"""`shelfmark tokenizer`: learns the vocabulary of a catalogue's text, or takes one that exists, and stores all tokens.
+"""`shelfmark tokenizer`: learns the vocabulary of a catalogue's text, or takes an existing one, and stores all tokens.
 
 SentencePiece (Kudo and Richardson, 2018, arXiv:1808.06226) with the unigram model by default.
 """
@@ -55,14 +55,14 @@ class TokenizerConfig:
     Args:
         catalogue: the catalogue folder; an existing tokenizer/ in it is replaced.
         vocab_size: pieces of the vocabulary, the five special ones included.
-        model_type: how the pieces are chosen.
+        model_type: SentencePiece's algorithm.
         split: the split whose text is learned from; samples of split 'all' belong to it.
         character_coverage: share of the text's characters that get a piece; the rarest others become [UNK].
         max_texts: texts to learn from at most, taken at even distances; SentencePiece holds them in memory.
         fold_case: read all text in lower case, queries too: shoppers do not type the capitals of titles.
-        keep_from: a folder whose tokenizer is taken as it is. A run or catalogue: a run goes on with a grown catalogue
-            only with its own pieces. A folder of `shelfmark import` or of the hub: an imported text tower knows its own
-            ids alone.
+        keep_from: a folder whose tokenizer is taken unchanged. A run or catalogue: a run continues on a grown catalogue
+            only with its own pieces. A folder of `shelfmark import` or of the hub: an imported text tower knows only
+            its own ids.
     """
 
     catalogue: Path
@@ -138,7 +138,7 @@ def _texts(catalogue: Catalogue, split: str) -> Iterator[str]:
 
 
 def _train(catalogue: Catalogue, config: TokenizerConfig) -> tuple[bytes, dict[str, Any]]:
-    """The trained model, and what it was learned from."""
+    """The trained model, and the number of texts that it was learned from."""
     if config.vocab_size <= len(SPECIAL_IDS):
         raise UserError(f"--vocab-size is {config.vocab_size}", f"{len(SPECIAL_IDS)} are special pieces already")
     if config.vocab_size > LARGEST_VOCABULARY:

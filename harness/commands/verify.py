@@ -1,8 +1,7 @@
-"""`shelfmark verify`: reads catalogues, runs, checkpoints, artefacts and folders of weights through, and names what is
-damaged.
+"""`shelfmark verify`: checks catalogues, runs, checkpoints, artefacts and folders of weights for damage.
 
-Checksums tell that nothing has changed since a folder was written, not who wrote it. Nothing that is read is run.
-PyTorch is loaded only for checkpoints, whose pickles are looked through too.
+Checksums show that nothing has changed since a folder was written, not who wrote it. No code from a folder is run.
+PyTorch is loaded only for checkpoints, whose pickles are checked too.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from harness.text.tokenizer import Tokenizer
 EXAMPLE = "shelfmark verify catalogues/products runs/products artefacts/products --images"
 AT_ONCE = 64  # images of a thread's task
 NAMED = 10  # damaged images that are named one by one
-# What a folder is that holds this file, and what to do where it is damaged.
+# File of a folder -> its kind, and the remedy for damage.
 KINDS = {
     "artefact.json": ("artefact", "Copy it again, or export again"),
     "state.json": ("checkpoint", "Copy it again; training goes on from the newest one that is whole"),
@@ -37,11 +36,11 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
-    """Compares every file with its checksum and prints a line for each thing; exit code 0 means that all are whole.
+    """Compares every file with its checksum and prints a line for each folder; exit code 0 means that all are whole.
 
     Args:
         paths: folders of any of these kinds.
-        images: read the images of catalogues too, that is all of their shards.
+        images: read the images of catalogues too, which is all of their shards.
         threads: images that are read at once.
     """
 
@@ -151,7 +150,7 @@ def _images(catalogue: Catalogue, threads: int) -> str:
     with ThreadPoolExecutor(threads) as pool, progress:
         firsts = iter(range(0, catalogue.num_samples, AT_ONCE))
         while True:
-            # The window bounds what waits in memory at any size of the catalogue.
+            # The window bounds the memory at any size of the catalogue.
             while len(window) < 2 * threads and (first := next(firsts, None)) is not None:
                 window.append(pool.submit(check, first))
             if not window:
