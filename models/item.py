@@ -22,7 +22,7 @@ from models.alignment import Alignment
 from models.batch import Batch, rank_sizes
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss
 from models.heads.mean import averaged, global_mean, weight_errors, weighted_sum
-from models.masked_modelling import WordHead, hide_patches, patch_pixels, word_terms
+from models.masking import WordHead, hide_patches, patch_pixels, word_terms
 from models.shape import TransformerBuilder, TransformerShape, padded_vocab, shape_errors
 from models.stem import conv_stem, patch_stem
 from models.transfer import places

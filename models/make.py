@@ -26,7 +26,7 @@ from models.cross_modal import MODALITIES, CrossModal, Match, ModalAdaptation
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss, same_product
 from models.heads.mean import averaged, global_mean, weight_errors, weighted_sum
 from models.heads.memory_bank import MemoryBank
-from models.masked_modelling import WordHead, hide_patches, patch_pixels, word_terms
+from models.masking import WordHead, hide_patches, patch_pixels, word_terms
 from models.shape import TransformerBuilder, TransformerShape, shape_errors
 from models.text import TextConfig, TextTower
 from models.transfer import places
