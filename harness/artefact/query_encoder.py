@@ -30,7 +30,7 @@ def write_query_encoder(encoder: nn.Module, folder: Path) -> None:
 
 
 def read_model(method: str, values: Any, where: Path) -> Any:
-    """The configuration of a method from untrusted plain values; `where` is their file.
+    """The configuration of a method from plain values that somebody else may have written; `where` is their file.
 
     Raises:
         UserError: an unknown method, or values that do not describe towers.
@@ -52,8 +52,8 @@ def read_model(method: str, values: Any, where: Path) -> Any:
 
 
 def read_query_encoder(method: str, model: Any, folder: Path) -> nn.Module:
-    """The query encoder of folder/encoder.safetensors, float32 on the CPU; names and shapes are checked before memory
-    is allocated.
+    """The query encoder of folder/encoder.safetensors, float32 on the CPU; no memory is taken before names and shapes
+    are known to fit.
 
     Raises:
         UserError: the file is missing or damaged, or holds the weights of another encoder.

@@ -1,7 +1,7 @@
 """Random numbers without state: every draw is a function of a key and of the words that name it.
 
-The same words give the same number on every rank, in any order and in any batch. So the data order and the augmentation
-can be recomputed from one position. Everything is vectorised and needs memory only for its arguments.
+The same words give the same number on every rank, in any order and in any batch, which is what lets the data order and
+the augmentation be recomputed from one position. Everything is vectorised and needs memory for its arguments only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Waits for work of unbounded length on some ranks, without a collective whose timeout would end the run.
+"""Waits for work of unbounded length on some ranks: no collective waits for it, and so no collective's timeout ends the
+run.
 
-The ranks meet in the store of the process group. A rank that raises or hangs (`harness.core.watch`) ends the wait of
-all others with an error.
+The ranks meet in the store of the process group. One that raises, or that stands still (`harness.core.watch`), ends the
+wait of all others with an error.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.5  # seconds between two looks at the st
 
 
 def in_own_time(work: Callable[[], T], mesh: Mesh, what: str) -> T:
-    """work() of this rank, returned after every rank has finished its own, however long that takes; collective.
+    """work() of this rank, once every rank has ended its own, however long that took it; collective.
 
     Args:
-        work: may differ between ranks; must not call collectives.
-        mesh: its watch bounds the silence of a rank, not the length of its work.
+        work: may differ between ranks, and takes part in no collective.
+        mesh: its watch bounds how long a rank may be silent, not how long it may work.
         what: the work in words, for an error: 'writing the documents'.
 
     Raises:
-        UserError: work() of some rank raised one (raised on all), or a rank was silent for mesh.timeout_minutes.
-        RuntimeError: work() of another rank raised another exception.
+        UserError: work() of some rank raised one: raised on all; or a rank was not heard of for mesh.timeout_minutes.
+        RuntimeError: that of another rank raised something else.
     """
     if mesh.world_size == 1:
         return work()
@@ -48,15 +49,15 @@ def in_own_time(work: Callable[[], T], mesh: Mesh, what: str) -> T:
 
 
 def on_first_rank(make: Callable[[], T], mesh: Mesh, what: str) -> T:
-    """make() of rank 0 for every rank, however long it takes; collective. Raises as `in_own_time`."""
+    """make() of rank 0 for every rank, however long it takes; collective. Raises what `in_own_time` does."""
     made: list[Any] = [in_own_time(make if mesh.rank == 0 else lambda: None, mesh, what)]
     dist.broadcast_object_list(made)
     return made[0]
 
 
 def of_all_ranks(work: Callable[[], T], mesh: Mesh, what: str) -> list[T]:
-    """work() of every rank, in rank order, for every rank, however long it takes; collective. Raises as
-    `in_own_time`.
+    """work() of every rank, in their order, for every rank, however long it takes; collective. Raises what
+    `in_own_time` does.
     """
     made = in_own_time(work, mesh, what)
     parts: list[Any] = [None] * mesh.world_size
@@ -65,8 +66,8 @@ def of_all_ranks(work: Callable[[], T], mesh: Mesh, what: str) -> list[T]:
 
 
 class _Place:
-    """This rank in one wait. Rank 0 watches all ranks, the others watch rank 0: few reads of the store at any number of
-    ranks.
+    """This rank in one wait. Rank 0 watches all ranks, the others watch rank 0: a look at the store costs few reads at
+    any number of ranks.
     """
 
     def __init__(self, mesh: Mesh, what: str) -> None:

@@ -30,7 +30,7 @@ ARRAYS: dict[str, tuple[type[np.integer], int]] = {
     "text_offsets": (np.int64, 1),
     "text_clicks": (np.int64, 1),
 }
-# Apart from the streams of order.py, preprocess.py and masking.py under the same seed.
+# They keep these draws apart from those of order.py, preprocess.py and masking.py under the same seed.
 _COUNT, _ORDER, _WORDING, _TEXT = 24, 25, 26, 27
 
 Ints = npt.NDArray[np.int64]
@@ -164,11 +164,12 @@ def read_meta(catalogue: Path) -> dict[str, Any]:
 
 
 def with_keywords(method: str, model: Any, catalogue: Path) -> Any:
-    """The method's configuration with the size of the catalogue's keyword table, if it has that field and leaves it 0.
+    """The method's configuration with the size of the catalogue's keyword table, where it has a place for that and no
+    size of its own.
 
     Raises:
-        UserError: the catalogue has no queries (harness/commands/queries.py), or another number of keywords than the
-            configuration.
+        UserError: the catalogue has no queries (harness/commands/queries.py), or other keywords than the objective on
+            them is configured for.
     """
     if method != "make":
         return model

@@ -9,7 +9,8 @@ from models.text import TextConfig
 
 
 def require_fit(special: SpecialTokens, text: TextConfig | StreamConfig, where: str) -> None:
-    """Refuses a text tower whose special ids differ from the tokenizer's; `where` is its key, e.g. model.text.
+    """Refuses a text tower that takes other ids for special ones than its texts have; `where` is its key, e.g.
+    model.text.
 
     Raises:
         UserError: another id of padding, another end of text for pooling eos, or more ids than the tower has rows.
