@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# name -> (mode, antialias) of torch's interpolate, as the models with learned positions use it at another resolution
+# name -> (mode, antialias) of torch's interpolate: what the models that bring learned positions do at another
+# resolution.
 RESIZES = {
     "bicubic": ("bicubic", False),
     "bicubic_antialias": ("bicubic", True),

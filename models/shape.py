@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.activation import ACTIVATIONS, GATED
 from models.fields import TRAINING_ONLY
 
-MOST_LAYERS = 1000  # building so many takes seconds; an absurd number must not take for ever
+MOST_LAYERS = 1000  # building so many takes seconds, and a number that is none of layers must not take for ever
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,6 +137,7 @@ def main(root: Path) -> None:
     lines: Counter[str] = Counter()
     for source in sources:
         lines[source.part] += source.code_lines()
+    lines["harness, all"] = sum(count for part, count in lines.items() if part.startswith("harness"))
     counted: list[dict[str, Scalar]] = [{"code lines": part, "count": count} for part, count in lines.items()]
     tests = style([source for source in sources if source.part == "tests"])
     product = style([source for source in sources if source.part != "tests"])

@@ -181,7 +181,7 @@ def test_what_cannot_be_kept_is_named(hub: Path, tmp_path: Path) -> None:
     refused(r"spiece\.model: not a SentencePiece model", spiece_model=b"nothing")
     shutil.copyfile(hub / "siglip" / "spiece.model", tmp_path / "sentencepiece.bpe.model")
     refused(r"sentencepiece\.bpe\.model: its first pieces are not")
-    refused(r"tokenizer\.json: no tokenizer\.json of the tokenizers library", tokenizer_json=b'{"model": 1}')
+    refused(r"tokenizer\.json: not a tokenizer\.json of the tokenizers library", tokenizer_json=b'{"model": 1}')
     text = (hub / "bert" / "tokenizer.json").read_text().replace("[PAD]", "[FILL]")
     refused(r"does not say which of its tokens is pad.*\(pad_token\)", tokenizer_json=text.encode())
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": "[FILL]"}}))
@@ -242,7 +242,7 @@ def test_a_vocabulary_of_absurd_ids_or_without_a_piece_for_what_is_unknown_is_to
     del text["model"]["vocab"]["absurd"], text["model"]["vocab"]["[UNK]"]
     text["added_tokens"] = [token for token in text["added_tokens"] if token["content"] != "[UNK]"]
     (folder / "tokenizer.json").write_text(json.dumps(text))
-    with pytest.raises(UserError, match=r"tokenizer\.json: no tokenizer\.json of the tokenizers library"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer\.json of the tokenizers library"):
         read_imported(folder)
 
 

@@ -45,7 +45,7 @@ class Photo:
 
     @classmethod
     def open(cls, path: Path, box: Sequence[int] = ()) -> Photo:
-        """Reads and checks a file; without `box` the window is the whole photo.
+        """Reads and checks a file; without `box` all of it counts.
 
         Raises:
             UserError: no such file, not an image, or a box that is empty or outside of it.

@@ -1,4 +1,4 @@
-"""`shelfmark govern`: classes of samples that show the same thing, and their slots per epoch.
+"""`shelfmark govern`: which samples show the same thing, and how often an epoch shows each class.
 
 The rules are relational queries, written once as Ibis expressions; DuckDB runs them here, embedded, spilling to disk.
 Every result leaves the engine as a Parquet file, so that memory does not grow with the catalogue.

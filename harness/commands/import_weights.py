@@ -1,4 +1,5 @@
-"""`shelfmark import`: converts weights from the Hugging Face hub, timm or open_clip into the start of a training run.
+"""`shelfmark import`: the weights of a model from the Hugging Face hub, timm or open_clip become the start of a
+training run.
 
 weights.safetensors   the towers' tensors, float32, under the names of a checkpoint
 weights.json          configuration of the towers, origin of the weights, tensors left out

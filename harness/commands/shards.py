@@ -1,4 +1,4 @@
-"""`shelfmark shards`: sets the place of a catalogue's shards, after a check that they are there."""
+"""`shelfmark shards`: says where a catalogue's shards lie, after a look that they do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`shelfmark tokenizer`: learns the vocabulary of a catalogue's text, or takes an existing one, and stores all tokens.
+"""`shelfmark tokenizer`: learns the vocabulary of a catalogue's text, or takes one that exists, and stores all tokens.
 
 SentencePiece (Kudo and Richardson, 2018, arXiv:1808.06226) with the unigram model by default.
 """

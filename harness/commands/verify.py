@@ -1,4 +1,5 @@
-"""`shelfmark verify`: checks catalogues, runs, checkpoints, artefacts and folders of weights for damage.
+"""`shelfmark verify`: reads catalogues, runs, checkpoints, artefacts and folders of weights through, and names what is
+damaged.
 
 Checksums show that nothing has changed since a folder was written, not who wrote it. No code from a folder is run.
 PyTorch is loaded only for checkpoints, whose pickles are checked too.

@@ -50,7 +50,7 @@ def read_json(file: Path, remedy: str = "") -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML without aliases: a page of them can expand beyond any memory."""
+    """Reads YAML without aliases: a page of them can stand for more than a memory holds."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """As the base class, but raises ComposerError for an alias."""
