@@ -13,7 +13,7 @@ from typing import NamedTuple
 import xxhash
 from PIL import Image
 
-from harness.catalogue.pixels import FORMATS, Unsupported, open_picture, other_format, upright
+from harness.catalogue.pixels import FORMATS, Unsupported, open_picture, upright, why_unknown
 
 MOST_PIXELS, MOST_BYTES = 64_000_000, 64 * 2**20  # of an image, where nothing else is asked for
 # Of a JPEG. One bit for each 8 x 8 block of each colour, the least there can be, makes a third.
@@ -84,8 +84,7 @@ def check_image(data: bytes, max_pixels: int) -> LoadedImage:
             with open_picture(data) as picture:
                 picture.verify()  # the checksums, which decoding leaves out
     except Image.UnidentifiedImageError:
-        name = other_format(data) or f"begins with {data[:16]!r}"
-        raise Rejected(f"not an image of a known format: {name}") from None
+        raise Rejected(why_unknown(data)) from None
     except Unsupported as reason:
         raise Rejected(str(reason)) from None
     except Rejected:

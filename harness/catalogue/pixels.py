@@ -56,6 +56,7 @@ _OTHERS = {
     b"PK\3\4": "ZIP",
     b"\x1f\x8b": "gzip",
 }
+_KNOWN = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*")  # first bytes of formats that are read
 _HEIF = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
 
 
@@ -111,13 +112,20 @@ def on_background(image: Image.Image, background: Colour) -> Image.Image:
     return below
 
 
-def other_format(data: bytes) -> str:
-    """Name of a format that is not read, by the file's first bytes; empty for an unknown one."""
+def why_unknown(data: bytes) -> str:
+    """Why `open_picture` did not know a file, by its first bytes, as 'category: detail'."""
+    if data.startswith(_KNOWN) or data[4:11] == b"ftypavi":
+        return "truncated or damaged: its header, or of a kind that Pillow does not read"
+    return f"not an image of a known format: {_other_format(data) or f'begins with {data[:16]!r}'}"
+
+
+def _other_format(data: bytes) -> str:
+    """Name of a format that is not read; empty for an unknown one."""
     for start, name in _OTHERS.items():
         if data.startswith(start):
             return name
     if data[4:8] == b"ftyp":
-        return "HEIC" if data[8:12] in _HEIF else "AVIF" if data[8:11] == b"avi" else "MP4"
+        return "HEIC" if data[8:12] in _HEIF else "MP4"
     text = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     return "SVG" if text.startswith(b"<svg") or (text.startswith(b"<?xml") and b"<svg" in text) else ""
 
@@ -158,8 +166,10 @@ def _plain_jpeg(data: bytes) -> bool:
         body = data[place + 4 : place + 2 + length]
         if marker == 0xDA:
             return frame and adobe == 1 and exif >= 0 and (exif > 0 or not xmp)
-        if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive: 8 bits; 3 components by number, or 1
-            frame = body[:1] == b"\x08" and (body[5:6] == b"\1" or (body[5:6] == b"\3" and body[6:15:3] != b"RGB"))
+        if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive
+            frame = body[:1] == b"\x08" and (
+                body[5:6] == b"\1" or (body[5:6] == b"\3" and _plain_components(body[6:15]))
+            )
         elif 0xC0 <= marker <= 0xCF and marker != 0xC4:
             return False
         elif marker == 0xE1 and body.startswith(b"Exif\0\0"):
@@ -170,6 +180,11 @@ def _plain_jpeg(data: bytes) -> bool:
             adobe = body[11] if len(body) > 11 else -1
         place += 2 + length
     return False
+
+
+def _plain_components(components: bytes) -> bool:
+    """Of a JPEG's three (number, sampling, table): YCbCr as 4:4:4, 4:2:2 or 4:2:0."""
+    return components[::3] != b"RGB" and components[1::3] in (b"\x11\x11\x11", b"\x21\x11\x11", b"\x22\x11\x11")
 
 
 def _exif_orientation(tiff: bytes) -> int:
