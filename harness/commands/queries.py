@@ -212,6 +212,8 @@ def _click_texts(
     if file is not None:
         row_of = {item: row for row, (item, use) in enumerate(zip(items, documents, strict=True)) if use}
         log = Manifest(file)
+        for note in log.said:
+            print(f"{file}: {note}")
         for column in CLICK_COLUMNS:
             log.require(column, "--clicks")
         for number, (cells, problem) in enumerate(log.rows(CLICK_COLUMNS), 1):
