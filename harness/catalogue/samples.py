@@ -1,4 +1,4 @@
-"""Rows of samples on their way into a catalogue: bounds of their texts, tar shards, quarantine."""
+"""Rows of samples on their way into a catalogue: their fields, bounds of their texts, tar shards."""
 
 from __future__ import annotations
 

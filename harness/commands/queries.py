@@ -216,7 +216,7 @@ def _click_texts(
             print(f"{file}: {note}")
         for column in CLICK_COLUMNS:
             log.require(column, "--clicks")
-        for number, (cells, problem) in enumerate(log.rows(CLICK_COLUMNS), 1):
+        for number, (cells, problem, _) in enumerate(log.rows(CLICK_COLUMNS), 1):
             text, item, count = cells
             if problem or not count.isdecimal() or int(count) > MOST_CLICKS:
                 wrong = problem or f"clicks is {count!r}, no whole number from 0 to {MOST_CLICKS:,}"
