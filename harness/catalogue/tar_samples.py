@@ -44,8 +44,8 @@ def tar_samples(tar: tarfile.TarFile, last_dot: bool = False) -> tuple[list[TarS
         if not member.isfile():
             continue
         folder, _, file = member.name.rpartition("/")
-        name, _, extension = file.rpartition(".") if last_dot else file.partition(".")
-        if not name or file[0] == ".":
+        name, dot, extension = file.rpartition(".") if last_dot else file.partition(".")
+        if not name or not dot or file[0] == ".":
             unread["._*" if file[:2] == "._" else ".*" if file[:1] == "." else "names without a dot"] += 1
             continue
         key, extension = f"{folder}/{name}", extension.lower()
