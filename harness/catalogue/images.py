@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,8 +60,13 @@ def load_image(root: Path, image: str, max_bytes: int, max_pixels: int) -> Loade
     return check_image(data, max_pixels)
 
 
-def check_image(data: bytes, max_pixels: int) -> LoadedImage:
+def check_image(data: bytes, max_pixels: int, halve: bool = True) -> LoadedImage:
     """Decodes the bytes of an image file completely, as training does (see harness.catalogue.pixels).
+
+    Args:
+        data: the file.
+        max_pixels: more are refused.
+        halve: a JPEG of up to four times as many is decoded, and kept, at half its width and height.
 
     Raises:
         Rejected: they are damaged, too large, of pixels without a rule, or no image of a known format.
@@ -76,7 +79,7 @@ def check_image(data: bytes, max_pixels: int) -> LoadedImage:
             if extension == "jpg" and width * height > MOST_PIXELS_PER_BYTE * len(data):
                 raise Rejected(f"truncated or damaged: {len(data):,} bytes cannot hold {width} x {height} pixels")
             if width * height > max_pixels:
-                halved = extension == "jpg" and _halve(picture, max_pixels)
+                halved = halve and extension == "jpg" and _halve(picture, max_pixels)
                 if not halved:
                     raise Rejected(f"too many pixels: {width} x {height}")
             image = upright(picture)
@@ -105,13 +108,3 @@ def _halve(picture: Image.Image, max_pixels: int) -> bool:
         return False
     picture.draft(picture.mode, (width // 2, height // 2))
     return picture.size != (width, height) and picture.width * picture.height <= max_pixels
-
-
-@contextmanager
-def own_pixel_limit() -> Iterator[None]:
-    """Lifts Pillow's own limit, which would warn or raise where --max-pixels decides."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit

@@ -31,6 +31,7 @@ FORMATS = {
 _OPENED = [name for name in FORMATS if name != "MPO"]  # Pillow finds MPO in what it opens as JPEG
 _CONVERTED = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 _ORIENTATION = 0x0112
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit would warn or raise where --max-pixels decides
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

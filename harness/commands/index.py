@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from harness.catalogue.cells import text_of
-from harness.catalogue.images import MOST_BYTES, MOST_PIXELS, Rejected, check_image, own_pixel_limit
+from harness.catalogue.images import MOST_BYTES, MOST_PIXELS, Rejected, check_image
 from harness.catalogue.sample_writer import SampleWriter
 from harness.catalogue.samples import KINDS, attribute_names, commonest, sample_row
 from harness.catalogue.store import PLACE_FILE
@@ -109,7 +109,6 @@ def run(config: IndexConfig) -> dict[str, Any]:
     number = 0
     with staged_folder(config.out) as stage:
         with (
-            own_pixel_limit(),
             ThreadPoolExecutor(workers) as pool,
             SampleWriter(stage, attributes, config.rows_per_part) as writer,
         ):
@@ -178,7 +177,7 @@ def _checked(tar: tarfile.TarFile, sample: TarSample, config: IndexConfig, attri
         return Found(picture.name, reason=sample.reason)
     try:
         row = _row(_values(tar, sample, config), sample, config, attributes)
-        image = check_image(_bytes(tar, picture, config.max_bytes), config.max_pixels)
+        image = check_image(_bytes(tar, picture, config.max_bytes), config.max_pixels, halve=False)
     except Rejected as rejected:
         return Found(picture.name, reason=str(rejected))
     except RecursionError:

@@ -26,7 +26,6 @@ from harness.catalogue.images import (
     Rejected,
     check_image,
     load_image,
-    own_pixel_limit,
 )
 from harness.catalogue.paths import find_image
 from harness.catalogue.sample_writer import SampleWriter
@@ -72,7 +71,8 @@ class IngestConfig:
         encoding: encoding of a CSV or TSV, such as cp1252 (default: UTF-8, or UTF-16 where the file begins so).
         quoting: 'csv' where cells may stand in quotes, 'none' where quotes are text (default: csv for .csv; none for
             .tsv unless its header is quoted).
-        max_pixels: images of more pixels are quarantined.
+        max_pixels: a JPEG of up to four times as many is kept at half its width and height; other images of more are
+            quarantined.
         max_bytes: image files of more bytes are quarantined.
         shard_size: bytes of image data after which a new tar shard begins.
         rows_per_part: rows of one Parquet file of samples/.
@@ -266,8 +266,8 @@ def _ingest(
     (stage / "shards").mkdir()
     root = Path(os.path.abspath(config.images))
     missing: list[str] = []
+    halved = 0
     with ExitStack() as stack:
-        stack.enter_context(own_pixel_limit())
         first = (old["num_samples"], old["num_shards"]) if old else (0, 0)
         shards = stack.enter_context(ShardWriter(stage / "shards", config.shard_size, first[1]))
         writer = stack.enter_context(SampleWriter(stage, columns.attributes, config.rows_per_part, first[0]))
@@ -278,10 +278,15 @@ def _ingest(
                     missing.append(printable(str(root / columns.image(row))))
                 continue
             sample, image = found
+            halved += image.halved
             shard, offset = shards.add(f"{writer.next_id:012d}.{image.extension}", image.data)
             writer.accept(sample, (shard, offset, len(image.data), image.checksum, image.width, image.height))
     reasons = writer.reasons
     seen = manifest.remarks()
+    if halved:
+        seen.append(
+            f"{halved:,} JPEGs of more than {config.max_pixels:,} pixels are kept at half their width and height"
+        )
     if reasons["not UTF-8"] and manifest.is_text:
         seen.append("Rows that are not UTF-8 may be text of another encoding, such as cp1252 (--encoding)")
     if reasons["image URL"]:
