@@ -199,6 +199,9 @@ def accepted():
     }
     for name, block in odd.items():
         zoo[f"jpeg EXIF {name}"] = segments(jpeg, b"Exif\0\0" + block), PIXELS, lossy
+    # DALI's own EXIF reader ends the process on this one.
+    outside = tiff_block([(0x010F, 2, 0x7FFFFFFF, b"\0\xff\xff\x7f"), (0x0112, 3, 1, b"\6\0\0\0")])
+    zoo["jpeg EXIF with a value outside of it"] = segments(jpeg, b"Exif\0\0" + outside), None, 0
     # Readers may differ on these: only that both backends agree is compared.
     zoo["jpeg EXIF as LONG"] = segments(jpeg, b"Exif\0\0" + exif(6, kind=4)), None, 0
     zoo["jpeg EXIF twice"] = two, None, 0

@@ -32,6 +32,7 @@ _OPENED = [name for name in FORMATS if name != "MPO"]  # Pillow finds MPO in wha
 _CONVERTED = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 _ORIENTATION = 0x0112
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit would warn or raise where --max-pixels decides
+_EXIF_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}  # by type
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -174,7 +175,7 @@ def _plain_jpeg(data: bytes) -> bool:
         elif 0xC0 <= marker <= 0xCF and marker != 0xC4:
             return False
         elif marker == 0xE1 and body.startswith(b"Exif\0\0"):
-            exif, seen = -1 if seen else _exif_orientation(body[6:]), True
+            exif, seen = -1 if seen or frame else _exif_orientation(body[6:]), True
         elif marker == 0xE1:
             xmp = xmp or b"Orientation" in body
         elif marker == 0xEE and body.startswith(b"Adobe"):
@@ -189,7 +190,7 @@ def _plain_components(components: bytes) -> bool:
 
 
 def _exif_orientation(tiff: bytes) -> int:
-    """1..8, 0 where there is none, -1 where readers may differ."""
+    """1..8, 0 where there is none, -1 where readers may differ: DALI's dies of a value that lies outside of the block."""
     orders: dict[bytes, Literal["little", "big"]] = {b"II*\0": "little", b"MM\0*": "big"}
     order = orders.get(tiff[:4])
     if order is None:
@@ -200,14 +201,17 @@ def _exif_orientation(tiff: bytes) -> int:
 
     start = number(4, 4) + 2
     end = start + 12 * number(start - 2, 2)
-    if end > len(tiff):
-        return -1
-    entries = [place for place in range(start, end, 12) if number(place, 2) == _ORIENTATION]
-    if not entries:
-        return 0
-    value = number(entries[0] + 8, 2)
-    short = (number(entries[0] + 2, 2), number(entries[0] + 4, 4)) == (3, 1)
-    return value if len(entries) == 1 and short and 1 <= value <= 8 else -1
+    found = 0
+    for place in range(start, end, 12):
+        tag, kind, count, value = (number(place + i, size) for i, size in ((0, 2), (2, 2), (4, 4), (8, 4)))
+        length = count * _EXIF_BYTES.get(kind, len(tiff))
+        if place + 12 > len(tiff) or (length > 4 and value + length > len(tiff)):
+            return -1
+        if tag == _ORIENTATION:
+            if found or (kind, count) != (3, 1) or not 1 <= number(place + 8, 2) <= 8:
+                return -1
+            found = number(place + 8, 2)
+    return found
 
 
 def _plain_png(data: bytes) -> bool:
