@@ -12,17 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from models.alignment import Alignment
-from models.batch import Batch, rank_sizes
+from models.alignment import RIDGE, Alignment
+from models.batch import Batch, Reads, rank_sizes
+from models.fields import TRAINING_ONLY
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss
 from models.heads.mean import averaged, global_mean, weight_errors, weighted_sum
 from models.masking import WordHead, hide_patches, patch_pixels, word_terms
+from models.method import Calibration, Method, MethodSpec
 from models.shape import TransformerBuilder, TransformerShape, padded_vocab, shape_errors
 from models.stem import conv_stem, patch_stem
 from models.transfer import places
@@ -83,7 +86,7 @@ class StreamConfig(TransformerShape):
         pad_id: the id of padding.
     """
 
-    vocab_size: int = 0
+    vocab_size: int = field(default=0, metadata=TRAINING_ONLY)
     max_length: int = 64
     pad_id: int = 0
 
@@ -108,8 +111,9 @@ class ItemConfig:
     text: StreamConfig = field(default_factory=StreamConfig)
     aligned: bool = False
     global_targets: str = "masked"
-    weights: ItemWeights = field(default_factory=ItemWeights)
-    contrast: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    weights: ItemWeights = field(default_factory=ItemWeights, metadata=TRAINING_ONLY)
+    contrast: ContrastiveConfig = field(default_factory=ContrastiveConfig, metadata=TRAINING_ONLY)
+    query_text = None  # queries are photos
 
     @property
     def embedding_dim(self) -> int:
@@ -129,6 +133,8 @@ class ItemTowers(nn.Module):
     """Title and image to final states, and the heads of all objectives. One sequence: a global token, the title's
     tokens, the patches.
     """
+
+    EMBEDDINGS = ("words", "stem", "first", "word_position", "patch_position", "modality", "norm")
 
     def __init__(self, config: ItemConfig, build: TransformerBuilder) -> None:
         super().__init__()
@@ -237,7 +243,7 @@ class ItemQuery(nn.Module):
         return self.towers.embedding(images, tokens, "image")
 
 
-class Item:
+class Item(Method):
     """The method as the loop sees it. It is trained on documents alone; queries are products too.
 
     Args:
@@ -247,8 +253,7 @@ class Item:
         data_group: ranks that bring different samples.
     """
 
-    head = None
-    memory = None
+    towers: ItemTowers
 
     def __init__(self, config: ItemConfig, towers: ItemTowers, head: None, data_group: ProcessGroup) -> None:
         self.config, self.towers, self.data_group = config, towers, data_group
@@ -351,9 +356,19 @@ class Item:
         return self.towers.embedding(batch.document_images, batch.document_tokens, seen, padded)
 
     @property
-    def alignment(self) -> Alignment | None:
-        """Alignment that harness/evaluate/alignment.py fits; None without model.aligned."""
-        return self.towers.alignment
+    def calibration(self) -> Calibration | None:
+        """The alignment of image and title; None without model.aligned."""
+        alignment = self.towers.alignment
+        if alignment is None:
+            return None
+        return Calibration(
+            key="aligned",
+            needs="title",
+            module=alignment,
+            vectors=self.both_views,
+            width=2 * self.config.embedding_dim,
+            fit=partial(alignment.fit, ridge=RIDGE),
+        )
 
     def both_views(self, batch: Batch) -> Tensor:
         """Image and title of each document, each alone: [n, 2 h] float32."""
@@ -363,3 +378,17 @@ class Item:
             self.towers.view(batch.document_images, batch.document_tokens, seen, padded) for seen in ("image", "title")
         )
         return torch.cat(list(views), 1)
+
+
+def _reads(config: ItemConfig) -> Reads:
+    return Reads(kind="documents", text_length=config.text.max_length, num_patches=config.vision.num_patches)
+
+
+METHOD = MethodSpec(
+    config=ItemConfig,
+    towers=ItemTowers,
+    query_encoder=ItemQuery,
+    assemble=Item,
+    reads=_reads,
+    tasks=("same_product", "category", "photo"),
+)

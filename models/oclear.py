@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from models.batch import Batch, rank_sizes
+from models.batch import Batch, Reads, rank_sizes
+from models.fields import TRAINING_ONLY
 from models.fusion import ConcatFusion, ConceptFusion, ResidualTransform
 from models.heads.cached import cached_losses
 from models.heads.class_parallel import ClassParallelHead
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss
+from models.method import Method, MethodSpec
 from models.shape import TransformerBuilder, shape_errors, words_hidden
 from models.text import TextConfig, TextTower
 from models.vision import VisionConfig, VisionTower
@@ -52,12 +54,13 @@ class OclearConfig:
     fusion_kind: str = "concept"
     concept_slots: int = 8
     fusion_heads: int = 4
-    gate_init: float = 0.5
-    text_dropout: float = 0.0
+    gate_init: float = field(default=0.5, metadata=TRAINING_ONLY)
+    text_dropout: float = field(default=0.0, metadata=TRAINING_ONLY)
     separate_transforms: bool = True
-    transform_dropout: float = 0.0
+    transform_dropout: float = field(default=0.0, metadata=TRAINING_ONLY)
     objective: str = "classification"
-    temperature: float = 0.07
+    temperature: float = field(default=0.07, metadata=TRAINING_ONLY)
+    query_text = None  # queries are photos
 
     def errors(self, tensor_parallel: int) -> list[str]:
         """Errors for values that do not fit together; each names its key."""
@@ -150,7 +153,7 @@ class OclearQuery(nn.Module):
         return F.normalize(self.query_transform(self.vision(images)[1]).float(), dim=-1)
 
 
-class Oclear:
+class Oclear(Method):
     """The method as the loop sees it: losses(batches), embed_query(batch), embed_document(batch).
 
     Args:
@@ -160,7 +163,7 @@ class Oclear:
         data_group: ranks that bring different samples.
     """
 
-    memory = None
+    towers: OclearTowers
 
     def __init__(
         self, config: OclearConfig, towers: OclearTowers, head: ClassParallelHead | None, data_group: ProcessGroup
@@ -215,3 +218,23 @@ class Oclear:
     def embed_document(self, batch: Batch, seen: str = "both") -> Tensor:
         """Unit embeddings of the batch's documents, float32 [d, dim]; they are always seen as image and text."""
         return F.normalize(self.towers.document(batch.document_images, *self._texts(batch))[0].float(), dim=-1)
+
+
+def _classifies(config: OclearConfig) -> bool:
+    return config.objective == "classification"
+
+
+def _reads(config: OclearConfig) -> Reads:
+    return Reads(kind="photos" if _classifies(config) else "pairs", text_length=config.text.max_length)
+
+
+METHOD = MethodSpec(
+    config=OclearConfig,
+    towers=OclearTowers,
+    query_encoder=OclearQuery,
+    assemble=Oclear,
+    reads=_reads,
+    classifies=_classifies,
+    tasks=("photo", "category"),
+    views=("both",),
+)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from models.activation import ACTIVATIONS, GATED
+from models.fields import TRAINING_ONLY
 
 MOST_LAYERS = 1000  # building so many takes seconds, and a number that is none of layers must not take for ever
 
@@ -47,8 +48,8 @@ class TransformerShape:
     hidden_size: int = 128
     num_attention_heads: int = 4
     ffn_hidden_size: int = 0
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
+    dropout: float = field(default=0.0, metadata=TRAINING_ONLY)
+    attention_dropout: float = field(default=0.0, metadata=TRAINING_ONLY)
     layernorm_eps: float = 1e-5
     activation: str = "gelu"
     qkv_bias: bool = True
@@ -56,8 +57,8 @@ class TransformerShape:
     qk_norm: bool = False
     post_norm: bool = False
     layer_scale: float = 0.0
-    drop_path: float = 0.0
-    branch_init: float = 1.0
+    drop_path: float = field(default=0.0, metadata=TRAINING_ONLY)
+    branch_init: float = field(default=1.0, metadata=TRAINING_ONLY)
 
     @property
     def mlp_size(self) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from models.fields import TRAINING_ONLY
 from models.shape import TransformerBuilder, TransformerShape, padded_vocab, words_hidden
 
 POOLINGS = ("none", "class", "mean", "eos", "last")
@@ -33,7 +34,7 @@ class TextConfig(TransformerShape):
         projection_bias: whether that layer has a bias (SigLIP's has).
     """
 
-    vocab_size: int = 0
+    vocab_size: int = field(default=0, metadata=TRAINING_ONLY)
     max_length: int = 64
     pad_id: int = 0
     eos_id: int = 0
@@ -65,6 +66,8 @@ class TextTower(nn.Module):
     """Tokens to token vectors. Source: Devlin et al. 2019 (BERT), with pre-norm layers (ours) unless post_norm; Radford
     et al. 2021 (CLIP).
     """
+
+    EMBEDDINGS = ("words", "position", "token_type", "norm")
 
     def __init__(self, config: TextConfig, build: TransformerBuilder) -> None:
         super().__init__()

@@ -119,6 +119,8 @@ class VisionConfig(TransformerShape):
 class VisionTower(nn.Module):
     """Images to patch tokens and one pooled vector. Source: Dosovitskiy et al. 2021; stem ours."""
 
+    EMBEDDINGS = ("stem", "position", "class_token", "class_position", "register_token", "embedding_norm")
+
     def __init__(self, config: VisionConfig, build: TransformerBuilder) -> None:
         super().__init__()
         self.config = config

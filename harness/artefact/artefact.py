@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -28,8 +27,8 @@ from harness.data.preprocess import PreprocessSpec, draw_parameters
 from harness.evaluate.ranking import Embedded, top_k
 from harness.text.tokenizer import Tokenizer, TokenStore
 from harness.text.tower_check import require_fit
+from models.method import MethodConfig, query_kind
 from models.plain_values import from_plain
-from models.registry import METHODS
 
 ARTEFACT_FORMAT = 3
 _SPARE = 32  # documents fetched beyond those wanted, to be ordered exactly
@@ -129,11 +128,12 @@ class Artefact:
             ) from error
 
     def _open_tokenizer(self) -> Tokenizer | None:
-        if self.meta["query"] != "text":
+        query = self.model.query_text
+        if query is None:
             return None
         tokenizer = Tokenizer.load(self.path)
-        words = self.model.query.vocab_size or self.model.text.vocab_size or 1  # 1: 0 would mean any
-        require_fit(tokenizer.special, replace(self.model.query, vocab_size=words), "model.query")
+        words = query.vocab_size or self.model.text.vocab_size or 1  # 1: 0 would mean any
+        require_fit(tokenizer.special, replace(query, vocab_size=words), "the text tower of queries")
         return tokenizer
 
     @torch.no_grad()
@@ -167,11 +167,10 @@ class Artefact:
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit embeddings float32 [n, d] of text queries."""
-        assert self._tokenizer is not None, "the artefact takes photos"
+        query = self.model.query_text
+        assert self._tokenizer is not None and query is not None, "the artefact takes photos"
         store = TokenStore.encode(self._tokenizer, {"query": list(texts)})
-        return self._encode(
-            torch.from_numpy(store.batch(np.arange(len(texts)), self.model.query.max_length, ["query"]))
-        )
+        return self._encode(torch.from_numpy(store.batch(np.arange(len(texts)), query.max_length, ["query"])))
 
     def document(self, item: str) -> int:
         """The row of the first document with that id.
@@ -236,10 +235,10 @@ def _read_record(path: Path) -> Record:
     return record
 
 
-def _read_settings(record: Record) -> tuple[Any, PreprocessSpec]:
+def _read_settings(record: Record) -> tuple[MethodConfig, PreprocessSpec]:
     """The method's configuration, and preprocessing that fits it."""
     model = read_model(record.get("method", str), record.get("model", dict), record.file)
-    if record.get("query", str) != METHODS[record.get("method", str)].query:
+    if record.get("query", str) != query_kind(model):
         record.refuse("query is not what the method takes")
     if record.get("embedding_dim", int) != model.embedding_dim:
         record.refuse(f"embedding_dim is not the model's {model.embedding_dim}")

@@ -20,7 +20,7 @@ from harness.data.loader import ImageReader
 from harness.text.tokenizer import FIELDS, Tokenizer, TokenStore
 from harness.train.config import RunConfig
 from models.batch import Batch
-from models.registry import Method
+from models.method import Method
 
 SAMPLE = 64  # documents: the first of the split
 # Decoders round chroma, the discrete cosine transform and resizing differently: a tower's vectors then differ by less

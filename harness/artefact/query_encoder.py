@@ -15,6 +15,7 @@ from torch import nn
 
 from harness.core.errors import UserError
 from harness.core.files import printable
+from models.method import MethodConfig
 from models.plain.transformer import PlainBuilder
 from models.plain_values import from_plain
 from models.registry import METHODS
@@ -29,7 +30,7 @@ def write_query_encoder(encoder: nn.Module, folder: Path) -> None:
     save_tensors(encoder.state_dict(), folder / FILE)
 
 
-def read_model(method: str, values: Any, where: Path) -> Any:
+def read_model(method: str, values: Any, where: Path) -> MethodConfig:
     """The configuration of a method from plain values that somebody else may have written; `where` is their file.
 
     Raises:
@@ -51,7 +52,7 @@ def read_model(method: str, values: Any, where: Path) -> Any:
     return model
 
 
-def read_query_encoder(method: str, model: Any, folder: Path) -> nn.Module:
+def read_query_encoder(method: str, model: MethodConfig, folder: Path) -> nn.Module:
     """The query encoder of folder/encoder.safetensors, float32 on the CPU; no memory is taken before names and shapes
     are known to fit.
 

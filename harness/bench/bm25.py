@@ -17,10 +17,10 @@ from harness.bench.report import bench_main, command_line, make_report, print_re
 from harness.catalogue.catalogue import Catalogue
 from harness.core.errors import UserError
 from harness.evaluate.attribute_queries import GRADED, AttributeQueries, without_words
-from harness.evaluate.category import NEIGHBOURS, scores
 from harness.evaluate.embed import Side, side_of
 from harness.evaluate.metrics import summarise
-from harness.evaluate.tasks import require_attributes
+from harness.evaluate.tasks.category import NEIGHBOURS, scores
+from harness.evaluate.tasks.task import require_attributes
 from harness.text.product_queries import words_of
 from harness.text.tokenizer import FIELDS
 

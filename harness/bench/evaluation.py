@@ -194,6 +194,8 @@ def _draw_tokens(folder: Path, documents: int, total: int, phrases: dict[str, li
 class Drawn:
     """A method whose vectors are waves of the sample's number, or of a text's tokens."""
 
+    modalities = ()
+
     def __init__(self, width: int) -> None:
         self.towers = nn.Linear(1, 1)
         self._speed = torch.arange(1, width + 1, dtype=torch.float64).sqrt()
@@ -231,7 +233,7 @@ class _Text:
 class _Model:
     embedding_dim: int
     text: _Text = _Text()
-    query: _Text = _Text(32)
+    query_text: _Text = _Text(32)
 
 
 def measure(device: torch.device, folder: Path, config: EvaluationBenchConfig) -> list[dict[str, Any]]:
@@ -251,7 +253,7 @@ def measure(device: torch.device, folder: Path, config: EvaluationBenchConfig) -
     catalogue, learned = Catalogue(folder / "catalogue"), Tokenizer.load(folder / "catalogue")
     classes = folder / "catalogue" / "classes" / "classes.parquet"
     method: Any = Drawn(config.embedding_dim)
-    model = _Model(config.embedding_dim)
+    model: Any = _Model(config.embedding_dim)
 
     def staged(name: str, work: Callable[[], Any]) -> Any:
         memory.start()

@@ -21,7 +21,7 @@ from harness.core.cli import check_figures, write_figures
 from harness.core.errors import UserError
 from harness.core.tables import format_table
 from harness.data.order import ClassOrder
-from harness.text.product_queries import with_keywords
+from harness.text.catalogue_facts import prepared
 from harness.text.tokenizer import Tokenizer
 from harness.train.config import RunConfig, build, check, parsed
 from harness.train.dry_run import DryRun, dry_run
@@ -102,8 +102,9 @@ def with_sizes(config: RunConfig, asked: EstimateConfig) -> tuple[RunConfig, int
         classes = _told("--num-classes", lambda: ClassOrder.open(data.catalogue, config.seed).num_classes)
     if not vocab:
         vocab = _told("--vocab-size", lambda: Tokenizer.load(data.catalogue).vocab_size)
-    if getattr(model, "num_keywords", None) == 0:
-        model = _told("--model.num_keywords", lambda: with_keywords(config.method, model, data.catalogue))
+    unknown = [name for name in METHODS[config.method].catalogue_sizes if not getattr(model, name)]
+    if unknown:
+        model = _told(f"--model.{unknown[0]}", lambda: prepared(config.method, model, data.catalogue))
     return replace(config, model=replace(model, text=replace(model.text, vocab_size=vocab))), max(0, classes)
 
 

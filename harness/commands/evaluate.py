@@ -27,7 +27,7 @@ class EvalConfig:
         checkpoint: a step folder of it; the newest complete one by default.
         catalogue: another catalogue to evaluate on; the run's own by default.
         split: split of the queries.
-        tasks: what is asked: photo, text, same_product, category; the recipe's tasks and final tasks by default.
+        tasks: evaluation tasks (harness/evaluate/tasks); the recipe's tasks and final tasks by default.
         views: what is seen of documents: both, title, image; the recipe's by default.
         slices: attribute columns whose values get figures of their own.
         distractors: other catalogues whose documents join the gallery.

@@ -49,7 +49,7 @@ from harness.evaluate.ranking import Embedded
 from harness.text.tokenizer import FIELDS, Tokenizer
 from harness.train.config import RunConfig
 from harness.train.open_run import find_checkpoint, load_method, open_settings
-from models.registry import METHODS
+from models.method import MethodConfig, query_kind
 
 EXAMPLE = "python jobs/torchrun.py --nproc-per-node 2 -m harness export runs/grocery --out artefacts/grocery"
 _ROWS = 4096  # rows written at once
@@ -190,8 +190,8 @@ def _thumbnail(catalogue: Catalogue, sample_id: int, size: int) -> bytes | None:
 
 def _example(settings: RunConfig) -> torch.Tensor:
     """Two queries, as the encoder takes them."""
-    if METHODS[settings.method].query == "text":
-        return torch.ones(2, settings.model.query.max_length, dtype=torch.int64)
+    if (query := settings.model.query_text) is not None:
+        return torch.ones(2, query.max_length, dtype=torch.int64)
     size = settings.data.preprocess.image_size
     return torch.zeros(2, 3, size, size)
 
@@ -206,14 +206,14 @@ def _write_program(encoder: nn.Module, example: torch.Tensor, file: Path) -> Non
 
 
 def _description(
-    config: ExportConfig, settings: RunConfig, checkpoint: Path, catalogue: Catalogue, side: Side, model: Any
+    config: ExportConfig, settings: RunConfig, checkpoint: Path, catalogue: Catalogue, side: Side, model: MethodConfig
 ) -> dict[str, Any]:
     return {
         "format": ARTEFACT_FORMAT,
         "method": settings.method,
         "model": asdict(model),
-        "query": METHODS[settings.method].query,
-        "query_tokens": model.query.max_length if METHODS[settings.method].query == "text" else 0,
+        "query": query_kind(model),
+        "query_tokens": 0 if model.query_text is None else model.query_text.max_length,
         "similarity": "inner product of unit vectors",
         "embedding_dim": model.embedding_dim,
         "documents": len(side.ids),

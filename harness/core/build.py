@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,15 +14,16 @@ from harness.core.errors import UserError
 from harness.core.mesh import Mesh
 from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
 from models.merge import merged_state_dict
+from models.method import Method, MethodConfig
 from models.plain.transformer import PlainBuilder
-from models.registry import METHODS, Method
+from models.registry import METHODS
 from models.shape import TransformerBuilder
 from models.transformer import MegatronBuilder
 
 
 def build(
     method: str,
-    model: Any,
+    model: MethodConfig,
     head: ClassHeadConfig,
     mesh: Mesh,
     *,
@@ -31,7 +31,7 @@ def build(
     vocab_size: int,
     seed: int,
     precision: str,
-) -> tuple[Method, Any]:
+) -> tuple[Method, MethodConfig]:
     """The tensor-parallel method on this mesh, and its configuration with vocabulary filled in.
 
     Weights depend on `seed` alone, not on the layout. `num_classes` 0 builds no head (evaluation).
@@ -78,7 +78,7 @@ def builder(mesh: Mesh) -> TransformerBuilder:
     )
 
 
-def plain_query_encoder(method: str, model: Any, towers: nn.Module, mesh: Mesh) -> nn.Module:
+def plain_query_encoder(method: str, model: MethodConfig, towers: nn.Module, mesh: Mesh) -> nn.Module:
     """The method's query encoder in plain torch, fp32 on the CPU, with the weights of tensor-parallel `towers`;
     collective over tp.
     """

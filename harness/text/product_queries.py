@@ -8,7 +8,6 @@ queries from attributes are ours.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,27 +160,3 @@ def read_meta(catalogue: Path) -> dict[str, Any]:
             if not wordings or not all(isinstance(wording, str) for wording in wordings):
                 attribute.refuse("wordings are no lists of texts")
     return dict(record.values)
-
-
-def with_keywords(method: str, model: Any, catalogue: Path) -> Any:
-    """The method's configuration with the size of the catalogue's keyword table, where it has a place for that and no
-    size of its own.
-
-    Raises:
-        UserError: the catalogue has no queries (harness/commands/queries.py), or other keywords than the objective on
-            them is configured for.
-    """
-    if method != "make":
-        return model
-    meta = read_meta(catalogue)
-    found, size = len(meta["keywords"]), model.num_keywords
-    if model.weights.keywords and size not in (0, found):
-        raise UserError(
-            f"model.num_keywords is {size}, {catalogue} has {found} keywords", "Leave the key out, or set it to 0"
-        )
-    if model.weights.keywords and not found:
-        raise UserError(
-            f"{catalogue} has no keywords to train on",
-            "Lower `shelfmark queries --min-count`, or set model.weights.keywords to 0",
-        )
-    return replace(model, num_keywords=size or found, product_keywords=meta["keywords_per_product"])

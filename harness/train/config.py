@@ -24,6 +24,7 @@ from harness.evaluate.evaluation import EvaluationConfig
 from harness.train.optimizer import OptimizerConfig
 from harness.train.profiler import parse_window
 from models.heads.class_parallel import ClassHeadConfig
+from models.method import MethodConfig
 from models.presets import PRESETS, expand
 from models.registry import METHODS
 
@@ -118,7 +119,7 @@ class RunConfig:
     run_dir: Path
     method: str
     seed: int
-    model: Any
+    model: MethodConfig
     head: ClassHeadConfig
     data: DataConfig
     mesh: MeshConfig

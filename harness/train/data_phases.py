@@ -22,13 +22,7 @@ from harness.train import checkpoint
 from harness.train.class_map import ClassMap
 from harness.train.config import RunConfig, difference
 from harness.train.open_run import find_checkpoint
-
-# Parts of keys under `model` that a warm start may change: they shape neither the towers nor what they compute in
-# evaluation.
-FREE = set(
-    "dropout drop_path attention_dropout text_dropout transform_dropout gate_init branch_init temperature vocab_size weights qic mpm contrast "
-    "mpm_patches related_keywords related_category product_keywords memory_bank memory_after".split()
-)
+from models.fields import training_only
 
 
 @dataclass(frozen=True)
@@ -137,7 +131,8 @@ def open_start(config: RunConfig, mesh: Mesh) -> tuple[Path, dict[str, Any]]:
     state = checkpoint.read_state(path)
     changes = difference(*({k: c[k] for k in ("method", "model")} for c in (state["config"], config.to_dict())))
     for key, (there, here) in changes.items():
-        if there is not None and not FREE & set(key.split(".")):  # a key unknown then had its default's meaning
+        free = training_only(config.model, key.split(".")[1:])
+        if there is not None and not free:  # a key unknown then had its default's meaning
             raise UserError(
                 f"train.init_from {path} was trained with {key} = {there}, not {here}: its weights do not fit",
                 f"Set {key} to {there}, or leave out train.init_from",

@@ -246,7 +246,7 @@ def made_batch(config: RunConfig, sizes: dict[str, list[int]], dtype: torch.dtyp
             host,
             query_labels=torch.zeros(queries, dtype=torch.int64),
             document_labels=torch.zeros(n, dtype=torch.int64),
-            document_tokens=torch.full((n, reads.text_length), 1 + getattr(model.text, "pad_id", 0)),
+            document_tokens=torch.full((n, reads.text_length), 1 + model.text.pad_id),
             masked_words=words,
             masked_patches=patches,
             masked_titles=torch.zeros(n, dtype=torch.bool),
@@ -257,7 +257,7 @@ def made_batch(config: RunConfig, sizes: dict[str, list[int]], dtype: torch.dtyp
 
     titles = ("document_tokens", "masked_tokens", "other_tokens")
     known: dict[str, Tensor] = {name: zeros(n, reads.text_length) for name in titles}
-    known |= {name: zeros(n, getattr(model, "product_keywords", 0)) for name in ("keywords", "query_keywords")}
+    known |= {name: zeros(n, reads.keywords) for name in ("keywords", "query_keywords")}
     known |= {name: zeros(n) for name in ("document_labels", "document_ids", "categories")}
     known |= {name: zeros(queries) for name in ("query_labels", "query_ids")}
     known |= {

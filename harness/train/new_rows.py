@@ -19,7 +19,7 @@ from models.batch import Batch
 from models.comm import gather_shards
 from models.heads.class_parallel import ClassParallelHead
 from models.heads.row_optimizer import RowAdamW
-from models.registry import Method
+from models.method import Method
 
 MEMBERS = 16  # samples of a class that are embedded at most
 CLASSES_AT_ONCE = 1 << 14  # bounds the memory of their sums

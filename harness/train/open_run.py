@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from harness.core.build import build
 from harness.core.errors import UserError
@@ -13,7 +12,7 @@ from harness.core.mesh import Mesh
 from harness.text.tokenizer import Tokenizer
 from harness.train import checkpoint
 from harness.train.config import RunConfig, load
-from models.registry import Method
+from models.method import Method, MethodConfig
 
 
 def open_settings(run: Path, tensor_parallel: int, batch_size: int) -> RunConfig:
@@ -49,7 +48,7 @@ def find_checkpoint(run: Path, wanted: Path | None, mesh: Mesh | None = None) ->
     return path
 
 
-def load_method(settings: RunConfig, path: Path, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Method, Any]:
+def load_method(settings: RunConfig, path: Path, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Method, MethodConfig]:
     """The method without its head, in evaluation mode, with the weights of checkpoint `path`, and its configuration;
     collective.
 

@@ -15,7 +15,7 @@ from harness.core.lock import locked
 from harness.core.mesh import Mesh
 from harness.core.versions import versions
 from harness.core.waiting import on_first_rank
-from harness.text.product_queries import with_keywords
+from harness.text.catalogue_facts import prepared
 from harness.train.config import parse
 from harness.train.trainer import Trainer, prepare_run_folder
 
@@ -25,7 +25,7 @@ LOCK = ".lock"  # in the run folder; what only reads a run does not ask for it
 def train(argv: list[str]) -> None:
     """Parses, checks, trains. Raises UserError for what the user can mend, on every rank alike."""
     config, json_file = parse(argv)
-    model = with_keywords(config.method, config.model, config.data.catalogue)
+    model = prepared(config.method, config.model, config.data.catalogue)
     config = replace(config, model=model)
     check_figures(json_file)
     quiet_libraries()

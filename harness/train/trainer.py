@@ -22,11 +22,10 @@ from harness.core.files import write_json
 from harness.core.mesh import Mesh
 from harness.core.waiting import on_first_rank
 from harness.data.loader import StepData, StepLoader, decoding_threads
-from harness.evaluate.alignment import align, documents_to_align, wants_alignment
 from harness.evaluate.contact_sheet import draw_panel, picture, text_picture
 from harness.evaluate.evaluation import Evaluation, Report
 from harness.text.tokenizer import copy_tokenizer
-from harness.text.tower_check import require_fit
+from harness.text.tower_check import require_texts_fit
 from harness.train import checkpoint
 from harness.train import data_phases as phases
 from harness.train.class_map import ClassMap, class_map, keep_classes
@@ -69,9 +68,7 @@ class Trainer:
         reads = METHODS[config.method].reads(config.model)
         self.loader = StepLoader(config.data, config.seed, reads, mesh.dp.rank(), mesh.dp.size(), mesh.device, mesh.tp)
         self.tokenizer = self.loader.tokenizer
-        require_fit(self.tokenizer.special, config.model.text, "model.text")
-        if METHODS[config.method].query == "text":
-            require_fit(self.tokenizer.special, config.model.query, "model.query")
+        require_texts_fit(self.tokenizer.special, config.model)
         self._tokenizer_id = phases.tokenizer_id(config.data.catalogue)
         self._queries_id = None if self.loader.products is None else self.loader.products.meta["id"]
         order = self.loader.order
@@ -103,12 +100,9 @@ class Trainer:
             self.tokenizer,
             self.classes,
             mesh,
+            self.method.calibration,
         )
-        self.align_on = None
-        if wants_alignment(self.method):
-            documents = self.evaluation.side("document", config.evaluation.learn_split)
-            self.align_on = documents_to_align(documents, config.evaluation.align_documents)
-        self._aligned_at = -1
+        self._calibrated_at = -1
         threads = decoding_threads(config.data.threads)
         self.projector = Projector(config.run_dir / "tensorboard", self.loader.catalogue, threads)
         self.clock = StepClock(mesh)
@@ -252,7 +246,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of the present step; collective."""
-        self._align()
+        self._calibrate()
         own = [number % 2**64 for number in (self._own_ledger, sum(self._last_ledgers))]
         halves = [[number >> 32, number & 0xFFFFFFFF] for number in own]  # a sum of 64-bit words would not fit int64
         summed = torch.tensor(halves, dtype=torch.int64, device=self.mesh.device)
@@ -307,7 +301,7 @@ class Trainer:
         """Evaluates the present weights, or their average if there is one; logs metrics, retrieval panel and projector;
         collective.
         """
-        self._align()
+        self._calibrate()
         with self._evaluated():
             report = self.evaluation.run(self.method, final=self.step == self.config.train.steps)
         named = {name if "/" in name else f"retrieval/{name}": value for name, value in report.figures.items()}
@@ -325,13 +319,13 @@ class Trainer:
         """Inside, the towers have the weights that are evaluated: their average, if there is one."""
         return nullcontext() if self.ema is None else self.ema.applied()
 
-    def _align(self) -> None:
-        """Fits the method's alignment, if it has one, to the weights that are evaluated; once a step; collective."""
-        if self.align_on is None or self._aligned_at == self.step:
+    def _calibrate(self) -> None:
+        """Fits the method's calibration, if it has one, to the weights that are evaluated; once a step; collective."""
+        if self.method.calibration is None or self._calibrated_at == self.step:
             return
         with self._evaluated():
-            align(self.method, self.align_on, self.evaluation.embedder)
-        self._aligned_at = self.step
+            self.evaluation.calibrate(self.method)
+        self._calibrated_at = self.step
 
     def _figures(self, result: StepResult, rate: float) -> dict[str, float]:
         """Logged figures of a step; collective."""

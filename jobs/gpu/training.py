@@ -144,14 +144,14 @@ class Side:
     def trainer(self, recipe: Mapping[str, Any], run: Path) -> Any:
         """The loop's Trainer, which resumes by itself what lies in `run`."""
         from harness.core.mesh import Mesh
-        from harness.text.product_queries import with_keywords
+        from harness.text.catalogue_facts import prepared
         from harness.train.config import parse
         from harness.train.trainer import Trainer
 
         values = {**recipe, "data.catalogue": self.catalogue, "run_dir": run}
         flags = [f"--{key}={x if isinstance(x, str | Path) else json.dumps(x)}" for key, x in values.items()]
         config, _ = parse(flags, 1)
-        config = replace(config, model=with_keywords(config.method, config.model, config.data.catalogue))
+        config = replace(config, model=prepared(config.method, config.model, config.data.catalogue))
         if self.mesh is None or self.mesh.config != config.mesh:
             if self.mesh is not None:
                 self.mesh.close()
@@ -242,13 +242,11 @@ def take_rows_of_a_cpu(trainer: Any) -> None:
 def export(trainer: Any, run: Path) -> None:
     """Writes the run's query encoder for serving, and what the towers themselves make of the same queries."""
     from harness.core.build import plain_query_encoder
-    from models.registry import METHODS
 
     method, config, mesh = trainer.method, trainer.config, trainer.mesh
     method.towers.eval()
     batch = trainer.loader.load(0).batches[0].to(mesh.device, torch.float32)
-    text = METHODS[config.method].query == "text"
-    queries = (batch.query_tokens if text else batch.document_images).cpu()
+    queries = (batch.document_images if config.model.query_text is None else batch.query_tokens).cpu()
     with torch.no_grad():
         found = method.embed_query(replace(batch, query_images=batch.document_images)).cpu()
         encoder = plain_query_encoder(config.method, trainer.model_config, method.towers, mesh)
