@@ -26,8 +26,10 @@ from tensorboard import plugin_util  # type: ignore[import-untyped]
 
 from harness.artefact.artefact import Photo
 from harness.catalogue.catalogue import Catalogue
+from harness.catalogue.cells import MOST_TEXT
 from harness.catalogue.images import Rejected, check_image
-from harness.catalogue.table import MOST_LINE, MOST_TEXT, Manifest
+from harness.catalogue.table import Manifest
+from harness.catalogue.text_table import MOST_LINE
 from harness.commands import index as webdataset
 from harness.commands import ingest
 from harness.commands.index import IndexConfig

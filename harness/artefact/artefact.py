@@ -44,30 +44,35 @@ class Photo:
     window: Box
 
     @classmethod
-    def open(cls, path: Path, box: Sequence[int] = ()) -> Photo:
-        """Reads and checks a file; without `box` all of it counts.
+    def open(cls, path: Path, box: Sequence[int] = (), max_pixels: int = MOST_PIXELS) -> Photo:
+        """Reads and checks a file; without `box` all of it counts. A JPEG of more than `max_pixels` is decoded at half
+        its width and height.
 
         Raises:
             UserError: no such file, not an image, or a box that is empty or outside of it.
         """
         try:
-            image = load_image(path.absolute().parent, path.name, MOST_BYTES, MOST_PIXELS)
+            image = load_image(path.absolute().parent, path.name, MOST_BYTES, max_pixels)
         except Rejected as reason:
-            raise UserError(f"photo {path}: {reason}", "Name a JPEG, PNG, WebP, TIFF or BMP file") from None
+            large = str(reason).startswith("too many pixels")
+            remedy = "Raise --max-pixels, or name a smaller photo" if large else "Name a JPEG, PNG, WebP, AVIF or GIF"
+            raise UserError(f"photo {path}: {reason}", remedy) from None
         if not box:
             return cls(image.data, (0, 0, image.width, image.height))
-        size = f"the upright photo {path} has {image.width} x {image.height} pixels"
+        scale = 2 if image.halved else 1
+        full_width, full_height = scale * image.width, scale * image.height
+        size = f"the upright photo {path} has {full_width} x {full_height} pixels"
         if len(box) != 4:
             raise UserError(f"--box has {len(box)} numbers", "Give four: x,y,width,height in pixels")
         x, y, width, height = box
         if width < 1 or height < 1:
             raise UserError(f"--box {','.join(map(str, box))} is empty", f"Width and height must be at least 1; {size}")
-        if x < 0 or y < 0 or x + width > image.width or y + height > image.height:
+        if x < 0 or y < 0 or x + width > full_width or y + height > full_height:
             raise UserError(f"--box {','.join(map(str, box))} leaves the photo", size[0].upper() + size[1:])
-        return cls(image.data, (x, y, width, height))
+        return cls(image.data, (x // scale, y // scale, max(1, width // scale), max(1, height // scale)))
 
     def picture(self) -> Image.Image:
-        """The window in RGB."""
+        """The window in RGB, on white."""
         x, y, width, height = self.window
         return decode_rgb(self.data).crop((x, y, x + width, y + height))
 

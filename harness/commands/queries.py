@@ -304,9 +304,11 @@ def _click_texts(
     if file is not None:
         row_of = {item: row for row, (item, use) in enumerate(zip(items, documents, strict=True)) if use}
         log = Manifest(file)
+        for note in log.said:
+            print(f"{file}: {note}")
         for column in CLICK_COLUMNS:
             log.require(column, "--clicks")
-        for number, (cells, problem) in enumerate(log.rows(CLICK_COLUMNS), 1):
+        for number, (cells, problem, _) in enumerate(log.rows(CLICK_COLUMNS), 1):
             text, item, count = cells
             if problem or not count.isdecimal() or int(count) > MOST_CLICKS:
                 wrong = problem or f"clicks is {count!r}, not a whole number from 0 to {MOST_CLICKS:,}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import string
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -83,7 +84,7 @@ def run(config: TokenizerConfig) -> dict[str, Any]:
         tokens), seconds.
 
     Raises:
-        UserError: no text in the split, a vocabulary that the text cannot fill or that cannot hold its characters, or
+        UserError: no text in the split but in others, a vocabulary that the text cannot fill or that cannot hold its characters, or
             no tokenizer to keep.
     """
     start = time.perf_counter()
@@ -99,6 +100,8 @@ def run(config: TokenizerConfig) -> dict[str, Any]:
     share = unknown / max(sum(tokens.values()), 1)
     texts = meta.get("texts", 0)
     source = f"of {printable(str(meta['source']))}" if "source" in meta else f"learned from {texts:,} texts"
+    if meta.get("model_type") == "char":
+        source = "for single characters, as no sample has a title or a description"
     print(
         f"{config.catalogue}/tokenizer: {tokenizer.vocab_size:,} pieces {source}; "
         f"{sum(tokens.values()):,} tokens stored, {share:.2%} of them unknown"
@@ -131,10 +134,15 @@ def _meta(version: int, special: SpecialTokens, origin: dict[str, Any], model: b
     return {**meta, "xxh3": checksum(meta, model)}
 
 
-def _texts(catalogue: Catalogue, split: str) -> Iterator[str]:
+def _texts(catalogue: Catalogue, split: str | None) -> Iterator[str]:
+    """Titles and descriptions that have a visible character: SentencePiece drops zero-width ones."""
     for batch in catalogue.batches(list(FIELDS), split=split):
         for field in FIELDS:
-            yield from filter(str.strip, batch.column(field).to_pylist())
+            yield from filter(_is_visible, batch.column(field).to_pylist())
+
+
+def _is_visible(text: str) -> bool:
+    return any(character.isprintable() and not character.isspace() for character in text)
 
 
 def _train(catalogue: Catalogue, config: TokenizerConfig) -> tuple[bytes, dict[str, Any]]:
@@ -148,6 +156,8 @@ def _train(catalogue: Catalogue, config: TokenizerConfig) -> tuple[bytes, dict[s
     if not 0.9 <= config.character_coverage <= 1:
         raise UserError(f"--character-coverage is {config.character_coverage}", "It must be between 0.9 and 1")
     found = sum(1 for _ in _texts(catalogue, config.split))
+    if found == 0 and not any(_texts(catalogue, None)):
+        return _characters(), {"model_type": "char", "split": config.split, "texts": 0}
     if found == 0:
         splits = ", ".join(catalogue.meta["counts"]["splits"])
         raise UserError(
@@ -155,9 +165,6 @@ def _train(catalogue: Catalogue, config: TokenizerConfig) -> tuple[bytes, dict[s
             f"The splits are {splits} (--split); text comes from ingest's --title-column and --description-column",
         )
     stride = -(-found // config.max_texts)
-    special: dict[str, Any] = {}
-    for name in ("pad", "unk", "bos", "eos"):
-        special |= {f"{name}_id": SPECIAL_IDS[name], f"{name}_piece": SPECIAL_PIECES[name]}
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -171,13 +178,34 @@ def _train(catalogue: Catalogue, config: TokenizerConfig) -> tuple[bytes, dict[s
             max_sentence_length=MAX_TEXT_BYTES,
             num_threads=1,  # more would make sums, and so the pieces, depend on the machine
             minloglevel=QUIET,
-            control_symbols=[SPECIAL_PIECES["mask"]],
-            **special,
+            **_special_pieces(),
         )
     except RuntimeError as error:
         raise _explain(str(error), config.vocab_size) from error
     origin = {"model_type": config.model_type, "split": config.split, "texts": -(-found // stride)}
     return model.getvalue(), origin
+
+
+def _characters() -> bytes:
+    """The model of a catalogue without any text: characters, for what a person may ask later."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(string.ascii_letters + string.digits)]),
+        model_writer=model,
+        vocab_size=len(SPECIAL_IDS) + 1 + len(string.ascii_letters + string.digits),
+        model_type="char",
+        num_threads=1,
+        minloglevel=QUIET,
+        **_special_pieces(),
+    )
+    return model.getvalue()
+
+
+def _special_pieces() -> dict[str, Any]:
+    special: dict[str, Any] = {"control_symbols": [SPECIAL_PIECES["mask"]]}
+    for name in ("pad", "unk", "bos", "eos"):
+        special |= {f"{name}_id": SPECIAL_IDS[name], f"{name}_piece": SPECIAL_PIECES[name]}
+    return special
 
 
 def _explain(message: str, vocab_size: int) -> UserError:

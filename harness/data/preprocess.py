@@ -22,6 +22,7 @@ from harness.core.keyed_random import Stream, keyed_uniform
 # flip int32 [n]; matrix float32 [n, 3, 3] and offset float32 [n, 3]: colour = matrix @ rgb + offset for rgb in 0..1.
 Parameters = dict[str, npt.NDArray[Any]]
 
+WHITE = (255, 255, 255)
 LARGEST_IMAGE = 8192  # pixels; checked before memory is taken for it
 _AUGMENT = Stream.AUGMENT
 
@@ -48,6 +49,7 @@ class PreprocessSpec:
         saturation: colours move away from their own grey by a factor in 1 -+ this; 0 = off.
         hue: hues turn by up to this share of the colour circle, both ways; 0 = off, at most 0.5.
         eval_crop: side of evaluation's centred square window as a share of the image's short side.
+        background: red, green and blue in 0..255 that show through transparent pixels.
     """
 
     image_size: int = 224
@@ -61,6 +63,7 @@ class PreprocessSpec:
     saturation: float = 0.2
     hue: float = 0.02
     eval_crop: float = 0.875
+    background: tuple[int, int, int] = WHITE
 
     def __post_init__(self) -> None:
         least_area, most_area = self.crop_scale
@@ -78,6 +81,8 @@ class PreprocessSpec:
             "saturation must lie in 0..1": 0 <= self.saturation <= 1,
             "hue must lie in 0..0.5": 0 <= self.hue <= 0.5,
             "eval_crop must be above 0 and at most 1": 0 < self.eval_crop <= 1,
+            "background must have 3 integers in 0..255": len(self.background) == 3
+            and all(isinstance(value, int) and 0 <= value <= 255 for value in self.background),
         }
         for rule, holds in rules.items():
             if not holds:
@@ -95,6 +100,7 @@ class PreprocessSpec:
             UserError: a field is missing or unknown: defaults must not stand in for what a model was trained with.
         """
         names = {field.name for field in dataclasses.fields(cls)}
+        values = {"background": WHITE, **values}  # files from before it was a field have none
         if difference := names ^ values.keys():
             raise UserError(
                 f"preprocess: missing or unknown: {', '.join(sorted(difference))}",
