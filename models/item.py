@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from models.heads.contrastive import ContrastiveConfig, contrastive_loss
 from models.heads.mean import averaged, global_mean, weight_errors, weighted_sum
 from models.masking import WordHead, hide_patches, patch_pixels, word_terms
 from models.method import Calibration, Method, MethodSpec
+from models.ranges import NonNegativeFloat, OptionalSize, Pixels, Size
 from models.shape import TransformerBuilder, TransformerShape, padded_vocab, shape_errors
 from models.stem import conv_stem, patch_stem
 from models.transfer import places
@@ -46,12 +48,12 @@ class ItemWeights:
             the same towers.
     """
 
-    itm: float = 1.0
-    mlm: float = 1.0
-    mim: float = 1.0
-    gmlm: float = 1.0
-    gmim: float = 1.0
-    contrast: float = 0.0
+    itm: NonNegativeFloat = 1.0
+    mlm: NonNegativeFloat = 1.0
+    mim: NonNegativeFloat = 1.0
+    gmlm: NonNegativeFloat = 1.0
+    gmim: NonNegativeFloat = 1.0
+    contrast: NonNegativeFloat = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +67,10 @@ class PatchConfig:
         stem_blocks: residual blocks in each stage of the stem.
     """
 
-    image_size: int = 224
-    patch_size: int = 16
-    stem_channels: tuple[int, ...] = ()
-    stem_blocks: tuple[int, ...] = ()
+    image_size: Pixels = 224
+    patch_size: Pixels = 16
+    stem_channels: tuple[Size, ...] = ()
+    stem_blocks: tuple[OptionalSize, ...] = ()
 
     @property
     def num_patches(self) -> int:
@@ -86,9 +88,9 @@ class StreamConfig(TransformerShape):
         pad_id: the id of padding.
     """
 
-    vocab_size: int = field(default=0, metadata=TRAINING_ONLY)
-    max_length: int = 64
-    pad_id: int = 0
+    vocab_size: OptionalSize = field(default=0, metadata=TRAINING_ONLY)
+    max_length: Size = 64
+    pad_id: OptionalSize = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,7 @@ class ItemConfig:
     vision: PatchConfig = field(default_factory=PatchConfig)
     text: StreamConfig = field(default_factory=StreamConfig)
     aligned: bool = False
-    global_targets: str = "masked"
+    global_targets: Literal["masked", "all"] = "masked"
     weights: ItemWeights = field(default_factory=ItemWeights, metadata=TRAINING_ONLY)
     contrast: ContrastiveConfig = field(default_factory=ContrastiveConfig, metadata=TRAINING_ONLY)
     query_text = None  # queries are photos
@@ -124,9 +126,7 @@ class ItemConfig:
         """Errors for values that do not fit together; each names its key."""
         errors = VisionConfig(**vars(self.vision)).errors("model.vision")
         errors += shape_errors(self.text, tensor_parallel, "model.text")
-        if self.global_targets not in ("masked", "all"):
-            errors.append(f"model.global_targets is '{self.global_targets}'; it can be 'masked' or 'all'")
-        return errors + weight_errors(self.weights) + self.contrast.errors("model.contrast")
+        return errors + weight_errors(self.weights)
 
 
 class ItemTowers(nn.Module):

@@ -22,13 +22,14 @@ from torch.distributed import ProcessGroup
 
 from models.batch import Batch, Reads, rank_sizes
 from models.comm import gather_shards, gather_with_grad, own_slice, shard_sizes
-from models.cross_modal import MODALITIES, CrossModal, Match, ModalAdaptation
+from models.cross_modal import CrossModal, Match, ModalAdaptation, Modalities
 from models.fields import TRAINING_ONLY
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss, same_product
 from models.heads.mean import averaged, global_mean, weight_errors, weighted_sum
 from models.heads.memory_bank import MemoryBank
 from models.masking import WordHead, hide_patches, patch_pixels, word_terms
 from models.method import CatalogueFacts, Method, MethodSpec
+from models.ranges import NonNegativeFloat, OptionalSize, Size
 from models.shape import TransformerBuilder, TransformerShape, shape_errors
 from models.text import TextConfig, TextTower
 from models.transfer import places
@@ -48,12 +49,12 @@ class MakeWeights:
         mpm: masked patches of the image.
     """
 
-    qic: float = 1.0
-    qim: float = 1.0
-    query_image: float = 1.0
-    keywords: float = 1.0
-    mlm: float = 1.0
-    mpm: float = 1.0
+    qic: NonNegativeFloat = 1.0
+    qim: NonNegativeFloat = 1.0
+    query_image: NonNegativeFloat = 1.0
+    keywords: NonNegativeFloat = 1.0
+    mlm: NonNegativeFloat = 1.0
+    mpm: NonNegativeFloat = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,20 +90,20 @@ class MakeConfig:
     text: TextConfig = field(default_factory=lambda: TextConfig(pooling="class"))
     query: TextConfig = field(default_factory=lambda: TextConfig(pooling="class", max_length=16))
     fusion: TransformerShape = field(default_factory=lambda: TransformerShape(num_layers=2))
-    embedding_dim: int = 256
+    embedding_dim: Size = 256
     hide_words: bool = False
-    modalities: str = "learned"
-    num_keywords: int = 0
-    product_keywords: int = field(default=8, metadata=TRAINING_ONLY)
-    related_keywords: int = field(default=4, metadata=TRAINING_ONLY)
+    modalities: Modalities = "learned"
+    num_keywords: OptionalSize = 0
+    product_keywords: OptionalSize = field(default=8, metadata=TRAINING_ONLY)
+    related_keywords: OptionalSize = field(default=4, metadata=TRAINING_ONLY)
     related_category: bool = field(default=True, metadata=TRAINING_ONLY)
     qic: ContrastiveConfig = field(
         default_factory=lambda: ContrastiveConfig(margin=0.1, symmetric=False), metadata=TRAINING_ONLY
     )
-    memory_bank: int = field(default=0, metadata=TRAINING_ONLY)
-    memory_after: int = field(default=0, metadata=TRAINING_ONLY)
+    memory_bank: OptionalSize = field(default=0, metadata=TRAINING_ONLY)
+    memory_after: OptionalSize = field(default=0, metadata=TRAINING_ONLY)
     mpm: ContrastiveConfig = field(default_factory=lambda: ContrastiveConfig(symmetric=False), metadata=TRAINING_ONLY)
-    mpm_patches: int = field(default=4, metadata=TRAINING_ONLY)
+    mpm_patches: Size = field(default=4, metadata=TRAINING_ONLY)
     weights: MakeWeights = field(default_factory=MakeWeights, metadata=TRAINING_ONLY)
 
     @property
@@ -112,17 +113,14 @@ class MakeConfig:
 
     def errors(self, tensor_parallel: int) -> list[str]:
         """Errors for values that do not fit together; each names its key."""
-        errors = self.vision.errors("model.vision") + self.qic.errors("model.qic") + self.mpm.errors("model.mpm")
-        errors += weight_errors(self.weights)
+        errors = self.vision.errors("model.vision") + weight_errors(self.weights)
         for name in ("vision", "text", "query", "fusion"):
             errors += shape_errors(getattr(self, name), tensor_parallel, f"model.{name}")
         for name in ("text", "query"):
             errors += getattr(self, name).errors(f"model.{name}")
             if getattr(self, name).pooling == "none":
                 errors.append(f"model.{name}.pooling is 'none', but MAKE needs a vector of every text")
-        if self.modalities not in MODALITIES:
-            errors.append(f"model.modalities is '{self.modalities}'; it can be {', '.join(MODALITIES)}")
-        if not 1 <= self.mpm_patches <= self.vision.num_patches:
+        if self.mpm_patches > self.vision.num_patches:
             errors.append(
                 f"model.mpm_patches is {self.mpm_patches}, but an image has {self.vision.num_patches} patches"
             )

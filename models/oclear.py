@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from models.heads.cached import cached_losses
 from models.heads.class_parallel import ClassParallelHead
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss
 from models.method import Method, MethodSpec
+from models.ranges import ClosedUnitInterval, OpenUnitInterval, PositiveFloat, Size
 from models.shape import TransformerBuilder, shape_errors, words_hidden
 from models.text import TextConfig, TextTower
 from models.vision import VisionConfig, VisionTower
@@ -50,16 +52,16 @@ class OclearConfig:
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    embedding_dim: int = 256
-    fusion_kind: str = "concept"
-    concept_slots: int = 8
-    fusion_heads: int = 4
-    gate_init: float = field(default=0.5, metadata=TRAINING_ONLY)
-    text_dropout: float = field(default=0.0, metadata=TRAINING_ONLY)
+    embedding_dim: Size = 256
+    fusion_kind: Literal["concept", "concat", "image"] = "concept"
+    concept_slots: Size = 8
+    fusion_heads: Size = 4
+    gate_init: OpenUnitInterval = field(default=0.5, metadata=TRAINING_ONLY)
+    text_dropout: ClosedUnitInterval = field(default=0.0, metadata=TRAINING_ONLY)
     separate_transforms: bool = True
-    transform_dropout: float = field(default=0.0, metadata=TRAINING_ONLY)
-    objective: str = "classification"
-    temperature: float = field(default=0.07, metadata=TRAINING_ONLY)
+    transform_dropout: ClosedUnitInterval = field(default=0.0, metadata=TRAINING_ONLY)
+    objective: Literal["classification", "contrastive"] = "classification"
+    temperature: PositiveFloat = field(default=0.07, metadata=TRAINING_ONLY)
     query_text = None  # queries are photos
 
     def errors(self, tensor_parallel: int) -> list[str]:
@@ -71,14 +73,6 @@ class OclearConfig:
             )
         errors += shape_errors(self.vision, tensor_parallel, "model.vision")
         errors += shape_errors(self.text, tensor_parallel, "model.text")
-        if self.objective not in ("classification", "contrastive"):
-            errors.append(f"model.objective is '{self.objective}'; it can be 'classification' or 'contrastive'")
-        if self.fusion_kind not in ("concept", "concat", "image"):
-            errors.append(f"model.fusion_kind is '{self.fusion_kind}'; it can be 'concept', 'concat' or 'image'")
-        if not 0 < self.gate_init < 1:
-            errors.append(f"model.gate_init is {self.gate_init}; it must lie in (0, 1)")
-        if not 0 <= self.text_dropout <= 1:
-            errors.append(f"model.text_dropout is {self.text_dropout}; it must lie in [0, 1]")
         if self.vision.hidden_size % self.fusion_heads:
             errors.append(
                 f"model.vision.hidden_size {self.vision.hidden_size} is no multiple of model.fusion_heads {self.fusion_heads}"

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from harness.bench.ranks import Memory, on_ranks
-from harness.commands.estimate import estimate
+from harness.commands.estimate import main as estimate
 from harness.data.step_data import StepData
 from harness.train.config import parse
 from harness.train.dry_run import masked

@@ -27,7 +27,7 @@ from harness.data.step_data import StepData
 from harness.text.tokenizer import Tokenizer
 from harness.train import checkpoint_files, throughput
 from harness.train.config import RunConfig
-from harness.train.optimizer import OptimizerConfig, learning_rate
+from harness.train.schedule import OptimizerConfig, learning_rate
 from models.batch import TENSORS, Batch, Reads
 from tests.pool import ranks
 from tests.runs import UNUSED, tiny_config, trainer

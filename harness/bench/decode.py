@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from harness.bench.photos import photo
 from harness.bench.report import bench_main, command_line, make_report, print_report
-from harness.core.errors import UserError
 from harness.data.decode_dali import ImagePipeline
 from harness.data.decode_pillow import ReferencePipeline
 from harness.data.preprocess import Parameters, PreprocessSpec, draw_parameters
+from models.ranges import PositiveInt
 
 MODULE = "harness.bench.decode"
 EXAMPLE = f"python -m {MODULE} --images 256 --threads 2 --json decode.json"
@@ -38,16 +38,11 @@ class DecodeConfig:
         pairs: timed passes of each pipeline over all files.
     """
 
-    images: int = 256
-    image_size: int = 224
-    source_size: int = 800
-    threads: int = 2
-    pairs: int = 5
-
-    def __post_init__(self) -> None:
-        for name in ("images", "image_size", "source_size", "threads", "pairs"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}", "It must be at least 1")
+    images: PositiveInt = 256
+    image_size: PositiveInt = 224
+    source_size: PositiveInt = 800
+    threads: PositiveInt = 2
+    pairs: PositiveInt = 5
 
 
 def run(config: DecodeConfig) -> dict[str, Any]:

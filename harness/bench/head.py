@@ -25,6 +25,7 @@ from harness.bench.report import bench_main, command_line, make_report, print_re
 from harness.core.errors import UserError
 from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
 from models.heads.row_optimizer import RowAdamW, RowOptimizerConfig
+from models.ranges import OpenUnitInterval, PositiveInt
 
 MODULE = "harness.bench.head"
 EXAMPLE = f"python -m {MODULE} --num-classes 1000000 --embedding-dim 256 --ranks 2 --pairs 5 --json head.json"
@@ -53,20 +54,15 @@ class HeadConfig:
             trust.
     """
 
-    num_classes: int = 100_000
-    embedding_dim: int = 256
-    ranks: int = 2
-    batch: int = 256
-    sample_rate: float = 0.1
-    pairs: int = 5
+    num_classes: PositiveInt = 100_000
+    embedding_dim: PositiveInt = 256
+    ranks: PositiveInt = 2
+    batch: PositiveInt = 256
+    sample_rate: OpenUnitInterval = 0.1
+    pairs: PositiveInt = 5
     partial_fc: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("num_classes", "embedding_dim", "ranks", "batch", "pairs"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}", "It must be at least 1")
-        if not 0 < self.sample_rate < 1:
-            raise UserError(f"--sample-rate is {self.sample_rate}", "It must lie between 0 and 1, both excluded")
         if self.num_classes % self.ranks:
             raise UserError(f"--num-classes {self.num_classes} does not divide by --ranks {self.ranks}")
         if self.batch % (4 * self.ranks):

@@ -11,6 +11,7 @@ from harness.bench.head import MB, Setting, measure_memory
 from harness.bench.ranks import is_first, on_ranks
 from harness.bench.report import bench_main, command_line, make_report, print_report
 from harness.core.errors import UserError
+from models.ranges import PositiveInt, UnitIntervalAbove0
 
 MODULE = "harness.bench.head_memory"
 EXAMPLE = f"python -m {MODULE} --num-classes 1000000 --ranks 8 --json head_memory.json"
@@ -42,22 +43,17 @@ class HeadMemoryConfig:
         sample_rate: share of the classes that serve as negatives in a step, of the table too.
     """
 
-    num_classes: int = 1_000_000
-    embedding_dim: int = 512
-    ranks: int = 8
-    batch: int = 64
-    sample_rate: float = 0.1
+    num_classes: PositiveInt = 1_000_000
+    embedding_dim: PositiveInt = 512
+    ranks: PositiveInt = 8
+    batch: PositiveInt = 64
+    sample_rate: UnitIntervalAbove0 = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("num_classes", "embedding_dim", "ranks", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}", "It must be at least 1")
         if self.num_classes < 2 * self.ranks:
             raise UserError(
                 f"{self.num_classes} classes are too few for {self.ranks} ranks", "Take --num-classes larger"
             )
-        if not 0 < self.sample_rate <= 1:
-            raise UserError(f"--sample-rate is {self.sample_rate}", "It must lie in (0, 1]")
 
 
 def run(config: HeadMemoryConfig) -> dict[str, Any]:

@@ -25,10 +25,10 @@ from harness.bench.report import bench_main, command_line, make_report, print_re
 from harness.catalogue.catalogue import Catalogue
 from harness.commands.ingest import IngestConfig
 from harness.commands.ingest import run as ingest
-from harness.core.errors import UserError
 from harness.data.decode_pillow import decode_rgb
 from harness.data.images import ImageReader
 from harness.data.preprocess import PreprocessSpec, draw_parameters
+from models.ranges import PositiveInt
 
 MODULE = "harness.bench.loader"
 EXAMPLE = f"python -m {MODULE} --images 192 --threads 2 --json loader.json"
@@ -51,16 +51,11 @@ class LoaderConfig:
         pairs: rounds that count; each way reads all files once a round.
     """
 
-    images: int = 192
-    image_size: int = 224
-    source_size: int = 820
-    threads: int = 2
-    pairs: int = 5
-
-    def __post_init__(self) -> None:
-        for name in ("images", "image_size", "source_size", "threads", "pairs"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}", "It must be at least 1")
+    images: PositiveInt = 192
+    image_size: PositiveInt = 224
+    source_size: PositiveInt = 820
+    threads: PositiveInt = 2
+    pairs: PositiveInt = 5
 
 
 def run(config: LoaderConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,12 @@ from harness.bench.gpu import matrix_rate
 from harness.bench.report import bench_main, command_line, make_report, print_report
 from harness.core.build import builder
 from harness.core.errors import UserError
-from harness.core.mesh import Mesh, MeshConfig
+from harness.core.mesh import Compile, Mesh, MeshConfig
 from harness.train.flops import peak_flops, tower_flops
 from models.merge import load_merged
 from models.plain.transformer import PlainBuilder
 from models.presets import PRESETS, TEXT, VISION
+from models.ranges import NonNegativeInt, PositiveInt
 from models.shape import TransformerBuilder
 from models.text import TextConfig, TextTower
 from models.vision import VisionConfig, VisionTower
@@ -59,19 +60,17 @@ class TowersConfig:
     """
 
     model: tuple[str, ...] = ("vit_s16", "bert_small")
-    batch: int = 0
-    tokens: int = 64
-    dtype: str = "fp32"
-    compile: str = "auto"
-    pairs: int = 21
+    batch: NonNegativeInt = 0
+    tokens: PositiveInt = 64
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    compile: Compile = "auto"
+    pairs: PositiveInt = 21
 
     def __post_init__(self) -> None:
         for name in self.model:
             _layout(name)
-        if self.dtype not in ("fp32", "bf16"):
-            raise UserError(f"--dtype is '{self.dtype}'", "It can be fp32 or bf16")
-        if self.batch < 0 or self.pairs < 1 or self.tokens < 1 or not self.model:
-            raise UserError("--model, --tokens and --pairs must be at least 1, --batch not negative")
+        if not self.model:
+            raise UserError("--model is empty", "Name one or more")
 
 
 @dataclass(frozen=True)

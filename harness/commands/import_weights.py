@@ -1,5 +1,4 @@
-"""`shelfmark import`: the weights of a model from the Hugging Face hub, timm or open_clip become the start of a
-training run.
+"""`shelfmark import`: Bring a model's weights from the hub, timm or open_clip.
 
 weights.safetensors   the towers' tensors, float32, under the names of a checkpoint
 weights.json          configuration of the towers, origin of the weights, tensors left out
@@ -12,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ class ImportConfig:
         allow_unused: leave out tensors that the tower has no place for, instead of an error.
     """
 
-    out: Path
+    out: Path = field(kw_only=False)
     vision: Path | None = None
     text: Path | None = None
     projection: bool = False

@@ -1,4 +1,4 @@
-"""`shelfmark ingest`: a manifest and its image files become a catalogue of checked samples under global ids."""
+"""`shelfmark ingest`: Make a catalogue of a manifest and an image folder."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from harness.catalogue.text_table import Row
 from harness.core.errors import UserError
 from harness.core.files import printable
 from harness.core.staged_folder import staged_folder
+from models.ranges import PositiveInt
 
 EXAMPLE = "shelfmark ingest --manifest products.tsv --images photos/ --out catalogues/products"
 OPTIONAL_COLUMNS = {"class": "class_id", "title": "title", "description": "description", "split": "split"}
@@ -96,11 +97,11 @@ class IngestConfig:
     delimiter: str | None = None
     encoding: str | None = None
     quoting: Literal["csv", "none"] | None = None
-    max_pixels: int = MOST_PIXELS
-    max_bytes: int = MOST_BYTES
-    shard_size: int = 2**30
-    rows_per_part: int = 262_144
-    workers: int | None = None
+    max_pixels: PositiveInt = MOST_PIXELS
+    max_bytes: PositiveInt = MOST_BYTES
+    shard_size: PositiveInt = 2**30
+    rows_per_part: PositiveInt = 262_144
+    workers: PositiveInt | None = None
 
 
 class Columns:
@@ -160,10 +161,6 @@ def run(config: IngestConfig) -> dict[str, Any]:
             disk is full, or no row can be used.
     """
     start = time.perf_counter()
-    for name in ("max_pixels", "max_bytes", "shard_size", "rows_per_part", "workers"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}", "It must be at least 1")
     if config.append and config.part is not None:
         raise UserError("--append and --part exclude each other", "Merge the parts into a catalogue of its own")
     manifest = Manifest(config.manifest, config.delimiter, config.encoding, config.quoting)

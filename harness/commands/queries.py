@@ -1,4 +1,4 @@
-"""`shelfmark queries`: collects text queries, keywords and categories of a catalogue's documents.
+"""`shelfmark queries`: Collect what text queries are made of.
 
 queries/
     queries.json      values of the attributes with their synonyms, keywords, categories; each list in the order of its
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from harness.core.files import printable, read_yaml, write_json
 from harness.core.manifest import write_manifest
 from harness.core.staged_folder import staged_folder
 from harness.text.product_queries import ARRAYS, QUERIES_FORMAT, words_of
+from models.ranges import PositiveInt, UnitIntervalAbove0
 
 EXAMPLE = "shelfmark queries catalogues/fashion --attributes gender,base_colour,sub_category --category sub_category"
 CLICK_COLUMNS = ("text", "document", "clicks")
@@ -55,15 +56,15 @@ class QueriesConfig:
         keywords_per_product: keywords kept for a document: the words of its attributes, then the rarest of its title.
     """
 
-    catalogue: Path
+    catalogue: Path = field(kw_only=False)
     attributes: str = ""
     category: str = ""
     clicks: Path | None = None
     synonyms: Path | None = None
     split: str = "train"
-    min_count: int = 5
-    max_share: float = 0.3
-    keywords_per_product: int = 12
+    min_count: PositiveInt = 5
+    max_share: UnitIntervalAbove0 = 0.3
+    keywords_per_product: PositiveInt = 12
 
 
 def run(config: QueriesConfig) -> dict[str, Any]:
@@ -229,8 +230,6 @@ def _columns(catalogue: Catalogue, config: QueriesConfig) -> list[str]:
                 f"{catalogue.path} has no attribute {name!r}",
                 f"It has {', '.join(known) or 'none'} (ingest --attribute-columns)",
             )
-    if config.min_count < 1 or not 0 < config.max_share <= 1 or config.keywords_per_product < 1:
-        raise UserError("--min-count and --keywords-per-product must be at least 1, --max-share in (0, 1]")
     return wanted
 
 

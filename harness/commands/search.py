@@ -1,11 +1,9 @@
-"""`shelfmark search ARTEFACT PHOTO …`: the documents that a photo shows, a text asks for or another document is like,
-as table and contact sheet.
-"""
+"""`shelfmark search`: Find documents by photo, text or likeness; as a table and a contact sheet."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +14,7 @@ from harness.catalogue.images import MOST_PIXELS
 from harness.core.errors import UserError
 from harness.core.files import printable
 from harness.evaluate.contact_sheet import draw_panel, text_picture
+from models.ranges import PositiveInt
 
 EXAMPLE = "shelfmark search artefacts/grocery photo.jpg --top 5 --sheet found.png"
 
@@ -37,11 +36,11 @@ class SearchConfig:
         backend: decoder of the photos; the one that the run was trained with by default.
     """
 
-    artefact: Path
-    photos: tuple[Path, ...] = ()
+    artefact: Path = field(kw_only=False)
+    photos: tuple[Path, ...] = field(default=(), kw_only=False)
     text: str = ""
     item: str = ""
-    top: int = 5
+    top: PositiveInt = 5
     box: tuple[int, ...] = ()
     max_pixels: int = MOST_PIXELS
     sheet: Path | None = None
@@ -55,8 +54,6 @@ def run(config: SearchConfig) -> dict[str, Any]:
         UserError: no query or more than one kind of it, a kind that the artefact does not take, a photo or an artefact
             that cannot be used, an empty box, a sheet that cannot be written.
     """
-    if config.top < 1:
-        raise UserError(f"--top is {config.top}", "It must be at least 1")
     if config.sheet is not None and config.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError(f"--sheet {config.sheet} is no .png or .jpg", "Name a file with one of these suffixes")
     if sum(map(bool, (config.photos, config.text, config.item))) != 1:

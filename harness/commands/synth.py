@@ -1,4 +1,4 @@
-"""`shelfmark synth`: draws the demo catalogue, its photos and its click log."""
+"""`shelfmark synth`: Draw a demo catalogue: products, photos, a click log."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import repeat
 from multiprocessing import get_context, parent_process
@@ -58,7 +58,7 @@ class SynthConfig:
         workers: drawing processes; 0 = the CPU cores this process may use.
     """
 
-    out: Path
+    out: Path = field(kw_only=False)
     products: int = 240
     photos: int = 14
     held_out: int = 2

@@ -1,4 +1,4 @@
-"""`shelfmark tokenizer`: learns the vocabulary of a catalogue's text, or takes one that exists, and stores all tokens.
+"""`shelfmark tokenizer`: Train or take a tokenizer and encode a catalogue's text.
 
 SentencePiece (Kudo and Richardson, 2018, arXiv:1808.06226) with the unigram model by default.
 """
@@ -11,7 +11,7 @@ import string
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,7 @@ from harness.text.tokenizer import (
     model_name,
     read_meta,
 )
+from models.ranges import PositiveInt
 
 EXAMPLE = "shelfmark tokenizer catalogues/products --vocab-size 8000"
 LARGEST_VOCABULARY = 10_000_000  # what a model's configuration takes
@@ -66,12 +67,12 @@ class TokenizerConfig:
             its own ids.
     """
 
-    catalogue: Path
-    vocab_size: int = 8000
+    catalogue: Path = field(kw_only=False)
+    vocab_size: PositiveInt = 8000
     model_type: Literal["unigram", "bpe"] = "unigram"
     split: str = "train"
     character_coverage: float = 0.99995
-    max_texts: int = 4_000_000
+    max_texts: PositiveInt = 4_000_000
     fold_case: bool = False
     keep_from: Path | None = None
 
@@ -137,8 +138,8 @@ def _meta(version: int, special: SpecialTokens, origin: dict[str, Any], model: b
 def _texts(catalogue: Catalogue, split: str | None) -> Iterator[str]:
     """Titles and descriptions that have a visible character: SentencePiece drops zero-width ones."""
     for batch in catalogue.batches(list(FIELDS), split=split):
-        for field in FIELDS:
-            yield from filter(_is_visible, batch.column(field).to_pylist())
+        for name in FIELDS:
+            yield from filter(_is_visible, batch.column(name).to_pylist())
 
 
 def _is_visible(text: str) -> bool:
@@ -151,8 +152,6 @@ def _train(catalogue: Catalogue, config: TokenizerConfig) -> tuple[bytes, dict[s
         raise UserError(f"--vocab-size is {config.vocab_size}", f"{len(SPECIAL_IDS)} are special pieces already")
     if config.vocab_size > LARGEST_VOCABULARY:
         raise UserError(f"--vocab-size is {config.vocab_size}", f"It must be at most {LARGEST_VOCABULARY:,}")
-    if config.max_texts < 1:
-        raise UserError(f"--max-texts is {config.max_texts}", "It must be at least 1")
     if not 0.9 <= config.character_coverage <= 1:
         raise UserError(f"--character-coverage is {config.character_coverage}", "It must be between 0.9 and 1")
     found = sum(1 for _ in _texts(catalogue, config.split))

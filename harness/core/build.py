@@ -18,7 +18,6 @@ from models.method import Method, MethodConfig
 from models.plain.transformer import PlainBuilder
 from models.registry import METHODS
 from models.shape import TransformerBuilder
-from models.transformer import MegatronBuilder
 
 
 def build(
@@ -69,6 +68,8 @@ def builder(mesh: Mesh) -> TransformerBuilder:
     backend = "inductor" if compiles else ""
     if compiles and mesh.tp.size() == 1:
         return PlainBuilder(config.recompute, backend)
+    from models.transformer import MegatronBuilder
+
     return MegatronBuilder(
         mesh.groups,
         sequence_parallel=config.sequence_parallel,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 from harness.data.masking import MaskConfig
 from harness.data.preprocess import PreprocessSpec
+from models.ranges import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
-BACKENDS = ("dali", "dali_cpu", "reference")
+Backend = Literal["dali", "dali_cpu", "reference"]
+BACKENDS = get_args(Backend)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,31 +40,22 @@ class DataConfig:
     """
 
     catalogue: Path = Path("catalogue")
-    queries_per_step: int = 64
-    documents_per_step: int = 64
-    micro_batches: int = 1
-    backend: str = "dali"
-    threads: int = 0
-    read_ahead: int = 3
-    read_ahead_bytes: int = 1 << 30
-    max_bad_fraction: float = 0.01
+    queries_per_step: PositiveInt = 64
+    documents_per_step: PositiveInt = 64
+    micro_batches: PositiveInt = 1
+    backend: Backend = "dali"
+    threads: NonNegativeInt = 0
+    read_ahead: PositiveInt = 3
+    read_ahead_bytes: PositiveInt = 1 << 30
+    max_bad_fraction: ClosedUnitInterval = 0.01
     preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
-    query_attributes: tuple[int, int] = (1, 4)
+    query_attributes: tuple[PositiveInt, PositiveInt] = (1, 4)
     masking: MaskConfig = field(default_factory=MaskConfig)
 
     def errors(self) -> list[str]:
-        """Errors for values out of range; each names its key."""
-        errors = []
-        if self.backend not in BACKENDS:
-            errors.append(f"data.backend is '{self.backend}'; it can be {', '.join(BACKENDS)}")
-        if self.threads < 0:
-            errors.append(f"data.threads is {self.threads}; it must not be negative")
-        positive = "queries_per_step documents_per_step micro_batches read_ahead read_ahead_bytes"
-        for name in positive.split():
-            if getattr(self, name) < 1:
-                errors.append(f"data.{name} must be at least 1")
-        if not 0 <= self.max_bad_fraction <= 1:
-            errors.append(f"data.max_bad_fraction is {self.max_bad_fraction}; it must lie in 0..1")
-        if not 1 <= self.query_attributes[0] <= self.query_attributes[1]:
-            errors.append(f"data.query_attributes is {self.query_attributes}; it must be two rising numbers from 1 on")
-        return errors + self.masking.errors("data.masking")
+        """Errors for values that do not fit together; each names its key."""
+        errors = self.preprocess.errors("data.preprocess") + self.masking.errors("data.masking")
+        fewest, most = self.query_attributes
+        if fewest > most:
+            errors.append(f"data.query_attributes is {self.query_attributes}; the first must not be above the second")
+        return errors

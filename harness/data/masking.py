@@ -12,6 +12,7 @@ from harness.core.errors import UserError
 from harness.core.keyed_random import Stream, keyed_hash, keyed_uniform
 from harness.data.order import ClassOrder
 from harness.text.special_tokens import SpecialTokens
+from models.ranges import ClosedUnitInterval
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -32,22 +33,20 @@ class MaskConfig:
         mismatched: share of samples that other_titles gives another title.
     """
 
-    word_rate: float = 0.15
-    patch_rates: tuple[float, float] = (0.4, 0.6)
+    word_rate: ClosedUnitInterval = 0.15
+    patch_rates: tuple[ClosedUnitInterval, ClosedUnitInterval] = (0.4, 0.6)
     one_heavy: bool = False
-    heavy_word_rate: float = 0.5
-    mismatched: float = 0.5
+    heavy_word_rate: ClosedUnitInterval = 0.5
+    mismatched: ClosedUnitInterval = 0.5
 
     def errors(self, where: str) -> list[str]:
-        """Errors for values out of range; each names its key under `where`."""
-        errors = []
-        for name in ("word_rate", "heavy_word_rate", "mismatched"):
-            if not 0 <= getattr(self, name) <= 1:
-                errors.append(f"{where}.{name} is {getattr(self, name)}; it must lie in [0, 1]")
+        """Errors for values that do not fit together; each names its key under `where`."""
         low, high = self.patch_rates
-        if not 0 <= low <= high <= 1:
-            errors.append(f"{where}.patch_rates is {self.patch_rates}; it must be two rising shares in [0, 1]")
-        return errors
+        return (
+            []
+            if low <= high
+            else [f"{where}.patch_rates is {self.patch_rates}; the first must not be above the second"]
+        )
 
 
 class Masks(NamedTuple):

@@ -14,6 +14,7 @@ from harness.core.errors import UserError
 from harness.evaluate.embed import Embedder, Side
 from harness.evaluate.tasks.task import CommonConfig
 from models.method import Calibration, Method
+from models.ranges import AtLeastTwo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +25,7 @@ class CalibrationConfig(CommonConfig):
         align_documents: at most so many documents of learn_split that a method's calibration is fitted to.
     """
 
-    align_documents: int = 8192
-
-    def calibration_errors(self) -> list[str]:
-        """Errors for values out of range; each names its key."""
-        return ["evaluation.align_documents must be at least 2"] if self.align_documents < 2 else []
+    align_documents: AtLeastTwo = 8192
 
 
 def documents_to_fit(calibration: Calibration, documents: Side, limit: int) -> Side:

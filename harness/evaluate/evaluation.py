@@ -35,13 +35,8 @@ class EvaluationConfig(CalibrationConfig, *_OF_TASKS):  # type: ignore[misc]
     """Configuration of evaluation, during training and by `shelfmark eval`; tasks add keys of their own."""
 
     def errors(self, method: str) -> list[str]:
-        """Errors for values out of range and for tasks or views that the method lacks; each names its key."""
-        errors, spec = self.calibration_errors(), METHODS[method]
-        if self.batch_size < 1:
-            errors.append("evaluation.batch_size must be at least 1")
-        errors += [
-            f"evaluation.{name} must be at least 0" for name in ("panel", "projector") if getattr(self, name) < 0
-        ]
+        """Errors for tasks or views that the method lacks; each names its key."""
+        errors, spec = [], METHODS[method]
         for key, given, known in (
             ("tasks", self.tasks, spec.tasks),
             ("final_tasks", self.final_tasks, spec.tasks),

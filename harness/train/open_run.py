@@ -15,16 +15,15 @@ from harness.train.config import RunConfig, load
 from models.method import Method, MethodConfig
 
 
-def open_settings(run: Path, tensor_parallel: int, batch_size: int) -> RunConfig:
+def open_settings(run: Path, tensor_parallel: int) -> RunConfig:
     """The configuration of `run`, checked for a layout before any process group starts.
 
     Raises:
-        UserError: `run` is not a run folder, the layout does not divide the model, or a batch has no image.
+        UserError: `run` is not a run folder, or the layout does not divide the model.
     """
     settings = load(run)
-    errors = settings.model.errors(tensor_parallel) if tensor_parallel > 0 else []
-    if errors or batch_size < 1:
-        raise UserError(errors[0] if errors else f"--batch-size is {batch_size}; it must be at least 1")
+    if errors := settings.model.errors(tensor_parallel):
+        raise UserError(errors[0])
     return settings
 
 

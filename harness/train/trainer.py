@@ -25,10 +25,11 @@ from harness.train import checkpoint, guards, panels
 from harness.train.config import RunConfig
 from harness.train.ema import Ema
 from harness.train.ledger import Ledger
-from harness.train.optimizer import TowerOptimizer, learning_rate, sum_of_squares
+from harness.train.optimizer import TowerOptimizer, sum_of_squares
 from harness.train.profiler import StepProfiler
 from harness.train.resume import Resume
 from harness.train.run_log import RunLog
+from harness.train.schedule import learning_rate
 from harness.train.throughput import StepClock, Throughput
 from models.batch import rank_sizes
 from models.heads.row_optimizer import RowAdamW

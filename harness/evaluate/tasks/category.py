@@ -16,6 +16,7 @@ from harness.evaluate.embed import Side
 from harness.evaluate.ranking import Embedded, gather_rows
 from harness.evaluate.tasks.task import CommonConfig, Found, Gallery, Task, TaskInputs
 from models.method import Method
+from models.ranges import AtLeastTwo
 
 NEIGHBOURS = 10
 ROUNDS = 2000  # of the probe's solver at most
@@ -31,7 +32,7 @@ class CategoryTaskConfig(CommonConfig):
             holds them.
     """
 
-    probe_documents: int = 200_000
+    probe_documents: AtLeastTwo = 200_000
 
 
 class CategoryTask(Task):
@@ -71,10 +72,8 @@ class CategoryTask(Task):
     @staticmethod
     def errors(config: CategoryTaskConfig) -> list[str]:
         """See Task."""
-        errors = ["evaluation.probe_documents must be at least 2"] if config.probe_documents < 2 else []
-        if not config.category:
-            errors.append("evaluation.category is empty: the task category predicts an attribute")
-        return errors
+        empty = "evaluation.category is empty: the task category predicts an attribute"
+        return [] if config.category else [empty]
 
     def run(self, method: Method, gallery: Gallery, seen: str) -> Found:
         """See Task."""

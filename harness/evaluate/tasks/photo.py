@@ -28,7 +28,7 @@ from harness.evaluate.tasks.task import (
 )
 from models.method import Method
 
-KINDS = pa.array(["head", "never trained", "tail"], pa.large_string())
+KINDS = ("head", "never trained", "tail")
 HEAD, NEVER, TAIL = range(3)
 
 
@@ -42,7 +42,9 @@ class PhotoTask(Task):
         self.queries, self.panel = inputs.side("query", config.split), config.panel
         self.embedder, self.mesh = inputs.embedder, inputs.mesh
         self.groups = groups_of(self.queries, config.slices)
-        self.groups["class"] = Coded(head_and_tail(inputs.classes, inputs.keys)[self.queries.labels], KINDS)
+        self.groups["class"] = Coded(
+            head_and_tail(inputs.classes, inputs.keys)[self.queries.labels], pa.array(KINDS, pa.large_string())
+        )
 
     def run(self, method: Method, gallery: Gallery, seen: str) -> Found:
         """See Task."""

@@ -22,6 +22,7 @@ from harness.evaluate.coded import Coded
 from harness.evaluate.embed import ClassKeys, Embedder, Side
 from harness.evaluate.ranking import Embedded, RelevantRanks
 from models.method import Method
+from models.ranges import NonNegativeInt, PositiveInt
 
 SHOWN = 5  # documents in a row of the panel
 
@@ -50,7 +51,7 @@ class CommonConfig:
     """
 
     split: str = "val"
-    batch_size: int = 128
+    batch_size: PositiveInt = 128
     tasks: tuple[str, ...] = ()
     final_tasks: tuple[str, ...] = ()
     views: tuple[str, ...] = ("both",)
@@ -58,8 +59,8 @@ class CommonConfig:
     learn_split: str = "train"
     slices: tuple[str, ...] = ()
     distractors: tuple[Path, ...] = ()
-    panel: int = 8
-    projector: int = 1000
+    panel: NonNegativeInt = 8
+    projector: NonNegativeInt = 1000
 
 
 @dataclass(frozen=True)
