@@ -12,7 +12,7 @@ from harness.catalogue.synth.products import Product
 
 
 def cutout(product: Product, size: int) -> Image.Image:
-    """The product alone: RGBA, within `size` x `size` pixels and cut to its bounds."""
+    """Draws the product without a ground: RGBA, within `size` x `size` pixels and cut to its bounds."""
     canvas = Canvas(product, size)
     SHAPES[product.kind](canvas)
     return canvas.finish()
@@ -107,7 +107,8 @@ def _t_shirt(c: Canvas) -> None:
            light=0.9, shade="cloth")
     c.part(smooth([(0.7, 0.12), (0.78, 0.14), (0.98, 0.34), (0.87, 0.46), (0.72, 0.35), (0.7, 0.5)], 1),
            light=0.9, shade="cloth")
-    c.part(smooth(profile((0.11, 0.1), (0.24, 0.13), (0.25, 0.3), (0.25, 0.9), (0.25, 0.94), (0.2, 0.94)), 1), shade="cloth")
+    c.part(smooth(profile((0.11, 0.1), (0.24, 0.13), (0.25, 0.3), (0.25, 0.9), (0.25, 0.94), (0.2, 0.94)), 1),
+           shade="cloth")
     c.line([(0.05, 0.36), (0.14, 0.44)], 0.022, c.accent)
     c.line([(0.95, 0.36), (0.86, 0.44)], 0.022, c.accent)
     c.part(oval(0.5, 0.11, 0.115, 0.08), (120, 116, 112))
@@ -184,8 +185,8 @@ def _sneaker(c: Canvas) -> None:
 
 def _boot(c: Canvas) -> None:
     c.emblem = (0.6, 0.3, 0.11)
-    c.part(smooth([(0.42, 0.06), (0.8, 0.06), (0.78, 0.5), (0.82, 0.82), (0.82, 0.9), (0.1, 0.88), (0.08, 0.72), (0.2, 0.62),
-           (0.4, 0.54)], 2), None, "cloth")
+    c.part(smooth([(0.42, 0.06), (0.8, 0.06), (0.78, 0.5), (0.82, 0.82), (0.82, 0.9), (0.1, 0.88), (0.08, 0.72),
+           (0.2, 0.62), (0.4, 0.54)], 2), None, "cloth")
     c.part(smooth([(0.08, 0.84), (0.84, 0.83), (0.85, 0.95), (0.62, 0.95), (0.58, 0.9), (0.08, 0.92)], 1), INK)
     c.part(box(0.42, 0.05, 0.8, 0.13, 0.02), c.accent)
     c.line(oval(0.82, 0.1, 0.04, 0.06), 0.012, c.accent)
