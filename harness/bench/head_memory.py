@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.bench.head import MB, Setting, measure_memory
-from harness.bench.ranks import is_first, on_ranks
-from harness.bench.report import bench_main, command_line, make_report, print_report
+from harness.bench.ranks import on_ranks
+from harness.bench.report import bench_main, finish
 from harness.core.errors import UserError
 from models.ranges import PositiveInt, UnitIntervalAbove0
 
@@ -26,8 +26,7 @@ PER_VALUE = {
     "partial_fc_adamw": (4 + 4 + 8, 0),
     "full_softmax_adamw": (4 + 4 + 8, 0),
 }
-# Bytes per row: an int32 counts its updates, a float64 says which weight decay was paid; 8-bit moments have two fp32
-# scales.
+# Bytes per row: an int32 counts its updates, a float64 holds the weight decay paid; 8-bit moments have two fp32 scales.
 PER_ROW = {"ours_fp32": 12, "ours_bf16_8bit": 12 + 8}
 
 
@@ -36,7 +35,7 @@ class HeadMemoryConfig:
     """Computes a head's memory on a GPU, and measures ours with bf16 rows and 8-bit moments in ranks of this machine.
 
     Args:
-        num_classes: classes of the measured point; it is measured at half as many too.
+        num_classes: classes of the measured point; half as many are measured too.
         embedding_dim: width of the embeddings, of the table too.
         ranks: processes that share the classes of the measured point; under torchrun its world size.
         batch: samples on one GPU, of the table too.
@@ -59,9 +58,9 @@ class HeadMemoryConfig:
 def run(config: HeadMemoryConfig) -> dict[str, Any]:
     """Measures, computes, prints and returns the report (see `harness/bench/report.py`).
 
-    Headline, of a rank with its rows, per million classes: `measured_…`, the peak in making the optimizer and in three
-    steps; `added_…`, the peak's growth by the second half of the classes, without working memory of constant size;
-    `computed_…`, by the formula.
+    Headline, for a rank with its rows, divided by a million classes: `measured_…`, the peak while it makes the
+    optimizer and runs three steps; `added_…`, the growth of that peak by the second half of the classes, free of
+    constant working memory; `computed_…`, the formula.
     """
     halves = []
     for classes in (config.num_classes // 2, config.num_classes):
@@ -83,18 +82,15 @@ def run(config: HeadMemoryConfig) -> dict[str, Any]:
         "added_mib_per_million_classes": (measured - less) / (millions - half),
         "computed_mib_per_million_classes": computed / millions,
     }
-    report = make_report("head_memory", command_line(MODULE, config), headline, rows)
-    if is_first():
-        print_report(report)
-    return report
+    return finish(MODULE, config, headline, rows)
 
 
 def computed_mib(side: str, config: HeadMemoryConfig, classes: float, gpus: int) -> float:
-    """MiB on one of `gpus` that share `classes`.
+    """Computes the MiB of one of `gpus` that share `classes`.
 
-    Counted: rows, moments and their scales, counters, the gradient (dense for the peers, of the active rows in ours),
-    and for the peers the fp32 logits of the whole batch, once, though they hold several copies. Left out: memory that
-    depends only on the batch, the optimizer's intermediate results, copies of the active rows, the towers.
+    Counted: rows, moments and their scales, counters, the gradient (dense for the peers, of the active rows for ours),
+    and for the peers the fp32 logits of the whole batch, once, although they hold several copies. Left out: memory that
+    depends on the batch only, the optimizer's intermediate results, copies of the active rows, the towers.
     """
     own = classes / gpus
     always, active = PER_VALUE[side]

@@ -155,7 +155,7 @@ def _end_with_parent() -> None:
 
 
 def _draw_product(config: SynthConfig, folder: Path, number: int) -> list[dict[str, str]]:
-    """Writes a product's document and photos under `folder`; returns their manifest rows. A function of its arguments."""
+    """Writes a product's document and photos under `folder`; returns their manifest rows."""
     product = config.catalogue()[number]
     shown = [other for other in config.catalogue() if not other.unseen and other.number != number]
     picture = cutout(product, DOCUMENT_SIZE)

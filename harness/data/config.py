@@ -25,15 +25,15 @@ class DataConfig:
         documents_per_step: documents in one optimizer step, over all ranks; ignored where every query photo brings a
             document of its own.
         micro_batches: parts into which a rank cuts its share of the step, to save memory.
-        backend: dali (decodes on the GPU if there is one), dali_cpu (always on the CPU), or reference (Pillow and numpy,
-            for platforms without a DALI wheel).
+        backend: dali (decodes on the GPU if there is one), dali_cpu (always on the CPU), or reference (Pillow and
+            numpy, for platforms without a DALI wheel).
         threads: decoding threads of each rank; 0: the process's cores divided by the ranks of its node, less two, at
             least 1. Results do not depend on it.
         read_ahead: largest number of steps that are read ahead.
         read_ahead_bytes: most bytes of decoded images that a rank reads ahead, on the device that decodes; one step is
             always read ahead.
-        max_bad_fraction: largest share of damaged samples among those read since the start; the run stops at a line of
-            log above it, but not before 1,000 samples were read. Damaged samples have weight 0.
+        max_bad_fraction: largest share of damaged samples among those read since the start; above it the run stops at a
+            line of log, but not before 1,000 samples were read. Damaged samples have weight 0.
         preprocess: steps from an image to the model's input.
         query_attributes: fewest and most attributes in a text query that is made of attributes.
         masking: masks of masked modelling.

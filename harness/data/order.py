@@ -2,8 +2,8 @@
 
     position -> (epoch, offset) -> keyed bijection of the epoch's slots -> slot -> class -> keyed rotation of members
 
-An epoch of a kind has as many positions as governance gave slots; every class fills exactly its slots in it. The slots
-exist as prefix sums only, mapped from disk, so that ten billion of them open as fast as ten.
+An epoch of a kind has one position for each slot that governance gave; every class fills exactly its slots in it. The
+slots exist as prefix sums only, mapped from disk, so that ten billion of them open as fast as ten.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Draw:
-    """Samples at n positions: int64 arrays [n]."""
+    """Samples at n positions; int64 arrays [n]."""
 
     sample_ids: Ints
     class_ids: Ints
@@ -42,11 +42,11 @@ class _Kind:
 
 
 class ClassOrder:
-    """The order that a governed catalogue and a seed define.
+    """Order defined by a governed catalogue and a seed.
 
     Attributes:
         seed: any integer.
-        order_id: 16 hex digits, the checksum of the governed classes: positions mean the same only under the same id.
+        order_id: 16 hex digits, checksum of the governed classes; positions are comparable only under the same id.
         num_classes: class ids are 0 .. num_classes - 1.
     """
 
@@ -58,7 +58,7 @@ class ClassOrder:
 
     @classmethod
     def open(cls, catalogue: Path, seed: int) -> ClassOrder:
-        """Map the classes of a catalogue; no array is read through, so it costs the same at any size.
+        """Maps the classes of a catalogue without reading them, at the same cost for any size.
 
         Raises:
             UserError: the catalogue has no classes, or they are incomplete.
@@ -84,7 +84,7 @@ class ClassOrder:
         return int(self._kinds[kind].slot_offsets[-1])
 
     def draw(self, kind: str, positions: npt.ArrayLike) -> Draw:
-        """Samples at the given positions; each answer depends on its own position alone.
+        """Samples at the given positions; each answer depends on its own position only.
 
         Over consecutive epochs a class walks through all its members, once each per lap, every lap in another order.
 
@@ -112,12 +112,12 @@ class ClassOrder:
         return Draw(np.asarray(arrays.members[begin + member]), class_ids, epochs)
 
     def paired(self, class_ids: npt.ArrayLike, positions: npt.ArrayLike, kind: str) -> Ints:
-        """A member of the given kind for each class, uniform and keyed by the position.
+        """Draws a member of the given kind for each class, uniform and keyed by the position.
 
         Args:
             class_ids: integers [n].
-            positions: integers [n], for contrastive training those of the queries to be paired.
-            kind: the kind of the members wanted.
+            positions: integers [n]; in contrastive training, positions of the queries to be paired.
+            kind: kind of the members.
 
         Returns:
             sample ids, int64 [n].
@@ -143,9 +143,9 @@ class ClassOrder:
 
 
 def ledger(positions: npt.ArrayLike, ids: npt.ArrayLike, kind: str, key: int) -> int:
-    """Account of what was read: the sum modulo 2**64 of keyed hashes of (position, id).
+    """Sum modulo 2**64 of keyed hashes of (position, id), an account of the samples read.
 
-    The sums of disjoint parts add up (modulo 2**64) to the sum of the whole, in any order and on any number of ranks,
-    so two runs have read the same samples at the same positions if and, but for chance, only if their ledgers agree.
+    The sums of disjoint parts add up (modulo 2**64) to the sum of the whole, in any order and on any number of ranks.
+    Two runs have read the same samples at the same positions if and, but for chance, only if their ledgers agree.
     """
     return int(keyed_hash(key, KINDS[kind], positions, ids).sum(dtype=np.uint64))

@@ -11,7 +11,7 @@ from models.batch import Batch
 
 
 class TextTokens(NamedTuple):
-    """Sums over the texts of documents and over text queries: tokens, and squares of lengths (the cost of attention)."""
+    """Sums over documents' texts and over text queries: tokens, and squares of lengths (cost of attention)."""
 
     documents: int = 0
     documents_squared: int = 0

@@ -1,4 +1,4 @@
-"""The demo's click log: impressions and clicks for each training photo, wrong clicks included."""
+"""Click log of the demo: documents shown and clicked for each training photo, wrong clicks included."""
 
 from __future__ import annotations
 
@@ -28,15 +28,18 @@ ZIPF = 0.8  # exponent of the products' traffic
 def click_log(
     photos: Sequence[tuple[str, Product]], documents: Sequence[tuple[str, Product]], seed: int
 ) -> tuple[pa.Table, int]:
-    """(Rows of SCHEMA, one for each (photo, document) with an impression; number of wrong clicks).
+    """Draws a click log.
 
-    Each photo has one result list: its own product near the top, then other products, similar ones more often.
+    Each photo has one result list: its own product near the top, others with a probability that grows with likeness.
     Impressions follow the product's traffic (Zipf) and fall with the position.
 
     Args:
         photos: id and product of the training photos.
         documents: id and product of the documents that may be listed.
-        seed: of every draw.
+        seed: seed of every draw.
+
+    Returns:
+        Rows of SCHEMA, one for each (photo, document) that was seen, and the number of wrong clicks.
     """
     rng = np.random.default_rng([seed, SynthStream.CLICKS])
     place = {product.number: index for index, (_, product) in enumerate(documents)}

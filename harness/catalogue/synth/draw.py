@@ -96,7 +96,7 @@ class Canvas:
     """A picture of one product in the making.
 
     Args:
-        product: the product to draw.
+        product: the product.
         size: side of the finished picture in pixels.
     """
 
@@ -190,7 +190,7 @@ class Canvas:
         self._alpha[at] = np.maximum(self._alpha[at], cover)
 
     def finish(self) -> Image.Image:
-        """RGBA of the requested size, cropped to the drawing."""
+        """Returns the RGBA picture of the requested size, cut to its drawn part."""
         rgba = np.dstack([self._rgb, self._alpha * 255]).clip(0, 255).astype(np.uint8)
         image = Image.fromarray(rgba).reduce(SUPERSAMPLE)
         return image.crop(image.getbbox())

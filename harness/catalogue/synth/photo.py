@@ -1,4 +1,4 @@
-"""From a clean picture to a photo: ground, neighbours, perspective, light, covering objects, blur and noise."""
+"""Photos made from clean pictures: ground, neighbours, perspective, light, occlusion, blur and noise."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class Product:
         brand: key of BRANDS.
         variant: the word in small print, a flavour or a size.
         unseen: True if it occurs in no training photo, no shared split and no click.
-        twin: the number of the product that differs only in small print or colour.
+        twin: number of the product that differs in small print or colour only.
     """
 
     number: int
@@ -128,7 +128,7 @@ class Product:
 
     @property
     def description(self) -> str:
-        """Three sentences on how it looks."""
+        """Three sentences on its look."""
         if self.category == "fruit":
             shown = {"single": "A single fruit", "trio": "Three fruits", "tray": f"Fruits in a {self.accent} tray"}
             return (
@@ -145,9 +145,9 @@ class Product:
 
 @cache
 def make_products(count: int, near_duplicates: float, unseen: float, seed: int) -> tuple[Product, ...]:
-    """The catalogue: `near_duplicates` of `count` products belong to pairs, `unseen` of them are never trained on.
+    """Draws the products: `near_duplicates` of `count` belong to pairs, `unseen` of them are never trained on.
 
-    All others of one kind differ in at least two of colour, pattern and brand, or in one when combinations run out.
+    Other products of one kind differ in at least two of colour, pattern and brand while there is room, else in one.
     """
     rng = np.random.default_rng([seed, SynthStream.PRODUCTS])
     pairs = round(count * near_duplicates / 2)

@@ -25,7 +25,7 @@ from harness.catalogue.synth.products import Product
 
 
 def cutout(product: Product, size: int) -> Image.Image:
-    """The product without a ground: RGBA, within `size` x `size` pixels and cropped to its bounds."""
+    """Draws the product without a ground: RGBA, within `size` x `size` pixels and cut to its bounds."""
     canvas = Canvas(product, size)
     SHAPES[product.kind](canvas)
     return canvas.finish()
