@@ -1,4 +1,4 @@
-"""Counter-based random bits in plain torch: a function of keys alone, equal on every device and at every world size.
+"""Counter-based random bits in plain torch: a function of the keys, equal on every device and at every world size.
 Source: ours.
 """
 

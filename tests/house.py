@@ -23,7 +23,7 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 TEXT = {"STRING", "FSTRING_MIDDLE"}  # the latter since Python 3.12, which splits f-strings
 LAYOUT = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER", "ENCODING"}
 CLAUSE = re.compile(r"(What|How|Where|Whether|Which)\b")
-WORDS = {"'is no', 'are no'": r"\b(is|are) no ", "'alone'": r"\balone\b", "'anew'": r"\banew\b",
+WORDS = {"'is no', 'are no'": r"(?<![Tt]here )\b(is|are) no ", "'alone'": r"\balone\b", "'anew'": r"\banew\b",
          "'of before'": r"\bof before\b"}  # fmt: skip
 
 
@@ -143,7 +143,9 @@ def main(root: Path) -> None:
     product = style([source for source in sources if source.part != "tests"])
     print(format_table(shape(sources)), "\n")
     print(format_table(counted), "\n")
-    print(format_table([{"prose and layout": key, "product": product[key], "tests": tests[key]} for key in product]))
+    print(
+        format_table([{"prose and layout": key, "product": product[key], "tests": tests.get(key)} for key in product])
+    )
 
 
 if __name__ == "__main__":
