@@ -145,6 +145,8 @@ def run(config: GovernConfig) -> dict[str, Any]:
         f"class is {largest['class_key']!r} with {largest['query_members']:,} and {largest['document_members']:,}\n"
         f"quarantined: {summary['quarantined_classes']:,} classes, {summary['quarantined_samples']:,} classless samples"
     )
+    if summary["num_classes"] == 1:
+        print("There is one class only: training has nothing to tell apart. Check ingest's --class-column")
     return summary
 
 
