@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from harness.bench.photos import photo
 from harness.bench.report import bench_main, finish, spread
-from harness.core.errors import UserError
 from harness.data.decode_dali import ImagePipeline
 from harness.data.decode_pillow import ReferencePipeline
 from harness.data.preprocess import Parameters, PreprocessSpec, draw_parameters
