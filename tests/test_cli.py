@@ -218,7 +218,7 @@ RECIPES = {
     "a section without keys": ("train:", ("'train' must be a mapping",)),
     "a key without value": ("seed:", ("'seed' has no value",)),
     "a value out of range": ("data: {preprocess: {flip: 3}}", ("data.preprocess.flip is 3", "[0, 1]")),
-    "a key that stands twice": ("train: {steps: 3, steps: 4}", ("is no YAML", "'steps' stands twice")),
+    "a key that stands twice": ("train: {steps: 3, steps: 4}", ("is not YAML", "'steps' stands twice")),
 }
 
 
