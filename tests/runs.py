@@ -71,7 +71,7 @@ def tiny_config(catalogue: Path, run: Path, /, **overrides: Any) -> RunConfig:
 
 @contextmanager
 def trainer(config: RunConfig, tensor_parallel: int = 1, ready: bool = True) -> Iterator[Any]:
-    """A Trainer on a Mesh over all ranks of this process's world (tests.pool, or this process alone).
+    """A Trainer on a Mesh over all ranks of this process's world (tests.pool, or only this process).
 
     With `ready` the run folder explains itself already, as after harness.train.run.
     """

@@ -1,4 +1,6 @@
-"""Classes come, go and change their ids while a run goes on: rows follow their keys, new rows start from their samples, the order begins anew."""
+"""Classes come, go and change their ids while a run goes on: rows follow their keys, new rows start from their samples,
+the order starts again.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def keys(classes: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def catalogues(tmp_path_factory: pytest.TempPathFactory) -> Catalogues:
-    """(old, grown): c1 becomes large enough and has low sample ids, c5 becomes too small, c6 and c7 are new; c7 has 19 samples."""
+    """(old, grown): c1 becomes large enough and has low sample ids, c5 becomes too small, c6 and c7 are new; c7 has 19
+    samples.
+    """
     folder = tmp_path_factory.mktemp("life")
     rows = [row for row in draw_rows(folder, classes=8, queries=5, size=32, seed=0) if row["id"] != "q5-3"]
     first = [row for row in rows if row["class_id"] < "c6" and row["id"] not in ("q1-2", "q1-3")]
@@ -83,7 +87,8 @@ def catalogues(tmp_path_factory: pytest.TempPathFactory) -> Catalogues:
 def train(
     catalogue: Path, run: Path, settings: dict[str, Any], end: int, tensor_parallel: int = 1, save: bool = True
 ) -> dict[str, Any]:
-    """Resumes, trains to step `end` and saves: what it then holds, joined over the ranks, and what it said when it started.
+    """Resumes, trains to step `end` and saves: what it then holds, joined over the ranks, and what it said when it
+    started.
 
     Tensor-parallel ranks but the first embed a little off, as another GPU may.
     """
@@ -126,7 +131,9 @@ def run(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def means(trained: tuple[Path, dict[str, Any]], catalogues: Catalogues) -> dict[str, torch.Tensor]:
-    """Class key -> mean of the unit embeddings of its first 16 samples by the trained towers, as evaluation embeds them."""
+    """Class key -> mean of the unit embeddings of its first 16 samples by the trained towers, as evaluation embeds
+    them.
+    """
     config = tiny_config(catalogues[0], trained[0], **SETTINGS)
     catalogue = Catalogue(catalogues[1])
     with trainer(config, ready=False) as t:
@@ -148,7 +155,9 @@ def means(trained: tuple[Path, dict[str, Any]], catalogues: Catalogues) -> dict[
 
 
 def check_rows(held: dict[str, Any], before: dict[str, Any], means: dict[str, torch.Tensor], state: bool) -> None:
-    """Rows of kept classes are those of before, new ones point along their means; with `state`, their optimizer state too."""
+    """Rows of kept classes are the previous ones, new ones point along their means; with `state`, their optimizer state
+    too.
+    """
     was, now = ({key: i for i, key in enumerate(names)} for names in (OLD, GROWN))
     kept = [key for key in GROWN if key in was]
     a, b = [now[key] for key in kept], [was[key] for key in kept]
@@ -287,7 +296,7 @@ def test_a_checkpoint_from_before_there_were_phases(run: Path, catalogues: Catal
 
 
 def test_a_checkpoint_names_the_classes_that_were_trained(catalogues: Catalogues, tmp_path: Path) -> None:
-    """Also where the catalogue is governed anew while the run goes on."""
+    """Also where the catalogue is governed again while the run goes on."""
     catalogue = shutil.copytree(catalogues[0], tmp_path / "catalogue")
     with trainer(tiny_config(catalogue, tmp_path / "run", **SETTINGS), ready=False) as t:
         govern.run(govern.GovernConfig(catalogue=catalogue, min_queries=3))
@@ -298,7 +307,7 @@ def test_a_checkpoint_names_the_classes_that_were_trained(catalogues: Catalogues
         "c2",
         "c3",
         "c4",
-    ]  # the ids are those of before, the classes not
+    ]  # the previous ids, but other classes
     held = train(catalogue, tmp_path / "run", {"train.new_phase": True}, 0, save=False)
     assert held["phases"][1].endswith("of 4 classes (4 kept, 0 new, 1 dropped)")
     assert torch.equal(held["rows"], rows[:4])

@@ -127,7 +127,7 @@ def test_distractors_join_the_gallery_and_answer_nothing(catalogue: Path, noise:
 
 
 def test_text_of_distractors_is_read_by_the_runs_tokenizer(catalogue: Path, noise: Path) -> None:
-    """The noise catalogue has no tokenizer of its own, and the catalogue as its own distractor gives its own vectors."""
+    """The noise catalogue has no tokenizer of its own; the catalogue as its own distractor gives its own vectors."""
     assert not (noise / "tokenizer").exists()
     settings = {**SHARDED, "evaluation.distractors": [str(catalogue), str(noise)]}
     with trainer(tiny_config(catalogue, UNUSED, **settings), ready=False) as t:

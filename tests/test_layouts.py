@@ -1,4 +1,6 @@
-"""One run at every layout: from one seed checkpoint the same losses; stopped and resumed the same digits; saved anywhere, loaded anywhere."""
+"""One run at every layout: from one seed checkpoint the same losses; stopped and resumed the same digits; saved
+anywhere, loaded anywhere.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def losses(
 
 
 def states(catalogue: Path, run: Path, settings: dict[str, Any], tensor_parallel: int) -> dict[str, Any]:
-    """Everything that a loaded checkpoint holds, joined over the ranks: weights, rows, their optimizer state, positions."""
+    """Everything that a loaded checkpoint holds, joined over the ranks: weights, rows, their optimizer state,
+    positions.
+    """
     with trainer(tiny_config(catalogue, run, **settings), tensor_parallel, ready=False) as t:
         head = t.method.head
         joined = {name: checkpoint_rows(head, value) for name, value in t.rows.row_state().items()}
@@ -258,7 +262,7 @@ def test_what_does_not_divide_is_one_line_before_any_process_group(
 
 
 def first_moments(catalogue: Path, run: Path, settings: dict[str, Any]) -> tuple[float, float]:
-    """After one step from nothing: (norm of AdamW's first moments over towers and rows, gradient norm before clipping)."""
+    """After one step from scratch: (norm of AdamW's first moments, gradient norm before clipping)."""
     with trainer(tiny_config(catalogue, run, **settings)) as t:
         norm = t.train_step(t.loader.load(0)).norm
         moments = [e["exp_avg"] for part in t.towers._parts for e in part.optimizer.state.values()]
@@ -271,7 +275,7 @@ def first_moments(catalogue: Path, run: Path, settings: dict[str, Any]) -> tuple
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_one_norm_clips_towers_and_rows_alike(world: int, catalogue: Path, tmp_path: Path) -> None:
-    """From nothing, a first moment is (1 - beta1) x the clipped gradient, so all of them together have that norm."""
+    """From scratch, a first moment is (1 - beta1) x the clipped gradient, so all of them together have that norm."""
     for name, clip in (("clipped", 0.01), ("whole", 0.0)):
         settings = {**SETTINGS, "optimizer.clip_norm": clip, "optimizer.rows.betas": [0.9, 0.999]}
         moments, norm = ranks(world).run(first_moments, catalogue, tmp_path / name, settings)[0]

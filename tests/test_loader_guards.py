@@ -1,4 +1,4 @@
-"""What the loader guards against: damage beyond measure, an order that changed under a run, and memory without a bound."""
+"""The loader's guards: too much damage, an order that changed under a run, and memory without a bound."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_the_read_ahead_is_bounded_in_bytes(
         assert loader.depth == depth
         for taken, data in enumerate(loader.steps(0, 8), 1):
             end = time.monotonic() + 20
-            while loader._queue.qsize() < min(depth, 8 - taken) and time.monotonic() < end:
+            while loader._ahead.ready < min(depth, 8 - taken) and time.monotonic() < end:
                 waiting.wait(0.01)
             waiting.wait(0.05)  # time in which a reader without a bound would begin another
             assert begun == min(8, taken + depth)

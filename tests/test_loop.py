@@ -22,11 +22,12 @@ import yaml
 from harness.catalogue.catalogue import Catalogue, shard_name
 from harness.core import manifest as checksums
 from harness.core.errors import UserError
-from harness.data.loader import StepData, StepLoader
+from harness.data.loader import StepLoader
+from harness.data.step_data import StepData
 from harness.text.tokenizer import Tokenizer
 from harness.train import checkpoint_files, throughput
 from harness.train.config import RunConfig
-from harness.train.optimizer import OptimizerConfig, learning_rate
+from harness.train.schedule import OptimizerConfig, learning_rate
 from models.batch import TENSORS, Batch, Reads
 from tests.pool import ranks
 from tests.runs import UNUSED, tiny_config, trainer
@@ -94,8 +95,8 @@ def test_the_log_has_every_figure_of_every_step(finished: tuple[Path, dict[str, 
 
 
 def train_by_a_clock_of_its_own(config: RunConfig) -> dict[str, Any]:
-    """Trains where only waiting for data takes time, 3 s on rank 0 and 6 s on rank 1, the forward pass, 1 s, and an
-    evaluation, 50 s.
+    """Trains where only waiting for data (3 s on rank 0, 6 s on rank 1), the forward pass (1 s) and evaluations (50 s)
+    take time.
     """
     now = 0.0
     with trainer(config) as t:

@@ -1,4 +1,4 @@
-"""What TensorBoard itself serves of two runs in one folder: read through its HTTP interface, and once in a browser."""
+"""TensorBoard's view of two runs in one folder: read through its HTTP interface, and once in a browser."""
 
 from __future__ import annotations
 
@@ -248,8 +248,11 @@ def test_a_browser_shows_health_first(board: Board, tmp_path: Path) -> None:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium on this machine")
-    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
-    command = [chromium, *flags.split(), "--disable-sync", f"--user-data-dir={tmp_path}", "--virtual-time-budget=10000"]
+    flags = (
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --virtual-time-budget=10000"
+    )
+    command = [chromium, *flags.split(), f"--user-data-dir={tmp_path}"]
     page = subprocess.run(
         [*command, "--dump-dom", f"{board.url}#timeseries"], capture_output=True, text=True, timeout=60
     )

@@ -1,4 +1,6 @@
-"""Work that lasts longer than a collective may: nobody's collective waits for it, and a rank that fails or falls silent is heard by all."""
+"""Work that lasts longer than a collective may: nobody's collective waits for it, and a rank that fails or falls silent
+is heard by all.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +128,7 @@ def test_files_are_read_by_who_wrote_them_and_the_rest_by_who_has_least(world: i
 
 
 def listed(folder: Path) -> tuple[list[str], list[str]]:
-    """In a pool: what is wrong with the folder as it is, and with one file damaged; also the files that this rank read."""
+    """In a pool: problem of the folder as it is, and with one file damaged; the files that this rank read."""
     read: list[str] = []
     real = checksums.checksum
 
@@ -163,7 +165,9 @@ SECONDS, LONGER = 6.0, 8.0
 
 
 def whole_run(rendezvous: Path, catalogue: Path, run: Path) -> list[str]:
-    """In a pool: trains a step, saves, evaluates, resumes and exports; each time one rank takes longer than a collective may."""
+    """In a pool: trains a step, saves, evaluates, resumes and exports; each time one rank takes longer than a
+    collective may.
+    """
     hurry(rendezvous, SECONDS)
     slept: list[str] = []
 

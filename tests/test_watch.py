@@ -18,7 +18,8 @@ from tests.runs import arguments
 LAUNCHERS = {"ours": ["jobs/torchrun.py"], "plain": ["-m", "torch.distributed.run"]}
 PATIENCE = 120.0  # seconds, for what takes a few
 
-# Trains; the rank STOPPED stops itself at the CALL-th call of its clock, some beats after it: one at the start, then five a step.
+# Trains; the rank STOPPED stops itself at the CALL-th call of its clock, some beats after it: one at the start, then
+# five a step.
 SCRIPT = """
 import os, signal, sys, time
 from harness.core import cli as arguments

@@ -29,12 +29,13 @@ from harness.catalogue.classes import KINDS
 from harness.core.errors import UserError
 from harness.core.mesh import Mesh
 from harness.core.waiting import on_first_rank
-from harness.data.loader import ImageReader, StepLoader, share
+from harness.data.images import ImageReader
+from harness.data.loader import StepLoader
 from models.batch import Batch
-from models.comm import gather_shards
+from models.comm import gather_shards, share
 from models.heads.class_parallel import ClassParallelHead, rows_per_rank
 from models.heads.row_optimizer import RowAdamW
-from models.registry import Method
+from models.method import Method
 
 NEW = -1  # in a ClassMap: the class has no previous id
 AT_ONCE = 1 << 28  # bytes of rows that a rank sends at most in one round of `move_rows`

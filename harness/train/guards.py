@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from harness.core.errors import UserError
 from harness.core.files import write_json
 from harness.core.mesh import Mesh
-from harness.data.loader import DataConfig, StepData
+from harness.core.waiting import gather_objects
+from harness.data.config import DataConfig
+from harness.data.step_data import StepData
 from harness.train.run_log import RunLog
 
 # Samples that must have been read before damage can end a run: a few at its start say nothing about the rest.
@@ -63,9 +63,7 @@ class DamagedSamples:
         most = self.config.max_bad_fraction
         if read < LEAST_READ or bad <= most * read:
             return
-        of_ranks: list[Any] = [None] * self.mesh.world_size
-        dist.all_gather_object(of_ranks, self._ids)
-        ids = sorted(set().union(*of_ranks))
+        ids = sorted(set().union(*gather_objects(self._ids)))
         raise UserError(
             f"step {step}: {bad} of the {read} samples read since this start were damaged, more than "
             f"data.max_bad_fraction = {most:g} allows: {listed(ids)}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from harness.core.build import build
 from harness.core.errors import UserError
@@ -13,19 +12,18 @@ from harness.core.mesh import Mesh
 from harness.text.tokenizer import Tokenizer
 from harness.train import checkpoint, checkpoint_files
 from harness.train.config import RunConfig, load
-from models.registry import Method
+from models.method import Method, MethodConfig
 
 
-def open_settings(run: Path, tensor_parallel: int, batch_size: int) -> RunConfig:
+def open_settings(run: Path, tensor_parallel: int) -> RunConfig:
     """The configuration of `run`, checked for a layout before any process group starts.
 
     Raises:
-        UserError: `run` is not a run folder, the layout does not divide the model, or a batch has no image.
+        UserError: `run` is not a run folder, or the layout does not divide the model.
     """
     settings = load(run)
-    errors = settings.model.errors(tensor_parallel) if tensor_parallel > 0 else []
-    if errors or batch_size < 1:
-        raise UserError(errors[0] if errors else f"--batch-size is {batch_size}; it must be at least 1")
+    if errors := settings.model.errors(tensor_parallel):
+        raise UserError(errors[0])
     return settings
 
 
@@ -49,7 +47,7 @@ def find_checkpoint(run: Path, wanted: Path | None, mesh: Mesh | None = None) ->
     return path
 
 
-def load_method(settings: RunConfig, path: Path, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Method, Any]:
+def load_method(settings: RunConfig, path: Path, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Method, MethodConfig]:
     """The method without its head, in evaluation mode, with the weights of checkpoint `path`, and its configuration;
     collective.
 

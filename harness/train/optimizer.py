@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,10 +10,10 @@ from torch import Tensor, nn
 
 from harness.core.mesh import Mesh
 from harness.train.overlap import OverlappedReduction
-from harness.train.param_groups import freeze, lr_factors, split_factor
+from harness.train.param_groups import freeze, lr_factors
+from harness.train.schedule import OptimizerConfig
 from kernels.keyed import LARGE
 from models.accelerators import use_adam
-from models.heads.row_optimizer import RowOptimizerConfig
 from models.megatron_cpu import cuda_type_names
 from models.sequence import sum_partial_gradients
 from models.shape import TransformerShape
@@ -25,69 +23,6 @@ from megatron.core import optimizer as megatron_optimizer  # isort: skip  (after
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # isort: skip
 from megatron.core.optimizer import distrib_optimizer  # isort: skip
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate  # isort: skip
-
-OVERLAP = ("auto", "always", "never")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW for the towers, warm-up and cosine decay, and clipping over towers and class rows together.
-
-    Args:
-        lr: peak learning rate of the towers.
-        min_lr_factor: the cosine ends at lr x this.
-        warmup_steps: steps of linear warm-up from 0.
-        weight_decay: decoupled weight decay of matrices; biases and norms have none.
-        betas: decay of the first and second moment.
-        eps: added to the root of the second moment.
-        clip_norm: largest global norm of the gradient; 0 never clips.
-        frozen: parts of the towers that are not trained: names of parameters as in a checkpoint, or their beginnings
-            (vision.stem, text, vision.block.layers.0); * and [0-5] as in a shell.
-        layer_decay: factor on the learning rate from each layer of a tower to the one below it; 1 trains all layers
-            alike.
-        lr_factors: factors on the learning rate by name, as query_transform=10, the names as in `frozen`; the last that
-            fits counts.
-        overlap: whether gradients are reduced while backward still runs: auto (on a GPU), always or never.
-        rows: AdamW of the class rows.
-    """
-
-    lr: float = 1e-3
-    min_lr_factor: float = 0.01
-    warmup_steps: int = 100
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-8
-    clip_norm: float = 1.0
-    frozen: tuple[str, ...] = ()
-    layer_decay: float = 1.0
-    lr_factors: tuple[str, ...] = ()
-    overlap: str = "auto"
-    rows: RowOptimizerConfig = field(default_factory=RowOptimizerConfig)
-
-    def errors(self, where: str) -> list[str]:
-        """Errors for values out of range; each names its key under `where`."""
-        errors = self.rows.errors(f"{where}.rows")
-        if not 0 < self.layer_decay <= 1:
-            errors.append(f"{where}.layer_decay is {self.layer_decay}; it must lie in (0, 1]")
-        if self.overlap not in OVERLAP:
-            errors.append(f"{where}.overlap is '{self.overlap}'; it can be {', '.join(OVERLAP)}")
-        for entry in self.lr_factors:
-            try:
-                good = split_factor(entry)[1] > 0
-            except ValueError:
-                good = False
-            if not good:
-                errors.append(f"{where}.lr_factors has '{entry}'; it must be name=factor with a factor above 0")
-        return errors
-
-
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Learning rate of update `step` (0-based) of `steps`: linear warm-up, then cosine to lr x min_lr_factor."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.lr * (config.min_lr_factor + (1 - config.min_lr_factor) * cosine)
 
 
 def sum_of_squares(x: Tensor) -> Tensor:

@@ -10,13 +10,6 @@ from torch import nn
 
 from harness.core.errors import UserError
 
-# Parts of a tower below its first layer, by the first part of their names in it. Beside word embeddings a `norm`
-# belongs to them.
-EMBEDDINGS = frozenset(
-    "stem words position class_position word_position patch_position class_token register_token token_type modality "
-    "first embedding_norm".split()
-)
-
 
 def freeze(towers: nn.Module, patterns: Sequence[str]) -> None:
     """Freezes every parameter that a pattern names; to be called before gradient buffers are made.
@@ -35,8 +28,8 @@ def lr_factors(towers: nn.Module, layer_decay: float, by_name: Sequence[str]) ->
     """Factor on the learning rate of every parameter.
 
     Args:
-        towers: the model. A tower in it is a module with layers (`block`) and embeddings (`stem` or `words`) of its
-            own.
+        towers: the model. A tower in it is a module with layers (`block`) that declares EMBEDDINGS, the names of its
+            parts below the first layer.
         layer_decay: factor between neighbouring layers of a tower: layer l of n (from 0) has layer_decay ** (n - l),
             the parts below the first layer_decay ** (n + 1), all others 1. Source: BEiT (Bao et al. 2021), as in
             DINOv2.
@@ -47,7 +40,7 @@ def lr_factors(towers: nn.Module, layer_decay: float, by_name: Sequence[str]) ->
     """
     found = dict.fromkeys(towers.parameters(), 1.0)
     for module in towers.modules():
-        if hasattr(module, "block") and (hasattr(module, "stem") or hasattr(module, "words")):
+        if hasattr(module, "EMBEDDINGS"):
             for name, parameter in module.named_parameters():
                 found[parameter] = layer_decay ** below_top(name, module)
     named = {}
@@ -72,8 +65,7 @@ def below_top(name: str, tower: nn.Module) -> int:
     depth, parts = len(tower.block.layers), name.split(".")  # type: ignore[arg-type, union-attr]
     if parts[:2] == ["block", "layers"]:
         return depth - int(parts[2])
-    below = parts[0] in EMBEDDINGS or (parts[0] == "norm" and hasattr(tower, "words"))
-    return depth + 1 if below else 0
+    return depth + 1 if parts[0] in tower.EMBEDDINGS else 0  # type: ignore[operator]
 
 
 def _named(towers: nn.Module, pattern: str, key: str) -> list[nn.Parameter]:

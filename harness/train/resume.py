@@ -27,15 +27,8 @@ from harness.train.config import RunConfig, difference, identity_changes
 from harness.train.imported_weights import init_towers
 from harness.train.ledger import Ledger
 from harness.train.open_run import find_checkpoint
-from models.registry import Method
-
-# Parts of keys under `model` that a warm start may change: they shape neither the towers nor what they compute in
-# evaluation.
-FREE = set(
-    "dropout drop_path attention_dropout text_dropout transform_dropout gate_init branch_init temperature vocab_size "
-    "weights qic mpm contrast mpm_patches related_keywords related_category product_keywords memory_bank "
-    "memory_after".split()
-)
+from models.fields import training_only
+from models.method import Method
 
 
 @dataclass(frozen=True)
@@ -215,9 +208,10 @@ class Resume:
             raise UserError(f"train.init_from {named}: {problem}", "Name a run folder or one of its step folders")
         state = checkpoint_files.read_state(path)
         for key, (old, new) in difference(state["config"], self.config.to_dict()).items():
-            shapes = key == "method" or key.startswith("model.")
+            section, *fields = key.split(".")
+            shapes = key == "method" or (section == "model" and not training_only(self.config.model, fields))
             # A key that the checkpoint's version did not know had the meaning of its default.
-            if shapes and old is not None and not FREE & set(key.split(".")):
+            if shapes and old is not None:
                 raise UserError(
                     f"train.init_from {path} was trained with {key} = {old}, not {new}: its weights do not fit",
                     f"Set {key} to {old}, or leave out train.init_from",

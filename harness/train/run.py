@@ -19,10 +19,9 @@ from harness.core.lock import locked
 from harness.core.mesh import Mesh
 from harness.core.versions import versions
 from harness.core.waiting import on_first_rank
-from harness.text.product_queries import with_keywords
+from harness.text.catalogue_facts import prepared
 from harness.text.tokenizer import copy_tokenizer
 from harness.train.config import RunConfig, parse
-from harness.train.trainer import Trainer
 
 LOCK = ".lock"  # in the run folder; what only reads a run does not ask for it
 
@@ -30,7 +29,10 @@ LOCK = ".lock"  # in the run folder; what only reads a run does not ask for it
 def train(argv: list[str]) -> None:
     """Parses, checks, trains. Raises UserError for what the user can mend, on every rank alike."""
     config, json_file = parse(argv)
-    model = with_keywords(config.method, config.model, config.data.catalogue)
+    # megatron-core takes seconds to import: a mistake in the recipe is told before
+    from harness.train.trainer import Trainer
+
+    model = prepared(config.method, config.model, config.data.catalogue)
     config = replace(config, model=model)
     check_figures(json_file)
     quiet_libraries()

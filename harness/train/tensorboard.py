@@ -15,7 +15,7 @@ from torch.utils.tensorboard.summary import hparams
 from harness.catalogue.catalogue import Catalogue
 from harness.core.mesh import Mesh
 from harness.train.config import RunConfig
-from models.registry import Method
+from models.method import Method
 
 # TensorBoard sorts groups, and the curves in a group, by name. "health" comes before retrieval, step_seconds and train,
 # and numbers order its curves, so that the first screen tells whether the run is well.
@@ -25,12 +25,11 @@ _FIRST = (
 ).split()
 # Key of log.jsonl -> tag, where the two differ: train/loss -> health/1_loss.
 HEALTH = {key: f"health/{n}_{key.split('/')[1]}" for n, key in enumerate(_FIRST, 1)}
-# Keys that HPARAMS compares; those that a method lacks are left out.
+# Compared in HPARAMS beside the method's own keys, those directly under `model`; what a run lacks is left out.
 HYPERPARAMETERS = (
-    "method seed model.objective model.embedding_dim model.vision.image_size model.vision.num_layers "
-    "model.vision.hidden_size model.text.num_layers model.text.hidden_size head.scale head.margin "
-    "data.queries_per_step data.documents_per_step optimizer.lr optimizer.warmup_steps optimizer.weight_decay "
-    "train.steps train.precision train.margin_warmup"
+    "method seed model.vision.image_size model.vision.num_layers model.vision.hidden_size "
+    "model.text.num_layers model.text.hidden_size head.scale head.margin data.queries_per_step data.documents_per_step "
+    "optimizer.lr optimizer.warmup_steps optimizer.weight_decay train.steps train.precision train.margin_warmup"
 ).split()
 
 
@@ -58,7 +57,8 @@ class Board:
     ) -> None:
         """Writes the run's summary (TEXT) and its hyper-parameters (HPARAMS); reads versions.json of the run folder."""
         settings = config.to_dict()
-        values = {key: value for key in HYPERPARAMETERS if (value := _at(settings, key)) is not None}
+        own = [f"model.{name}" for name, value in settings["model"].items() if not isinstance(value, Mapping)]
+        values = {key: value for key in [*HYPERPARAMETERS, *own] if (value := _at(settings, key)) is not None}
         facts = _facts(mesh, catalogue, method, classes, config.model.embedding_dim)
         versions = json.loads((config.run_dir / "versions.json").read_text())
         begun = {"from step": step, **{f"note {n}": note for n, note in enumerate(notes, 1)}}

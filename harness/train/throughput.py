@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from harness.core.mesh import Mesh
-from harness.data.loader import StepData, StepLoader
+from harness.data.loader import StepLoader
+from harness.data.step_data import StepData
 from harness.train.config import RunConfig
 from harness.train.flops import StepFlops, utilisation
 

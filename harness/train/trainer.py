@@ -16,18 +16,20 @@ from harness.core.cli import tell
 from harness.core.files import write_json
 from harness.core.mesh import Mesh
 from harness.core.waiting import on_first_rank
-from harness.data.loader import StepData, StepLoader, decoding_threads
-from harness.evaluate.alignment import align, documents_to_align, wants_alignment
+from harness.data.backends import decoding_threads
+from harness.data.loader import StepLoader
+from harness.data.step_data import StepData
 from harness.evaluate.evaluation import Evaluation, Report
-from harness.text.tower_check import require_fit
+from harness.text.tower_check import require_texts_fit
 from harness.train import checkpoint, guards, panels
 from harness.train.config import RunConfig
 from harness.train.ema import Ema
 from harness.train.ledger import Ledger
-from harness.train.optimizer import TowerOptimizer, learning_rate, sum_of_squares
+from harness.train.optimizer import TowerOptimizer, sum_of_squares
 from harness.train.profiler import StepProfiler
 from harness.train.resume import Resume
 from harness.train.run_log import RunLog
+from harness.train.schedule import learning_rate
 from harness.train.throughput import StepClock, Throughput
 from models.batch import rank_sizes
 from models.heads.row_optimizer import RowAdamW
@@ -65,9 +67,7 @@ class Trainer:
         reads = METHODS[config.method].reads(config.model)
         self.loader = StepLoader(config.data, config.seed, reads, mesh.dp.rank(), mesh.dp.size(), mesh.device, mesh.tp)
         self.tokenizer = self.loader.tokenizer
-        require_fit(self.tokenizer.special, config.model.text, "model.text")
-        if METHODS[config.method].query == "text":
-            require_fit(self.tokenizer.special, config.model.query, "model.query")
+        require_texts_fit(self.tokenizer.special, config.model)
         # Model
         self.method, self.model_config = build(
             config.method,
@@ -95,12 +95,9 @@ class Trainer:
             self.tokenizer,
             config.data.catalogue / "classes" / "classes.parquet",
             mesh,
+            self.method.calibration,
         )
-        self.align_on = None
-        if wants_alignment(self.method):
-            documents = self.evaluation.side("document", config.evaluation.learn_split)
-            self.align_on = documents_to_align(documents, config.evaluation.align_documents)
-        self._aligned_at = -1
+        self._calibrated_at = -1
         threads = decoding_threads(config.data.threads)
         self.projector = panels.Projector(config.run_dir / "tensorboard", self.loader.catalogue, threads)
         # Meters and guards
@@ -220,14 +217,14 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of the present step; collective."""
-        self._align()
+        self._calibrate()
         folder, keep = self.config.run_dir / "checkpoints", self.config.train.keep_checkpoints
         state = self.resume.state(self.step)
         return checkpoint.save(folder, self.step, self.parts, state, self.resume.classes, self.mesh, keep)
 
     def evaluate(self, log: RunLog) -> Report:
         """Evaluates the present weights, or their average if there is one, and logs figures and pictures; collective."""
-        self._align()
+        self._calibrate()
         with self._evaluated():
             report = self.evaluation.run(self.method, final=self.step == self.config.train.steps)
         named = {name if "/" in name else f"retrieval/{name}": value for name, value in report.figures.items()}
@@ -241,13 +238,13 @@ class Trainer:
         on_first_rank(show, self.mesh, "drawing the panel")
         return report
 
-    def _align(self) -> None:
-        """Fits the method's alignment, if it has one, to the weights that are evaluated; once a step; collective."""
-        if self.align_on is None or self._aligned_at == self.step:
+    def _calibrate(self) -> None:
+        """Fits the method's calibration, if it has one, to the weights that are evaluated; once a step; collective."""
+        if self.method.calibration is None or self._calibrated_at == self.step:
             return
         with self._evaluated():
-            align(self.method, self.align_on, self.evaluation.embedder)
-        self._aligned_at = self.step
+            self.evaluation.calibrate(self.method)
+        self._calibrated_at = self.step
 
     def _evaluated(self) -> AbstractContextManager[None]:
         """Inside the block the towers' weights are those that are evaluated: the average, if there is one."""
