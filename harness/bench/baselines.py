@@ -1,9 +1,9 @@
-"""Baselines of the class-parallel head: full softmax and Partial FC's scheme, rewritten in plain PyTorch.
+"""Baselines of the class-parallel head: full softmax and Partial FC's scheme, stated anew in plain PyTorch.
 
-Written from the published descriptions (An et al., arXiv 2010.05222 and 2203.15565) and from the observed behaviour of
-version 2 of InsightFace's own. At sample rate 1.0 the scheme is the full class-sharded softmax. Where the scheme allows
-it, the cheaper way is taken: fewer copies of the logits than theirs. Left out: their factor of the world size on the
-embeddings' gradient, which undoes the mean of DistributedDataParallel.
+Written from the published descriptions (An et al., arXiv 2010.05222 and 2203.15565) and from what version 2 of
+InsightFace's own was seen to do; at sample rate 1.0 the scheme is the full class-sharded softmax. Where it leaves room,
+the cheaper way is taken: fewer copies of the logits than theirs. One thing is left out: their factor of the world size
+on the embeddings' gradient, which undoes the mean of DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from models.heads.margin import Margin, margin_cosine
 
 
 class PartialFC(nn.Module):
-    """Margin softmax over classes spread over the ranks; each rank samples its own negative classes.
+    """Margin softmax over classes spread over the ranks; of the other classes each rank samples its own.
 
     The logits of the whole batch against all sampled rows are held; the margin counts as a constant for the gradient;
     probabilities are clamped at 1e-30; the gradient of the rows is dense, so that an optimizer updates every row in
@@ -72,7 +72,9 @@ class PartialFC(nn.Module):
         return _SoftmaxLoss.apply(logits.mul_(self.scale), mine, target, self.group)
 
     def _sample(self, positive: Tensor) -> Tensor:
-        """Positives and random other rows, `samples` in all (more if there are more positives): int64, ascending."""
+        """Positives and random other rows, `samples` in all (more only where there are more positives): int64,
+        ascending.
+        """
         positive = positive.unique()
         if len(positive) > self.samples:
             return positive

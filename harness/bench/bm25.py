@@ -39,8 +39,8 @@ class Bm25Config:
         split: split of the documents.
         query_attributes: as evaluation.query_attributes; none: no text queries.
         bare_titles: as evaluation.bare_titles.
-        category: attribute to predict from the titles nearest to a document's; empty: none.
-        learn_split: split of the documents with known category.
+        category: attribute that is predicted from the titles nearest to a document's; empty: none is.
+        learn_split: split of the documents whose category is known.
     """
 
     catalogue: Path
@@ -95,8 +95,8 @@ def ranked(documents: Side, queries: AttributeQueries) -> dict[str, float]:
 
 
 def nearest(learned: Side, asked: Side, category: str) -> dict[str, float]:
-    """Figures of the category predicted from the nearest titles of `learned`, weighted by their BM25; documents in
-    `asked` are not among them.
+    """Scores of the category that the nearest titles of `learned` have, each counting by its BM25; those of documents
+    in `asked` do not teach.
     """
     known = learned.select(~np.isin(learned.ids, asked.ids) & learned.columns[category].filled())
     values = known.columns[category].tolist()
@@ -119,7 +119,7 @@ def titles(side: Side) -> list[str]:
 
 def scorer(documents: Side) -> Callable[[str], np.ndarray]:
     """A function from a text to the BM25 [n] of the titles of `documents`."""
-    import bm25s  # here: not a dependency of a run
+    import bm25s  # here: it is no dependency of a run
 
     engine = bm25s.BM25()
     engine.index([words_of(title) for title in titles(documents)], show_progress=False)

@@ -1,7 +1,7 @@
-"""Shared parts of the programs of jobs/gpu: flags, device, and a report on disk that grows row by row.
+"""Shared parts of the programs of jobs/gpu: their flags, the device, and a report that grows on the disk row by row.
 
-Each program proves or measures one thing on one GPU; with --tiny the same code runs small on a CPU, as in the tests.
-Exit codes: 0, 1 if a row says ok = false, 2 without a GPU.
+Such a program proves or measures one thing on one GPU; with --tiny the same code runs small on a CPU, which the tests
+do. Exit codes: 0, 1 where a row says ok = false, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Program:
         given: values of the flags.
         out: file of the report (harness/bench/report.py), whole after every row, so that a crash keeps what was found
             before it.
-        tiny: run small on a CPU.
+        tiny: whether to run small on a CPU.
         device: the GPU, or the CPU with --tiny.
     """
 
@@ -80,8 +80,8 @@ class Program:
         self._write()
 
     def bar(self, what: str, value: float, bar: float, at_least: bool = True) -> None:
-        """Adds a figure to the headline, and a row that compares it with the bar for one H100 (docs/gpu.md). Never
-        fails.
+        """A row that holds a figure against the bar that is set for one H100 (docs/gpu.md), and the figure for the
+        headline. It never fails.
         """
         self.cite(**{what: value})
         self.add(bar_of=what, value=value, bar=bar, ratio=value / bar, met=value >= bar if at_least else value <= bar)
@@ -103,7 +103,9 @@ class Program:
 
 
 def empty_folder(folder: Path) -> None:
-    """Makes an empty `folder`, in place of an earlier program's; ends this program if it holds anything else."""
+    """Makes `folder` anew where nothing is, or what an earlier program left; ends this program where it holds anything
+    else.
+    """
     mark = folder / ".gpu-check"
     if os.path.lexists(folder) and not mark.is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         print(f"error: {folder} holds something that no check of a GPU made. Name another folder", file=sys.stderr)
@@ -114,7 +116,7 @@ def empty_folder(folder: Path) -> None:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product, the best of several: an upper bound for kernels on this machine."""
+    """FLOP/s of a large square matrix product, the best of several: what a kernel of this machine can reach."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
     best = float("inf")

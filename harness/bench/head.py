@@ -49,8 +49,8 @@ class HeadConfig:
         batch: samples of all ranks together.
         sample_rate: share of the classes that serve as negatives in a step.
         pairs: rounds that count, after one that does not.
-        partial_fc: InsightFace's partial_fc_v2.py, to measure it too. It is imported and run: give only a file that you
-            trust.
+        partial_fc: InsightFace's partial_fc_v2.py, to measure that too; it is imported and run, so give no file that
+            you do not trust.
     """
 
     num_classes: int = 100_000
@@ -70,7 +70,7 @@ class HeadConfig:
         if self.num_classes % self.ranks:
             raise UserError(f"--num-classes {self.num_classes} does not divide by --ranks {self.ranks}")
         if self.batch % (4 * self.ranks):
-            raise UserError(f"--batch {self.batch} is not a multiple of four times --ranks {self.ranks}")
+            raise UserError(f"--batch {self.batch} is no multiple of four times --ranks {self.ranks}")
         if self.partial_fc:
             _insightface_class(self.partial_fc)
 
@@ -220,8 +220,8 @@ SIDES: dict[str, Callable[[Setting, torch.device], Side]] = {
 def run(config: HeadConfig) -> dict[str, Any]:
     """Measures, prints and returns the report (see `harness/bench/report.py`).
 
-    Rows name the quantity (time, memory or loss memory), the side, and the setting. Times are medians over the rounds
-    of the slowest rank's time; memory is the peak beyond the rows, of the rank with the highest (1 MB = 10^6 bytes);
+    Rows say what is measured (time, memory or loss memory), the side, and the setting. Times are medians over the
+    rounds of the slowest rank's; memory is the peak beyond the rows, of the rank that needs most (1 MB = 10^6 bytes);
     sent_mb is defined in harness/bench/ranks.py.
 
     Headline: `time_vs_X`, median over the rounds of our step's time by that of X, with least and largest; the same
@@ -288,7 +288,7 @@ def measure_times(
     seconds = torch.zeros(pairs, 2, len(PHASES), dtype=torch.float64)
     facts = torch.zeros(2, 2, dtype=torch.float64)  # active rows and bytes of each side
     for number in range(pairs + 1):
-        # The first side alternates, so that a machine that slows down favours neither.
+        # Who comes first alternates, so that a machine that slows down favours none.
         for which in (0, 1) if number % 2 else (1, 0):
             embeddings, labels = draw(settings[which], number, device)
             traffic = Traffic()
@@ -315,7 +315,7 @@ def measure_times(
 
 
 def _phases(step: Iterator[None], device: torch.device) -> Tensor:
-    """Seconds of each of PHASES, after a barrier."""
+    """Seconds of each of PHASES, from a moment at which all ranks stand ready."""
     stamps: list[float] = []
     dist.barrier()
     for _ in (None, *PHASES):
@@ -356,7 +356,7 @@ def measure_loss_memory(device: torch.device, setting: Setting) -> dict[str, Any
 
 
 def _warm(memory: Memory, name: str, setting: Setting) -> int:
-    """Bytes held after a step of a small head, which makes the libraries load their code and buffers."""
+    """Bytes held once a step of a small head has brought the libraries their code and buffers."""
     setting = replace(setting, num_classes=256 * dist.get_world_size())
     side = make_side(name, setting, memory.device)
     side.begin()
@@ -403,11 +403,11 @@ def _insightface_class(path: str) -> Any:
     """PartialFC_V2 of the file at `path`.
 
     Raises:
-        UserError: the file does not exist, or does not define it.
+        UserError: no such file, or none that defines it.
     """
     spec = importlib.util.spec_from_file_location("users_partial_fc", path)
     if not Path(path).is_file() or spec is None or spec.loader is None:
-        raise UserError(f"--partial-fc {path} is not a Python file", "Give InsightFace's partial_fc_v2.py")
+        raise UserError(f"--partial-fc {path} is no Python file", "Give InsightFace's partial_fc_v2.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "PartialFC_V2"):
@@ -417,7 +417,7 @@ def _insightface_class(path: str) -> Any:
 
 @contextmanager
 def _cuda_stays_here() -> Iterator[None]:
-    """Makes Tensor.cuda() return the tensor itself: the file calls it even without a GPU."""
+    """Makes Tensor.cuda() return the tensor itself: the file calls it without asking whether there is a GPU."""
     cuda = torch.Tensor.cuda
     try:
         torch.Tensor.cuda = lambda self, *_: self  # type: ignore[method-assign]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -63,9 +62,9 @@ class HeadMemoryConfig:
 def run(config: HeadMemoryConfig) -> dict[str, Any]:
     """Measures, computes, prints and returns the report (see `harness/bench/report.py`).
 
-    Headline, of a rank with its rows, per million classes: `measured_…`, the peak in making the optimizer and in three
-    steps; `added_…`, the peak's growth by the second half of the classes, without working memory of constant size;
-    `computed_…`, by the formula.
+    Headline, of a rank with its rows, by a million classes: `measured_…`, the peak in making the optimizer and in three
+    steps; `added_…`, what the second half of the classes added to it, without the working memory that does not grow;
+    `computed_…`, what the formula gives.
     """
     halves = []
     for classes in (config.num_classes // 2, config.num_classes):
@@ -74,10 +73,12 @@ def run(config: HeadMemoryConfig) -> dict[str, Any]:
         halves.append((classes / 1e6, (found["peak_mb"] + found["left_out_mb"]) * MB / MIB))
     (half, less), (millions, measured) = halves
     computed = computed_mib("ours_bf16_8bit", config, config.num_classes, config.ranks)
-    rows: list[dict[str, Any]] = []
-    for count, gpus in itertools.product(MILLIONS, GPUS):
-        sides = {f"{side}_mib": computed_mib(side, config, count * 1e6, gpus) for side in PER_VALUE}
-        rows.append({"kind": "computed", "million_classes": count, "gpus": gpus} | sides)
+    rows: list[dict[str, Any]] = [
+        {"kind": "computed", "million_classes": count, "gpus": gpus}
+        | {f"{side}_mib": computed_mib(side, config, count * 1e6, gpus) for side in PER_VALUE}
+        for count in MILLIONS
+        for gpus in GPUS
+    ]
     rows += [
         {"kind": "measured", "million_classes": count, "gpus": config.ranks, "ours_bf16_8bit_mib": mib}
         for count, mib in halves
@@ -97,8 +98,8 @@ def computed_mib(side: str, config: HeadMemoryConfig, classes: float, gpus: int)
     """MiB on one of `gpus` that share `classes`.
 
     Counted: rows, moments and their scales, counters, the gradient (dense for the peers, of the active rows in ours),
-    and for the peers the fp32 logits of the whole batch, once, though they hold several copies. Left out: memory that
-    depends only on the batch, the optimizer's intermediate results, copies of the active rows, the towers.
+    and for the peers the fp32 logits of the whole batch, once, though they hold them more often. Left out: what depends
+    on the batch alone, the optimizer's intermediate results, copies of the active rows, the towers.
     """
     own = classes / gpus
     always, active = PER_VALUE[side]

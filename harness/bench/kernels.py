@@ -1,4 +1,6 @@
-"""Triton kernels compiled for an absent GPU: registers, spills, shared memory, tensor-core products, occupancy."""
+"""Triton kernels compiled for a GPU that is not here: registers, spills, shared memory, tensor-core products,
+occupancy. Needs no GPU.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ from harness.core.errors import UserError
 MODULE = "harness.bench.kernels"
 EXAMPLE = f"python -m {MODULE} --dtype bf16 --dim 512 --json kernels.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Compute capability -> limits of a processor (SM) and of its blocks (CUDA C++ Programming Guide, "Compute
+# Compute capability -> what a processor (SM) and a block of it can have (CUDA C++ Programming Guide, "Compute
 # Capabilities").
 SHARED_OF_PROCESSOR = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 RESERVED_SHARED = 1 << 10  # of every block, for the driver
@@ -64,10 +66,10 @@ LAUNCHES: dict[str, Callable[[torch.dtype, int], None]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class KernelsConfig:
-    """Compiles every kernel as its launcher does, for GPUs that need not be present, and reads the assembler's report.
+    """Compiles every kernel as its launcher does, for GPUs that need not be here, and reads the assembler's account.
 
     Args:
-        kernels: kernels to launch (LAUNCHES).
+        kernels: what to launch (LAUNCHES).
         dtype: types of the table, fp32 or bf16.
         dim: entries of a vector.
         capability: compute capabilities: 80 (A100), 90 (H100, H200), 100 (B200).
@@ -94,11 +96,11 @@ class KernelsConfig:
 def compile_launches(launch: Callable[[], None], capability: int) -> list[dict[str, Any]]:
     """Runs `launch` with every start of a Triton kernel replaced by its compilation, as on a GPU of that capability.
 
-    The arguments, their types, specialisations and options are those of the launch itself. Results that the launcher
-    computes from the kernels' outputs are meaningless. Not in the interpreter.
+    The arguments, their types, specialisations and options are those of the launch itself. What the launcher computes
+    from the kernels' results is without meaning. Not in the interpreter.
 
     Returns:
-        A flat row per kernel; equal launches count once.
+        A flat row per kernel, a kernel that is launched twice alike once.
     """
     rows: list[dict[str, Any]] = []
     with _compiling(capability, lambda kernel, log: rows.append(_row(kernel, log, capability))):
@@ -107,8 +109,8 @@ def compile_launches(launch: Callable[[], None], capability: int) -> list[dict[s
 
 
 class _Driver:
-    """Stand-in for the parts of a GPU's driver that Triton uses before a launch. Each is a device of its own, because
-    Triton caches compiled kernels per device.
+    """As much of a GPU's driver as Triton asks for before it launches. Each is a device of its own, for Triton
+    remembers what it compiled for one.
     """
 
     _number = itertools.count()
@@ -128,8 +130,8 @@ class _Driver:
 
 @contextlib.contextmanager
 def _compiling(capability: int, seen: Callable[[Any, str], object]) -> Iterator[None]:
-    """Context in which a launch only compiles and calls seen(compiled kernel, the assembler's messages), once for equal
-    launches.
+    """Inside, a launch compiles and calls seen(compiled kernel, the assembler's messages) instead, unless it is like
+    one before.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -227,13 +229,7 @@ def run(config: KernelsConfig) -> dict[str, Any]:
 
 def main() -> int:
     """Entry point of `python -m harness.bench.kernels`."""
-    return bench_main(
-        MODULE,
-        KernelsConfig,
-        run,
-        "Registers, spills and occupancy of the Triton kernels on a GPU; needs none.",
-        EXAMPLE,
-    )
+    return bench_main(MODULE, KernelsConfig, run, "What the Triton kernels become on a GPU; needs none.", EXAMPLE)
 
 
 if __name__ == "__main__":

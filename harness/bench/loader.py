@@ -88,7 +88,7 @@ def run(config: LoaderConfig) -> dict[str, Any]:
             try:
                 torch.set_num_threads(config.threads)  # the last step of Shelfmark's pipeline runs in torch
                 for number in tqdm(range(config.pairs + 1), desc="read", unit=" rounds"):
-                    # The first side alternates, so that a machine that slows down favours none.
+                    # Who comes first alternates, so that a machine that slows down favours none.
                     turn = list(ways) if number % 2 else reversed(ways)
                     rate = {way: config.images / ways[way](number) for way in turn}
                     if number > 0:
@@ -224,7 +224,7 @@ def _bare_dali(spec: PreprocessSpec, files: list[Path], batch: int, threads: int
 
 
 def _dali(pipeline: Pipeline, images: int, batch: int, _: int) -> float:
-    pipeline.run()  # not timed: DALI has prefetched it while the others ran
+    pipeline.run()  # not timed: what DALI prefetched while the others ran would be a gift
     start = time.perf_counter()
     for _ in range(images // batch):
         pipeline.run()

@@ -1,4 +1,4 @@
-"""Fresh ranks for a measurement, and meters for peak memory and bytes communicated."""
+"""Fresh ranks for a measurement, and the meters they carry: peak memory and bytes communicated."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ _number = itertools.count()
 
 
 def on_ranks(ranks: int, job: Callable[..., Any], *args: Any) -> Any:
-    """Runs job(device, *args) in fresh processes that form one process group, independent of previous measurements.
+    """job(device, *args) in fresh processes that form one process group: a measurement sees nothing of the one before.
 
-    Under torchrun every rank starts one process, otherwise this one starts them all. They use NCCL if every process of
-    the machine has a GPU of its own, else gloo on the CPU, the cores shared equally.
+    Under torchrun every rank starts one process, otherwise this one starts them all. They use NCCL where every process
+    of the machine has a GPU of its own, else gloo on the CPU, the cores shared equally.
 
     Args:
         ranks: size of the group; under torchrun its world size.
         job: a module-level function.
-        args: its arguments after the device.
+        args: what it takes besides the device.
 
     Returns:
-        The result of the first process of this machine.
+        What the first process of this machine returned.
 
     Raises:
         UserError: torchrun started another number of ranks, or a rank was killed.
@@ -81,7 +81,7 @@ def on_ranks(ranks: int, job: Callable[..., Any], *args: Any) -> Any:
 
 
 def is_first() -> bool:
-    """True in the process that prints, among those that started ranks."""
+    """True in the process that prints, of those that started ranks."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -139,7 +139,7 @@ class Memory:
         self.device = device
 
     def start(self) -> int:
-        """Releases free memory, resets the peak, and returns the bytes held now."""
+        """Lets go of what is free, starts the peak anew, and returns the bytes held now."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -162,7 +162,7 @@ def _kilobytes(file: str, key: str) -> int:
     return 1024 * int(found[1])
 
 
-# collective -> (the argument whose bytes count, number of times they pass a rank in a ring)
+# collective -> (the argument whose bytes count, how often they pass a rank in a ring)
 _COLLECTIVES = {
     "all_reduce": ("tensor", 2),
     "reduce": ("tensor", 1),
@@ -177,8 +177,8 @@ _COLLECTIVES = {
 class Traffic:
     """Bytes that an average rank sends in the collectives called through torch.distributed inside `counted()`.
 
-    By the ring algorithm over n ranks: (n - 1) / n of the whole tensor, twice for an all-reduce. A backend may send
-    more.
+    Of a ring's algorithm over n ranks: (n - 1) / n of the whole tensor, twice for an all-reduce. What a backend really
+    sends may be more.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Report of a benchmark, and the command line that all benchmarks share.
+"""The one form of every benchmark's figures, and the command line that all benchmarks share.
 
 A report is a JSON object:
 
@@ -7,8 +7,8 @@ A report is a JSON object:
     commit    of the code, with '-dirty' where the working tree differed
     date      ISO 8601, UTC
     hardware  the machine in words
-    headline  name -> number: the figures to cite
-    rows      flat objects, from which the headline was computed
+    headline  name -> number: what a reader cites
+    rows      flat objects: what the headline was computed from
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def make_report(
     Args:
         name: the benchmark.
         command: the command line that repeats it (see `command_line`).
-        headline: the figures to cite; their names carry the unit.
-        rows: the figures that the headline was computed from.
+        headline: what a reader cites; the names carry the unit.
+        rows: what the headline was computed from.
     """
     return {
         "name": name,
@@ -44,12 +44,12 @@ def make_report(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
         "headline": {key: float(value) for key, value in headline.items()},
-        "rows": list(map(dict, rows)),
+        "rows": [dict(row) for row in rows],
     }
 
 
 def command_line(module: str, config: Any) -> str:
-    """`python -m module` with every field of the dataclass `config` spelt out, because defaults may change."""
+    """`python -m module` with every field of the dataclass `config` spelt out, for defaults may change."""
     flags = [
         word
         for field in dataclasses.fields(config)
@@ -80,13 +80,13 @@ def bench_main(
         module: its dotted name.
         config_class: frozen dataclass whose docstring describes every field.
         run: takes the configuration, prints, returns the report.
-        sentence: its purpose, for --help.
+        sentence: what it measures.
         example: a command line that works.
 
     Returns:
         The exit code.
     """
-    from harness.core.cli import Parser, run_command, write_figures  # here: a report needs no jsonargparse
+    from harness.core.cli import Parser, run_command, write_figures  # here: to write a report needs no jsonargparse
 
     def body() -> None:
         parser = Parser(f"python -m {module}", sentence, example)

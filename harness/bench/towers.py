@@ -1,4 +1,6 @@
-"""Speed of the towers' forward and backward, beside `transformers` and the plain twins with the same weights."""
+"""Forward and backward passes of the towers per second, beside `transformers` and beside their plain twins, the same
+weights in all of them.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +46,10 @@ AGREE = 1e-4  # largest difference of outputs in fp32, relative to their largest
 class TowersConfig:
     """Times forward and backward of one tower at a time; the sides take turns within a round.
 
-    Ours is the tower of a run at tensor parallel 1. All have the same random weights, no dropout, and torch's
-    scaled_dot_product_attention; before anything is timed their outputs must agree in fp32. The loss is a weighted sum
-    of all token vectors. Texts have no padding.
+    Ours is what a run trains at tensor parallel 1.
+
+    All have the same random weights, no dropout, and torch's scaled_dot_product_attention; before anything is timed
+    their outputs must agree in fp32. The loss is a weighted sum of all token vectors. Texts have no padding.
 
     Args:
         model: presets to measure (models/presets.py): of images vit_…, dinov2_… without registers and siglip_…; of
@@ -158,7 +161,7 @@ def build_side(
 
 
 def require_agreement(name: str, sides: Sides) -> None:
-    """Raises RuntimeError if the sides' outputs differ: their times would not be comparable."""
+    """Raises RuntimeError where the sides' outputs differ: their times would compare different things."""
     with torch.no_grad():
         found = {side: module(sides.inputs) for side, module in sides.modules.items()}
     largest = found["plain"].abs().max()
@@ -169,7 +172,7 @@ def require_agreement(name: str, sides: Sides) -> None:
 
 
 def measure(sides: Sides, dtype: torch.dtype, pairs: int, mesh: Mesh) -> dict[str, list[float]]:
-    """Seconds of each side in each round. The first side rotates, so that a machine that slows down favours none."""
+    """Seconds of each side in each round. Who comes first moves on, so that a machine that slows down favours none."""
     inputs = sides.inputs.to(dtype) if sides.inputs.is_floating_point() else sides.inputs
     for module in sides.modules.values():
         module.to(dtype)

@@ -84,7 +84,7 @@ def read_yaml(file: Path, what: str, remedy: str = "", aliases: bool = False) ->
 
 
 def read_record(file: Path, remedy: str = "") -> Record:
-    """Reads a JSON file that holds an object. Raises UserError as `read_json`, and for any other JSON value."""
+    """Reads a JSON file that holds an object. Raises what `read_json` does, and UserError where it holds anything else."""
     values = read_json(file, remedy)
     if not isinstance(values, dict):
         raise UserError(f"{file} is damaged (not a JSON object)", remedy)

@@ -1,8 +1,7 @@
-"""The demo's click log: impressions and clicks for each training photo, wrong clicks included."""
+"""The demo's click log: what shoppers saw for each training photo and what they clicked, wrong clicks included."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,9 +26,9 @@ ZIPF = 0.8  # exponent of the products' traffic
 def click_log(
     photos: Sequence[tuple[str, Product]], documents: Sequence[tuple[str, Product]], seed: int
 ) -> tuple[pa.Table, int]:
-    """(Rows of SCHEMA, one for each (photo, document) with an impression; number of wrong clicks).
+    """Rows of SCHEMA, one for each (photo, document) that was seen at all; and how many clicks went wrong.
 
-    Each photo has one result list: its own product near the top, then other products, similar ones more often.
+    Each photo has one result list: its own product near the top, the others the likelier the more alike they are.
     Impressions follow the product's traffic (Zipf) and fall with the position.
 
     Args:
@@ -40,8 +39,7 @@ def click_log(
     rng = np.random.default_rng([seed, 1])
     place = {product.number: index for index, (_, product) in enumerate(documents)}
     traffic = 30.0 / (1 + rng.permutation(len(documents))) ** ZIPF
-    pairs = itertools.product([product for _, product in documents], repeat=2)
-    alike = np.array(list(itertools.starmap(_likeness, pairs))).reshape(len(documents), -1)
+    alike = np.array([[_likeness(a, b) for _, b in documents] for _, a in documents])
     rows: list[tuple[int, int, int, int, bool]] = []
     for photo, (_, product) in enumerate(photos):
         own = place[product.number]
@@ -60,13 +58,17 @@ def click_log(
     wrong = min(round(int(clicks.sum()) * WRONG_SHARE / (1 - WRONG_SHARE)), len(shown))
     weight = alike[[place[photos[photo][1].number] for photo in photo_of[shown]], document_of[shown]]
     np.add.at(clicks, rng.choice(shown, wrong, replace=False, p=weight / weight.sum()), 1)
-    photo_ids = [photos[photo][0] for photo in photo_of]
-    document_ids = [documents[document][0] for document in document_of]
-    columns = (photo_ids, document_ids, position_of, impressions, clicks)
+    columns = [
+        [photos[photo][0] for photo in photo_of],
+        [documents[document][0] for document in document_of],
+        position_of,
+        impressions,
+        clicks,
+    ]
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA), wrong
 
 
 def _likeness(a: Product, b: Product) -> float:
-    """Weight of `b` in the result list, and for wrong clicks, of a photo of `a`."""
+    """Weight with which `b` is listed and wrongly clicked for `a`."""
     alike = 8 * (a.category == b.category) + 8 * (a.kind == b.kind) + 2 * (a.colour == b.colour)
     return float(1 + alike + 30 * (a.twin == b.number))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
@@ -100,8 +99,8 @@ class Product:
         pattern: one of PATTERNS, for fruit one of ARRANGEMENTS.
         brand: key of BRANDS.
         variant: the word in small print, a flavour or a size.
-        unseen: True if it occurs in no training photo, no shared split and no click.
-        twin: the number of the product that differs only in small print or colour.
+        unseen: whether it occurs in no training photo, no shared split and no click.
+        twin: the number of the product that it differs from in small print or colour alone.
     """
 
     number: int
@@ -145,7 +144,7 @@ class Product:
 def make_products(count: int, near_duplicates: float, unseen: float, seed: int) -> tuple[Product, ...]:
     """The catalogue: `near_duplicates` of `count` products belong to pairs, `unseen` of them are never trained on.
 
-    All others of one kind differ in at least two of colour, pattern and brand, or in one when combinations run out.
+    All others of one kind differ in at least two of colour, pattern and brand while there is room, else in one.
     """
     rng = np.random.default_rng([seed, 0])
     pairs = round(count * near_duplicates / 2)
@@ -163,7 +162,7 @@ def make_products(count: int, near_duplicates: float, unseen: float, seed: int) 
         look = (name, colour, pattern, brand)
         room = 2 if tries < 20 * count else 3
         tries += 1
-        alike = (sum(map(operator.eq, look, other)) for other in looks if other[0] == name)
+        alike = (sum(a == b for a, b in zip(look, other, strict=True)) for other in looks if other[0] == name)
         if max(alike, default=0) > room:
             continue
         looks.append(look)
