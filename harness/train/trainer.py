@@ -405,8 +405,9 @@ class Trainer:
         raise UserError(
             f"step {self.step}: {bad} of the {read} samples read since this start were damaged, more than data.max_bad_fraction = "
             f"{most:g} allows: samples {', '.join(map(str, ids[:SHOWN_IDS]))}{more}",
-            f"Restore the shards of {self.config.data.catalogue} or raise data.max_bad_fraction, then start again: "
-            "the run resumes from its last checkpoint",
+            f"Name damaged shards with `shelfmark verify {self.config.data.catalogue}` and restore them, ingest without "
+            "what was never decodable, or raise data.max_bad_fraction; then start again: the run resumes from its last "
+            "checkpoint",
         )
 
     def _panel_rows(self, report: Report) -> list[Any]:
