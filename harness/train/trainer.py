@@ -308,5 +308,173 @@ class Trainer:
         """Step, part of it and samples of this rank, for the error of the others if it stands still."""
         place = f"step {self.step}, {self.clock.now}"
         if self.clock.now == "data" or self._data is None:
+<<<<<<< HEAD
             return place
         return f"{place}, {guards.listed(guards.sample_ids(self._data))}"
+=======
+            return f"step {self.step}, {self.clock.now}"
+        ids = _sample_ids(self._data)
+        more = f" and {len(ids) - SHOWN_IDS} more" if len(ids) > SHOWN_IDS else ""
+        return f"step {self.step}, {self.clock.now}, samples {', '.join(map(str, ids[:SHOWN_IDS]))}{more}"
+
+    def _note_bad(self, data: StepData, log: RunLog) -> None:
+        if data.bad_ids:
+            self.bad_samples += len(data.bad_ids)
+            self._bad_ids.update(data.bad_ids)
+            log.say(f"step {self.step}: samples {data.bad_ids} are damaged; they have weight 0")
+
+    def _require_whole(self, bad: int, read: int) -> None:
+        """Ends the run where too many of the samples `read` since it was started, over all ranks, were damaged; all
+        ranks alike.
+        """
+        most = self.config.data.max_bad_fraction
+        if read < LEAST_READ or bad <= most * read:
+            return
+        of_ranks: list[Any] = [None] * self.mesh.world_size
+        dist.all_gather_object(of_ranks, self._bad_ids)
+        ids = sorted(set().union(*of_ranks))
+        more = f" and {len(ids) - SHOWN_IDS} more" if len(ids) > SHOWN_IDS else ""
+        raise UserError(
+            f"step {self.step}: {bad} of the {read} samples read since this start were damaged, more than data.max_bad_fraction = "
+            f"{most:g} allows: samples {', '.join(map(str, ids[:SHOWN_IDS]))}{more}",
+            f"Name damaged shards with `shelfmark verify {self.config.data.catalogue}` and restore them, ingest without "
+            "what was never decodable, or raise data.max_bad_fraction; then start again: the run resumes from its last "
+            "checkpoint",
+        )
+
+    def _panel_rows(self, report: Report) -> list[Any]:
+        catalogue = self.loader.catalogue
+        found = sorted({i for _, best, _ in report.panel for i in best if i < catalogue.num_samples})
+        titles = {row["sample_id"]: row["title"] for row in catalogue.rows(found, ["title"])}
+        rows = []
+        for query, best, relevant in report.panel:
+            shown = text_picture(query) if isinstance(query, str) else picture(catalogue, query)
+            # Distractors' pictures lie in other catalogues.
+            known = [(i, right) for i, right in zip(best, relevant, strict=True) if i in titles]
+            rows.append((shown, [(picture(catalogue, i), titles[i], right) for i, right in known]))
+        return rows
+
+    def _resume(self) -> None:
+        """Continues the newest complete checkpoint; without one starts from train.init_from, or anew. Says what it did."""
+        config, order = self.config, self.loader.order
+        path, passed_over = checkpoint.newest(config.run_dir / "checkpoints", self.mesh)
+        self.notes = [*self._notes_on_training(), *(f"passed over checkpoint {line}" for line in passed_over)]
+        if path is None:
+            self.phases = [phases.first(order) if config.train.init_from is None else self._warm_start()]
+            if self.ema is not None:
+                self.ema.restart()
+            return
+        if config.train.resume == "never":
+            raise UserError(
+                f"{config.run_dir} holds checkpoints and train.resume is 'never'", "Choose another --run-dir"
+            )
+        state = checkpoint.read_state(path)
+        phases.require_queries(
+            path, state, self._queries_id, config.data.catalogue
+        )  # before the keywords they give the model
+        changes = difference(state["config"], config.to_dict())
+        if forbidden := identity_changes(changes):
+            key = forbidden[0]
+            raise UserError(
+                f"{config.run_dir} was trained with {key} = {changes[key][0]}, not {changes[key][1]}",
+                "That makes another run: choose another --run-dir, or set the key back",
+            )
+        self.phases = phases.saved(path, state)
+        moved, allowed = self.phases[-1].order_id != order.order_id, config.train.new_phase
+        classes = None if moved and not allowed else class_map(path / "classes.parquet", self.classes, self.mesh)
+        begins = moved or classes is not None
+        if begins and not allowed:
+            raise phases.another_order(config, self.phases[-1], order)
+        phases.require_tokenizer(path, state, config.data.catalogue)
+        self.step = self._resumed_at = state["step"]
+        self.ledger = int(state["ledger"], 16)
+        if begins:
+            self.phases.append(phases.begin(self.step, order, classes))
+        self.loader.first_step = self.phases[-1].first_step
+        if not begins:
+            self._check_ledger(path, state.get("ledger_before"))
+        # Embeddings in a memory bank are labelled with class ids, which a new phase gives anew.
+        self._load(path, replace(self.parts, memory=None) if begins else self.parts, classes)
+        checkpoint.tidy(path.parent, config.train.keep_checkpoints, path, self.mesh)
+        if self.ema is not None and not checkpoint.has_average(path):
+            self.notes.append(f"{path.name} holds no average of the weights: it starts from its weights")
+        self.notes.append(f"resumed {path.name} (saved by {state['world_size']} ranks, now {self.mesh.world_size})")
+        if len(self.phases) > 1:
+            self.notes.append(f"data phase {len(self.phases)} {'begins' if begins else 'goes on'}: {self.phases[-1]}")
+        self.notes += [f"changed since: {key} {old} -> {new}" for key, (old, new) in changes.items()]
+        if config.train.init_from is not None:
+            self.notes.append("train.init_from has no effect: the run has a checkpoint of its own")
+
+    def _warm_start(self) -> phases.Phase:
+        """Takes towers and rows of train.init_from, or imported towers; optimizer and step are new."""
+        imported = self.config.train.init_from
+        if imported is not None and (imported / "weights.json").is_file():
+            init_towers(self.method.towers, imported, self.mesh.tp)
+            self.towers.optimizer.reload_model_params()
+            self.notes.append(f"started from the weights in {imported}")
+            return phases.first(self.loader.order)
+        path, state = phases.open_start(self.config, self.mesh)
+        classes = class_map(path / "classes.parquet", self.classes, self.mesh)
+        self._load(path, replace(self.parts, tower_optimizer=None, row_optimizer=None, ema=None, memory=None), classes)
+        self.towers.optimizer.reload_model_params()
+        if self.rows is not None and self.method.head is not None and "master" in self.rows.row_state():
+            self.rows.row_state()["master"].copy_(self.method.head.rows)
+        phase = phases.begin(0, self.loader.order, classes)
+        average = ", the average of its weights" if checkpoint.has_average(path) else ""
+        self.notes.append(f"started from {path} (its step {state['step']}{average}): {phase}")
+        return phase
+
+    def _notes_on_training(self) -> list[str]:
+        """Notes on frozen parameters, unequal learning rates and the average, for the log."""
+        parameters, groups = list(self.method.towers.parameters()), self.towers.optimizer.param_groups
+        frozen = sum(not parameter.requires_grad for parameter in parameters)
+        rates = sorted({group["lr_mult"] for group in groups})
+        notes = [f"frozen: {frozen} of the towers' {len(parameters)} tensors"] if self.config.optimizer.frozen else []
+        if rates != [1.0]:
+            notes.append(f"learning rates of the towers' parts: {rates[0]:.3g} to {rates[-1]:.3g} x optimizer.lr")
+        if self.ema is not None:
+            notes.append(f"evaluation takes the average of the weights (train.ema_decay {self.ema.decay})")
+        return notes
+
+    def _load(self, path: Path, parts: checkpoint.Trainable, classes: ClassMap | None) -> None:
+        """Loads a checkpoint; the rows of classes that it does not know start from their samples."""
+        checkpoint.load(path, parts, self.mesh, classes)
+        if classes is not None and classes.new and self.rows is not None:
+            start_new_rows(self.method, self.rows, classes, self.loader, self.config.evaluation.batch_size, self.mesh)
+
+    def _check_ledger(self, path: Path, before: dict[str, Any] | None) -> None:
+        """Compares the samples of the last steps with those that the order gives now; every rank all of them."""
+        if before is None:
+            self.notes.append(f"{path.name} was saved by an earlier version: its last samples are not compared")
+            return
+        ledgers = self.loader.ledgers(before["step"], self.step)
+        if (int(before["ledger"], 16) + sum(ledgers)) % 2**64 != self.ledger:
+            raise UserError(
+                f"{path}: the samples of its steps {before['step']} to {self.step - 1} are not those that "
+                f"{self.config.data.catalogue} gives now: the order is not the one that was trained on",
+                "Restore classes/ and the version of shelfmark that trained, or choose another --run-dir",
+            )
+        self._last_ledgers.extend(ledgers if self.mesh.dp.rank() == 0 else [0] * len(ledgers))
+
+
+def _sample_ids(data: StepData) -> list[int]:
+    return torch.cat([torch.cat([b.query_ids, b.document_ids]) for b in data.batches]).tolist()
+
+
+def prepare_run_folder(config: RunConfig, versions: dict[str, str]) -> None:
+    """Makes the run folder explain itself: configuration, versions, and what is needed to embed a photo. Rank 0 only.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        (config.run_dir / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        write_json(config.run_dir / "versions.json", versions)
+        write_json(config.run_dir / "preprocess.json", config.data.preprocess.to_dict())
+        copy_tokenizer(config.data.catalogue, config.run_dir)
+    except OSError as error:
+        raise UserError(
+            f"run folder {config.run_dir}: {error.strerror or error}", "Choose another --run-dir"
+        ) from error
+>>>>>>> h/photos
