@@ -1,4 +1,4 @@
-"""Activations of the MLPs, by the name that a recipe gives. Shared by the tensor-parallel towers and their plain twins."""
+"""Activations of the MLPs by their name in a recipe. Shared by the tensor-parallel towers and their plain twins."""
 
 from __future__ import annotations
 

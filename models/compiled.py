@@ -18,8 +18,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def compiled(function: Function, backend: str) -> Function:
     """`function` compiled by torch.compile's `backend` at its first call; itself where that is empty.
 
-    A graph break is an error. Sizes are constants of the graph but where `may_vary` marked them: nothing is compiled
-    again because a text is longer.
+    A graph break is an error. Sizes are constants of the graph, except those marked by `may_vary`: a longer text does
+    not recompile anything.
     """
     if not backend:
         return function

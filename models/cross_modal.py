@@ -50,7 +50,7 @@ class ModalAdaptation(nn.Module):
     network finds for each product.
 
     Known (MAKE, arXiv 2301.12646): title and image get weights of the product's own from a cross-modal module. Ours:
-    how.
+    the form of that module.
     """
 
     def __init__(self, embedding_dim: int) -> None:
@@ -68,7 +68,7 @@ class ModalAdaptation(nn.Module):
 
 
 class Match(nn.Module):
-    """Score of a query and another vector belonging together, from both unit vectors and their product."""
+    """Matching score of a query and another vector, from both unit vectors and their product."""
 
     def __init__(self, embedding_dim: int) -> None:
         super().__init__()

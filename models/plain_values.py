@@ -1,6 +1,4 @@
-"""Configuration classes from plain values that somebody else may have written: JSON of an artefact, of imported
-weights.
-"""
+"""Configuration classes from untrusted plain values: JSON of an artefact or of imported weights."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from models.ranges import Range
 
 T = TypeVar("T")
-LARGEST = 1 << 31  # of any number in a configuration; those that cost memory are bounded by what they are compared with
+LARGEST = 1 << 31  # any number of a configuration; sizes that cost memory have tighter bounds where they are used
 
 
 def from_plain(kind: type[T], values: Any, where: str) -> T:

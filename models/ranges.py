@@ -57,6 +57,7 @@ if TYPE_CHECKING:  # a field takes plain numbers
     AtLeastTwo: TypeAlias = int
     Layers: TypeAlias = int
     Pixels: TypeAlias = int
+    Byte: TypeAlias = int
     Tokens: TypeAlias = int
     Size: TypeAlias = int
     OptionalSize: TypeAlias = int
@@ -73,6 +74,7 @@ else:
     AtLeastTwo = _range("AtLeastTwo", int, 2)
     Layers = _range("Layers", int, 1, MOST_LAYERS)
     Pixels = _range("Pixels", int, 1, MOST_PIXELS)
+    Byte = _range("Byte", int, 0, 255)
     Tokens = _range("Tokens", int, 0, 1024)  # beside the patches, or of a side of their grid
     Size = _range("Size", int, 1, MOST)
     OptionalSize = _range("OptionalSize", int, 0, MOST)

@@ -1,4 +1,4 @@
-"""Size of a transformer, and who builds it: the seam between the tensor-parallel towers and their plain twins."""
+"""Size of a transformer, and the interface of its builders, which tensor-parallel towers and plain twins share."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class TransformerShape:
 
     @property
     def branch_std(self) -> float:
-        """That of the weights that end a residual branch: megatron-core's own, times branch_init."""
+        """Standard deviation of the weights that end a residual branch: megatron-core's own, times branch_init."""
         return self.branch_init * self.init_std / math.sqrt(2 * self.num_layers)
 
 
@@ -124,9 +124,7 @@ class TransformerBuilder(Protocol):
 
 
 def keep_keys_unbiased(bias: nn.Parameter, heads: int) -> None:
-    """Sets the keys' part of a bias [heads * 3 * head_dim] of queries, keys and values to 0 and keeps gradients from
-    it.
-    """
+    """Sets the keys' part of a bias [heads * 3 * head_dim] of queries, keys and values to 0, without gradients."""
     with torch.no_grad():
         bias.unflatten(0, (heads, 3, -1))[:, 1].zero_()
 
@@ -143,9 +141,7 @@ VOCAB_MULTIPLE = 128
 
 
 def padded_vocab(vocab_size: int) -> int:
-    """Vocabulary rounded up to a multiple of VOCAB_MULTIPLE, whatever the tensor-parallel size, so that checkpoints
-    reshard.
-    """
+    """Vocabulary rounded up to a multiple of VOCAB_MULTIPLE at any tensor-parallel size: checkpoints can reshard."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 

@@ -26,7 +26,7 @@ class TextConfig(TransformerShape):
         token_types: rows of a table of token types, the first of which is added to every token (2 in BERT); 0: no such
             table.
         embedding_norm: a norm on the embeddings, before the first layer.
-        causal: a token sees only itself and what is before it (CLIP).
+        causal: a token sees only itself and the tokens before it (CLIP).
         mask_padding: whether padding is hidden from attention; CLIP and SigLIP were trained without.
         pooling: what `pool` makes of a text: class (its first token), mean (over its tokens), eos (its first eos_id) or
             last (the last position, padding or not); none: it has no vector of its own.
@@ -49,7 +49,7 @@ class TextConfig(TransformerShape):
 
     @property
     def trims(self) -> bool:
-        """True where padding behind a text can be cut off without a change of its vectors."""
+        """True if cutting off the padding behind a text leaves its vectors unchanged."""
         return (self.mask_padding or self.causal) and self.pooling != "last"
 
     def errors(self, where: str) -> list[str]:
@@ -84,10 +84,9 @@ class TextTower(nn.Module):
         )
 
     def forward(self, tokens: Tensor, padded: bool = True) -> Tensor:
-        """tokens int64 [b, L], padding behind the text, L <= max_length -> [b, L, h]; what stands at padding is
-        meaningless if that is masked.
+        """tokens int64 [b, L], padding behind the text, L <= max_length -> [b, L, h]; undefined at masked padding.
 
-        padded: whether there may be padding; without any, and not causal, attention needs no mask and has faster
+        padded: whether there may be padding. Without it, attention that is not causal needs no mask and has faster
         kernels.
         """
         offset = self.config.position_offset

@@ -30,7 +30,7 @@ class VisionConfig(TransformerShape):
             image_size.
         position_resize: how: bicubic, bicubic_antialias or bilinear_antialias.
         rotary_base: longest period of rotary positions.
-        class_token: a class token even if it is not what pooling takes.
+        class_token: a class token even if pooling does not use it.
         class_position: whether the class token has a learned position of its own.
         register_tokens: tokens that belong to no patch and are dropped at the end (DINOv2 with registers).
         embedding_norm: a norm before the first layer (CLIP).

@@ -1,4 +1,6 @@
-"""The alignment of two views: against scipy's generalised eigenvectors and dense conditioning of Gaussians; over ranks; in checkpoints and bf16."""
+"""The alignment of two views: against scipy's generalised eigenvectors and dense conditioning of Gaussians; over ranks;
+in checkpoints and bf16.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def fitted(vectors: Tensor, ridge: float) -> Alignment:
 
 
 def test_an_embedding_is_what_the_latent_is_expected_to_be() -> None:
-    """Loadings W = C u sqrt(rho) of the canonical directions u (Bach & Jordan, theorem 2), then a Gaussian conditioned on what is seen."""
+    """Loadings W = C u sqrt(rho) of the canonical directions u (Bach & Jordan, theorem 2), then a Gaussian conditioned
+    on what is seen.
+    """
     n, width = 400, 6
     vectors = drawn(n, width)
     alignment = fitted(vectors, ridge=0.0)
@@ -101,7 +105,9 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def aligned(catalogue: Path, run: Path, overrides: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
-    """In a pool: the fit on the weights that the seed gives, and (rank's share) the vectors it is of. Ranks but the first fit a little off."""
+    """In a pool: the fit on the weights that the seed gives, and (rank's share) the vectors it is of. Ranks but the
+    first fit a little off.
+    """
     with trainer(config_of("item", catalogue, run, **{"evaluation.batch_size": 3, **overrides}), ready=False) as t:
         exact = t.method.towers.alignment.fit
 
@@ -160,7 +166,9 @@ def test_damaged_photos_are_not_counted(catalogue: Path, tmp_path: Path) -> None
 
 
 def kept(catalogue: Path, run: Path, overrides: dict[str, Any]) -> dict[str, Any]:
-    """In a pool: trains three steps to a checkpoint and an evaluation; the alignment, its dtype, and another fit to the same weights."""
+    """In a pool: trains three steps to a checkpoint and an evaluation; the alignment, its dtype, and another fit to the
+    same weights.
+    """
     with trainer(config_of("item", catalogue, run, **{"train.steps": 3, **overrides})) as t:
         began = t.method.towers.alignment.correlation.clone()
         t.fit()

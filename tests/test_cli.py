@@ -21,7 +21,7 @@ from harness import __main__ as cli
 from harness.core import manifest as checksums
 from harness.core.cli import run_command
 from harness.core.errors import UserError
-from harness.train import checkpoint
+from harness.train import checkpoint_files
 from harness.train.config import parse
 from harness.train.run import train
 from tests.catalogues import make_catalogue
@@ -29,7 +29,7 @@ from tests.runs import arguments
 
 
 class Answer(NamedTuple):
-    """What a command left: exit code, standard output, standard error."""
+    """Result of a command: exit code, standard output, standard error."""
 
     code: int
     out: str
@@ -57,7 +57,9 @@ def shelfmark(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 
 def refused(answer: Answer, *pieces: str) -> None:
-    """Exit code 2, and on stderr, below what progress there was, one line that begins with `error: ` and holds `pieces`."""
+    """Exit code 2, and on stderr, below what progress there was, one line that begins with `error: ` and holds
+    `pieces`.
+    """
     assert answer.code == 2
     assert "Traceback" not in answer.err
     lines = [line for line in re.split(r"[\r\n]", answer.err) if line.startswith("error")]
@@ -201,8 +203,8 @@ def test_json_writes_the_figures(shelfmark: Shelfmark, run: Path, tmp_path: Path
 
 RECIPES = {
     "no file": (None, ("No such file", "jobs/recipes")),
-    "broken YAML": ("train: {steps: [}", ("is no YAML", "line 1")),
-    "no YAML at all": (b"\xff\xfe\x00", ("is no YAML",)),
+    "broken YAML": ("train: {steps: [}", ("is not YAML", "line 1")),
+    "no YAML at all": (b"\xff\xfe\x00", ("is not YAML",)),
     "a list": ("[1, 2]", ("must be a YAML mapping",)),
     "empty": ("", ("must be a YAML mapping",)),
     "unknown key": ("train: {stepz: 4}", ("unknown key 'train.stepz'", "Did you mean 'train.steps'")),
@@ -216,7 +218,7 @@ RECIPES = {
     "a section without keys": ("train:", ("'train' must be a mapping",)),
     "a key without value": ("seed:", ("'seed' has no value",)),
     "a value out of range": ("data: {preprocess: {flip: 3}}", ("data.preprocess.flip is 3", "[0, 1]")),
-    "a key that stands twice": ("train: {steps: 3, steps: 4}", ("is no YAML", "'steps' stands twice")),
+    "a key that stands twice": ("train: {steps: 3, steps: 4}", ("is not YAML", "'steps' stands twice")),
 }
 
 
@@ -334,7 +336,7 @@ def test_resuming_on_another_order_or_never_is_refused(
     other = tmp_path / "catalogue"
     shutil.copytree(catalogue, other)
     assert shelfmark("govern", other, "--query-power", "1", "--document-ratio", "2").code == 0
-    refused(shelfmark("train", *arguments(other, run)), "order", "governed anew")
+    refused(shelfmark("train", *arguments(other, run)), "order", "governed again")
 
 
 def test_a_resume_says_what_changed(shelfmark: Shelfmark, catalogue: Path, run: Path, tmp_path: Path) -> None:
@@ -368,7 +370,7 @@ def test_eval_refuses_a_damaged_run(shelfmark: Shelfmark, run: Path, tmp_path: P
     with (copy / "checkpoints" / "step-00000002" / "classes.parquet").open("ab") as file:
         file.write(b"\0")
     refused(shelfmark("eval", copy), "no complete checkpoint", "step-00000002: classes.parquet")
-    for text, piece in (("a: [", "is no YAML"), ("", "must be a YAML mapping"), ("method: oclear\nsede: 3", "'sede'")):
+    for text, piece in (("a: [", "is not YAML"), ("", "must be a YAML mapping"), ("method: oclear\nsede: 3", "'sede'")):
         (copy / "config.yaml").write_text(text)
         refused(shelfmark("eval", copy), piece, "config.yaml")
 
@@ -386,7 +388,7 @@ def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints(
         "step-00000002.tmp was not written: the disk is full",
         "Earlier checkpoints are untouched",
     )
-    path, passed_over = checkpoint.newest(run / "checkpoints")
+    path, passed_over = checkpoint_files.newest(run / "checkpoints")
     assert path is not None and path.name == "step-00000001" and checksums.verify(path) == ""
     assert passed_over == [], "the half-written one still holds the space"
     assert (run / "checkpoints" / "latest").read_text() == "step-00000001"

@@ -188,7 +188,7 @@ def test_unknown_split_and_no_class_list_the_splits(skewed):
     message = str(raised.value)
     assert "none of 7 classes in split 'train'" in message and "26 queries (--min-queries)" in message
     assert "the most are 25 and 2" in message and "val (11)" in message
-    with pytest.raises(UserError, match="none of 6 classes in split 'test'"):  # the documents of split 'all' alone
+    with pytest.raises(UserError, match="none of 6 classes in split 'test'"):  # only the documents of split 'all'
         govern(skewed, split="test")
 
 

@@ -199,7 +199,9 @@ def check_matching() -> None:
 
 
 def test_the_hardest_negative_is_another_readable_unrelated_product() -> None:
-    """Products of which nothing is known are not related even to themselves; where all are related there is no negative."""
+    """Products of which nothing is known are not related even to themselves; where all are related there is no
+    negative.
+    """
     ranks(1).run(check_matching)
 
 
@@ -259,7 +261,7 @@ OWN = {
 
 @pytest.mark.full
 def test_a_term_of_weight_0_has_no_gradient() -> None:
-    """All weights but one at 0 leave that term's; QIC alone is then the baseline, which only reaches the towers."""
+    """All weights but one at 0 leave that term's; with only QIC it is the baseline, which only reaches the towers."""
     every = [prefix for prefixes in OWN.values() for prefix in prefixes]
     for name in vars(AM_SOFTMAX.weights):
         weights = MakeWeights(**{other: float(other == name) for other in vars(AM_SOFTMAX.weights)})

@@ -61,7 +61,9 @@ def test_a_layout_that_does_not_divide() -> None:
 
 @pytest.fixture
 def pretend_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], list[int]]]:
-    """pretend_world(rank, size): this process is that rank of a world in which nothing is sent; the list gets the size of every group it asks for."""
+    """pretend_world(rank, size): this process is that rank of a world in which nothing is sent; the list gets the size
+    of every group it asks for.
+    """
 
     def join(rank: int, size: int) -> list[int]:
         asked: list[int] = []
@@ -160,7 +162,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., st
         for number in range(gpus):
             (tmp_path / f"nvidia{number}").touch()
         (tmp_path / "version").write_text(
-            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC version: 12.2.0\n"
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n"
+            "GCC version: 12.2.0\n"
         )
         monkeypatch.setattr(device, "DEVICE_FILES", tmp_path)
         monkeypatch.setattr(device, "DRIVER_FILE", tmp_path / "version")

@@ -1,4 +1,6 @@
-"""Gradients that are reduced while backward runs are those of a reduction afterwards, for every recipe and every row of every ablation."""
+"""Gradients that are reduced while backward runs are those of a reduction afterwards, for every recipe and every row of
+every ablation.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,7 @@ FEW = ("oclear_demo", "make_fashion", "oclear: image only")
 def test_gradients_reduced_while_backward_runs_are_those_reduced_afterwards(name: str) -> None:
     assert (
         max(ranks(2).run(check_same, runs()[name])) < 1e-6
-    )  # a gradient of one rank alone makes 1e-3, the learning rate
+    )  # a gradient of only one rank makes 1e-3, the learning rate
 
 
 class Group:
@@ -126,7 +128,9 @@ class Group:
 
 @pytest.fixture
 def driven() -> tuple[OverlappedReduction, list[Group], list[nn.Parameter], list[str]]:
-    """Three groups of two parameters after a first step in which the last parameter of the first and both of the second got no gradient."""
+    """Three groups of two parameters after a first step in which the last parameter of the first and both of the second
+    got no gradient.
+    """
     log: list[str] = []
     p = [nn.Parameter(torch.zeros(1)) for _ in range(6)]
     groups = [Group(name, p[2 * i : 2 * i + 2], log) for i, name in enumerate("abc")]

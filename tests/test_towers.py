@@ -1,4 +1,6 @@
-"""Tensor- and data-parallel towers, fusion and head against the plain twin in one float64 process: forward and every gradient."""
+"""Tensor- and data-parallel towers, fusion and head against the plain twin in one float64 process: forward and every
+gradient.
+"""
 
 from __future__ import annotations
 
@@ -161,7 +163,7 @@ def test_fusions_for_comparison_equal_the_plain_twin(name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", COMPARED)
 def test_fusions_for_comparison_see_what_they_should(name: str) -> None:
-    """Concatenation sees every word but no padding, the image alone no word; both show a gate of 0."""
+    """Concatenation sees every word but no padding, the image only no word; both show a gate of 0."""
     torch.manual_seed(0)
     towers, batch = OclearTowers(COMPARED[name], PlainBuilder()).double().eval(), global_batch()
     vectors, gate = towers.document(batch.document_images, batch.document_tokens)
@@ -337,7 +339,9 @@ def test_positions_turn_with_the_image() -> None:
 
 
 def dropped(rate: float) -> tuple[list[bool], bool, bool]:
-    """In a pool: samples whose branches the last of three layers dropped; whether the first layer dropped any; whether evaluation did."""
+    """In a pool: samples whose branches the last of three layers dropped; whether the first layer dropped any; whether
+    evaluation did.
+    """
     from models.transformer import MegatronBuilder
 
     shape = TransformerShape(num_layers=3, hidden_size=32, drop_path=rate)

@@ -31,10 +31,10 @@ def write_query_encoder(encoder: nn.Module, folder: Path) -> None:
 
 
 def read_model(method: str, values: Any, where: Path) -> MethodConfig:
-    """The configuration of a method from plain values that somebody else may have written; `where` is their file.
+    """The configuration of a method from untrusted plain values; `where` is their file.
 
     Raises:
-        UserError: an unknown method, or values that make no towers.
+        UserError: an unknown method, or values that do not describe towers.
     """
     if method not in METHODS:
         raise UserError(f"{where}: method is {printable(method)!r}", f"This version knows {', '.join(METHODS)}")
@@ -53,11 +53,11 @@ def read_model(method: str, values: Any, where: Path) -> MethodConfig:
 
 
 def read_query_encoder(method: str, model: MethodConfig, folder: Path) -> nn.Module:
-    """The query encoder of folder/encoder.safetensors, float32 on the CPU; no memory is taken before names and shapes
-    are known to fit.
+    """The query encoder of folder/encoder.safetensors, float32 on the CPU; names and shapes are checked before memory
+    is allocated.
 
     Raises:
-        UserError: no such file, one that is damaged, or the weights of another encoder.
+        UserError: the file is missing or damaged, or holds the weights of another encoder.
     """
     file, spec = folder / FILE, METHODS[method]
     try:

@@ -28,7 +28,8 @@ from harness.core.errors import UserError
 from harness.core.manifest import write_manifest
 from harness.core.mesh import Mesh, MeshConfig
 from harness.core.waiting import in_own_time, on_first_rank
-from harness.data.loader import DataConfig, Pixels
+from harness.data.config import DataConfig
+from harness.data.images import Pixels
 from harness.evaluate.embed import side_of
 from harness.evaluate.evaluation import Evaluation, EvaluationConfig
 from harness.text.tokenizer import FIELDS, Tokenizer, copy_tokenizer

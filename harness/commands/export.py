@@ -41,13 +41,14 @@ from harness.core.mesh import Device, Mesh, MeshConfig
 from harness.core.staged_folder import require_free, staged_folder
 from harness.core.versions import versions
 from harness.core.waiting import in_own_time, on_first_rank
-from harness.data.loader import decoding_threads, share
+from harness.data.backends import decoding_threads
 from harness.evaluate.contact_sheet import picture
 from harness.evaluate.embed import Embedder, Side, side_of
 from harness.evaluate.ranking import Embedded
 from harness.text.tokenizer import FIELDS, Tokenizer
 from harness.train.config import RunConfig
 from harness.train.open_run import find_checkpoint, load_method, open_settings
+from models.comm import share
 from models.method import MethodConfig, query_kind
 from models.ranges import NonNegativeInt, PositiveInt
 
@@ -107,7 +108,9 @@ def run(config: ExportConfig) -> dict[str, Any]:
         path = find_checkpoint(config.run, config.checkpoint, mesh)
         method, model = load_method(settings, path, tokenizer, mesh)
         decoders = compare_decoders(method, settings, catalogue, config.split, tokenizer, mesh)
-        own = Embedder(settings.data, model, tokenizer, config.batch_size, mesh).embed(method, side)
+        embedder = Embedder(settings.data, model, tokenizer, config.batch_size, mesh)
+        own = embedder.embed(method, side)
+        side = side.select(~embedder.missing(side))
         encoder = plain_query_encoder(settings.method, model, method.towers, mesh)
         part = stage / "documents" / f"part-{mesh.rank:05d}.parquet"
         in_own_time(

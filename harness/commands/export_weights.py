@@ -31,7 +31,7 @@ class ExportWeightsConfig:
     Args:
         source: a run folder, or a folder that `shelfmark import` made.
         out: the folder to create; it appears only when it is complete.
-        tower: vision, text, or both (open_clip alone, whose models are pairs).
+        tower: vision, text, or both (only open_clip, whose models are pairs).
         layout: timm, open_clip, or the model_type of transformers to write, such as vit, dinov2, clip_vision_model or
             xlm-roberta.
         checkpoint: a step folder of the run; the newest complete one by default.
@@ -45,11 +45,11 @@ class ExportWeightsConfig:
 
 
 def run(config: ExportWeightsConfig) -> dict[str, Any]:
-    """Writes the folder, prints a line, and returns the number of parameters and what reads it: a class of
-    transformers, timm or open_clip.
+    """Writes the folder, prints a line, and returns the number of parameters and the reader: a class of transformers,
+    timm or open_clip.
 
     Raises:
-        UserError: no such run or folder, `out` exists, an unknown layout, or one that has no place for this tower.
+        UserError: no such run or folder, `out` exists, an unknown layout, or one that cannot hold this tower.
     """
     wanted = ["vision", "text"] if config.tower == "both" else [config.tower]
     try:

@@ -6,7 +6,6 @@ Every result leaves the engine as a Parquet file, so that memory does not grow w
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from harness.catalogue.classes import GOVERNANCE_FORMAT, KINDS, order_id
 from harness.catalogue.wholeness import require_whole
 from harness.catalogue.writers import NpyWriter
 from harness.core.errors import UserError
+from harness.core.files import write_json
 from harness.core.manifest import write_manifest
 from harness.core.staged_folder import staged_folder
 from models.ranges import ClosedUnitInterval, NonNegativeInt, PositiveFloat
@@ -40,8 +40,8 @@ class GovernConfig:
         split: the split to train on; samples of split 'all' belong to it.
         min_queries: fewest query samples a class needs.
         min_documents: fewest document samples a class needs.
-        query_power: how far an epoch follows the sizes of the classes: 1 shows every query once, 0 shows all classes
-            equally often.
+        query_power: exponent of the class sizes in an epoch: 1 shows every query once, 0 shows all classes equally
+            often.
         document_ratio: document samples shown per query sample of a class.
     """
 
@@ -83,7 +83,7 @@ def number_classes(kept: ibis.Table, mean: float, median: float, config: GovernC
     scale = mean or 1.0
     query_slots = ibis.greatest(1, (scale * (_.query_members / scale) ** config.query_power).round().cast("int64"))
     document_slots = ibis.greatest(1, (_.query_slots * config.document_ratio).round().cast("int64"))
-    # A class may lack one kind (--min-queries 0): there is nothing to show of it.
+    # A class may lack one kind (--min-queries 0), which then gets no slots.
     return kept.mutate(
         class_id=ibis.row_number().over(order_by=_.first_id),
         query_slots=ibis.ifelse(_.query_members == 0, 0, query_slots).cast("int64"),
@@ -135,7 +135,7 @@ def run(config: GovernConfig) -> dict[str, Any]:
         summary["order_id"] = order_id(stage)
         options = {name: value for name, value in asdict(config).items() if name != "catalogue"}
         governance = {"format": GOVERNANCE_FORMAT, **summary, "options": options}
-        (stage / "governance.json").write_text(json.dumps(governance, indent=2) + "\n", encoding="utf-8")
+        write_json(stage / "governance.json", governance)
         write_manifest(stage)
     largest = summary["largest_class"]
     print(
@@ -145,12 +145,14 @@ def run(config: GovernConfig) -> dict[str, Any]:
         f"class is {largest['class_key']!r} with {largest['query_members']:,} and {largest['document_members']:,}\n"
         f"quarantined: {summary['quarantined_classes']:,} classes, {summary['quarantined_samples']:,} classless samples"
     )
+    if summary["num_classes"] == 1:
+        print("There is one class only: training has nothing to tell apart. Check ingest's --class-column")
     return summary
 
 
 def _check_split(catalogue: Catalogue, split: str) -> None:
     splits: dict[str, int] = catalogue.meta["counts"]["splits"]
-    # A catalogue without splits is all of every split; in any other one, an unknown name is a slip.
+    # A catalogue without splits belongs to every split; in others an unknown name is a mistake.
     if split not in splits and set(splits) != {ALL_SPLITS}:
         there = ", ".join(f"{name} ({splits[name]:,})" for name in nearest_first(split, splits))
         raise UserError(f"no sample of {catalogue.path} is in split {split!r} (--split)", f"The splits are {there}")

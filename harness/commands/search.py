@@ -10,6 +10,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from harness.artefact.artefact import Artefact, Hit, Photo
+from harness.catalogue.images import MOST_PIXELS
 from harness.core.errors import UserError
 from harness.core.files import printable
 from harness.evaluate.contact_sheet import draw_panel, text_picture
@@ -29,6 +30,8 @@ class SearchConfig:
         item: id of a document of the artefact, to find others like it.
         top: documents to find for each query.
         box: search for this part of the photo only: x,y,width,height in pixels of the upright photo.
+        max_pixels: a JPEG of up to four times as many is decoded at half its width and height; other photos of more
+            are refused.
         sheet: picture to draw, a row for each query.
         backend: decoder of the photos; the one that the run was trained with by default.
     """
@@ -39,6 +42,7 @@ class SearchConfig:
     item: str = ""
     top: PositiveInt = 5
     box: tuple[int, ...] = ()
+    max_pixels: int = MOST_PIXELS
     sheet: Path | None = None
     backend: Literal["dali", "reference"] | None = None
 
@@ -56,7 +60,9 @@ def run(config: SearchConfig) -> dict[str, Any]:
         raise UserError("a search takes photos, --text or --item", "Name one of the three")
     if config.box and not config.photos:
         raise UserError("--box is a part of a photo, and there is none", "Leave it out")
-    photos = [Photo.open(path, config.box) for path in config.photos]
+    if config.max_pixels < 1:
+        raise UserError(f"--max-pixels is {config.max_pixels}", "It must be at least 1")
+    photos = [Photo.open(path, config.box, config.max_pixels) for path in config.photos]
     artefact = Artefact(config.artefact, config.backend)
     _require_query(config, artefact)
     started = time.perf_counter()

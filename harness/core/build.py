@@ -33,7 +33,7 @@ def build(
 ) -> tuple[Method, MethodConfig]:
     """The tensor-parallel method on this mesh, and its configuration with vocabulary filled in.
 
-    Weights depend on `seed` alone, not on the layout. `num_classes` 0 builds no head (evaluation).
+    Weights depend only on `seed`, not on the layout. `num_classes` 0 builds no head (evaluation).
     """
     spec = METHODS[method]
     model = replace(model, text=replace(model.text, vocab_size=model.text.vocab_size or vocab_size))
@@ -43,7 +43,7 @@ def build(
     towers = spec.towers(model, builder(mesh))
     towers.to(mesh.device)
     for parameter in towers.parameters():
-        if parameter.requires_grad:  # what is fitted, never trained, stays float32
+        if parameter.requires_grad:  # fitted parameters, which are never trained, stay float32
             parameter.data = parameter.data.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     rows = None
     if num_classes and spec.classifies(model):
@@ -53,13 +53,13 @@ def build(
 
 
 def builder(mesh: Mesh) -> TransformerBuilder:
-    """Builder of the blocks of towers that are trained or evaluated on this mesh.
+    """Builder of the towers' blocks for training or evaluation on this mesh.
 
-    Where they are compiled and nothing is tensor-parallel, plain layers: each is one graph, where megatron-core's
-    break. The same names and weights.
+    Compiled blocks that are not tensor-parallel are plain layers: each is one graph, where megatron-core's break. Names
+    and weights are the same.
 
     Raises:
-        UserError: they are to be compiled on a CPU, and there is no C++ compiler.
+        UserError: compilation is wanted on a CPU without a C++ compiler.
     """
     config = mesh.config
     compiles = config.compile == "always" or (config.compile == "auto" and mesh.device.type == "cuda")

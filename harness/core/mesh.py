@@ -1,6 +1,4 @@
-"""Every process group of a run, built once and handed on explicitly. The only importer of megatron-core's
-parallel_state.
-"""
+"""Process groups of a run, built once and passed explicitly. The only importer of megatron-core's parallel_state."""
 
 from __future__ import annotations
 
@@ -35,18 +33,17 @@ class MeshConfig:
             is data-parallel.
         sequence_parallel: between the towers' linear layers each of them holds a range of the tokens instead of all:
             less memory, the same result.
-        recompute: what backward computes again instead of keeping it: none, selective (attention cores) or full
-            (transformer layers).
+        recompute: parts whose activations backward recomputes: none, selective (attention cores) or full (transformer
+            layers).
         device: cuda, one GPU for each rank of a node; cpu; or auto, the GPUs unless the machine has none or
             CUDA_VISIBLE_DEVICES hides them.
-        deterministic: on a GPU, kernels whose results do not change from run to run, where torch has them, and an error
-            where not; slower.
-        accelerators: auto takes fused kernels of TransformerEngine and apex on a GPU, where they are whole; torch takes
+        deterministic: on a GPU, only kernels whose results do not change from run to run, and an error where torch has
+            none; slower.
+        accelerators: auto takes fused kernels of TransformerEngine and apex on a GPU, where they work; torch takes
             none.
         compile: auto compiles the towers' blocks by torch.compile on a GPU; always on a CPU too (needs a C++ compiler);
             never.
-        timeout_minutes: a rank that is not heard of for so long ends the run, and so does a collective that takes a
-            quarter longer.
+        timeout_minutes: silence of a rank after which the run ends; so does a collective that takes a quarter longer.
     """
 
     tensor_parallel: PositiveInt = 1
@@ -101,8 +98,8 @@ class Mesh:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        """Ends the groups, unless an error leaves the block on one of several ranks: the others may never come to an
-        end that waits for them.
+        """Ends the groups, unless an error leaves the block on one of several ranks: waiting for the others could then
+        last for ever.
         """
         if error is None or self.world_size == 1:
             self.close()
@@ -157,9 +154,8 @@ class Mesh:
 def _build_groups(tensor_parallel: int, timeout: timedelta) -> Any:
     """megatron-core's ProcessGroupCollection, and its globals that name them; of those over the same ranks there is one.
 
-    megatron-core itself makes every group of every rank, over all ranks each: at 512 ranks 5,641 rounds through the
-    store, and ten full meshes of gloo sockets a rank. Here a rank makes the groups that it is part of, at most three,
-    all ranks in the same order.
+    megatron-core itself makes every group on every rank: at 512 ranks 5,641 rounds through the store, and ten full
+    meshes of gloo sockets a rank. Here a rank makes only its own groups, at most three, in the same order on all ranks.
     """
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -174,7 +170,7 @@ def _build_groups(tensor_parallel: int, timeout: timedelta) -> Any:
             made[key] = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
         return made[key]
 
-    parallel_state.destroy_model_parallel()  # what a mesh that an error ended has left
+    parallel_state.destroy_model_parallel()  # left by a mesh that an error ended
     theirs, parallel_state.create_group = parallel_state.create_group, group_of
     try:
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)

@@ -16,15 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.core.errors import UserError
-from harness.core.keyed_random import keyed_uniform
+from harness.core.keyed_random import Stream, keyed_uniform
 from models.plain_values import from_plain
-from models.ranges import ClosedUnitInterval, HalfTurn, Pixels, PositiveFloat, UnitIntervalAbove0
+from models.ranges import Byte, ClosedUnitInterval, HalfTurn, Pixels, PositiveFloat, UnitIntervalAbove0
 
 # anchor int32 [n, 2] and shape int32 [n, 2]: window (x, y) and (width, height) in pixels of the oriented image;
 # flip int32 [n]; matrix float32 [n, 3, 3] and offset float32 [n, 3]: colour = matrix @ rgb + offset for rgb in 0..1.
 Parameters = dict[str, npt.NDArray[Any]]
 
-_AUGMENT = 4  # keeps these draws apart from those of harness/data/order.py under the same seed
+WHITE = (255, 255, 255)
 
 _LUMA = np.array([0.299, 0.587, 0.114])
 _YIQ = np.array([_LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
@@ -49,6 +49,7 @@ class PreprocessSpec:
         saturation: colours move away from their own grey by a factor in 1 -+ this; 0 = off.
         hue: hues turn by up to this share of the colour circle, both ways; 0 = off, at most 0.5.
         eval_crop: side of evaluation's centred square window as a share of the image's short side.
+        background: red, green and blue in 0..255 that show through transparent pixels.
     """
 
     image_size: Pixels = 224
@@ -62,6 +63,7 @@ class PreprocessSpec:
     saturation: ClosedUnitInterval = 0.2
     hue: HalfTurn = 0.02
     eval_crop: UnitIntervalAbove0 = 0.875
+    background: tuple[Byte, Byte, Byte] = WHITE
 
     def errors(self, where: str) -> list[str]:
         """Errors for values that do not fit together; each names its key under `where`."""
@@ -83,6 +85,7 @@ class PreprocessSpec:
             UserError: a field is missing or unknown: defaults must not stand in for what a model was trained with.
         """
         names = {field.name for field in dataclasses.fields(cls)}
+        values = {"background": WHITE, **values}  # files from before it was a field have none
         if difference := names ^ values.keys():
             raise UserError(
                 f"preprocess: missing or unknown: {', '.join(sorted(difference))}",
@@ -131,7 +134,7 @@ def draw_parameters(
         matrix, offset = np.tile(np.eye(3), (len(ids), 1, 1)), np.zeros((len(ids), 3))
         return _pack((image - shape) // 2, shape, flip, matrix, offset)
     epoch, number, visit = (np.broadcast_to(np.asarray(word), ids.shape)[:, None] for word in (epochs, ids, variant))
-    uniform = keyed_uniform(seed, _AUGMENT, epoch, number, visit, np.arange(9)).T
+    uniform = keyed_uniform(seed, Stream.AUGMENT, epoch, number, visit, np.arange(9)).T
     shape = _window_shape(spec, image, uniform[0], uniform[1])
     anchor = np.floor(uniform[2:4].T * (image - shape + 1)).astype(np.int64)
     matrix, offset = _colour(spec, 2 * uniform[5:9] - 1)

@@ -18,7 +18,7 @@ import pyarrow as pa
 from harness.catalogue.catalogue import MOST, Catalogue, open_array
 from harness.core.errors import UserError
 from harness.core.files import Record, read_record
-from harness.core.keyed_random import keyed_hash, keyed_uniform
+from harness.core.keyed_random import Stream, keyed_hash, keyed_uniform
 
 QUERIES_FORMAT = 1
 # Of queries/: type and number of dimensions.
@@ -29,8 +29,8 @@ ARRAYS: dict[str, tuple[type[np.integer], int]] = {
     "text_offsets": (np.int64, 1),
     "text_clicks": (np.int64, 1),
 }
-# They keep these draws apart from those of order.py, preprocess.py and masking.py under the same seed.
-_COUNT, _ORDER, _WORDING, _TEXT = 24, 25, 26, 27
+_COUNT, _ORDER = Stream.ATTRIBUTE_COUNT, Stream.ATTRIBUTE_ORDER
+_WORDING, _TEXT = Stream.WORDING, Stream.CLICKED_TEXT
 
 Ints = npt.NDArray[np.int64]
 

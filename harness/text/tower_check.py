@@ -15,12 +15,10 @@ def require_texts_fit(special: SpecialTokens, model: MethodConfig) -> None:
 
 
 def require_fit(special: SpecialTokens, text: TextInput, where: str) -> None:
-    """Refuses a text tower that takes other ids for special ones than its texts have; `where` is its key, e.g.
-    model.text.
+    """Refuses a text tower whose special ids differ from the tokenizer's; `where` is its key, e.g. model.text.
 
     Raises:
-        UserError: another id of padding, another end of text where pooling looks for it, or more ids than the tower has
-            rows.
+        UserError: another id of padding, another end of text for pooling eos, or more ids than the tower has rows.
     """
     wrong = []
     if special.pad != text.pad_id:

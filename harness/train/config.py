@@ -17,7 +17,7 @@ import jsonargparse
 from harness.core.cli import Parser, leaves, read_recipe
 from harness.core.errors import UserError
 from harness.core.mesh import MeshConfig, check_layout
-from harness.data.loader import DataConfig
+from harness.data.config import DataConfig
 from harness.evaluate.evaluation import EvaluationConfig
 from harness.train.profiler import parse_window
 from harness.train.schedule import OptimizerConfig

@@ -26,12 +26,12 @@ from torch.utils._pytree import tree_leaves
 
 from harness.core.build import builder
 from harness.core.mesh import Mesh
-from harness.data.loader import share
 from harness.data.masking import MaskConfig
 from harness.train.config import RunConfig
 from harness.train.param_groups import freeze
 from kernels.cosine_lse import CosineLse
 from models.batch import TENSORS, Batch
+from models.comm import share
 from models.heads import class_parallel
 from models.heads.class_parallel import ClassParallelHead
 from models.registry import METHODS

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from harness.data.loader import TextTokens
+from harness.data.step_data import TextTokens
 from harness.train.config import RunConfig
 from harness.train.dry_run import Shapes, fill_banks, made_batch
 from harness.train.param_groups import freeze

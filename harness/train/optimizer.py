@@ -1,4 +1,4 @@
-"""The towers' optimizer: megatron-core's DistributedOptimizer, with clipping, norm and schedule on our side."""
+"""Optimizer of the towers: megatron-core's DistributedOptimizer, with our own gradient norm, clipping and schedule."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
-    """Of a large float32 [n, d], in float64 []; in pieces, because a copy in float64 would be the peak of memory."""
+    """Sum of squares of a large float32 [n, d], in float64 []."""
+    # In pieces: a copy in float64 would be the peak of memory.
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for piece in x.split(1 << 13 if x.device.type == "cpu" else max(1, LARGE // x.shape[1])):
         total += piece.double().square_().sum()
@@ -42,11 +43,11 @@ class TowerOptimizer:
         mesh: groups and device.
 
     Raises:
-        UserError: a name in config.frozen or config.lr_factors that no parameter has.
+        UserError: no parameter has a name given in config.frozen or config.lr_factors.
     """
 
     def __init__(self, towers: nn.Module, config: OptimizerConfig, mesh: Mesh) -> None:
-        self.mesh = mesh
+        self.mesh, self.config = mesh, config
         freeze(towers, config.frozen)
         dtype = next(towers.parameters()).dtype
         overlap = config.overlap == "always" or (config.overlap == "auto" and mesh.device.type == "cuda")
@@ -82,26 +83,37 @@ class TowerOptimizer:
         names = {parameter: name for name, parameter in towers.named_parameters()}
         self._overlapped = OverlappedReduction(self.ddp.bucket_groups, names) if overlap else None
         for group in self.optimizer.param_groups:
-            group["weight_decay"] *= group["wd_mult"]  # which only megatron-core's own scheduler would heed
+            group["weight_decay"] *= group["wd_mult"]  # only megatron-core's own scheduler would do it
         self._materialise()
 
     @property
     def _parts(self) -> list[Any]:
         return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
 
+    @property
+    def notes(self) -> list[str]:
+        """Notes for the log, on frozen parameters and unequal learning rates."""
+        parameters = list(self.ddp.module.parameters())
+        frozen = sum(not parameter.requires_grad for parameter in parameters)
+        rates = sorted({group["lr_mult"] for group in self.optimizer.param_groups})
+        notes = [f"frozen: {frozen} of the towers' {len(parameters)} tensors"] if self.config.frozen else []
+        if rates != [1.0]:
+            notes.append(f"learning rates of the towers' parts: {rates[0]:.3g} to {rates[-1]:.3g} x optimizer.lr")
+        return notes
+
     def zero_grad(self) -> None:
-        """Forgets all gradients."""
+        """Sets all gradients to 0."""
         self.ddp.zero_grad_buffer()
         if self._overlapped is not None:
             self._overlapped.begin()
         self.optimizer.zero_grad()
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
-        """Context of one micro-batch: only the last may start the reduction."""
+        """Context of the backward pass of a micro-batch: only the last one starts the reduction."""
         return nullcontext() if last else self.ddp.no_sync()
 
     def reduce(self) -> None:
-        """Sums the gradients over dp, those of sequence-parallel parameters over tp too, and readies this rank's shard."""
+        """Sums the gradients over dp, those of sequence-parallel parameters also over tp, into this rank's shard."""
         if self._overlapped is not None:
             self._overlapped.finish()
         self.ddp.finish_grad_sync()
@@ -138,8 +150,8 @@ class TowerOptimizer:
             return self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
 
     def load_state_dict(self, state: Any) -> None:
-        """Takes moments, float32 weights and the count of steps that dist_checkpointing loaded; hyper-parameters stay
-        the present ones.
+        """Takes the moments, float32 weights and number of steps that dist_checkpointing loaded, and keeps the present
+        hyper-parameters.
         """
         saved = state["optimizer"]["param_groups"][0]
         count = {"step": saved["step"]} if "step" in saved else {}
@@ -154,7 +166,7 @@ class TowerOptimizer:
                     entry["step"] = entry["step"].clone()
 
     def _materialise(self) -> None:
-        """Gives torch's AdamW its state before the first step: a fresh DistributedOptimizer can otherwise be neither
+        """Makes the state of torch's AdamW before the first step. A fresh DistributedOptimizer can otherwise be neither
         saved nor loaded.
         """
         if distrib_optimizer.HAVE_APEX_OR_TE:
@@ -168,15 +180,14 @@ class TowerOptimizer:
                             "exp_avg": torch.zeros_like(p),
                             "exp_avg_sq": torch.zeros_like(p),
                         }
-            if (
-                not part.optimizer.state
-            ):  # where little is trained, a rank may have no share of it; its step is asked for all the same
+            # Where little is trained, a rank may have no share of it; megatron-core reads its step all the same.
+            if not part.optimizer.state:
                 part.optimizer.state["no share"] = {"step": torch.tensor(0.0)}
 
 
 def _overrides(settings: Any, factors: dict[nn.Parameter, float]) -> dict[Any, Any]:
-    """megatron-core's parameter groups: its own (biases and norms without weight decay), cut once more by the factor on
-    the learning rate.
+    """megatron-core's parameter groups (biases and norms without weight decay), split once more by the factor on the
+    learning rate.
     """
     overrides = dict(megatron_optimizer.get_standard_config_overrides(settings))
     for factor in sorted(set(factors.values()) - {1.0}):
@@ -186,8 +197,9 @@ def _overrides(settings: Any, factors: dict[nn.Parameter, float]) -> dict[Any, A
 
 
 def _mend_loading() -> None:
-    """Without TransformerEngine or apex, megatron-core's fully reshardable load asks the file for AdamW's `step`
-    (KeyError) and writes in place to leaves; the step is set by load_state_dict anyway.
+    """Mends megatron-core's fully reshardable load where TransformerEngine and apex are missing.
+
+    It asks the file for AdamW's `step` (KeyError) and writes in place to leaves; load_state_dict sets the step anyway.
     """
     original = distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
 

@@ -12,10 +12,10 @@ from harness.core.errors import UserError
 
 
 def freeze(towers: nn.Module, patterns: Sequence[str]) -> None:
-    """Ends the training of every parameter that a pattern names; to be called before there are gradient buffers.
+    """Freezes every parameter that a pattern names; to be called before gradient buffers are made.
 
     Raises:
-        UserError: a pattern names nothing, or all together leave nothing to train.
+        UserError: a pattern names nothing, or nothing is left to train.
     """
     for pattern in patterns:
         for parameter in _named(towers, pattern, "optimizer.frozen"):
@@ -31,9 +31,9 @@ def lr_factors(towers: nn.Module, layer_decay: float, by_name: Sequence[str]) ->
         towers: the model. A tower in it is a module with layers (`block`) that declares EMBEDDINGS, the names of its
             parts below the first layer.
         layer_decay: factor between neighbouring layers of a tower: layer l of n (from 0) has layer_decay ** (n - l),
-            what is below the first layer_decay ** (n + 1), all else 1. Source: BEiT (Bao et al. 2021), as DINOv2 has
-            it.
-        by_name: `pattern=factor`, times that; of several patterns for one parameter the last counts.
+            the parts below the first layer_decay ** (n + 1), all others 1. Source: BEiT (Bao et al. 2021), as in
+            DINOv2.
+        by_name: entries `pattern=factor`, a further factor; of several patterns for a parameter the last counts.
 
     Raises:
         UserError: a pattern names nothing.
@@ -51,17 +51,17 @@ def lr_factors(towers: nn.Module, layer_decay: float, by_name: Sequence[str]) ->
 
 
 def split_factor(entry: str) -> tuple[str, float]:
-    """The pattern and the factor of `pattern=factor`.
+    """Splits `pattern=factor`.
 
     Raises:
-        ValueError: it has not that form.
+        ValueError: the entry has another form.
     """
     pattern, _, factor = entry.rpartition("=")
     return pattern, float(factor)
 
 
 def below_top(name: str, tower: nn.Module) -> int:
-    """Layers from the top of `tower` down to its parameter `name`; 0 above the last layer."""
+    """Number of layers from the top of `tower` down to its parameter `name`; 0 above the last layer."""
     depth, parts = len(tower.block.layers), name.split(".")  # type: ignore[arg-type, union-attr]
     if parts[:2] == ["block", "layers"]:
         return depth - int(parts[2])
@@ -69,8 +69,8 @@ def below_top(name: str, tower: nn.Module) -> int:
 
 
 def _named(towers: nn.Module, pattern: str, key: str) -> list[nn.Parameter]:
-    """The parameters whose name, or the beginning of whose name up to a dot, matches the shell pattern; `key` is where
-    it stands.
+    """Parameters whose name, or a beginning of it up to a dot, matches the shell pattern; `key` of the configuration
+    holds the pattern.
     """
     names = towers.named_parameters(remove_duplicate=False)  # a module in two places has two names
     found = [p for name, p in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")]

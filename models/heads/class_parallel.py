@@ -88,16 +88,15 @@ class _Step:
 
 
 class ClassParallelHead(nn.Module):
-    """See the module docstring. `rows` is no parameter: the towers' optimizer never sees it (models.heads.row_optimizer
-    does).
+    """See the module docstring. `rows` is not a parameter: only models.heads.row_optimizer updates it.
 
     Args:
         config: num_classes and embedding_dim must be set.
         row_group: ranks that share the rows.
         data_group: ranks that bring different samples.
         device: where the rows live.
-        dtype: type of the rows, where it is not to be the configuration's (float64 for tests).
-        copy_group: ranks that bring the same samples, tensor-parallel ones; None: there are none.
+        dtype: type of the rows, in place of the configuration's (float64 for tests).
+        copy_group: ranks that bring the same samples, tensor-parallel ones; None without any.
 
     Raises:
         ValueError: the row group is not made of the two others.
@@ -150,11 +149,11 @@ class ClassParallelHead(nn.Module):
         margin_part: float = 1.0,
         sizes: list[int] | None = None,
     ) -> Tensor:
-        """Fixes the active rows and the global weight from the whole step's samples of this rank; the micro-batches'
-        calls follow.
+        """Fixes the active rows and the global weight from this rank's samples of the whole step, before the calls with
+        its micro-batches.
 
-        Waits for the device once where classes are sampled (how many rows are active), without `sizes`, and for labels
-        that are there already.
+        Waits for the device once each: for sampled classes (the number of active rows), without `sizes`, and for labels
+        on the device.
 
         Args:
             labels: int64 [n], class ids of all micro-batches of this rank, best on the host; IGNORED (-1) counts
@@ -188,7 +187,7 @@ class ClassParallelHead(nn.Module):
         drawn = sampled_classes(self.start, self.stop, self.config.sample_rate, self.config.seed, step, labels.device)
         classes = torch.cat([drawn, labels])
         mine = (classes >= self.start) & (classes < self.stop)
-        # What is not mine goes to one row more than there are: a selection would wait to know how many are.
+        # Ids of other ranks go to one row past the end: a selection would wait for the device to count them.
         chosen = torch.zeros(len(self.rows) + 1, dtype=torch.bool, device=labels.device)
         chosen.index_fill_(0, torch.where(mine, classes - self.start, len(self.rows)), True)
         return chosen[:-1].nonzero()[:, 0]
@@ -269,7 +268,7 @@ class ClassParallelHead(nn.Module):
 
 
 class _MarginSoftmax(torch.autograd.Function):
-    """Loss over sharded rows; the backward fills step.grad and returns the exact gradient of the local unit embeddings."""
+    """Loss over sharded rows. Backward fills step.grad and returns the exact gradient of the local unit embeddings."""
 
     @staticmethod
     def forward(

@@ -15,8 +15,8 @@ from models.batch import Batch
 
 
 def global_mean(terms: Tensor, weights: Tensor, group: ProcessGroup) -> Tensor:
-    """sum(w l) / sum(w) over the terms [n] of all ranks of `group`, weighted [n], any n per rank; 0 where nothing
-    weighs anything. Collective.
+    """sum(w l) / sum(w) over the terms [n] of all ranks of `group`, weighted [n], any n per rank; 0 if all weights are
+    0. Collective.
 
     The value is the same on every rank to the bit; the gradient is that of the own terms: towers sum over `group`,
     never average.

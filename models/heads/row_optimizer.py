@@ -69,8 +69,8 @@ class RowAdamW:
         return cls(head.rows, config, head.start, head.config.seed)
 
     def row_state(self) -> dict[str, Tensor]:
-        """All that is kept per row, by name: each tensor has one entry per local row along dim 0. With `log_decay` it
-        is the whole state.
+        """State per row by name: each tensor has one entry per local row along dim 0. With `log_decay` it is the whole
+        state.
         """
         return self._table.state
 
@@ -96,7 +96,7 @@ class RowAdamW:
         row_step.index_copy_(0, active, count)
 
     def _pay(self, active: Tensor) -> Tensor:
-        """The factor [a, 1] by which rows pay the weight decay that they owe; from now on they owe none."""
+        """The factor [a, 1] by which rows pay the weight decay that they owe; marks it as paid."""
         paid = self._table.state["paid"]
         factor = torch.exp(self.log_decay - paid.index_select(0, active)).to(self._dtype)
         paid.index_fill_(0, active, self.log_decay)
