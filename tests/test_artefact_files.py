@@ -37,6 +37,7 @@ from harness.core.manifest import write_manifest
 from harness.data.preprocess import PreprocessSpec
 from harness.text.tokenizer import copy_tokenizer
 from models.make import MakeConfig
+from models.method import query_kind
 from models.oclear import OclearConfig
 from models.plain.transformer import PlainBuilder
 from models.registry import METHODS
@@ -126,7 +127,13 @@ def made(tmp_path_factory: pytest.TempPathFactory, catalogue: Path) -> dict[str,
         write_index(folder, WIDTH)
         copy_tokenizer(catalogue, folder)
         (folder / "preprocess.json").write_text(json.dumps(PreprocessSpec(image_size=16).to_dict()))
-        meta = {"format": 3, "method": method, "model": asdict(model), "query": spec.query, "embedding_dim": WIDTH}
+        meta = {
+            "format": 3,
+            "method": method,
+            "model": asdict(model),
+            "query": query_kind(model),
+            "embedding_dim": WIDTH,
+        }
         meta |= {"documents": ROWS, "backend": "reference", "run": "a run"}
         (folder / "artefact.json").write_text(json.dumps(meta))
         assert len(Artefact(seal(folder)).documents) == ROWS
