@@ -1,7 +1,7 @@
 """`make demo`: the whole line on a drawn catalogue, on this machine, by the commands that a user would type.
 
-Draws products and photos of them, makes a catalogue, trains OCLEAR from nothing, measures it on held-out photos, exports it, and searches
-eight of those photos. Leaves everything in runs/demo: summary.json says what came out.
+Draws products and photos of them, makes a catalogue, trains OCLEAR from scratch, measures it on held-out photos,
+exports it, and searches for eight of those photos. Writes everything to runs/demo, the figures to summary.json.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def demo(config: DemoConfig) -> None:
     """
     out = config.out
     if out.exists() and not (out / MARK).exists() and (not out.is_dir() or set(os.listdir(out)) - {LOCK}):
-        raise UserError(f"{out} exists and is no demo's", "Choose another --out, or remove it")
+        raise UserError(f"{out} exists and is not a demo's", "Choose another --out, or remove it")
     with locked(out / LOCK, f"demo {out}"):
         (out / MARK).touch()
         clear(out)
@@ -161,7 +161,7 @@ def draw_sheet(out: Path, classes: list[str]) -> None:
 
 
 def summarise(out: Path, catalogue: Path, seconds: dict[str, float], total: float) -> dict[str, Any]:
-    """What summary.json holds."""
+    """The content of summary.json."""
     evaluation = json.loads((out / "eval.json").read_text())
     by_class = {row["value"]: row for row in evaluation["slices"] if row["slice"] == "class"}
     return {

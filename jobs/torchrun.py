@@ -1,7 +1,9 @@
-"""torchrun whose launcher is closed to other machines, and that tells a failed rank in one line, with its exit code, instead of a traceback.
+"""torchrun with a launcher closed to other machines, and one line with the exit code for a failed rank in place of a
+traceback.
 
-Takes torchrun's options. On one machine the launcher meets itself in a file, and the ranks' store listens on the loopback interface. torchrun's
-own choice, a c10d store, listens on every interface and unpickles what it finds there: whoever reaches the port runs commands as this user.
+Takes torchrun's options. On one machine the launcher meets itself in a file, and the ranks' store listens on the
+loopback interface. torchrun's own choice, a c10d store, listens on every interface and unpickles what it finds there:
+whoever reaches the port runs commands as this user.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 from torch.distributed.run import parse_args, parse_min_max_nnodes, run
 
 LOOPBACK = "127.0.0.1"
-# The launcher logs what its exceptions say again.
+# The launcher also logs the text of its exceptions.
 logging.disable(logging.ERROR)
 
 

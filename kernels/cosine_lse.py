@@ -1,8 +1,8 @@
 """Cosine logits against a shard of class rows, tile by tile: never holds the [samples, classes] matrix.
 
-The torch twin of the fused kernel, and its specification. Returns the log-sum-exp over *negatives only*, beside the
-target cosine: composing a margin from a full log-sum-exp cancels in fp32 (at scale 64, margin 0.35, target cosine 0.5
-it gives 0 where the truth is 4.23). Source: ours.
+The torch twin of the fused kernel, and its specification. Returns the log-sum-exp over *negatives only* and the target
+cosine. Subtracting the target from a full log-sum-exp cancels in fp32: at scale 64, margin 0.35 and target cosine 0.5
+it gives 0 instead of 4.23. Source: ours.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 NO_TARGET = -1
 TILE = 2048
-"""Rows whose logits are held at a time: at 256 samples and width 256 rows and logits share a CPU's cache."""
+"""Rows per tile. At 256 samples and width 256, the rows and logits of a tile fit a CPU's cache."""
 _TINY = 1e-12
 
 
@@ -105,7 +105,7 @@ def cosine_lse_backward(
         order.put(grad_cosine, start, grad_target)
         grad_embeddings.addmm_(grad_cosine, unit)
         grad = torch.mm(grad_cosine.T, embeddings, out=grad_rows[start : start + len(unit)])
-        # d(unit)/d(row): only what is orthogonal to the row survives, over its length
+        # d(unit)/d(row): the part orthogonal to the row, over the row's length
         grad.addcmul_(unit, torch.linalg.vecdot(grad, unit)[:, None], value=-1).div_(length)
     return grad_embeddings, grad_rows
 

@@ -28,10 +28,14 @@ from torch import Tensor
 from kernels.cosine_lse import NO_TARGET, CosineLse
 
 PRECISION = tl.constexpr("tf32x3")
-"""Precision of float32 products: on tensor cores, as the three largest of four products of their high and low parts, of 11 significant bits
-each. A single product (tf32) would be far beyond the error bound of the tests (`tests/kernel_error.py`). The interpreter multiplies in float32."""
+"""Precision of float32 products. On tensor cores: the three largest of the four products of high and low parts of 11
+significant bits each. A single product (tf32) is far beyond the tests' error bound (`tests/kernel_error.py`). The
+interpreter multiplies in float32.
+"""
 PROGRAMS = 512
-"""Programs that samples x splits aim at: about 4 rounds of 132 processors. A constant, so that results do not depend on the device's size."""
+"""Target number of programs (blocks of samples x splits): about 4 rounds of 132 processors. A constant, so that results
+do not depend on the device's size.
+"""
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _TINY = tl.constexpr(1e-12)  # least length of a row, as in F.normalize
 _NO_TARGET = tl.constexpr(NO_TARGET)
@@ -46,7 +50,7 @@ class Blocks(NamedTuple):
 
     owned: int
     looped: int
-    inner: int  # entries of a vector per step of an inner product; in a gradient that takes whole vectors, owned ones are loaded once
+    inner: int  # entries of a vector per step of an inner product; a gradient over whole vectors loads owned ones once
     width: int  # entries of a gradient that one program holds: above it the cosines are computed once per part
     num_warps: int
     num_stages: int
@@ -116,7 +120,7 @@ def _row_pointers(table, index, stride, position, inside):
 def _inner_products(
     left, left_inside, right, right_inside, D: tl.constexpr, M: tl.constexpr, L: tl.constexpr, K: tl.constexpr
 ):
-    """[M, L] inner products of the vectors of D entries that the pointers left [M] and right [L] point to; 0 outside."""
+    """Inner products [M, L] of the vectors of D entries at the pointers left [M] and right [L]; 0 outside."""
     total = tl.zeros((M, L), tl.float32)
     for start in range(0, D, K):
         entry = start + tl.arange(0, K)
@@ -144,7 +148,7 @@ def _negatives(cosine, own, inside, filter_above, FILTER: tl.constexpr):
 
 @triton.jit
 def _coefficients(cosine, own, inside, log_sum, slope, target_slope, scale, filter_above, FILTER: tl.constexpr):
-    """Gradient with respect to the cosines; the arguments per sample or row come with an axis of size 1 for the other."""
+    """Gradient with respect to the cosines; arguments per sample or per row broadcast over the other axis."""
     negative = _negatives(cosine, own, inside, filter_above, FILTER)
     return tl.where(own, target_slope, slope * tl.exp(scale * negative - log_sum))
 
@@ -153,7 +157,7 @@ def _coefficients(cosine, own, inside, log_sum, slope, target_slope, scale, filt
 def _inverse_length_kernel(
     table, index, inverse_length, a, stride, D: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr
 ):
-    """1 / length of every active row [a]."""
+    """1 / length of each active row [a]."""
     position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = position < a
     row = _row_pointers(table, index, stride, position, inside)
@@ -281,7 +285,7 @@ def _rows_gradient_kernel(
         if not WHOLE or W < D:
             others = _vectors(right, here, entry, D)
         gradient = _dot(coefficient, others, gradient)
-    # Loaded anew, as the last use of the row: kept from before, it would take registers all the while.
+    # Loaded again for its last use: kept since the loop, the row would occupy registers.
     mask = inside[:, None] & (entry < D)[None, :]
     row = tl.load(left[:, None] + entry[None, :], mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     gradient -= (along * inverse)[:, None] * row
@@ -289,7 +293,7 @@ def _rows_gradient_kernel(
 
 
 def _inverse_length(table: Tensor, index: Tensor | None, a: int) -> Tensor:
-    """[a], float32."""
+    """Inverse lengths of the active rows: float32 [a]."""
     d = table.shape[1]
     inverse_length = torch.empty(a, device=table.device)
     rows, inner = 32, min(128, triton.next_power_of_2(d))
@@ -306,10 +310,11 @@ def _splits(n: int, a: int, samples: int, rows: int) -> tuple[int, int]:
 
 
 def _active(embeddings: Tensor, table: Tensor, index: Tensor | None) -> int:
-    """Number of active rows; checks what the kernels take for granted."""
+    """Number of active rows; checks the kernels' assumptions."""
     if embeddings.dtype != torch.float32 or table.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(
-            f"the kernel takes float32 embeddings and a float32 or bfloat16 table, got {embeddings.dtype}, {table.dtype}"
+            "the kernel takes float32 embeddings and a float32 or bfloat16 table, "
+            f"got {embeddings.dtype}, {table.dtype}"
         )
     if table.stride(1) != 1 or (index is not None and not index.is_contiguous()):
         raise ValueError("the rows of the table, and the index, must be contiguous")
@@ -325,8 +330,8 @@ def cosine_lse(
     filter_above: float = 1.0,
     tile: int = 0,
 ) -> CosineLse:
-    """`kernels.cosine_lse.cosine_lse` in one kernel. Beyond its results it needs 4 bytes a row and 8 per sample and
-    split.
+    """`kernels.cosine_lse.cosine_lse` in one kernel. Needs 4 bytes per row and 8 per sample and split beside its
+    results.
 
     Args:
         embeddings: float32 [n, d], unit length.
@@ -335,7 +340,7 @@ def cosine_lse(
         target: int64 [n], position of each sample's class in `index`, NO_TARGET where this shard does not hold it.
         scale: factor on the cosines, positive.
         filter_above: negatives with a larger cosine are left out (1.0: none).
-        tile: the twin's; the kernel has its own block sizes.
+        tile: of the twin; ignored, the kernel has its own block sizes.
 
     Raises:
         TypeError, ValueError: another type, or a table whose rows are not contiguous.
@@ -348,7 +353,8 @@ def cosine_lse(
     splits, rows_per_split = _splits(n, a, blocks.owned, blocks.looped)
     largest, sums = embeddings.new_empty(2, splits, n)
     _forward_kernel[(triton.cdiv(n, blocks.owned), splits)](
-        embeddings.to(table.dtype).contiguous(), table, index, _inverse_length(table, index, a), target.int(), largest, sums,
+        embeddings.to(table.dtype).contiguous(), table, index, _inverse_length(table, index, a), target.int(),
+        largest, sums,
         n, a, table.stride(0), rows_per_split, scale, filter_above,
         d, blocks.owned, blocks.looped, blocks.inner, filter_above < 1.0,
         num_warps=blocks.num_warps, num_stages=blocks.num_stages,
@@ -374,8 +380,9 @@ def cosine_lse_backward(
     filter_above: float = 1.0,
     tile: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.cosine_lse.cosine_lse_backward` in two kernels. Beyond its results it needs 4 bytes a row and 4 d per
-    sample and split.
+    """`kernels.cosine_lse.cosine_lse_backward` in two kernels.
+
+    Needs 4 bytes per row and 4 d per sample and split beside its results.
 
     Args:
         embeddings, table, index, target, scale, filter_above, tile: as in `cosine_lse`.

@@ -1,4 +1,4 @@
-"""Counter-based random bits in plain torch: a function of keys alone, equal on every device and at every world size.
+"""Counter-based random bits in plain torch: a function of the keys, equal on every device and at every world size.
 Source: ours.
 """
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 LARGE = 1 << 25
-"""Entries that are worth a launch on a GPU, and small beside its memory."""
+"""Entries per launch: enough for a GPU, and small beside its memory."""
 
 
 def mix(x: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def random_bits(keys: Tensor, columns: int) -> Tensor:
     row = keys.to(torch.int32)[:, None]
     bits = (
         row ^ column_keys(columns, keys.device)
-    ) * 0x2C1B3C6D  # int32: these passes over all entries are what the bits cost
+    ) * 0x2C1B3C6D  # int32: the passes over all entries dominate the cost
     bits ^= (bits >> 15) & 0x1FFFF
     bits *= 0x297A2D39
     bits ^= (bits >> 12) & 0xFFFFF
@@ -38,11 +38,10 @@ def column_keys(columns: int, device: torch.device) -> Tensor:
 
 
 def fill_normal(rows: Tensor, std: float, first_id: int, seed: int) -> None:
-    """Sets `rows` [n, d] to normal numbers that follow from the seed, the row's id (`first_id` and up) and the column.
-    By Box and Muller (1958).
+    """Fills `rows` [n, d] with normal numbers keyed by the seed, the row's id (`first_id` and up) and the column.
 
-    The halves of a row's key draw radius and angle: among ten million keys of 62 bits hardly two are alike, of 32 bits
-    thousands would be.
+    Source: Box and Muller 1958. The halves of a row's key draw radius and angle: of ten million keys of 62 bits hardly
+    two are equal, of 32 bits thousands would be.
     """
     columns = rows.shape[1]
     half = -(-columns // 2)

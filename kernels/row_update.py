@@ -1,8 +1,7 @@
 """AdamW on some rows of a table, in plain torch: the specification of `kernels.row_update_triton`. Source: ours.
 
-All is float32 (float64 for float64 rows), in the order in which it stands here. Of the sums two are fused, as torch's
-CPU kernels do on a processor that has FMA: first + weight * (grad - first), and second + (weight * grad) * grad; no
-other product is.
+Arithmetic is float32 (float64 for float64 rows), in the order written here. Two sums are fused multiply-adds, as in
+torch's CPU kernels on a processor with FMA: first + weight * (grad - first), and second + (weight * grad) * grad.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ from kernels.keyed import LARGE, mix, random_bits
 from kernels.rounding import decode, encode, round_bf16
 
 CHUNK = 1 << 18
-"""Entries updated at a time on a CPU: what they need beside the state stays in its cache, and adds nothing to the peak of memory."""
+"""Entries updated at a time on a CPU: their intermediate results fit its cache and do not raise the memory peak."""
 
 
 class RowTable(NamedTuple):
-    """Rows and what is kept for each: all tensors have one entry per row along dim 0, and are contiguous.
+    """Rows and their optimizer state. All tensors are contiguous, with one entry per row along dim 0.
 
     Args:
         rows: [n, d], float32 or bfloat16 (float64: only here).
-        state: row_step int32 [n, 1], how often a row was updated; exp_avg and exp_avg_sq [n, d], or each as _codes
+        state: row_step int32 [n, 1], number of updates of a row; exp_avg and exp_avg_sq [n, d], or each as _codes
             uint8 [n, d] and _scales float32 [n, 1] (kernels.rounding); master float32 [n, d] where bfloat16 rows have
             one, else they are rounded stochastically.
-        key: of stochastic rounding, well mixed, with room for three more an update.
-        first_class: class id of the first row: what is random is keyed by class ids.
+        key: of stochastic rounding, well mixed; each update uses the key and the three after it.
+        first_class: class id of the first row; random bits are keyed by class ids.
     """
 
     rows: Tensor
@@ -102,8 +101,8 @@ def adamw_rows(
 def _parts(table: RowTable, active: Tensor) -> Iterator[slice]:
     """Parts of the active rows that are updated at a time.
 
-    Their loops keep what a part needed until the next has its own: given back first, a CPU would fetch new pages for
-    each part.
+    A part's intermediate results live until the next part has allocated its own: if they were freed first, a CPU would
+    fetch new pages for each part.
     """
     entries = CHUNK if active.device.type == "cpu" else LARGE
     size = max(1, entries // table.rows.shape[1])
@@ -142,7 +141,7 @@ def _write(table: RowTable, active: Tensor, row: Tensor, use: int) -> None:
 
 
 def _bits(table: RowTable, active: Tensor, use: int) -> Tensor:
-    """Random bits keyed by class and by how often it was updated: the same at every world size, and after a resume."""
+    """Random bits keyed by class and its number of updates: equal at every world size and after a resume."""
     updates = table.state["row_step"].index_select(0, active)[:, 0].long()
     keys = mix(mix(table.key + 3 * updates + use) ^ (active + table.first_class))
     return random_bits(keys, table.rows.shape[1])

@@ -71,7 +71,8 @@ def _launch(
     first, second = (state[f"{name}_codes" if eight_bit else name] for name in ("exp_avg", "exp_avg_sq"))
     scales = (state[f"{name}_scales"] if eight_bit else None for name in ("exp_avg", "exp_avg_sq"))
     _row_update_kernel[(len(active),)](
-        rows, state.get("master"), first, second, *scales, state["row_step"], active.contiguous(), grad, factor, slope, root,
+        rows, state.get("master"), first, second, *scales, state["row_step"], active.contiguous(),
+        grad, factor, slope, root,
         _columns(d, rows.device), table.key, table.first_class, 1 - betas[0], betas[1], 1 - betas[1], eps,
         d, block, rows.dtype == torch.bfloat16 and "master" not in state,
         num_warps=min(16, max(1, block // (32 * ENTRIES))), enable_fp_fusion=False,
@@ -185,7 +186,7 @@ def _encode(x, noise, SIGNED: tl.constexpr):
     scale = tl.where(largest == 0, 0x3F800000, tl.where(largest < 0x800000, subnormal, normal)).to(
         tl.float32, bitcast=True
     )
-    lift = tl.where(scale < 2.0**-100, 2.0**64, 1.0)  # the inverse of a subnormal scale is no float32
+    lift = tl.where(scale < 2.0**-100, 2.0**64, 1.0)  # the inverse of a subnormal scale overflows float32
     code = (magnitude * lift * tl.div_rn(1.0, scale * lift)).to(tl.int32, bitcast=True) + (
         (noise & 0xFFFF) << (SHIFT - 16)
     )

@@ -1,9 +1,8 @@
-"""Fused kernels of NVIDIA's TransformerEngine and apex, where they are whole: chosen here, and nowhere by what an
-import happens to find.
+"""Choice of fused kernels: NVIDIA's TransformerEngine and apex, where their installation works.
 
-megatron-core asks at its import whether packages of those names exist. A TransformerEngine without its libraries then
-ends the import, and a foreign package named apex (PyPI's is one) passes for NVIDIA's. So megatron-core is imported as
-if neither were there, and what is used is put in afterwards. Nothing of this has run on a machine that has them.
+megatron-core checks at its import whether packages of those names exist. A TransformerEngine without its libraries then
+ends the import, and a foreign package named apex (PyPI's is one) passes for NVIDIA's. So megatron-core is imported with
+both hidden, and the chosen kernels are set afterwards. Never run on a machine that has these packages.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHOICES = ("auto", "torch")
 ADAM = {"transformer_engine": "transformer_engine.pytorch.optimizers", "apex": "apex.optimizers"}  # in order of choice
 LAYER_NORM = ("apex.normalization.fused_layer_norm", "fused_layer_norm_affine")
 
@@ -28,8 +26,8 @@ LayerNormFunction = Callable[[Tensor, Tensor, Tensor, Any, float], Tensor]
 
 @dataclass(frozen=True)
 class Accelerators:
-    """Accelerators of a run: whose Adam (torch, transformer_engine or apex), a fused layer norm (None: torch's), and a
-    line that says so and why.
+    """Accelerators of a run: source of Adam (torch, transformer_engine or apex), fused layer norm (None: torch's), and
+    a line for the log with the reasons.
     """
 
     adam: str
@@ -54,9 +52,10 @@ def hidden() -> Iterator[None]:
 
 
 def choose(which: str, device: torch.device) -> Accelerators:
-    """For `which` auto the first whole package, torch's own without one or on a CPU; for torch torch's own.
+    """Chooses the accelerators: for `which` auto the first working package, or torch without one or on a CPU; for torch
+    torch.
 
-    Whole is what has done its work once on `device`, on a small tensor: an apex without its CUDA extensions imports and
+    A package works if one call on a small tensor on `device` succeeds: an apex without its CUDA extensions imports, and
     raises at its first call.
     """
     adam: str = "torch"
@@ -78,7 +77,7 @@ def choose(which: str, device: torch.device) -> Accelerators:
 
 
 def use_adam(chosen: Accelerators) -> None:
-    """Sets the globals by which megatron-core's optimizers know what their Adam is. Call before one is built."""
+    """Sets the globals from which megatron-core's optimizers take their Adam. Call before building one."""
     names = ("megatron.core.optimizer", "megatron.core.optimizer.distrib_optimizer")
     optimizers, distributed = (importlib.import_module(name) for name in names)
     for module in (optimizers, distributed):
@@ -92,7 +91,7 @@ def use_adam(chosen: Accelerators) -> None:
 def _found(
     module: str, name: str, attempt: Callable[[Any, torch.device], None], device: torch.device
 ) -> tuple[Any, str]:
-    """The thing itself, or None and why; a broken package may raise anything."""
+    """The object, or None and the reason; a broken package may raise anything."""
     try:
         found = getattr(importlib.import_module(module), name)
         attempt(found, device)

@@ -39,7 +39,7 @@ class BranchEnd(nn.Module):
         return self.joined(branch, residual, bias, drawn)
 
     def joined(self, branch: Tensor, residual: Tensor, bias: Tensor | None, drawn: Tensor | None) -> Tensor:
-        """`join` with the numbers [b] that it draws. Nothing but operations on tensors, so that they can be fused."""
+        """`join` with its random numbers [b] given. Only operations on tensors, so that they can be fused."""
         if bias is not None:
             branch = branch + bias
         if self.scale is not None:
@@ -52,5 +52,5 @@ class BranchEnd(nn.Module):
         return joined if self.norm is None else self.norm(joined)
 
     def draw(self, samples: int, device: torch.device) -> Tensor:
-        """Uniform numbers [samples] in [0, 1): which samples' branches are dropped."""
+        """Uniform numbers [samples] in [0, 1) that decide which samples' branches are dropped."""
         return torch.rand(samples, device=device)

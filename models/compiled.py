@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-CHOICES = ("auto", "always", "never")
 # Graphs of one function: towers x (training or not) x (mask or none) x (first layer or later, frozen or not); torch's
 # own limit is 8.
 GRAPHS = 64
@@ -19,8 +18,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def compiled(function: Function, backend: str) -> Function:
     """`function` compiled by torch.compile's `backend` at its first call; itself where that is empty.
 
-    A graph break is an error. Sizes are constants of the graph but where `may_vary` marked them: nothing is compiled
-    again because a text is longer.
+    A graph break is an error. Sizes are constants of the graph, except those marked by `may_vary`: a longer text does
+    not recompile anything.
     """
     if not backend:
         return function

@@ -38,7 +38,7 @@ class CrossAttention(nn.Module):
 
 
 class Fused(NamedTuple):
-    """A document's fused vector [b, h], its gate [b] in (0, 1), and the concepts' attention over patches [b, slots, P]."""
+    """Fused vector [b, h] of a document, gate [b] in (0, 1), attention of the concepts over patches [b, slots, P]."""
 
     vector: Tensor
     gate: Tensor
@@ -51,9 +51,9 @@ class ConceptFusion(nn.Module):
     Known (OCLEAR, arXiv 2305.03972): concepts are extracted from the text through a learned external memory; they
     attend over image patches. Ours: `slots` memory vectors attend over the text tokens, the resulting concepts attend
     over the patches, their mean is the fused vector, and a gate in (0, 1) mixes it with the image vector: gate = 0 is
-    the image alone. In training the text of a share `text_dropout` of the documents is left out: else the text, which
-    names its class plainly, leaves the image nothing to learn, and a product that training never saw is found by
-    neither. The gate begins near `gate_init`.
+    the image only. Training leaves out the text of a share `text_dropout` of the documents: otherwise the text, which
+    names the class, leaves the image nothing to learn, and unseen products are found by neither. The gate starts near
+    `gate_init`.
     """
 
     def __init__(
@@ -88,8 +88,8 @@ class ConceptFusion(nn.Module):
 
 
 class ConcatFusion(nn.Module):
-    """For comparison with ConceptFusion: image vector and mean word through one linear layer, or (text_size 0) the
-    image vector alone. Ours.
+    """Baseline for ConceptFusion: image vector and mean word through one linear layer, or (text_size 0) only the image
+    vector. Ours.
     """
 
     def __init__(self, hidden_size: int, text_size: int) -> None:
@@ -97,7 +97,7 @@ class ConcatFusion(nn.Module):
         self.join = nn.Linear(hidden_size + text_size, hidden_size) if text_size else None
 
     def forward(self, image: Tensor, patches: Tensor, words: Tensor, words_hidden: Tensor) -> Fused:
-        """As ConceptFusion; there is no gate and no attention to show: zeros [b] and [b, 1, P]."""
+        """As ConceptFusion, with zeros [b] and [b, 1, P] for gate and attention."""
         nothing = image.new_zeros(patches.shape[:2])
         if self.join is None:
             return Fused(image, nothing[:, 0], nothing[:, None])

@@ -1,7 +1,6 @@
-"""Masked modelling: how patches are hidden, what they are rebuilt as, and the head that names masked words. Shared by
-MAKE and ITEm.
+"""Masked modelling: hiding of patches, targets of their reconstruction, head for masked words. Shared by MAKE and ITEm.
 
-Which words and patches are masked comes with the batch.
+The batch says which words and patches are masked.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 def hide_patches(images: Tensor, masked: Tensor, patch_size: int) -> Tensor:
     """images [b, 3, S, S] with the masked patches (bool [b, P], row-major) at 0, the mean colour.
 
-    Hidden in the pixels (ours), so that a stem whose patches overlap does not see them either.
+    Pixels are hidden, not patch embeddings (ours): a stem whose patches overlap must not see them either.
     """
     side = images.shape[-1] // patch_size
     grid = masked.view(-1, 1, side, side)
@@ -34,7 +33,7 @@ class WordHead(nn.Module):
     """Token vectors to logits over the vocabulary. Source: Devlin et al. 2019 (BERT); not tied to the word embeddings
     (ours).
 
-    Replicated over tensor-parallel ranks: it sees the few masked words alone.
+    Replicated over tensor-parallel ranks: it sees only the few masked words.
     """
 
     def __init__(self, hidden_size: int, vocab_size: int) -> None:
@@ -48,5 +47,5 @@ class WordHead(nn.Module):
 
 
 def word_terms(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Cross entropies [m] of logits [m, vocab_size] with the true tokens [m]."""
+    """Cross entropy [m] of logits [m, vocab_size] and the true tokens [m]."""
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), tokens, reduction="none")

@@ -1,9 +1,9 @@
-"""Lets megatron-core 0.16 run on a CPU; on a GPU only its checkpoint writer is mended.
+"""Lets megatron-core 0.16 run on a CPU; on a GPU only its checkpoint writer is patched.
 
 megatron-core writes `torch.cuda.current_device()`, `device='cuda'` and `'torch.cuda.FloatTensor'` into a few modules
-that have nothing to do with a GPU otherwise. We never patch torch itself: each module named in `PATCHED` gets, in place
-of its global name `torch`, a proxy that answers those three for the CPU. Our own attention core, norm, clipping and
-loop keep the list short. Source: ours.
+that otherwise need no GPU. torch itself is never patched: in each module named in `PATCHED` the global name `torch` is
+a proxy that answers those three for the CPU. Our own attention core, norm, clipping and loop keep the list short.
+Source: ours.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class _CpuCuda(types.ModuleType):
 
     @staticmethod
     def synchronize(*_: Any) -> None:
-        """Nothing runs ahead on a CPU."""
+        """Does nothing: a CPU runs nothing ahead."""
 
     @staticmethod
     def manual_seed(seed: int) -> None:
@@ -105,12 +105,12 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     return build
 
 
-_replaced: dict[str, Any] = {}  # what `use_cpu` put aside, by its name here; empty while nothing is proxied
+_replaced: dict[str, Any] = {}  # originals that `use_cpu` replaced, by name; empty while nothing is proxied
 
 
 @functools.cache
 def install() -> None:
-    """Imports megatron-core and mends it, once; for a CPU where torch sees no GPU. Call before megatron-core is used."""
+    """Imports and patches megatron-core, once; for a CPU where torch sees no GPU. Call before using megatron-core."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "Transformer Engine and Apex are not installed"
         with accelerators.hidden():
@@ -124,9 +124,7 @@ def install() -> None:
 
 
 def use_cpu(cpu: bool) -> None:
-    """Puts the proxies of `PATCHED` in place, or torch itself back: what decides is where a run computes, not what the
-    machine has.
-    """
+    """Installs the proxies of `PATCHED`, or puts torch back. Decided by the device of the run, not by the machine."""
     if cpu == bool(_replaced):
         return
     rng: Any = sys.modules["megatron.core.tensor_parallel.random"]
@@ -142,9 +140,11 @@ def use_cpu(cpu: bool) -> None:
 
 
 def _mend_checkpoint_writer(filesystem_async: Any) -> None:
-    """The stock writer forks for every save, from a process full of threads (gloo or NCCL, DALI), and first starts a
-    *spawned* manager that imports the main module again: 5 s, a hang where that has no guard, an orphan where the rank
-    is killed. Ours writes its buckets itself. Also on GPUs.
+    """Replaces the checkpoint writer, also on GPUs: ours writes its buckets in this process.
+
+    The stock writer forks for every save, from a process full of threads (gloo or NCCL, DALI), and first starts a
+    *spawned* manager that imports the main module again: 5 s, a hang if that module has no guard, an orphan if the rank
+    is killed.
     """
     writer = filesystem_async.FileSystemWriterAsync
 
@@ -152,7 +152,7 @@ def _mend_checkpoint_writer(filesystem_async: Any) -> None:
         written: dict[int, Any] = {}
         for number, bucket in enumerate(buckets):
             counts: queue.Queue[int] = queue.Queue()
-            counts.put(number)  # the stock worker takes its number off at its end
+            counts.put(number)  # the stock worker takes its number from the queue at its end
             outcome: queue.Queue[Any] = queue.Queue()
             writer.write_preloaded_data(transforms, number, bucket, outcome, counts, use_fsync=True)
             _, written[number] = outcome.get_nowait()
@@ -168,8 +168,8 @@ def _mend_checkpoint_writer(filesystem_async: Any) -> None:
 
 @contextlib.contextmanager
 def cuda_type_names() -> Iterator[None]:
-    """Inside, on a CPU, `tensor.type()` reads like a CUDA tensor's: megatron's optimizer sorts parameters by that
-    string.
+    """Context in which, on a CPU, `tensor.type()` reads like that of a CUDA tensor: megatron's optimizer sorts
+    parameters by that string.
     """
     if not _replaced:
         yield

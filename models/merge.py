@@ -1,4 +1,4 @@
-"""Tensor-parallel state to one state, which is what the plain twin loads, and back."""
+"""Tensor-parallel state to the merged state of the plain twin, and back."""
 
 from __future__ import annotations
 
@@ -22,17 +22,15 @@ def merge_shards(shard: Tensor, parameter: nn.Parameter, group: ProcessGroup) ->
 
 
 def merged_state_dict(towers: nn.Module, group: ProcessGroup) -> dict[str, Tensor]:
-    """All parameters of the towers on every rank of `group`, under the plain twin's names; collective. They keep
-    nothing in buffers.
+    """All parameters of the towers on every rank of `group`, under the plain twin's names; collective. The towers have
+    no persistent buffers.
     """
     parameters = towers.named_parameters(remove_duplicate=False)
     return {name: merge_shards(parameter.detach(), parameter, group) for name, parameter in parameters}
 
 
 def cut_shard(whole: Tensor, parameter: nn.Parameter, group: ProcessGroup) -> Tensor:
-    """This rank's share of `whole` for `parameter`: what merge_shards would join again. Replicated parameters take all
-    of it.
-    """
+    """This rank's share of `whole` for `parameter`: the inverse of merge_shards. A replicated one takes all of it."""
     if not getattr(parameter, "tensor_model_parallel", False) or group.size() == 1:
         return whole
     return whole.chunk(group.size(), dim=parameter.partition_dim)[group.rank()]  # type: ignore[attr-defined]

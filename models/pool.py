@@ -1,4 +1,4 @@
-"""Attention pooling: a learned query looks at all tokens. Replicated on all tensor-parallel ranks; it is one layer on
+"""Attention pooling: a learned query attends to all tokens. Replicated on all tensor-parallel ranks: it is one layer on
 one token.
 """
 

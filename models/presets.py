@@ -1,7 +1,6 @@
 """Towers by their usual names: the fields of VisionConfig and TextConfig. A recipe's own keys win over its preset's.
 
-Sizes are those of the papers and of the configurations on the hub; without dropout and drop path, which are the
-recipe's to choose.
+Sizes are those of the papers and of the configurations on the hub. Dropout and drop path are left to the recipe.
 """
 
 from __future__ import annotations

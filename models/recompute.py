@@ -1,4 +1,4 @@
-"""Activation recomputation: less memory for one more forward pass of what is recomputed."""
+"""Activation recomputation: less memory for one more forward pass of the recomputed parts."""
 
 from __future__ import annotations
 
@@ -15,22 +15,19 @@ megatron_cpu.install()
 
 from megatron.core import tensor_parallel  # noqa: E402
 
-RECOMPUTE = ("none", "selective", "full")
-
 
 def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """function(*inputs), which keeps its inputs alone and runs again in backward, with the random numbers of the first
-    time.
+    """Calls function(*inputs), keeps only its inputs and runs it again in backward with the same random numbers.
 
-    megatron-core's own checkpointing runs a backward of its own inside: a tower used twice in one graph then reports
-    each gradient twice, and the overlapped reduction starts at the first. This one stays in the graph. Source:
+    megatron-core's own checkpointing runs a nested backward: a tower used twice in one graph then reports each gradient
+    twice, and the overlapped reduction starts at the first. This one stays in the graph. Source:
     torch.utils.checkpoint; Chen et al. 2016.
     """
     return checkpoint(function, *inputs, use_reentrant=False, context_fn=_tracked_streams)
 
 
 def _tracked_streams() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Contexts of the first and second run; torch restores its own streams, this megatron-core's tracked ones."""
+    """Contexts of the first and second run. They restore megatron-core's tracked streams; torch restores its own."""
     tracker = tensor_parallel.get_cuda_rng_tracker()
     first = tracker.get_states()
 

@@ -1,7 +1,6 @@
-"""Sequence parallelism: between its linear layers every tensor-parallel rank holds a range of the tokens instead of all
-of them.
+"""Sequence parallelism: between the linear layers every tensor-parallel rank holds a range of the tokens.
 
-Source: Korthikanti et al. 2022. Padding to any number of tokens and what is summed where are ours.
+Source: Korthikanti et al. 2022. Padding to any number of tokens and the sums of gradients are ours.
 """
 
 from __future__ import annotations
@@ -20,12 +19,11 @@ COMMON_STREAM = "tensor-parallel-common-rng"
 def padded(
     hidden: Tensor, mask: Tensor | None, rotary: Tensor | None, multiple: int
 ) -> tuple[Tensor, Tensor | int | None, Tensor | None]:
-    """hidden [s, b, h], mask bool [b, 1, 1 or s, s] and rotary angles [s, 1, 1, d] for s rounded up to a multiple;
-    nobody sees the padding.
+    """Pads hidden [s, b, h], mask bool [b, 1, 1 or s, s] and rotary angles [s, 1, 1, d]: s is rounded up to a multiple.
 
-    As keys it is cut off, not hidden: the mask keeps its columns, and without one the number of keys to see takes its
-    place (SdpaCore). As queries it sees what a mask's rows of zeros leave: all tokens, so that its softmax stays
-    finite.
+    No token attends to the padding: as keys it is cut off, not hidden. The mask keeps its columns; without a mask the
+    number of visible keys takes its place (SdpaCore). As queries the padding attends to all tokens (zeros in the mask),
+    so that its softmax stays finite.
     """
     tokens, missing = len(hidden), -len(hidden) % multiple
     if not missing:
@@ -38,9 +36,7 @@ def padded(
 
 
 def mark_partial(module: nn.Module) -> None:
-    """Marks a parameter that its rank applies to its own tokens alone, with megatron-core's name for that:
-    `sequence_parallel`.
-    """
+    """Marks a parameter that its rank applies only to its own tokens; `sequence_parallel` is megatron-core's name."""
     for parameter in module.parameters(recurse=False):
         if not getattr(parameter, "tensor_model_parallel", False):
             parameter.sequence_parallel = True  # type: ignore[attr-defined]
@@ -50,7 +46,7 @@ def sum_partial_gradients(module: nn.Module, group: ProcessGroup) -> None:
     """Sums the gradients of marked parameters over the tensor-parallel `group`, in place; collective, once a step,
     after the last backward.
 
-    Takes megatron-core's `main_grad` where there is one: its buffer is what the optimizer reads.
+    Takes megatron-core's `main_grad` where it exists: the optimizer reads its buffer.
     """
     marked = [p for p in module.parameters() if getattr(p, "sequence_parallel", False) and p.requires_grad]
     found = [p.main_grad if hasattr(p, "main_grad") else p.grad for p in marked]

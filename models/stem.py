@@ -1,5 +1,5 @@
-"""Stem, from image to patch tokens: one linear patch embedding, or a convolutional stem. No BatchNorm: nothing depends
-on the batch.
+"""Stem, from image to patch tokens: a linear patch embedding, or a convolutional stem without BatchNorm, which would
+make a sample depend on its batch.
 """
 
 from __future__ import annotations

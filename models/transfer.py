@@ -1,4 +1,4 @@
-"""From the host to the device without a wait: neither for the copy nor for what the device still has to do."""
+"""Copies from the host to the device that wait neither for the copy nor for the device's queue."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ def send(x: Tensor, device: torch.device) -> Tensor:
 
 
 def places(mask: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows and columns int64 [m] on `device` where `mask`, bool [n, k], is true. Where the mask is on the host nothing
-    waits to know m.
-    """
+    """Rows and columns int64 [m] on `device` where `mask`, bool [n, k], is true. A mask on the host needs no wait."""
     rows, columns = mask.nonzero(as_tuple=True)
     return send(rows, device), send(columns, device)

@@ -66,7 +66,7 @@ def megatron_config(
             tensor_model_parallel_size=tensor_parallel_size,
             sequence_parallel=sequence_parallel,
             **_FULL_RECOMPUTE if recompute == "full" else {},
-            use_cpu_initialization=True,  # the master weight is drawn whole and cut, so it does not depend on the layout
+            use_cpu_initialization=True,  # draws the master weight whole and cuts it: independent of the layout
             calculate_per_token_loss=True,
             bias_activation_fusion=False,
             bias_dropout_fusion=False,
@@ -77,7 +77,7 @@ def megatron_config(
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """torch's layer norm under megatron-core's constructor; `fused` computes it in its place."""
+    """torch's layer norm under megatron-core's constructor; `fused` replaces its computation."""
 
     def __init__(
         self,
@@ -128,9 +128,7 @@ class MegatronBranchEnd(BranchEnd):
             return super().draw(samples, device)
 
     def forward(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
-        """The function of (branch, its bias), residual [s, b, h] that joins them; what a BranchEnd is built with
-        decides on dropout.
-        """
+        """The function of (branch, its bias), residual [s, b, h] that joins them. Dropout is that of the BranchEnd."""
 
         def join(branch_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, _dropout: float) -> Tensor:
             return self.join(branch_and_bias[0], residual, branch_and_bias[1])
@@ -161,7 +159,7 @@ class FusedMLP(MLP):
         self._activated = compiled(_activated, backend)
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
-        """[s, b, h] -> [s, b, h] without the last bias, and that."""
+        """[s, b, h] -> ([s, b, h] without the last bias, that bias)."""
         hidden, bias = self.linear_fc1(hidden_states)
         if self.backend:
             may_vary(hidden, 0, 1)
@@ -175,8 +173,8 @@ def _activated(activation: Callable[[Tensor], Tensor], hidden: Tensor, bias: Ten
 class SdpaCore(MegatronModule):
     """Attention core on torch.nn.functional.scaled_dot_product_attention. Source: ours.
 
-    megatron-core's own core needs CUDA buffers, and its local ViT spec is silently causal; this one masks what it is
-    told to, nothing else.
+    megatron-core's own core needs CUDA buffers, and its local ViT spec is silently causal; this one applies only the
+    given mask.
     """
 
     def __init__(
@@ -200,12 +198,10 @@ class SdpaCore(MegatronModule):
     ) -> Tensor:
         """query, key, value [s, b, heads, d]. Returns [s, b, heads * d].
 
-        attention_mask: bool, broadcastable to [b, heads, s, seen], True = hidden; or `seen` alone: all queries see the
-        first so many keys.
+        attention_mask: bool, broadcastable to [b, heads, s, seen], True = hidden; or only `seen`, the number of first
+        keys that all queries see.
         """
-        if (
-            attention_mask is not None
-        ):  # fewer keys than queries, not hidden ones: an attention kernel without a mask is faster
+        if attention_mask is not None:  # fewer keys instead of hidden ones: kernels are faster without a mask
             seen = attention_mask if isinstance(attention_mask, int) else attention_mask.shape[3]
             key, value = key[:seen], value[:seen]
         attention_mask = None if isinstance(attention_mask, int) else attention_mask
@@ -235,10 +231,10 @@ class Block(TransformerBlock):
     """megatron-core's stack of layers, sequence-parallel at any number of tokens, and with our recomputation."""
 
     def forward(self, hidden: Tensor, mask: Tensor | None, rotary_pos_emb: Tensor | None = None) -> Tensor:
-        """See TransformerBuilder.block. All ranks of the group bring and get all tokens, whatever is done between."""
+        """See TransformerBuilder.block. All ranks of the group pass and get all tokens."""
         if hidden.shape[1]:
             return self._forward(hidden, mask, rotary_pos_emb)
-        # megatron-core's reshapes need a sample: one of zeros goes through, and leaves no trace but gradients of 0.
+        # megatron-core's reshapes need a sample: one of zeros goes through, and only adds gradients of 0.
         mask = mask.new_zeros(1, *mask.shape[1:]) if mask is not None and not len(mask) else mask
         return self._forward(F.pad(hidden, (0, 0, 0, 1)), mask, rotary_pos_emb)[:, :0]
 
@@ -279,10 +275,9 @@ class MegatronBuilder:
         init_std: standard deviation of the word embeddings' initial weights.
         sequence_parallel: between the linear layers every rank of `groups.tp` holds a range of the tokens; after the
             last backward of a step models.sequence.sum_partial_gradients is due. Without effect on one rank.
-        recompute: what backward computes again instead of keeping it: none, selective (attention cores) or full
-            (layers).
+        recompute: parts whose activations backward recomputes: none, selective (attention cores) or full (layers).
         layer_norm: computes the layer norms of the blocks (models.accelerators); None: torch.
-        backend: of torch.compile, for what stands between the linear layers: bias with activation, and the ends of the
+        backend: of torch.compile, for the parts between the linear layers: bias with activation, and the ends of the
             branches. Empty: not compiled.
     """
 

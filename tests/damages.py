@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 def damages(content: bytes, places: int = 3) -> Iterator[bytes | None]:
-    """`content` with a byte changed, in turn at so many places from the first to the last, cut, emptied; None: removed."""
+    """`content` with a byte changed, in turn at so many places from first to last, cut, emptied; None: removed."""
     for place in [(len(content) - 1) * number // (places - 1) for number in range(places)]:
         changed = bytearray(content)
         changed[place] ^= 1

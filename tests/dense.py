@@ -20,7 +20,9 @@ def dense_loss_and_metrics(
     config: ClassHeadConfig,
     active: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, mean target cosine, accuracy), weighted, over all rows (or the `active` ones, which hold every label); labels of -1 count nothing."""
+    """(loss, mean target cosine, accuracy), weighted, over all rows (or the `active` ones, which hold every label);
+    labels of -1 count nothing.
+    """
     weights = weights * (labels >= 0)
     cosine = F.normalize(embeddings, dim=-1) @ F.normalize(rows, dim=-1).T
     m1, m2, m3 = config.margin

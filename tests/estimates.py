@@ -10,7 +10,7 @@ import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from harness.commands.estimate import estimate
+from harness.commands.estimate import main as estimate
 
 RECIPES = sorted(Path("jobs/recipes").glob("*.yaml"))
 LARGE = [
@@ -26,12 +26,13 @@ LARGE = [
 LAYOUTS = {1: 1, 8: 1, 64: 4, 1024: 4}  # ranks -> tensor parallel
 HEAD = """# Estimates of the shipped recipes
 
-What `shelfmark estimate` says of every recipe in `jobs/recipes` on GPUs, and of a large OCLEAR: ViT-L/14 and BERT base,
-8,192 queries and 8,192 documents a step, 10,000,000 classes of which a tenth is sampled, bf16. Otherwise {sizes}.
-Made by `python -m tests.estimates > docs/estimates.md`. Estimates are dry runs on one CPU core; the figures have not been
-measured on GPUs. Measured on CPUs: [recipes.md](recipes.md#what-a-recipe-needs).
+Results of `shelfmark estimate` for every recipe in `jobs/recipes` on GPUs, and for a large OCLEAR: ViT-L/14 and BERT
+base, 8,192 queries and 8,192 documents a step, 10,000,000 classes of which a tenth is sampled, bf16. Otherwise {sizes}.
+Made by `python -m tests.estimates > docs/estimates.md`. Estimates are dry runs on one CPU core; the figures have not
+been measured on GPUs. Measured on CPUs: [recipes.md](recipes.md#needs-of-a-recipe).
 
-| recipe | ranks | tensor parallel | numbers on a rank | peak of a step | TFLOP a step | sent by a rank | checkpoint | seconds |
+| recipe | ranks | tensor parallel | numbers on a rank | peak of a step | TFLOP a step | sent by a rank \
+| checkpoint | seconds |
 |---|---|---|---|---|---|---|---|---|"""
 SIZES = {"num-classes": 100_000, "vocab-size": 30_000}
 

@@ -1,4 +1,5 @@
-"""How far the fused kernel may be from float64: one bound for the GPU's test and for the CPU's, which tries it on the kernel's arithmetic.
+"""Error bound of the fused kernel against float64, for the GPU's test and for the CPU's, which tries it on emulated
+arithmetic.
 
     python -m tests.kernel_error --n 1024 --a 20000 --d 512 --seeds 3
 
@@ -62,9 +63,11 @@ def results(module: Any, x: Inputs, kind: torch.dtype = torch.float32) -> list[T
 
 
 def error_over_bound(module: Any, x: Inputs) -> dict[str, float]:
-    """Name -> error of `module` over what it may be, both as Frobenius norms against float64; inf where another entry is finite.
+    """Name -> error of `module` over what it may be, both as Frobenius norms against float64; inf where another entry
+    is finite.
 
-    The bound: twice the float32 twin's error, and of the result 2^-20, some roundings to 24 bits; of gradients 2^-18, for a cosine's rounding counts
+    The bound: twice the float32 twin's error, and of the result 2^-20, some roundings to 24 bits; of gradients 2^-18,
+        for a cosine's rounding counts
     SCALE times in a coefficient. A bfloat16 table's coefficients are rounded to 8 bits: there 2^-7 of a gradient.
     """
     found, plain, exact = results(module, x), results(twin, x), results(twin, x, torch.float64)
@@ -87,7 +90,7 @@ def tf32(x: Tensor) -> Tensor:
 
 
 def truncated(x: Tensor) -> Tensor:
-    """Float64 to float32, towards zero: how a tensor core keeps its sums (Fasi et al. 2021, doi:10.7717/peerj-cs.330)."""
+    """Float64 to float32, towards zero, like a tensor core's sums (Fasi et al. 2021, doi:10.7717/peerj-cs.330)."""
     near = x.float()
     return torch.where(near.double().abs() > x.abs(), near.nextafter(torch.zeros_like(near)), near)
 
@@ -131,7 +134,9 @@ PRODUCTS: dict[str, Product] = {"tf32x3": tf32x3, "tf32": one_tf32, "bf16": bflo
 
 
 class Emulated:
-    """The kernel's arithmetic in plain torch: `product` where it multiplies, operands in the table's type, everything else in float32."""
+    """The kernel's arithmetic in plain torch: `product` where it multiplies, operands in the table's type, everything
+    else in float32.
+    """
 
     def __init__(self, product: Product, last: int | None = None) -> None:
         """`last`: how many of the active rows it sees, for a kernel that is wrong."""

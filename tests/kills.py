@@ -1,7 +1,7 @@
 """Kills commands before each of their file operations in turn, runs them again, and compares with undisturbed ones.
 
-`python -m tests.kills FOLDER EVERY CASE...` does so for every EVERY-th operation and prints what was wrong, one line each. Each run is a fork of
-this process, which has imported everything and started nothing.
+`python -m tests.kills FOLDER EVERY CASE...` does so for every EVERY-th operation and prints what was wrong, one line
+each. Each run is a fork of this process, which has imported everything and started nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ class Case:
     done: str = ""
 
 
-INGEST = "ingest --manifest {folder}/drawn/manifest.tsv --images {folder}/drawn --attribute-columns colour,shape --workers 2 --out {folder}/cat"
+INGEST = (
+    "ingest --manifest {folder}/drawn/manifest.tsv --images {folder}/drawn --attribute-columns colour,shape "
+    "--workers 2 --out {folder}/cat"
+)
 APPEND = f"{INGEST} --append --max-pixels 5000000"
 CLASSES, WORDS = "govern {folder}/cat", "tokenizer {folder}/cat --vocab-size 30"
 EXISTS = "exists already"
@@ -80,7 +83,7 @@ def main(folder: Path, every: int, names: list[str]) -> int:
     for name in names or CASES:
         case, template, work = CASES[name], folder / f"{name}-template", folder / "work"
         for words in (*case.prepare, case.argv):  # a fork has them then
-            importlib.import_module(COMMANDS.get(words.split()[0], ("harness.train.run",))[0])
+            importlib.import_module(COMMANDS[words.split()[0]])
         template.mkdir()
         make_catalogue(template / "drawn", classes=2, queries=4, size=16, ingest=False)
         shutil.copytree(template, work)
@@ -108,7 +111,7 @@ def main(folder: Path, every: int, names: list[str]) -> int:
 
 
 def _again(work: Path, case: Case, expected: dict[str, Any]) -> str:
-    """What is wrong after the same command, run again."""
+    """Problems after the same command, run again."""
     code, said = _forked(work, case.argv), (work.parent / "said").read_text()
     if code and not (code == 2 and case.done and case.done in said):
         return f"exit code {code}, {said}"
@@ -118,7 +121,9 @@ def _again(work: Path, case: Case, expected: dict[str, Any]) -> str:
 
 
 def _forked(folder: Path, words: str, killed_before: int = 0) -> int:
-    """Exit code of a command in a fork of this process, -9 where it was killed before that operation; its words are in said."""
+    """Exit code of a command in a fork of this process, -9 where it was killed before that operation; its words are in
+    said.
+    """
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
@@ -176,7 +181,9 @@ def _arm(folder: Path, killed_before: int) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, Any]:
-    """All that is there, by its name: bytes of a file, None for a folder. Left out are times, and TensorBoard's files, named by them."""
+    """All that is there, by its name: bytes of a file, None for a folder. Left out are times, and TensorBoard's files,
+    named by them.
+    """
     found = {
         str(path.relative_to(folder)): _content(path) for path in folder.rglob("*") if "tensorboard" not in path.parts
     }

@@ -1,6 +1,9 @@
-"""What training steps hold in memory and a checkpoint on disk, measured in fresh processes beside what `shelfmark estimate` says of them.
+"""Memory of training steps and size of checkpoints, measured in fresh processes beside the result of `shelfmark
+estimate`.
 
-python -m tests.measured vit_s16      # a row of the table in docs/recipes.md; without a name all of them, a minute or two each
+python -m tests.measured vit_s16
+
+prints a row of the table in docs/recipes.md; without a name all of them, a minute or two each.
 """
 
 from __future__ import annotations
@@ -10,7 +13,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections import deque
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,8 @@ import torch
 import torch.distributed as dist
 
 from harness.bench.ranks import Memory, on_ranks
-from harness.commands.estimate import estimate
-from harness.data.loader import StepData
+from harness.commands.estimate import main as estimate
+from harness.data.step_data import StepData
 from harness.train.config import parse
 from harness.train.dry_run import masked
 from models.batch import Batch
@@ -33,7 +35,7 @@ TINY = {
     "model.text.vocab_size": 512,
     "data.read_ahead": 1,
 }
-# Recipes where weights, class rows and activations dominate; `world` and `num_classes` are no keys of a recipe.
+# Recipes where weights, class rows and activations dominate; `world` and `num_classes` are not keys of a recipe.
 SMALL: dict[str, dict[str, Any]] = {
     "weights": TINY
     | {
@@ -108,7 +110,10 @@ _WHOLE = {
     "num_classes": 100_000,
 }
 _BASE = {"model.vision.preset": "vit_b16", "mesh.tensor_parallel": 2, "mesh.sequence_parallel": True, "world": 2}
-_LOWER_HALF = "vision.stem vision.position vision.class_* vision.block.layers.[0-5] text.words text.position text.norm text.token_type"
+_LOWER_HALF = (
+    "vision.stem vision.position vision.class_* vision.block.layers.[0-5] "
+    "text.words text.position text.norm text.token_type"
+)
 # As a user would train them.
 REALISTIC: dict[str, dict[str, Any]] = {
     "vit_s16": _WHOLE,
@@ -134,15 +139,16 @@ def trainer(recipe: dict[str, Any], num_classes: int, mesh: Any) -> Any:
     """The loop's own Trainer with its own parts, but fed without a catalogue."""
     from harness.core.build import build
     from harness.train.ema import Ema
+    from harness.train.ledger import Ledger
     from harness.train.optimizer import TowerOptimizer
-    from harness.train.run_log import StepClock
+    from harness.train.throughput import StepClock
     from harness.train.trainer import Trainer
     from models.heads.row_optimizer import RowAdamW
 
     made: Any = Trainer.__new__(Trainer)
     made.config = config = config_of(recipe, mesh.world_size)
     made.mesh, made.clock, made.step = mesh, StepClock(mesh), 0
-    made._own_ledger, made._last_ledgers = 0, deque(maxlen=1)
+    made.ledger = Ledger(mesh)
     made.method, made.model_config = build(
         config.method,
         config.model,
@@ -163,7 +169,9 @@ def trainer(recipe: dict[str, Any], num_classes: int, mesh: Any) -> Any:
 
 
 def step_of(config: Any, num_classes: int, ranks: int) -> StepData:
-    """A drawn step with all that any method reads: this rank's part of it in one micro-batch, as much of it masked as is to be expected."""
+    """A drawn step with all that any method reads: this rank's part of it in one micro-batch, as much of it masked as
+    is to be expected.
+    """
     model, reads = config.model, METHODS[config.method].reads(config.model)
     photos, n = (
         count // ranks for count in reads.samples(config.data.queries_per_step, config.data.documents_per_step)
@@ -210,7 +218,9 @@ def numbers(method: Any) -> int:
 
 
 def _measure(device: torch.device, name: str, folder: str) -> dict[str, Any]:
-    """On every rank; of the first: numbers it holds, peak of two steps beyond what it held before, and with a save, bytes of a checkpoint."""
+    """On every rank; of the first: numbers it holds, peak of two steps beyond what it held before, and with a save,
+    bytes of a checkpoint.
+    """
     from harness.core.mesh import Mesh
     from harness.train import checkpoint
 
@@ -242,8 +252,11 @@ def _measure(device: torch.device, name: str, folder: str) -> dict[str, Any]:
 
 
 def measured(name: str, folder: Path) -> dict[str, Any]:
-    """Figures of the first rank of RECIPES[name]: parameters, peak, saving, checkpoint (see _measure); in processes of their own."""
-    # Freed blocks go back to the system at once, so that the peak is that of what is held and not of the allocator's habits.
+    """Figures of the first rank of RECIPES[name]: parameters, peak, saving, checkpoint (see _measure); in processes of
+    their own.
+    """
+    # Freed blocks go back to the system at once, so that the peak is that of what is held and not of the allocator's
+    # habits.
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -257,7 +270,9 @@ def measured(name: str, folder: Path) -> dict[str, Any]:
 
 
 def estimated(name: str) -> dict[str, Any]:
-    """What `shelfmark estimate` says of RECIPES[name]; `peak` without the images read ahead, since nothing reads in a measurement."""
+    """Result of `shelfmark estimate` for RECIPES[name]; `peak` without the images read ahead, since nothing reads in a
+    measurement.
+    """
     words = flags({key.replace("num_classes", "num-classes"): value for key, value in RECIPES[name].items()})
     with redirect_stdout(sys.stderr):
         figures = estimate([*words, "--mesh.device=cpu"])

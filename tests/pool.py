@@ -1,7 +1,8 @@
 """Persistent gloo ranks for the tests: starting a rank costs seconds, so one pool per world size runs many checks.
 
-`ranks(3).run(check, *args)` calls check(*args) on ranks 0..2 at once and returns their results in rank order. A check is a module-level function;
-inside, `layout(tp)` gives a Mesh. A check that raises on any rank, or hangs, fails the test and replaces the pool.
+`ranks(3).run(check, *args)` calls check(*args) on ranks 0..2 at once and returns their results in rank order. A check
+is a module-level function; inside, `layout(tp)` gives a Mesh. A check that raises on any rank, or hangs, fails the test
+and replaces the pool.
 """
 
 from __future__ import annotations

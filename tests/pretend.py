@@ -1,11 +1,13 @@
-"""A device that is none: tensors "on" it are CPU tensors in disguise, and what would fail or wait on a GPU fails or is listed.
+"""A pretend device: its tensors are CPU tensors in disguise; operations that would fail on a GPU fail, waits are
+listed.
 
 torch's private-use backend, filled in Python. Inside `Pretend()`
     mixing the devices raises, also an index on the host, which CUDA would copy over with a wait;
     a CPU tensor in a collective raises, as with NCCL; tensors of the device go through the group's gloo;
     what makes the host wait for the device is listed in `waits`.
 Of the kernels only the class-parallel head's are launched by hand: their twin stands in for them (`launched`).
-It changes its process for good, and must be there before the first backward, so it runs in ranks of its own: tests.pool.ranks(n, "pretend").
+It changes its process for good, and must be there before the first backward, so it runs in ranks of its own:
+tests.pool.ranks(n, "pretend").
 """
 
 from __future__ import annotations
@@ -27,9 +29,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from harness.data.loader import StepData, share
+from harness.data.step_data import StepData
 from models import megatron_cpu
 from models.batch import TENSORS
+from models.comm import share
 from models.heads import class_parallel
 from tests.measured import TINY, step_of
 
@@ -76,7 +79,9 @@ RECIPES |= {
 
 
 def cases(*layouts: tuple[int, int]) -> list[Any]:
-    """(world, tensor_parallel, name of a recipe): all recipes on the first layout, the three methods on the second, the rest in the full run."""
+    """(world, tensor_parallel, name of a recipe): all recipes on the first layout, the three methods on the second, the
+    rest in the full run.
+    """
     found = []
     for number, layout in enumerate(layouts):
         for place, name in enumerate(RECIPES):
@@ -195,7 +200,7 @@ class Pretend(TorchDispatchMode):
 
 
 class _Backend(_DummyBackendModule):
-    """What torch asks of a device's module."""
+    """The functions that torch calls in a device's module."""
 
     get_rng_state, set_rng_state = staticmethod(torch.get_rng_state), staticmethod(torch.set_rng_state)
 
@@ -250,7 +255,9 @@ _apply = nn.Module._apply
 
 
 def _moved(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """nn.Module._apply, which makes new parameters here where it would fill the old ones on CUDA: they keep megatron-core's marks."""
+    """nn.Module._apply, which makes new parameters here where it would fill the old ones on CUDA: they keep
+    megatron-core's marks.
+    """
     before = {name: dict(vars(p)) for name, p in module._parameters.items() if p is not None}
     _apply(module, function, recurse)
     for name, marks in before.items():
@@ -259,7 +266,7 @@ def _moved(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: boo
 
 
 def _of_objects() -> bool:
-    """Whether a collective is one of Python objects, which go over gloo on a GPU too."""
+    """True for a collective of Python objects, which go over gloo on a GPU too."""
     return any("_object" in frame.name and "distributed" in frame.filename for frame in traceback.extract_stack())
 
 
@@ -284,7 +291,7 @@ def on_pretend_device(mesh: Any) -> Iterator[Pretend]:
 
 
 def own_step(config: Any, num_classes: int, mesh: Any, known: bool = True) -> StepData:
-    """This rank's part of a drawn step of two micro-batches: one sample of the first rank alone, then the rest of all.
+    """This rank's part of a drawn step of two micro-batches: one sample of the first rank only, then the rest of all.
 
     Each knows how many the others have if they are `known`, as from the loader.
     """

@@ -1,4 +1,6 @@
-"""Updates of rows in every setting, for the tests of the Triton kernel: in the interpreter and on a GPU. Needs torch alone."""
+"""Updates of rows in every setting, for the tests of the Triton kernel: in the interpreter and on a GPU. Needs torch
+alone.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ SETTINGS = [  # type of the rows, bf16_rows, state, weight_decay, betas
 
 
 def updated(d: int, setting: tuple[Any, ...], device: str = "cpu") -> dict[str, Tensor]:
-    """Rows and state after five updates, on the CPU: of an odd number of rows, one, none, all; by gradients of every size and of zeros."""
+    """Rows and state after five updates, on the CPU: of an odd number of rows, one, none, all; by gradients of every
+    size and of zeros.
+    """
     dtype, bf16_rows, state, decay, betas = setting
     n, g = 15, torch.Generator().manual_seed(d)
     rows = (0.05 * torch.randn(n, d, generator=g)).to(device, dtype)

@@ -71,11 +71,12 @@ def tiny_config(catalogue: Path, run: Path, /, **overrides: Any) -> RunConfig:
 
 @contextmanager
 def trainer(config: RunConfig, tensor_parallel: int = 1, ready: bool = True) -> Iterator[Any]:
-    """A Trainer on a Mesh over all ranks of this process's world (tests.pool, or this process alone).
+    """A Trainer on a Mesh over all ranks of this process's world (tests.pool, or only this process).
 
     With `ready` the run folder explains itself already, as after harness.train.run.
     """
-    from harness.train.trainer import Trainer, prepare_run_folder
+    from harness.train.run import prepare_run_folder
+    from harness.train.trainer import Trainer
     from tests.pool import layout
 
     with layout(tensor_parallel) as mesh:

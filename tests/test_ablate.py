@@ -41,7 +41,7 @@ def parsed(line: list[str], world: int) -> RunConfig:
 
 
 def asked(config: RunConfig) -> set[str]:
-    """What may stand before the name of a final figure."""
+    """Prefix of the name of a final figure."""
     first, *others = [*config.evaluation.tasks, *config.evaluation.final_tasks]
     views = config.evaluation.views[1:]
     return {"", *others, *(f"{task}/{view}" for task in (first, *others) for view in views)}
@@ -141,12 +141,12 @@ def test_mistakes_of_the_command_are_told(
         return said
 
     (tmp_path / "torn.yaml").write_text("cells: {")
-    assert "is no YAML" in says(file=tmp_path / "torn.yaml") and "No such file" in says(file=tmp_path / "no")
+    assert "is not YAML" in says(file=tmp_path / "torn.yaml") and "No such file" in says(file=tmp_path / "no")
     assert "--part is '5/4'" in says("--part", "5/4")
     assert "--ranks is 0" in says("--ranks", 0)
     (tmp_path / "taken").write_text("")
     assert "taken" in says(out=tmp_path / "taken")
-    # Figures of another budget, or without a metric, are no part of a table.
+    # Figures of another budget, or without a metric, are not part of a table.
     figures = {"recall_at_1": 0.1, "steps": 2, "seconds": 1.0}
     for cell, seed in ablate.Ablation.read(config.file).runs():
         ablate.figures_file(config.out, cell, seed).write_text(json.dumps(figures))

@@ -1,4 +1,6 @@
-"""TransformerEngine and apex are used where they are whole; half-installed or foreign packages of those names harm nothing."""
+"""TransformerEngine and apex are used where they are whole; half-installed or foreign packages of those names harm
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ flags = ("HAVE_TE", "HAVE_APEX", "HAVE_APEX_OR_TE", "HAVE_FUSED_LAYER_NORM")
 megatron = {name: module for name, module in sys.modules.items() if name.startswith("megatron") and module}
 found = {"fooled": [f"{name}.{flag}" for name, module in megatron.items() for flag in flags if vars(module).get(flag)]}
 before = set(sys.modules)
-cuda, cpu = torch.device("meta"), torch.device("cpu")  # meta: a device that is no CPU and is there on every machine
+cuda, cpu = torch.device("meta"), torch.device("cpu")  # meta: a device other than the CPU that every machine has
 found["lines"] = [choose("auto", cuda).line, choose("torch", cuda).line, choose("auto", cpu).line]
 for which in ("auto", "torch"):
     chosen = choose(which, cuda)
@@ -47,7 +49,7 @@ print(json.dumps(found))
 
 
 def probe(folder: Path, files: dict[str, str]) -> dict[str, Any]:
-    """What a new process sees of megatron-core and of our choice, with `files` importable."""
+    """megatron-core's and our choice in a new process, with `files` importable."""
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(textwrap.dedent(text))
@@ -72,7 +74,8 @@ def test_a_half_installed_transformer_engine_and_a_foreign_apex_are_passed_over(
         "accelerators (auto): Adam torch, layer norm torch"
         "; transformer_engine.pytorch.optimizers.FusedAdam: RuntimeError Found empty meta package"
         "; apex.optimizers.FusedAdam: AttributeError module 'apex.optimizers' has no attribute 'FusedAdam'"
-        "; apex.normalization.fused_layer_norm.fused_layer_norm_affine: ModuleNotFoundError No module named 'apex.normalization'"
+        "; apex.normalization.fused_layer_norm.fused_layer_norm_affine: "
+        "ModuleNotFoundError No module named 'apex.normalization'"
     )
     assert plain == "accelerators (torch): Adam torch, layer norm torch"
     assert cpu == "accelerators (auto): Adam torch, layer norm torch"
@@ -94,14 +97,20 @@ ADAM = """
     [
         (
             # apex without its CUDA extensions: Adam raises at construction, the norm at its first call
-            "class FusedAdam:\n    def __init__(self, *_, **__): raise RuntimeError('apex.optimizers.FusedAdam requires cuda extensions')",
-            "def fused_layer_norm_affine(*_):\n    raise ModuleNotFoundError(\"No module named 'fused_layer_norm_cuda'\")",
+            "class FusedAdam:\n"
+            "    def __init__(self, *_, **__):\n"
+            "        raise RuntimeError('apex.optimizers.FusedAdam requires cuda extensions')",
+            "def fused_layer_norm_affine(*_):\n"
+            "    raise ModuleNotFoundError(\"No module named 'fused_layer_norm_cuda'\")",
             "; apex.optimizers.FusedAdam: RuntimeError apex.optimizers.FusedAdam requires cuda extensions"
-            "; apex.normalization.fused_layer_norm.fused_layer_norm_affine: ModuleNotFoundError No module named 'fused_layer_norm_cuda'",
+            "; apex.normalization.fused_layer_norm.fused_layer_norm_affine: "
+            "ModuleNotFoundError No module named 'fused_layer_norm_cuda'",
         ),
         (
             # kernels that are built for another architecture: the step and the backward raise
-            "class FusedAdam:\n    def __init__(self, *_, **__): pass\n    def step(self): raise RuntimeError('no kernel image is available')",
+            "class FusedAdam:\n"
+            "    def __init__(self, *_, **__): pass\n"
+            "    def step(self): raise RuntimeError('no kernel image is available')",
             "def fused_layer_norm_affine(x, *_):\n    x = x + 0\n    x.register_hook(lambda _: 1 / 0)\n    return x",
             "; apex.optimizers.FusedAdam: RuntimeError no kernel image is available"
             "; apex.normalization.fused_layer_norm.fused_layer_norm_affine: ZeroDivisionError division by zero",

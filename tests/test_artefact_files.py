@@ -1,4 +1,6 @@
-"""Artefacts from strangers, their manifests genuine: nothing of them is run, no memory taken for what they claim, what is odd told in a line."""
+"""Artefacts from strangers, their manifests genuine: nothing of them is run, no memory taken for what they claim, what
+is odd told in a line.
+"""
 
 from __future__ import annotations
 
@@ -217,12 +219,12 @@ def test_odd_values_are_one_line(made: dict[str, Path], tmp_path: Path, method: 
         (("model", "vision", "num_layers"), 10**9, "num_layers is 1000000000; at most 1000"),
         (("model", "vision", "stem_blocks"), [10**9], "stem_blocks"),
         (("model", "vision", "hidden_size"), 2**30, "encoder.safetensors does not fit|describes no model"),
-        (("model", "vision", "layernorm_eps"), float("nan"), "layernorm_eps is nan, not between 0"),
+        (("model", "vision", "layernorm_eps"), float("nan"), "layernorm_eps is nan. It must be a float, at least 0"),
         (("model", "embedding_dim"), 9, "embedding_dim is not the model's 9"),
         (("model", "vision", "pooling"), "os", "pooling is 'os'; it can be"),
         (("model", "vision", "more"), 1, "has 'more', which this version does not know"),
-        (("documents",), 10**12, "no flat index of 1,000,000,000,000 vectors"),
-        (("backend",), "exec", "backend is none of"),
+        (("documents",), 10**12, "not a flat index of 1,000,000,000,000 vectors"),
+        (("backend",), "exec", "backend is not one of"),
         (("method",), "os", "method is 'os'"),
     ],
 )
@@ -274,13 +276,13 @@ def index_of(count: int, width: int) -> bytes:
 )
 def test_an_index_that_claims_more_than_it_holds_is_not_read(photos: Path, content: bytes) -> None:
     (photos / "index.faiss").write_bytes(content)
-    refused(photos, r"index.faiss is no flat index of 5 vectors of 8 numbers")
+    refused(photos, r"index.faiss is not a flat index of 5 vectors of 8 numbers")
 
 
 def test_vectors_that_are_no_numbers_are_told(photos: Path, tmp_path: Path) -> None:
     (photos / "index.faiss").write_bytes(index_head(WIDTH, ROWS) + b"\xff" * 4 * ROWS * WIDTH)
     opened = Artefact(seal(photos))
-    with pytest.raises(UserError, match="gives vectors that are no numbers"):
+    with pytest.raises(UserError, match="gives vectors that are not numbers"):
         opened.search(torch.ones(1, WIDTH), 2)
 
 
@@ -296,7 +298,10 @@ def cells(value: Any, kind: Any = None) -> pa.Array:
         ({"item": cells(None, pa.string())}, "has rows without"),
         ({"thumbnail": cells("text")}, "has no column thumbnail of type binary"),
         ({"sample_id": cells(b"\0")}, "has no column sample_id of type int64"),
-        ({"title": pa.Array.from_buffers(pa.string(), ROWS, cells(b"\xff\xfe").buffers())}, "part-00000.parquet cannot be read .*UTF"),
+        (
+            {"title": pa.Array.from_buffers(pa.string(), ROWS, cells(b"\xff\xfe").buffers())},
+            "part-00000.parquet cannot be read .*UTF",
+        ),
         ({"title": cells("a" * (1 << 20))}, "holds far more than its size"),
     ],
     ids=["missing", "numbers", "nulls", "no bytes", "no ids", "no text", "much"],
@@ -309,7 +314,7 @@ def test_odd_tables_are_one_line(photos: Path, columns: dict[str, Any], what: st
 def test_other_tables_than_ours_are_one_line(photos: Path) -> None:
     file = photos / "documents" / "part-00000.parquet"
     pq.write_table(documents(), file, compression="zstd")
-    refused(photos, "none that `shelfmark export` wrote")
+    refused(photos, "was not written by `shelfmark export`")
     pq.write_table(documents(), file)
     pq.write_table(documents(), file.with_name("part-00001.parquet"))
     refused(photos, "has 10 rows, not 5")
@@ -370,7 +375,7 @@ def test_odd_tokenizers_are_one_line(made: dict[str, Path], tmp_path: Path) -> N
     for garbage in (b"", b"\xff" * 99, content[: len(content) // 2]):
         model.write_bytes(garbage)
         file.write_text(json.dumps({**values, "xxh3": xxhash.xxh3_64_hexdigest(garbage)}))
-        refused(copy, "spm.model: no SentencePiece model")
+        refused(copy, "spm.model: not a SentencePiece model")
     model.write_bytes(content)
     file.write_text(json.dumps({**values, "vocab_size": 47}))
     refused(copy, r"has 48 pieces, its tokenizer\.json says 47")

@@ -150,12 +150,10 @@ def test_a_table_is_aligned():
 
 def test_a_command_line_survives_a_shell():
     assert command_line("m", decode.DecodeConfig(images=3)).startswith("python -m m --images 3 --image-size 224")
-    with pytest.raises(UserError):
-        decode.DecodeConfig(images=0)
 
 
 def report_of(module, flags, file):
-    """The report of a benchmark that starts ranks: in a process of its own, for the pool's ranks have another parent."""
+    """The report of a benchmark that starts ranks, in a process of its own: the pool's ranks have another parent."""
     command = [sys.executable, "-m", module, *flags.split(), "--json", str(file)]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     report = json.loads(file.read_text())
@@ -195,9 +193,8 @@ def test_peak_memory_is_seen_and_starts_anew():
     [
         ({"num_classes": 11}, "does not divide"),
         ({"batch": 20}, "no multiple"),
-        ({"sample_rate": 1.0}, "--sample-rate is 1.0"),
-        ({"partial_fc": "nowhere.py"}, "is no Python file"),
-        ({"partial_fc": __file__}, "defines no PartialFC_V2"),
+        ({"partial_fc": "nowhere.py"}, "is not a Python file"),
+        ({"partial_fc": __file__}, "does not define PartialFC_V2"),
     ],
 )
 def test_a_head_benchmark_that_cannot_be_is_one_line(flags, named):
@@ -264,7 +261,7 @@ def test_towers_that_compute_something_else_are_not_timed(monkeypatch):
 
 
 def test_bm25_ranks_titles_as_by_hand(tmp_path):
-    """Robertson's tf-idf with k1 1.5 and b 0.75, words without plural s; ties by id; a query whose words no title has."""
+    """Robertson's tf-idf with k1 1.5 and b 0.75, words without plural s; ties by id; a query of unknown words."""
     pytest.importorskip("bm25s")
     rows = draw_rows(tmp_path, classes=5, queries=0, size=24, seed=0)
     looks = [("red", "disc"), ("red", "box"), ("red", "disc"), ("blue", "disc"), ("-", "&")]
@@ -307,7 +304,9 @@ def test_bm25_ranks_titles_as_by_hand(tmp_path):
 
 
 def test_bm25_predicts_categories_of_the_nearest_titles():
-    """A rare word outweighs two votes of a common one; documents without category neither teach nor are asked; those asked do not teach."""
+    """A rare word outweighs two votes of a common one; documents without category neither teach nor are asked; those
+    asked do not teach.
+    """
     pytest.importorskip("bm25s")
     learned = {"title": ["blue sari", "blue shirt", "blue shirt", "red cap", None, "navy sari"]}
     learned["kind"] = ["Saree", "Shirt", "Shirt", "Cap", "Cap", ""]

@@ -1,4 +1,6 @@
-"""Every file of a catalogue, damaged in every way, is refused by its name before anything is read of it; what is odd in it too, in one line."""
+"""Every file of a catalogue, damaged in every way, is refused by its name before anything is read of it; what is odd in
+it too, in one line.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,7 @@ def prepared(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(catalogue: Path) -> None:
-    """What a training run does with a catalogue before its first step."""
+    """The steps of a training run with a catalogue before its first step."""
     found = Catalogue(catalogue)
     require_whole(found, None, tuple(FOLDERS))
     ClassOrder.open(catalogue, 1)
@@ -116,7 +118,8 @@ def test_a_damaged_file_is_named(prepared: Path, name: str, capsys: pytest.Captu
         with changed(file, data):
             start = said(lambda: opened(prepared))
             printed = capsys.readouterr().out
-            # A manifest that is damaged names a file that seems to be; one that is gone is as an earlier version left it.
+            # A manifest that is damaged names a file that seems to be; one that is gone is as an earlier version left
+            # it.
             if file.name == "manifest.json" and data is None:
                 assert not start and f"{file.parent}: of an earlier version, which wrote no checksums; run" in printed
             else:
@@ -319,13 +322,13 @@ def test_json_of_something_else_is_refused(
         ("classes/governance.json", {"num_classes": 10**9}, "arrays do not fit together"),
         ("classes/governance.json", {"order_id": 5}, "order_id is 5, not text"),
         ("tokenizer/tokenizer.json", {"vocab_size": 10**12}, "48 pieces, its tokenizer.json says 1000000000000"),
-        ("tokenizer/tokenizer.json", {"pad_id": 48}, "pad_id is none of 48 ids"),
+        ("tokenizer/tokenizer.json", {"pad_id": 48}, "pad_id is not one of 48 ids"),
         ("tokenizer/tokenizer.json", {"fields": ["../../x"]}, "fields are not"),
         ("tokenizer/tokenizer.json", {"kind": "pickle"}, "kind is not known"),
         ("tokenizer/tokenizer.json", {"kind": "tokenizers"}, "tokenizers.json: No such file"),
         ("queries/queries.json", {"keywords": [1]}, "keywords has 1, not text"),
         ("queries/queries.json", {"keywords_per_product": 1 << 60}, "keywords_per_product is"),
-        ("queries/queries.json", {"attributes": [{"name": "a", "wordings": [[]]}]}, "wordings are no lists of texts"),
+        ("queries/queries.json", {"attributes": [{"name": "a", "wordings": [[]]}]}, "wordings are not lists of texts"),
         ("queries/queries.json", {"attributes": [{"name": "a", "wordings": 7}]}, "wordings is 7, not a list"),
     ],
 )

@@ -1,4 +1,6 @@
-"""Files of a checkpoint and of any folder with a manifest: each is listed, and one that is damaged, missing or foreign is named."""
+"""Files of a checkpoint and of any folder with a manifest: each is listed, and one that is damaged, missing or foreign
+is named.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ from harness.commands.verify import VerifyConfig
 from harness.commands.verify import run as run_verify
 from harness.core.errors import UserError
 from harness.core.manifest import verify, write_manifest
-from harness.train import checkpoint
+from harness.train import checkpoint, checkpoint_files
 from harness.train.open_run import find_checkpoint
 from tests.runs import arguments, tiny_config, trainer
 
@@ -80,10 +82,10 @@ def test_what_is_not_listed_is_named(tmp_path: Path) -> None:
     (tmp_path / "outside").write_bytes(CONTENT["a/.b/c"])
     (folder / "a/.b/c").unlink()
     (folder / "a/.b/c").symlink_to(tmp_path / "outside")
-    assert verify(folder) == "a/.b/c is a link or no regular file"
+    assert verify(folder) == "a/.b/c is not a regular file"
     (folder / "a/.b/c").unlink()
     os.mkfifo(folder / "a/.b/c")
-    assert verify(folder) == "a/.b/c is a link or no regular file", "nothing waits for a pipe"
+    assert verify(folder) == "a/.b/c is not a regular file", "nothing waits for a pipe"
     (folder / "a/.b/c").unlink()
     (folder / "a/.b/c").write_bytes(CONTENT["a/.b/c"])
     (folder / "elsewhere").symlink_to(tmp_path)
@@ -227,9 +229,16 @@ HOSTILE: dict[str, Change] = {
     "common.pt": lambda c: torch.save(Runs(), c / "towers/common.pt"),
     "common.pt, an old pickle": lambda c: (c / "towers/common.pt").write_bytes(pickle.dumps(Runs())),
 }
+
+
+def in_all_places(name: str, value: Any) -> Change:
+    """Sets a field of every place in storage."""
+    return with_metadata(lambda m: [setattr(place, name, value) for place in m.storage_data.values()])
+
+
 ODD: dict[str, Change] = {
-    "another file": with_metadata(lambda m: [setattr(p, "relative_path", "/dev/zero") for p in m.storage_data.values()]),
-    "transforms": with_metadata(lambda m: [setattr(p, "transform_descriptors", ["zstd"]) for p in m.storage_data.values()]),
+    "another file": in_all_places("relative_path", "/dev/zero"),
+    "transforms": in_all_places("transform_descriptors", ["zstd"]),
     "no metadata of a checkpoint": with_metadata(lambda m: torch.Size([1])),
     "a billion entries of a memo": lambda c: (c / "towers/.metadata").write_bytes(b"\x80\x04Nr\xff\xff\xff\x7f."),
     "a layout that torch does not know": lambda c: (c / "head/.metadata").write_bytes(
@@ -241,7 +250,7 @@ ODD: dict[str, Change] = {
     "state.json, deep": lambda c: (c / "state.json").write_text("[" * 100_000),
     "state.json, a step that is a text": lambda c: edit(c, step="2"),
     "state.json, an endless ledger": lambda c: edit(c, step=1 << 40, ledger_before={"step": 0, "ledger": "0" * 16}),
-    "state.json, a ledger that is no number": lambda c: edit(c, ledger="x"),
+    "state.json, a ledger that is not a number": lambda c: edit(c, ledger="x"),
     "classes.parquet, text": lambda c: (c / "classes.parquet").write_text("class_id"),
     "classes.parquet, other columns": lambda c: pq.write_table(pa.table({"x": [1]}), c / "classes.parquet"),
 }  # fmt: skip
@@ -265,7 +274,7 @@ def test_a_forged_checkpoint_is_passed_over_and_runs_nothing(forged: Path, name:
     newer = forged / "checkpoints/step-00000002"
     forge(newer, {**HOSTILE, **ODD}[name])
     assert verify(newer) == ""
-    path, passed_over = checkpoint.newest(forged / "checkpoints")
+    path, passed_over = checkpoint_files.newest(forged / "checkpoints")
     assert path == forged / "checkpoints/step-00000001"
     assert len(passed_over) == 1 and passed_over[0].startswith("step-00000002: ") and "\n" not in passed_over[0]
     with pytest.raises(UserError):
@@ -322,21 +331,24 @@ def files_of(folder: Path) -> list[str]:
 def test_a_damaged_file_of_any_kind_is_named_and_the_checkpoint_before_it_taken(forged: Path) -> None:
     newer = forged / "checkpoints/step-00000002"
     names = files_of(newer)
-    assert {"manifest.json", "state.json", "classes.parquet", "towers/.metadata", "head/.metadata", "towers/common.pt"} < set(names)  # fmt: skip
+    own = {"manifest.json", "state.json", "classes.parquet"}
+    assert own | {"towers/.metadata", "head/.metadata", "towers/common.pt"} < set(names)
     for name in names:
         whole = (newer / name).read_bytes()
         for content in damages(newer / name):
             (newer / name).unlink() if content is None else (newer / name).write_bytes(content)
-            path, passed_over = checkpoint.newest(forged / "checkpoints")
+            path, passed_over = checkpoint_files.newest(forged / "checkpoints")
             assert path == forged / "checkpoints/step-00000001", name
             named = "" if name == "manifest.json" else f"{name} "  # which may seem to be what is wrong with another
             assert len(passed_over) == 1 and passed_over[0].startswith(f"step-00000002: {named}"), (passed_over, name)
             (newer / name).write_bytes(whole)
     for name in ("more", ".more", "towers/__5_0.distcp", "towers/.metadata.tmp"):
         (newer / name).touch()
-        assert checkpoint.newest(forged / "checkpoints")[1] == [f"step-00000002: {name} is not listed in manifest.json"]
+        assert checkpoint_files.newest(forged / "checkpoints")[1] == [
+            f"step-00000002: {name} is not listed in manifest.json"
+        ]
         (newer / name).unlink()
-    assert checkpoint.newest(forged / "checkpoints") == (newer, [])
+    assert checkpoint_files.newest(forged / "checkpoints") == (newer, [])
 
 
 @pytest.mark.full
@@ -384,7 +396,7 @@ def test_a_damaged_checkpoint_pushes_no_good_one_out(catalogue: Path, tmp_path: 
     with trainer(tiny_config(catalogue, tmp_path / "run", **settings)) as t:
         t.fit()
     assert kept(tmp_path / "run") == ["latest", "step-00000006"], "written again"
-    assert checkpoint.problem(tmp_path / "run/checkpoints/step-00000006") == ""
+    assert checkpoint_files.problem(tmp_path / "run/checkpoints/step-00000006") == ""
 
 
 def test_only_what_is_ours_is_deleted(forged: Path, catalogue: Path) -> None:
@@ -402,10 +414,10 @@ def test_only_what_is_ours_is_deleted(forged: Path, catalogue: Path) -> None:
     with trainer(tiny_config(catalogue, forged, **settings)) as t:
         t.fit()
     assert kept(forged) == sorted(["latest", "step-00000000", "step-00000001", "step-00000003", *theirs])
-    assert checkpoint.problem(archive) == ""
+    assert checkpoint_files.problem(archive) == ""
 
 
-# --- weights that are no numbers ---
+# --- weights that are not numbers ---
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e12])

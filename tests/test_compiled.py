@@ -1,6 +1,8 @@
-"""Compiled blocks: the initial weights of megatron-core's, the same outputs and gradients as uncompiled, whole graphs and few of them.
+"""Compiled blocks: the initial weights of megatron-core's, the same outputs and gradients as uncompiled, whole graphs
+and few of them.
 
-Backend aot_eager traces and differentiates as inductor does, then runs the graph as it is, random numbers included: results are equal to the bit.
+Backend aot_eager traces and differentiates as inductor does, then runs the graph as it is, random numbers included:
+results are equal to the bit.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from torch._dynamo.utils import counters
 from harness.core import build as building
 from harness.core.errors import UserError
 from harness.core.mesh import Mesh, MeshConfig
-from models.compiled import CHOICES
 from models.item import ItemConfig, ItemTowers, PatchConfig, StreamConfig
 from models.make import MakeConfig, MakeTowers
 from models.oclear import OclearConfig, OclearTowers
@@ -96,7 +97,9 @@ def passed(block: nn.Module, tokens: int, samples: int, masked: bool, rotary: bo
 
 @pytest.mark.parametrize("recompute", FEATURES)
 def test_compiled_equals_uncompiled_in_one_graph_for_all_sizes(recompute: str) -> None:
-    """Layers share a graph, whatever their drop rate, and so do all numbers of tokens and samples; 1 and 0 samples make none of their own."""
+    """Layers share a graph, whatever their drop rate, and so do all numbers of tokens and samples; 1 and 0 samples make
+    none of their own.
+    """
     features, graphs = FEATURES[recompute]
     torch._dynamo.reset()
     counters.clear()
@@ -176,7 +179,9 @@ def compiled_run(*args: Any) -> Any:
 
 
 def test_checkpoints_of_compiled_and_of_tensor_parallel_blocks_are_the_same(catalogue: Path, tmp_path: Path) -> None:
-    """Saved by one compiled rank, loaded by two tensor-parallel ones and back: all state equal, and the next losses to 1e-5."""
+    """Saved by one compiled rank, loaded by two tensor-parallel ones and back: all state equal, and the next losses to
+    1e-5.
+    """
     settings = test_layouts.SETTINGS
     run = tmp_path / "run"
     ranks(1).run(compiled_run, "seed_and_train", catalogue, run, settings, 1, 3)
@@ -194,11 +199,13 @@ def test_checkpoints_of_compiled_and_of_tensor_parallel_blocks_are_the_same(cata
 
 
 def chosen() -> dict[str, tuple[str, str]]:
-    """In a pool of one tensor-parallel group: the builder that each mesh.compile takes, and its backend. None compiles before it is called."""
+    """In a pool of one tensor-parallel group: the builder that each mesh.compile takes, and its backend. None compiles
+    before it is called.
+    """
     size, found = torch.distributed.get_world_size(), {}
     with layout(size) as mesh:
         counters.clear()
-        for choice in CHOICES:
+        for choice in ("auto", "always", "never"):
             mesh.config = MeshConfig(tensor_parallel=size, compile=choice)
             made: Any = building.builder(mesh)
             block = made.block(TransformerShape(**SMALL))

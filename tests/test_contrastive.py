@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from harness.data.loader import share
+from models.comm import share
 from models.heads.cached import cached_losses
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss
 from models.heads.memory_bank import MemoryBank
@@ -48,7 +48,7 @@ class Problem:
         return [self.queries, self.documents, self.negatives, self.log_scale]
 
     def part(self, own: slice) -> Problem:
-        """A copy with the pairs `own` alone, and leaves of its own."""
+        """A copy with only the pairs `own`, and leaves of its own."""
         cut = ("queries", "documents", "negatives", "labels", "negative_labels", "weights")
         parts = {name: getattr(self, name).detach()[own].clone() for name in cut}
         return replace(self, **parts, log_scale=self.log_scale.detach().clone())
@@ -229,7 +229,9 @@ def check_masks() -> None:
 
 
 def share_any(query_labels: Tensor, document_labels: Tensor) -> Tensor:
-    """Product, category, then the query's keyword and the document's: equal product or category, or the query's keyword is the document's."""
+    """Product, category, then the query's keyword and the document's: equal product or category, or the query's keyword
+    is the document's.
+    """
     same = query_labels[:, None, :2] == document_labels[:, :2]
     return same.any(-1) | (query_labels[:, None, 2] == document_labels[:, 3])
 
@@ -271,7 +273,9 @@ def check_related() -> None:
 
 
 def test_a_towers_gradient_summed_over_ranks_is_that_of_the_global_batch() -> None:
-    """T8: norm ratio 1 and cosine 1 for tower and temperature, with hard negatives after the positives on every rank, and unequal batches."""
+    """T8: norm ratio 1 and cosine 1 for tower and temperature, with hard negatives after the positives on every rank,
+    and unequal batches.
+    """
     ranks(3).run(check_tower)
 
 
@@ -314,7 +318,9 @@ SIZES = (3, 10, 100)  # shorter than a step, one that wraps, one that never fill
 
 
 def bank_states(micro_batches: int, steps: range, before: list[dict[str, Tensor]] | None) -> list[dict[str, Tensor]]:
-    """Banks of SIZES after `steps`, which are cut over ranks and micro-batches as the loader cuts them; `before` is resumed."""
+    """Banks of SIZES after `steps`, which are cut over ranks and micro-batches as the loader cuts them; `before` is
+    resumed.
+    """
     with layout() as mesh:
         banks = [MemoryBank(size, D, dtype=torch.float64) for size in SIZES]
         for bank, state in zip(banks, before or [], strict=False):
@@ -375,7 +381,9 @@ TOWERS = OclearConfig(
 
 
 def dropping(rate: float) -> OclearConfig:
-    """TOWERS with every kind of dropout: of residuals, attention weights (megatron-core's own stream), texts and transforms."""
+    """TOWERS with every kind of dropout: of residuals, attention weights (megatron-core's own stream), texts and
+    transforms.
+    """
     drop: dict[str, Any] = {"dropout": rate, "attention_dropout": rate}
     return replace(
         TOWERS,

@@ -1,4 +1,6 @@
-"""Two in a hundred members of a catalogue's shards are damaged, in ten ways: exactly they are lost, and nothing else changes."""
+"""Two in a hundred members of a catalogue's shards are damaged, in ten ways: exactly they are lost, and nothing else
+changes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What decodes for a service against what made the documents' vectors: equal on a CPU, alike for Pillow and DALI, refused where they differ."""
+"""The decoder of a service against the decoder of the documents: equal on a CPU, alike for Pillow and DALI, refused
+where they differ.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,16 @@ import torch
 from harness.artefact import decoder_check
 from harness.catalogue.catalogue import Catalogue
 from harness.core.errors import UserError
-from harness.data.loader import ImageReader, Pixels
+from harness.data.images import ImageReader, Pixels
 from tests.pool import ranks
 from tests.runs import tiny_config, trainer
 from tests.test_search import export_here
 
 
 class Other(ImageReader):
-    """The first reader of a check decodes with Pillow, the second with DALI; `mirrored`: and the first sees its images mirrored."""
+    """The first reader of a check decodes with Pillow, the second with DALI; `mirrored`: and the first sees its images
+    mirrored.
+    """
 
     made: list[str]
     mirrored = False
@@ -55,7 +59,7 @@ def test_decoders_are_compared_by_what_the_towers_see(
         assert found["decoded_by"] == "Pillow, 1 thread(s)" and found["served_by"].startswith("DALI on cpu")
         assert decoder_check.LEAST_COSINE < found["lowest_cosine"] < 1 and found["largest_difference"] > 0
         monkeypatch.setattr(Other, "mirrored", True)
-        with pytest.raises(UserError, match=r"do not see the same: .* below 0.999. Set data.backend to dali_cpu in"):
+        with pytest.raises(UserError, match=r"differ: .* below 0.999. Set data.backend to dali_cpu in"):
             compare()
         with torch.no_grad():
             next(t.method.towers.parameters()).fill_(torch.nan)

@@ -59,7 +59,7 @@ def test_demo_runs_to_its_table(tmp_path: Path) -> None:
 def test_demo_replaces_nothing_but_a_demo(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("precious")
     refused = run_demo("--out", str(tmp_path))
-    assert refused.returncode == 2 and "is no demo's" in refused.stderr
+    assert refused.returncode == 2 and "is not a demo's" in refused.stderr
     assert (tmp_path / "mine.txt").read_text() == "precious"
     # In a demo's folder too, what somebody put there stays; and two demos do not meet.
     (tmp_path / demo.MARK).touch()

@@ -1,4 +1,6 @@
-"""`shelfmark estimate` and the FLOPs of the meters, against what a fresh process measures, what real ranks keep and send, and what torch counts."""
+"""`shelfmark estimate` and the FLOPs of the meters, against what a fresh process measures, what real ranks keep and
+send, and what torch counts.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.bench.ranks import Traffic
-from harness.commands.estimate import estimate
+from harness.commands.estimate import main as estimate
 from harness.core.errors import UserError
-from harness.data.loader import TextTokens
+from harness.data.step_data import TextTokens
 from harness.train.config import parse
 from harness.train.dry_run import Recorder, dry_run
 from harness.train.flops import (
@@ -33,7 +35,6 @@ from harness.train.flops import (
 from models.batch import TENSORS
 from models.oclear import OclearTowers
 from models.plain.transformer import PlainBuilder
-from models.recompute import RECOMPUTE
 from models.registry import METHODS
 from models.vision import VisionConfig, VisionTower
 from tests.measured import RECIPES, TINY, config_of, estimated, fill_banks, flags, measured, numbers, step_of, trainer
@@ -64,7 +65,8 @@ def test_an_estimate_is_what_a_process_measures(name, tmp_path):
     assert said["checkpoint_bytes"] == pytest.approx(found["checkpoint"], rel=0.1)
 
 
-# A step of each method, its losses and layouts in what they keep: dropout of both kinds, gates, a stem, frozen layers, shared towers, banks.
+# A step of each method, its losses and layouts in what they keep: dropout of both kinds, gates, a stem, frozen layers,
+# shared towers, banks.
 SMALL: dict[str, Any] = TINY | {
     "model.text.max_length": 33,
     "model.text.num_layers": 1,
@@ -126,7 +128,7 @@ def kept_bytes(recipes: list[dict[str, Any]], tensor_parallel: int) -> list[tupl
     return found
 
 
-WAYS: dict[str, dict[str, Any]] = {recompute: {"mesh.recompute": recompute} for recompute in RECOMPUTE}
+WAYS: dict[str, dict[str, Any]] = {way: {"mesh.recompute": way} for way in ("none", "selective", "full")}
 ONES = {way: KEPT["oclear"] | more for way, more in WAYS.items()} | {"cached": KEPT["in micro-batches at once"]}
 SPREAD = {way: KEPT["oclear"] | more | {"mesh.sequence_parallel": True} for way, more in WAYS.items()}
 
@@ -141,7 +143,9 @@ SPREAD = {way: KEPT["oclear"] | more | {"mesh.sequence_parallel": True} for way,
     ],
 )
 def test_a_dry_run_keeps_what_a_step_keeps(tensor_parallel, names):
-    """Two real ranks: all tensors that are alive after forward; and the most at a time, to which gloo's threads may add what they let go late."""
+    """Two real ranks: all tensors that are alive after forward; and the most at a time, to which gloo's threads may add
+    what they let go late.
+    """
     known = TERMS | (ONES if tensor_parallel == 1 else SPREAD | {"whole": KEPT["oclear"]})
     recipes = [known[name] for name in names]
     for recipe, (kept, peak) in zip(recipes, ranks(2).run(kept_bytes, recipes, tensor_parallel)[0], strict=True):
@@ -152,7 +156,9 @@ def test_a_dry_run_keeps_what_a_step_keeps(tensor_parallel, names):
 
 
 def counted(make: Callable[[], nn.Module], *inputs: Tensor, call: Callable[..., Any] | None = None) -> Work:
-    """What torch counts of a plain twin on the meta device, where attention falls apart into the products that it is made of."""
+    """Operations of a plain twin by torch's counter, on the meta device, where attention is decomposed into its
+    products.
+    """
     with torch.device("meta"):
         module = make()
     with FlopCounterMode(display=False) as counter:
@@ -176,7 +182,9 @@ def test_flops_of_image_towers_are_what_torch_counts(fields):
 
 
 def test_flops_of_a_step_are_what_torch_counts():
-    """The whole of OCLEAR: text tower with a cut length, fusion, transformation networks, and the cosines of a head without sampling."""
+    """The whole of OCLEAR: text tower with a cut length, fusion, transformation networks, and the cosines of a head
+    without sampling.
+    """
     recipe = TINY | {
         "model.vision.hidden_size": 64,
         "model.text.max_length": 40,

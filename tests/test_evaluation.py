@@ -16,6 +16,7 @@ import torch
 
 from harness.core.errors import UserError
 from harness.evaluate.evaluation import Evaluation, Report
+from harness.train.panels import panel_rows
 from tests.catalogues import make_catalogue
 from tests.pool import ranks
 from tests.runs import UNUSED, tiny_config, trainer
@@ -126,7 +127,7 @@ def test_distractors_join_the_gallery_and_answer_nothing(catalogue: Path, noise:
 
 
 def test_text_of_distractors_is_read_by_the_runs_tokenizer(catalogue: Path, noise: Path) -> None:
-    """The noise catalogue has no tokenizer of its own, and the catalogue as its own distractor gives its own vectors."""
+    """The noise catalogue has no tokenizer of its own; the catalogue as its own distractor gives its own vectors."""
     assert not (noise / "tokenizer").exists()
     settings = {**SHARDED, "evaluation.distractors": [str(catalogue), str(noise)]}
     with trainer(tiny_config(catalogue, UNUSED, **settings), ready=False) as t:
@@ -184,7 +185,7 @@ def test_the_panel_marks_nothing_relevant_to_a_query_without_class(catalogue: Pa
 
     folder = rewritten(catalogue, tmp_path / "changed", change)
     with trainer(tiny_config(folder, UNUSED, **SHARDED), ready=False) as t:
-        rows = t._panel_rows(t.evaluation.run(t.method))
+        rows = panel_rows(t.evaluation.run(t.method), t.loader.catalogue)
     assert len(rows) == 4 and all(len(documents) == 5 for _, documents in rows)
     assert not any(relevant for _, documents in rows for _, _, relevant in documents)
 

@@ -1,4 +1,6 @@
-"""Fine-tuning: frozen parts, learning rates by layer and by name, the average of the weights; all of it over layouts, resumes and warm starts."""
+"""Fine-tuning: frozen parts, learning rates by layer and by name, the average of the weights; all of it over layouts,
+resumes and warm starts.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import torch
 
 from harness.core.errors import UserError
 from harness.text.tokenizer import Tokenizer
-from harness.train import checkpoint
+from harness.train import checkpoint, checkpoint_files
 from harness.train.open_run import load_method
 from models.merge import merge_shards, merged_state_dict
 from tests.pool import layout, ranks
@@ -85,7 +87,7 @@ def test_frozen_parameters_stay_and_cost_nothing_and_all_others_move(tuned: dict
     before, after = found["weights"][0], found["weights"][-1]
     assert {part for part in before if torch.equal(before[part], after[part])} == set(filter(is_frozen, before))
     assert found["buffered"] == {part for part in before if not is_frozen(part)} == set(found["averages"][0])
-    assert found["moments"] == found["elements"], "AdamW's state is of the trained parameters alone"
+    assert found["moments"] == found["elements"], "AdamW's state is only of the trained parameters"
     assert found["losses"] == pytest.approx(tuned["one"][1]["losses"], rel=1e-4)
     assert f"frozen: {sum(map(is_frozen, before))} of the towers' {len(before)} tensors" in found["notes"]
 
@@ -103,7 +105,7 @@ def test_the_average_is_that_of_a_loop(tuned: dict[str, Any], name: str) -> None
 
 
 def load_trained(catalogue: Path, run: Path, tensor_parallel: int) -> dict[str, torch.Tensor]:
-    """What evaluation and export load."""
+    """The weights that evaluation and export load."""
     with layout(tensor_parallel) as mesh:
         settings = tiny_config(catalogue, run, **ALL_THREE)
         path = run / "checkpoints/step-00000003"
@@ -131,7 +133,9 @@ def test_evaluation_and_warm_starts_take_the_average(
 
 
 def held(catalogue: Path, run: Path, settings: dict[str, Any], tensor_parallel: int, end: int) -> dict[str, Any]:
-    """Goes on to step `end` and saves: what there then is of the towers, joined over the ranks; of the moments this rank's own shards."""
+    """Goes on to step `end` and saves: what there then is of the towers, joined over the ranks; of the moments this
+    rank's own shards.
+    """
     with trainer(tiny_config(catalogue, run, **settings), tensor_parallel, ready=False) as t:
         for data in t.loader.steps(t.step, end):
             t.train_step(data)
@@ -158,7 +162,9 @@ def test_resumed_equals_uninterrupted_with_all_of_it(catalogue: Path, tmp_path: 
 
 
 def by_hand(t: Any, before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """One step of torch's AdamW, every parameter with the learning rate that its place in a tower of ALL_THREE's depth says."""
+    """One step of torch's AdamW, every parameter with the learning rate that its place in a tower of ALL_THREE's depth
+    says.
+    """
     decay, lr = 0.5, t.config.optimizer.lr
     below = {"vision.position": 3, "vision.stem": 3, "vision.block.layers.0": 2, "vision.block.layers.1": 1}
     below |= {"text.position": 2, "text.words": 2, "text.norm": 2, "text.block.layers.0": 1}
@@ -231,7 +237,7 @@ def test_what_may_change_when_a_run_goes_on(catalogue: Path, tmp_path: Path) -> 
 def test_a_checkpoint_from_before_there_was_any_of_it(catalogue: Path, tmp_path: Path) -> None:
     plain = {"train.steps": 6}
     before = held(catalogue, tmp_path / "run", plain, 1, 2)
-    config = checkpoint.read_state(tmp_path / "run/checkpoints/step-00000002")["config"]
+    config = checkpoint_files.read_state(tmp_path / "run/checkpoints/step-00000002")["config"]
     for key in ("frozen", "layer_decay", "lr_factors"):
         del config["optimizer"][key]
     del config["train"]["ema_decay"]
@@ -281,8 +287,8 @@ def test_ranks_without_a_share_of_what_is_trained(catalogue: Path, tmp_path: Pat
         ("optimizer.lr_factors", ["querytransform=10"], r"lr_factors: .* Did you mean query_transform"),
         ("optimizer.lr_factors", ["query_transform"], r"has 'query_transform'; it must be name=factor"),
         ("optimizer.lr_factors", ["query_transform=0"], "a factor above 0"),
-        ("optimizer.layer_decay", 1.5, r"layer_decay is 1\.5; it must lie in \(0, 1\]"),
-        ("train.ema_decay", 1.0, r"ema_decay is 1\.0; it must lie in \[0, 1\)"),
+        ("optimizer.layer_decay", 1.5, r"layer_decay is 1\.5. It must be a float in \(0, 1\]"),
+        ("train.ema_decay", 1.0, r"ema_decay is 1\.0. It must be a float in \[0, 1\)"),
     ],
 )
 def test_mistakes_are_named(catalogue: Path, tmp_path: Path, key: str, value: Any, message: str) -> None:

@@ -1,4 +1,5 @@
-"""What only a GPU can show: the compiled kernels and the head on CUDA against the CPU. Skipped elsewhere; `jobs/gpu_check.sh` runs it.
+"""Tests that need a GPU: the compiled kernels and the head on CUDA against the CPU. Skipped elsewhere;
+`jobs/gpu_check.sh` runs them.
 
 Needs no more than torch, triton and pytest.
 """
@@ -29,7 +30,9 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 @pytest.mark.parametrize(("n", "a", "d"), [(1, 37, 48), (300, 5_000, 256), (1024, 20_000, 512), (257, 3_001, 768)])
 @pytest.mark.parametrize("filter_above", [1.0, 0.1])
 def test_kernel_against_twin(dtype: torch.dtype, n: int, a: int, d: int, filter_above: float) -> None:
-    """Fresh random inputs: the kernel is no further from float64 than its arithmetic makes it (tests/test_kernel.py tries the bound on a CPU)."""
+    """Fresh random inputs: the kernel is no further from float64 than its arithmetic makes it (tests/test_kernel.py
+    tries the bound on a CPU).
+    """
     from kernels import cosine_lse_triton as kernel
 
     seed = random.randrange(1 << 30)
@@ -56,7 +59,9 @@ def test_keys_and_codes_are_the_same_on_both_devices() -> None:
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 @pytest.mark.parametrize("d", [1, 48, 300, 512, 768, 1024])
 def test_the_row_update_gives_the_cpus_bits(d: int, setting: tuple[Any, ...]) -> None:
-    """Moments, counts and what was paid to the last bit; rows up to roots and float64 functions, whose last bits are each device's own."""
+    """Moments, counts and what was paid to the last bit; rows up to roots and float64 functions, whose last bits are
+    each device's own.
+    """
     found, wanted = updated(d, setting, "cuda"), updated(d, setting)
     rows, wanted_rows = found.pop("rows").float(), wanted.pop("rows").float()
     if "master" in found:

@@ -1,4 +1,6 @@
-"""jobs/gpu_check.sh: what becomes of parts that crash, hang or lack a package; its programs, small on a CPU; and that they notice what is wrong."""
+"""jobs/gpu_check.sh: what becomes of parts that crash, hang or lack a package; its programs, small on a CPU; and that
+they notice what is wrong.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,8 @@ FAKES = {
     "killed": "leave({'a': 1}); os.kill(os.getpid(), 9)",
     "silent": "pass",
     "later": "leave({'a': 1})",
-    "hangs": "leave({'a': 1}); child = subprocess.Popen(['sleep', '1000']); leave({'pid': child.pid}); time.sleep(1000)",
+    "hangs": "leave({'a': 1}); child = subprocess.Popen(['sleep', '1000']); "
+    "leave({'pid': child.pid}); time.sleep(1000)",
 }
 
 
@@ -133,7 +136,10 @@ def test_plan_says_what_is_needed_and_starts_nothing(tmp_path: Path) -> None:
     assert list(planned) == [part.name for part in check.PARTS]
     assert "does not fit into --budget" in planned["towers"] and "[" not in planned["tests"]
     assert "at most" in done.stdout.splitlines()[-1] and "no network" in done.stdout
-    lean = "import sys; sys.path.insert(0, 'jobs/gpu'); import check; check.main(['x', '--plan']); sys.exit('torch' in sys.modules)"
+    lean = (
+        "import sys; sys.path.insert(0, 'jobs/gpu'); import check; "
+        "check.main(['x', '--plan']); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", lean], cwd=ROOT, capture_output=True).returncode == 0
 
 
@@ -149,7 +155,10 @@ def test_a_smaller_gpu_is_told_what_it_costs(tmp_path: Path) -> None:
 
 def test_only_parts_that_decode_with_dali_need_it() -> None:
     others = {part.words[0] for part in check.PARTS if "nvidia.dali" not in part.modules}
-    code = "import runpy, sys; sys.modules['nvidia.dali'] = None; [runpy.run_path(file) for file in sys.argv[1:]]; import harness.train.trainer"
+    code = (
+        "import runpy, sys; sys.modules['nvidia.dali'] = None; "
+        "[runpy.run_path(file) for file in sys.argv[1:]]; import harness.train.trainer"
+    )
     command = [sys.executable, "-W", "ignore", "-c", code, *(f"jobs/gpu/{name}" for name in sorted(others))]
     done = subprocess.run(command, cwd=ROOT, env={**HIDDEN, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
-"""Images decoded on a GPU: against the CPU's graph, and while the device is busy. Skipped elsewhere; run it with --noconftest.
+"""Images decoded on a GPU: against the CPU's graph, and while the device is busy. Skipped elsewhere; run it with
+--noconftest.
 
 Needs DALI beside torch and pytest.
 """
@@ -53,7 +54,9 @@ def parameters(photos: list[bytes], train: bool) -> Parameters:
 
 @pytest.mark.parametrize("train", [True, False])
 def test_a_gpu_decodes_what_a_cpu_does(photos: list[bytes], pipeline: ImagePipeline, train: bool) -> None:
-    """In units of 255; chroma and the discrete cosine transform are rounded otherwise, windows and orientations are the same."""
+    """In units of 255; chroma and the discrete cosine transform are rounded otherwise, windows and orientations are the
+    same.
+    """
     params = parameters(photos, train)
     with closing(ImagePipeline(SPEC, COUNT, 8)) as cpu:
         wanted, _ = cpu.decode(photos, params)

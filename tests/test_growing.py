@@ -45,7 +45,7 @@ def ingest(drawn: Drawn, out: Path, rows: slice = slice(None), suffix: str = ".t
 
 
 def snapshot(out: Path) -> dict[str, Any]:
-    """All that a reader gets, by id, once its checksums were found right; only the places in the shards are left out."""
+    """All that a reader gets, by id, after its checksums matched; only the places in the shards are left out."""
     catalogue = Catalogue(out)
     require_whole(catalogue)
     try:
@@ -315,7 +315,7 @@ def test_parts_that_do_not_make_a_whole_are_refused(drawn: Drawn, tmp_path: Path
 
 
 def test_a_merge_takes_no_parts_that_the_catalogue_is_not_made_of(drawn: Drawn, tmp_path: Path) -> None:
-    """Parts of the same rows, ingested again beside a merged catalogue, are not removed as those that it was made of."""
+    """Parts of the same rows, ingested again beside a merged catalogue, are not removed as its own parts."""
     out, parts = tmp_path / "cat", tmp_path / "cat.parts"
     for _ in range(2):
         for number in (1, 2):

@@ -1,4 +1,6 @@
-"""The class-parallel head against a dense float64 process: loss, embedding and row gradients; uneven and empty shards and batches."""
+"""The class-parallel head against a dense float64 process: loss, embedding and row gradients; uneven and empty shards
+and batches.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,7 @@ def check_head(
         close(total, wanted.detach())
         close(sums[:, 0] / sums[:, 1], torch.stack([cosine, accuracy]))
         close(sums[0, 1], (weights * (labels >= 0)).sum())
-        # each rank's part against the whole gradient's largest entry: an empty part is no smaller scale
+        # each rank's part against the whole gradient's largest entry: an empty part does not lower the scale
         grad = torch.zeros_like(embeddings)
         grad[own] = local.grad
         torch.distributed.all_reduce(grad, group=mesh.dp)
@@ -224,7 +226,9 @@ def test_embeddings_travel_in_their_own_type_and_gradients_to_their_owner_alone(
 
 
 def check_traffic(tensor_parallel: int, sizes: list[int]) -> None:
-    """bfloat16 embeddings give what their float32 copies give, bit for bit, at half the bytes; all bytes as a ring passes them."""
+    """bfloat16 embeddings give what their float32 copies give, bit for bit, at half the bytes; all bytes as a ring
+    passes them.
+    """
     with layout(tensor_parallel) as mesh:
         config = ClassHeadConfig(num_classes=50, embedding_dim=D, row_dtype="bf16")
         head = ClassParallelHead(config, mesh.row_group, mesh.dp, copy_group=mesh.tp)

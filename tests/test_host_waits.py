@@ -1,4 +1,4 @@
-"""How often the host waits for the device in one training step: counted on the pretend device, bounded to the number."""
+"""Waits of the host for the device in one training step: counted on the pretend device, and bounded."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_step_waits_for_the_finite_gate_and_for_the_number_of_active_rows(
 
 @pytest.mark.parametrize(("name", "exchanges"), [("oclear", 3), ("item", 2), ("make", 12)])
 def test_who_does_not_tell_the_sizes_waits_for_their_exchange(name: str, exchanges: int) -> None:
-    """Of each micro-batch, and of the head's whole step; so the count above is no accident of the counter."""
+    """Of each micro-batch, and of the head's whole step; so the count above is not an accident of the counter."""
     for found in ranks(2, "pretend").run(waits, name, 1, False):
         assert Counter(found) == Counter([ACTIVE] * (name == "oclear") + [GATE] + EXCHANGE * exchanges)
 

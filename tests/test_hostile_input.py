@@ -1,4 +1,6 @@
-"""Input that nobody means well with: it costs its own row or one line, and neither minutes, nor memory, nor a traceback."""
+"""Input that nobody means well with: it costs its own row or one line, and neither minutes, nor memory, nor a
+traceback.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,6 @@ from harness.evaluate import evaluation as evaluate
 from harness.evaluate.contact_sheet import CELL, LONGEST, draw_panel, text_picture
 from harness.train import config
 from harness.train import tensorboard as board
-from tests.runs import UNUSED, tiny_config
-from tests.test_cli import changed
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\r\n  1.  0.9999  forged\x9b"
 RED = Image.new("RGB", (16, 12), "red")
@@ -248,11 +248,11 @@ def test_cells_of_several_lines_are_one_row(photos: Path, tmp_path: Path) -> Non
     manifest.write_text('id,image,title\na,a.jpg,"one\ntwo\n\nthree"\nb,a.jpg,"x\ny",one too many\nc,a.jpg,plain\n')
     titles, reasons, read = taken(manifest, photos)
     assert titles == {"a": "one\ntwo\n\nthree", "c": "plain"}
-    assert len(reasons) == 2 and read == 4, "a record of several lines that is none is counted line by line"
+    assert len(reasons) == 2 and read == 4, "an invalid record of several lines is counted line by line"
 
 
 def test_an_open_quote_before_many_rows_loses_none_of_them(tmp_path: Path) -> None:
-    """More text follows than a cell may have: today's limit, where reading once went on after what had been swallowed."""
+    """More text follows than a cell may have: the limit, where reading once went on after the swallowed text."""
     manifest = tmp_path / "m.csv"
     with manifest.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -521,10 +521,10 @@ def test_help_goes_wherever_it_is_sent(end: str, code: int, said: str) -> None:
 
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 20))
 RECIPES = {
-    "brackets": ("[" * 20_000, "is no YAML"),
-    "braces": ("{a: " * 20_000, "is no YAML"),
+    "brackets": ("[" * 20_000, "is not YAML"),
+    "braces": ("{a: " * 20_000, "is not YAML"),
     "aliases": (BOMB, "an alias .* is not taken"),
-    "a number of 5,000 digits": ("seed: " + "9" * 5000, "is no YAML"),
+    "a number of 5,000 digits": ("seed: " + "9" * 5000, "is not YAML"),
     "too long": ("# " + "x" * (1 << 20), "more than 1,048,576 bytes"),
 }
 
@@ -533,17 +533,17 @@ RECIPES = {
 def test_a_recipe_that_is_none_is_one_line(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(UserError, match=message) as error:
-        read_recipe(tmp_path / "r.yaml", ["seed"])
+        read_recipe(tmp_path / "r.yaml")
     assert "\n" not in str(error.value)
     if text is BOMB:
         with pytest.raises(UserError, match=r"/dev/zero has more than"):
-            read_recipe(Path("/dev/zero"), ["seed"])
+            read_recipe(Path("/dev/zero"))
 
 
 @pytest.mark.parametrize("key", ["model.vision.num_layers", "model.text.num_layers", "model.text.hidden_size"])
-def test_a_model_that_no_machine_holds_is_refused(key: str, catalogue: Path) -> None:
-    with pytest.raises(UserError, match=rf"^{key} is 1000000000\. It must be at most 10*,?0"):
-        config.check(changed(tiny_config(catalogue, UNUSED), key, 1_000_000_000), 1)
+def test_a_model_that_no_machine_holds_is_refused(key: str) -> None:
+    with pytest.raises(UserError, match=rf"^{key} is 1000000000\. It must be an int from 1 to 1(0,000,000|,000)"):
+        config.parse([f"--{key}=1000000000"])
 
 
 def test_a_run_folder_with_such_a_model_is_refused(catalogue: Path, tmp_path: Path) -> None:
@@ -556,10 +556,10 @@ def test_a_run_folder_with_such_a_model_is_refused(catalogue: Path, tmp_path: Pa
 def test_an_input_size_that_no_machine_holds_is_refused() -> None:
     values = PreprocessSpec().to_dict()
     for size in (10**12, 8193, 0, 3.5, "224", None, [1]):
-        with pytest.raises(UserError, match=r"image_size must lie in 1\.\.8192"):
+        with pytest.raises(UserError, match=r"preprocess\.image_size is .* It must be an int from 1 to 8,192"):
             PreprocessSpec.from_dict({**values, "image_size": size})
     for name, value in (("mean", [float("nan"), 0, 0]), ("mean", "abc"), ("crop_scale", [1]), ("flip", "x")):
-        with pytest.raises(UserError, match="preprocess: "):
+        with pytest.raises(UserError, match=r"^preprocess\."):
             PreprocessSpec.from_dict({**values, name: value})
 
 

@@ -73,7 +73,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
             json.loads(file.read_text()) | {"padding": {**padded, "pad_to_multiple_of": None}, "truncation": cut}
         )
     )
-    shutil.copytree(hub / "siglip2", hub / "framed")  # the hub's template has an end alone, and its class is Gemma's
+    shutil.copytree(hub / "siglip2", hub / "framed")  # the hub's template has only an end, and its class is Gemma's
     text = (hub / "framed" / "tokenizer_config.json").read_text().replace("Siglip2Tokenizer", "GemmaTokenizer")
     (hub / "framed" / "tokenizer_config.json").write_text(text)
     file = hub / "framed" / "tokenizer.json"
@@ -125,7 +125,8 @@ def test_ids_are_those_of_transformers(hub: Path, kind: str) -> None:
         rows = TokenStore.encode(tokenizer, {"title": TEXTS}).batch(np.arange(len(TEXTS)), 12, ("title",))
         right = {"padding": "max_length", "max_length": 12, "truncation": True, "padding_side": "right"}
         assert rows.tolist() == theirs(TEXTS, **right)["input_ids"]
-    # What stands for a special token in a text is text; nor does an unknown character end one (CLIP's [UNK] is its end).
+    # What stands for a special token in a text is text; nor does an unknown character end one (CLIP's [UNK] is its
+    # end).
     never = set(special.ids) - {special.unk} | {special.pad, special.eos}
     assert not set(tokenizer.encode(FORGED + " \u2603")) & never
     if kind not in ("xlmr", "siglip"):
@@ -177,10 +178,10 @@ def test_what_cannot_be_kept_is_named(hub: Path, tmp_path: Path) -> None:
 
     refused("has no tokenizer.* It can be a run")
     refused(r"has vocab\.txt, but no tokenizer\.json.*save_pretrained", vocab_txt=b"[PAD]\n")
-    refused(r"spiece\.model: no SentencePiece model", spiece_model=b"nothing")
+    refused(r"spiece\.model: not a SentencePiece model", spiece_model=b"nothing")
     shutil.copyfile(hub / "siglip" / "spiece.model", tmp_path / "sentencepiece.bpe.model")
     refused(r"sentencepiece\.bpe\.model: its first pieces are not")
-    refused(r"tokenizer\.json: no tokenizer\.json of the tokenizers library", tokenizer_json=b'{"model": 1}')
+    refused(r"tokenizer\.json: not a tokenizer\.json of the tokenizers library", tokenizer_json=b'{"model": 1}')
     text = (hub / "bert" / "tokenizer.json").read_text().replace("[PAD]", "[FILL]")
     refused(r"does not say which of its tokens is pad.*\(pad_token\)", tokenizer_json=text.encode())
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": "[FILL]"}}))
@@ -241,7 +242,7 @@ def test_a_vocabulary_of_absurd_ids_or_without_a_piece_for_what_is_unknown_is_to
     del text["model"]["vocab"]["absurd"], text["model"]["vocab"]["[UNK]"]
     text["added_tokens"] = [token for token in text["added_tokens"] if token["content"] != "[UNK]"]
     (folder / "tokenizer.json").write_text(json.dumps(text))
-    with pytest.raises(UserError, match=r"tokenizer\.json: no tokenizer\.json of the tokenizers library"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer\.json of the tokenizers library"):
         read_imported(folder)
 
 

@@ -206,9 +206,9 @@ def fitted(aligned: bool) -> Item:
     """With an alignment of its views to products of another seed, if there is one."""
     item = build_item(replace(PATCHED, aligned=aligned), PlainBuilder(), None)
     item.towers.eval()
-    if item.alignment is not None:
+    if item.towers.alignment is not None:
         vectors = item.both_views(products(9, 8)).double()
-        item.alignment.fit(torch.tensor(9.0).double(), vectors.sum(0), vectors.T @ vectors, 1e-3)
+        item.towers.alignment.fit(torch.tensor(9.0).double(), vectors.sum(0), vectors.T @ vectors, 1e-3)
     return item
 
 
@@ -270,8 +270,6 @@ def test_configuration_errors_name_the_key() -> None:
     none = ItemWeights(**dict.fromkeys(vars(PATCHED.weights), 0.0))
     bad = {
         "model.weights": replace(PATCHED, weights=none),
-        "model.weights.gmim": replace(PATCHED, weights=ItemWeights(gmim=-1)),
-        "model.global_targets": replace(PATCHED, global_targets="none"),
         "model.vision.patch_size": replace(PATCHED, vision=PatchConfig(image_size=IMAGE, patch_size=5)),
         "model.text.num_attention_heads": replace(PATCHED, text=replace(PATCHED.text, num_attention_heads=1)),
     }

@@ -1,4 +1,6 @@
-"""A command that was killed before any of its file operations, run again, ends as an undisturbed one: nothing doubled, nothing left."""
+"""A command that was killed before any of its file operations, run again, ends as an undisturbed one: nothing doubled,
+nothing left.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ def kill(folder: Path, every: int, *names: str) -> str:
     """Kills these commands before every `every`-th operation; what tests/kills.py found."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.kills", str(folder), str(every), *names],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
     return done.stdout

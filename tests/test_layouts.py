@@ -1,4 +1,6 @@
-"""One run at every layout: from one seed checkpoint the same losses; stopped and resumed the same digits; saved anywhere, loaded anywhere."""
+"""One run at every layout: from one seed checkpoint the same losses; stopped and resumed the same digits; saved
+anywhere, loaded anywhere.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from harness.core.errors import UserError
-from harness.train import checkpoint
+from harness.train import checkpoint_files
 from harness.train.config import parse
 from models.merge import merged_state_dict
 from tests.pool import ranks
@@ -54,7 +56,9 @@ def losses(
 
 
 def states(catalogue: Path, run: Path, settings: dict[str, Any], tensor_parallel: int) -> dict[str, Any]:
-    """Everything that a loaded checkpoint holds, joined over the ranks: weights, rows, their optimizer state, positions."""
+    """Everything that a loaded checkpoint holds, joined over the ranks: weights, rows, their optimizer state,
+    positions.
+    """
     with trainer(tiny_config(catalogue, run, **settings), tensor_parallel, ready=False) as t:
         head = t.method.head
         joined = {name: checkpoint_rows(head, value) for name, value in t.rows.row_state().items()}
@@ -71,7 +75,7 @@ def states(catalogue: Path, run: Path, settings: dict[str, Any], tensor_parallel
             **joined,
             "log_decay": t.rows.log_decay,
             "step": t.step,
-            "ledger": t.ledger,
+            "ledger": t.ledger.total,
             "adam_steps": sorted(set(adam)),
             "moments": moments,
         }
@@ -193,15 +197,15 @@ def test_the_newest_complete_checkpoint_is_taken(seeded: tuple[Path, Path], tmp_
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    path, passed_over = checkpoint.newest(folder)
+    path, passed_over = checkpoint_files.newest(folder)
     assert path == folder / "step-00000002"
     assert "step-00000004.tmp: never finished" in passed_over
     assert any("step-00000003" in line and "checksum" in line for line in passed_over)
     assert ranks(1).run(states, catalogue, run, settings, 1)[0]["step"] == 2
     (folder / "step-00000002/manifest.json").unlink()
-    assert checkpoint.newest(folder)[0] == folder / "step-00000001"
-    with pytest.raises(UserError, match="is no checkpoint"):
-        checkpoint.read_state(folder)
+    assert checkpoint_files.newest(folder)[0] == folder / "step-00000001"
+    with pytest.raises(UserError, match="is not a checkpoint"):
+        checkpoint_files.read_state(folder)
 
 
 @pytest.mark.full
@@ -258,7 +262,7 @@ def test_what_does_not_divide_is_one_line_before_any_process_group(
 
 
 def first_moments(catalogue: Path, run: Path, settings: dict[str, Any]) -> tuple[float, float]:
-    """After one step from nothing: (norm of AdamW's first moments over towers and rows, gradient norm before clipping)."""
+    """After one step from scratch: (norm of AdamW's first moments, gradient norm before clipping)."""
     with trainer(tiny_config(catalogue, run, **settings)) as t:
         norm = t.train_step(t.loader.load(0)).norm
         moments = [e["exp_avg"] for part in t.towers._parts for e in part.optimizer.state.values()]
@@ -271,7 +275,7 @@ def first_moments(catalogue: Path, run: Path, settings: dict[str, Any]) -> tuple
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_one_norm_clips_towers_and_rows_alike(world: int, catalogue: Path, tmp_path: Path) -> None:
-    """From nothing, a first moment is (1 - beta1) x the clipped gradient, so all of them together have that norm."""
+    """From scratch, a first moment is (1 - beta1) x the clipped gradient, so all of them together have that norm."""
     for name, clip in (("clipped", 0.01), ("whole", 0.0)):
         settings = {**SETTINGS, "optimizer.clip_norm": clip, "optimizer.rows.betas": [0.9, 0.999]}
         moments, norm = ranks(world).run(first_moments, catalogue, tmp_path / name, settings)[0]

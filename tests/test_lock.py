@@ -1,4 +1,6 @@
-"""One process at a time in a folder: the second is told by whom, a dead one holds nobody up, and what is not ours stays."""
+"""One process at a time in a folder: the second is told by whom, a dead one holds nobody up, and what is not ours
+stays.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,7 @@ def test_the_second_is_told_by_whom(tmp_path: Path) -> None:
     assert not file.exists()
     with locked(file, "the folder"), pytest.raises(UserError, match=f"process {os.getpid()}"), locked(file, "it"):
         pass
-    assert not file.parent.exists(), "made for the lock alone"
+    assert not file.parent.exists(), "made only for the lock"
 
 
 def test_the_lock_of_a_killed_process_holds_nobody_up(tmp_path: Path) -> None:
@@ -99,7 +101,7 @@ def test_the_lock_of_a_killed_process_holds_nobody_up(tmp_path: Path) -> None:
 
 
 def test_a_lock_that_its_holder_removes_just_now_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between opening and locking the file, its holder ends: what is locked must be the file that the next one finds."""
+    """Between opening and locking the file, its holder ends: the locked file must be the one that the next finds."""
     file, flock, ended = tmp_path / ".lock", fcntl.flock, []
 
     def late(handle: int, how: int) -> None:
@@ -162,7 +164,7 @@ def test_the_life_of_another_hosts_process_is_watched(
 def test_a_file_that_is_no_lock_is_not_written(tmp_path: Path, content: str) -> None:
     file, target = tmp_path / ".lock", tmp_path / "precious"
     file.write_text(content)
-    with pytest.raises(UserError, match=r"\.lock is no lock of ours"), locked(file, "it"):
+    with pytest.raises(UserError, match=r"\.lock is not a lock of ours"), locked(file, "it"):
         pass
     assert file.read_text() == content
     file.unlink()
@@ -258,7 +260,7 @@ os.rename = kill
     capsys.readouterr()
     with held(final):
         assert (final / "a").read_text() == "old"
-    assert capsys.readouterr().out == f"{final}: cleared away what a process that was killed left in out.tmp\n"
+    assert capsys.readouterr().out == f"{final}: cleared away leftovers of a killed process in out.tmp\n"
     assert os.listdir(tmp_path) == ["out"]
     with pytest.raises(UserError, match="out exists already"), staged_folder(final):
         pass
@@ -403,7 +405,7 @@ sys.exit(main())
 
 @pytest.mark.full
 def test_of_two_trainings_and_two_exports_one_runs(catalogue: Path, tmp_path: Path) -> None:
-    """As a user starts them, the second under torchrun: exit code 2 and one line; the first is as if nothing had been."""
+    """As a user starts them, the second under torchrun: exit code 2 and one line; the first goes on undisturbed."""
     run, out = tmp_path / "run", tmp_path / "out"
     settings = arguments(catalogue, run, **{"train.steps": 3})
     torchrun = [sys.executable, "jobs/torchrun.py", "--standalone", "--nproc-per-node", "2", "-m", "harness"]

@@ -199,7 +199,9 @@ def check_matching() -> None:
 
 
 def test_the_hardest_negative_is_another_readable_unrelated_product() -> None:
-    """Products of which nothing is known are not related even to themselves; where all are related there is no negative."""
+    """Products of which nothing is known are not related even to themselves; where all are related there is no
+    negative.
+    """
     ranks(1).run(check_matching)
 
 
@@ -259,7 +261,7 @@ OWN = {
 
 @pytest.mark.full
 def test_a_term_of_weight_0_has_no_gradient() -> None:
-    """All weights but one at 0 leave that term's; QIC alone is then the baseline, which only reaches the towers."""
+    """All weights but one at 0 leave that term's; with only QIC it is the baseline, which only reaches the towers."""
     every = [prefix for prefixes in OWN.values() for prefix in prefixes]
     for name in vars(AM_SOFTMAX.weights):
         weights = MakeWeights(**{other: float(other == name) for other in vars(AM_SOFTMAX.weights)})
@@ -294,11 +296,9 @@ def test_padding_is_not_seen() -> None:
 def test_configuration_errors_name_the_key() -> None:
     assert not AM_SOFTMAX.errors(2)
     bad = {
-        "model.modalities": replace(AM_SOFTMAX, modalities="both"),
         "model.mpm_patches": replace(AM_SOFTMAX, mpm_patches=17),
         "model.weights are all 0": replace(AM_SOFTMAX, weights=MakeWeights(**dict.fromkeys(vars(MakeWeights()), 0.0))),
         "model.query.pooling": replace(AM_SOFTMAX, query=replace(AM_SOFTMAX.query, pooling="none")),
-        "model.weights.qim": replace(AM_SOFTMAX, weights=MakeWeights(qim=-1.0)),
         "model.fusion.num_attention_heads": replace(
             AM_SOFTMAX, fusion=TransformerShape(hidden_size=24, num_attention_heads=3)
         ),

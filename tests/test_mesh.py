@@ -18,10 +18,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from harness.core import device
 from harness.core.errors import UserError
-from harness.core.mesh import Mesh, MeshConfig, check_layout, parallel_state
+from harness.core.mesh import Mesh, MeshConfig, check_layout
+from models import megatron_cpu
 from tests import pool
 from tests.pool import layout, ranks
 from tests.runs import UNUSED, tiny_config, trainer
+
+megatron_cpu.install()
+
+from megatron.core import parallel_state  # noqa: E402
 
 
 def streams(step: int) -> tuple[int, int, tuple[float, ...], tuple[float, ...]]:
@@ -56,7 +61,9 @@ def test_a_layout_that_does_not_divide() -> None:
 
 @pytest.fixture
 def pretend_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], list[int]]]:
-    """pretend_world(rank, size): this process is that rank of a world in which nothing is sent; the list gets the size of every group it asks for."""
+    """pretend_world(rank, size): this process is that rank of a world in which nothing is sent; the list gets the size
+    of every group it asks for.
+    """
 
     def join(rank: int, size: int) -> list[int]:
         asked: list[int] = []
@@ -155,7 +162,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., st
         for number in range(gpus):
             (tmp_path / f"nvidia{number}").touch()
         (tmp_path / "version").write_text(
-            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC version: 12.2.0\n"
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n"
+            "GCC version: 12.2.0\n"
         )
         monkeypatch.setattr(device, "DEVICE_FILES", tmp_path)
         monkeypatch.setattr(device, "DRIVER_FILE", tmp_path / "version")
@@ -190,8 +198,6 @@ def test_never_the_cpu_in_silence_nor_a_gpu_that_is_not_there(machine: Callable[
     for wanted in ("auto", "cuda"):
         says(machine(wanted, gpus=1), "driver 550.54.15", "CUDA 13.0", "driver 580", "--mesh.device cpu")
     says(machine("cuda", gpus=1, CUDA_VISIBLE_DEVICES=""), "CUDA_VISIBLE_DEVICES='' hides")
-    with pytest.raises(UserError, match=r"mesh.device is 'gpu'. It can be auto, cuda, cpu"):
-        check_layout(MeshConfig(device="gpu"), 1)
 
 
 def test_deterministic_kernels_and_precision_are_switched_on_and_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +281,7 @@ def test_any_seed_below_two_to_the_63_runs(seed: int, catalogue: Path) -> None:
 
 @pytest.mark.parametrize("key", ["seed", "head.seed"])
 def test_a_seed_that_is_negative_or_too_large_is_refused(key: str, catalogue: Path) -> None:
-    with pytest.raises(UserError, match=rf"^{key} is -1. It must not be negative"):
+    with pytest.raises(UserError, match=rf"^{key} is -1. It must be an int, at least 0"):
         tiny_config(catalogue, UNUSED, **{key: -1})
     with pytest.raises(UserError, match=rf"^{key} is 9223372036854775808. It must be at most 2\*\*63 - 1"):
         tiny_config(catalogue, UNUSED, **{key: 2**63})

@@ -1,4 +1,6 @@
-"""Gradients that are reduced while backward runs are those of a reduction afterwards, for every recipe and every row of every ablation."""
+"""Gradients that are reduced while backward runs are those of a reduction afterwards, for every recipe and every row of
+every ablation.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,11 @@ import torch
 from torch import nn
 
 from harness.core.cli import leaves
-from harness.core.errors import UserError
 from harness.train import optimizer
 from harness.train.config import parse
 from harness.train.overlap import OverlappedReduction
 from jobs import ablate
-from tests.measured import config_of, step_of, trainer
+from tests.measured import step_of, trainer
 from tests.pool import layout, ranks
 
 ROOT = Path(__file__).parents[1]
@@ -98,7 +99,7 @@ FEW = ("oclear_demo", "make_fashion", "oclear: image only")
 def test_gradients_reduced_while_backward_runs_are_those_reduced_afterwards(name: str) -> None:
     assert (
         max(ranks(2).run(check_same, runs()[name])) < 1e-6
-    )  # a gradient of one rank alone makes 1e-3, the learning rate
+    )  # a gradient of only one rank makes 1e-3, the learning rate
 
 
 class Group:
@@ -127,7 +128,9 @@ class Group:
 
 @pytest.fixture
 def driven() -> tuple[OverlappedReduction, list[Group], list[nn.Parameter], list[str]]:
-    """Three groups of two parameters after a first step in which the last parameter of the first and both of the second got no gradient."""
+    """Three groups of two parameters after a first step in which the last parameter of the first and both of the second
+    got no gradient.
+    """
     log: list[str] = []
     p = [nn.Parameter(torch.zeros(1)) for _ in range(6)]
     groups = [Group(name, p[2 * i : 2 * i + 2], log) for i, name in enumerate("abc")]
@@ -175,8 +178,3 @@ def test_a_gradient_that_comes_after_its_reduction_ends_the_run(driven: Any, lat
     groups[late // 2].got(p[late])
     with pytest.raises(RuntimeError, match=f"^p{late}: .*optimizer.overlap to never"):
         reduction.finish()
-
-
-def test_an_unknown_overlap_is_refused() -> None:
-    with pytest.raises(UserError, match=r"optimizer\.overlap is 'on'; it can be auto, always, never"):
-        config_of({"optimizer.overlap": "on"}, 1)

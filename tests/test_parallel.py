@@ -1,4 +1,6 @@
-"""Sequence parallelism and recomputation change memory, not results: outputs and all gradients equal the plain twin's in float64."""
+"""Sequence parallelism and recomputation change memory, not results: outputs and all gradients equal the plain twin's
+in float64.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class Towers(nn.Module):
         self.vision, self.text = nn.ModuleList(vision), nn.ModuleList(text)
 
     def forward(self, images: Tensor, tokens: Tensor) -> list[Tensor]:
-        """All that the towers give for images [b, 3, 32, 32] and tokens [b, L]; the first tower twice, as methods with several inputs do."""
+        """All that the towers give for images [b, 3, 32, 32] and tokens [b, L]; the first tower twice, as methods with
+        several inputs do.
+        """
         found = []
         for tower in self.vision:
             side = tower.config.image_size
@@ -73,7 +77,9 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 
 def weighted(outputs: list[Tensor], rank: int = 0, size: int = 1) -> Tensor:
-    """A sum over the samples in which every output element counts differently; `outputs` are those of one of `size` equal parts of the batch."""
+    """A sum over the samples in which every output element counts differently; `outputs` are those of one of `size`
+    equal parts of the batch.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for i, output in enumerate(outputs):
         weights = torch.randn(
@@ -116,7 +122,9 @@ def check_against_plain(tensor_parallel: int, ways: list[tuple[bool, str]]) -> N
 
 @pytest.mark.parametrize(("world", "tensor_parallel"), LAYOUTS)
 def test_outputs_and_all_gradients_equal_the_plain_twin(world: int, tensor_parallel: int) -> None:
-    """Every layout x sequence parallelism x recomputation; the selective one, which no data-parallel rank sees, at one layout of each kind."""
+    """Every layout x sequence parallelism x recomputation; the selective one, which no data-parallel rank sees, at one
+    layout of each kind.
+    """
     ways = [(sequence, recompute) for sequence in {False, tensor_parallel > 1} for recompute in ("none", "full")]
     ways += [(tensor_parallel > 1, "selective")] if world < 4 else []
     ranks(world).run(check_against_plain, tensor_parallel, ways)
@@ -126,7 +134,9 @@ DROPPING = {"dropout": 0.1, "attention_dropout": 0.2, "drop_path": 0.3}
 
 
 def one_pass(mesh: Any, sequence: bool, recompute: str) -> list[Tensor]:
-    """Loss and all gradients of one pass in training, float32, and the next random numbers of torch and of the tracked stream."""
+    """Loss and all gradients of one pass in training, float32, and the next random numbers of torch and of the tracked
+    stream.
+    """
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     towers = built(mesh, sequence, recompute, DROPPING)
@@ -180,7 +190,9 @@ def test_recomputation_keeps_less() -> None:
 
 
 def dropped(rates: dict[str, float]) -> Tensor:
-    """In a pool of one tensor-parallel group: what a sequence-parallel block makes of 4 tokens that are all alike [4, 64, 32]."""
+    """In a pool of one tensor-parallel group: what a sequence-parallel block makes of 4 tokens that are all alike [4,
+    64, 32].
+    """
     from models.transformer import MegatronBuilder
 
     with layout(dist.get_world_size()) as mesh:
@@ -194,13 +206,15 @@ def dropped(rates: dict[str, float]) -> Tensor:
 def test_drop_path_drops_a_sample_on_all_ranks_and_dropout_differs_between_their_tokens() -> None:
     first, second = ranks(2).run(dropped, {"drop_path": 0.5})
     assert torch.equal(first, second)
-    torch.testing.assert_close(first, first[:1].expand_as(first), msg="a sample was dropped on one rank alone")
+    torch.testing.assert_close(first, first[:1].expand_as(first), msg="a sample was dropped on one rank only")
     first, _ = ranks(2).run(dropped, {"dropout": 0.5})
     assert (first[0] != first[2]).any(-1).all(), "both ranks dropped the same channels"
 
 
 def check_mappings() -> None:
-    """The mappings that the towers stand on, forward and backward, against what they mean for the sum of all ranks' losses."""
+    """The mappings that the towers stand on, forward and backward, against what they mean for the sum of all ranks'
+    losses.
+    """
     from megatron.core import tensor_parallel as tp
 
     with layout(dist.get_world_size()) as mesh:
@@ -256,7 +270,8 @@ CLIP = 0.5
 
 
 def check_updates(tensor_parallel: int, sequence: bool) -> None:
-    from harness.train.optimizer import OptimizerConfig, TowerOptimizer
+    from harness.train.optimizer import TowerOptimizer
+    from harness.train.schedule import OptimizerConfig
 
     with layout(tensor_parallel) as mesh:
         towers = built(mesh, sequence, "none")
@@ -303,9 +318,10 @@ def test_sharded_clipped_adamw_equals_the_plain_one(world: int, tensor_parallel:
 
 
 def check_state_of_torch_adamw(folder: Path) -> None:
-    """What megatron-core's distributed optimizer gets wrong on top of torch's AdamW, mended in harness/train/optimizer.py."""
+    """Errors of megatron-core's distributed optimizer on top of torch's AdamW, fixed in harness/train/optimizer.py."""
     from harness.train import checkpoint
-    from harness.train.optimizer import OptimizerConfig, TowerOptimizer
+    from harness.train.optimizer import TowerOptimizer
+    from harness.train.schedule import OptimizerConfig
 
     with layout(2) as mesh:
         images, tokens = inputs()

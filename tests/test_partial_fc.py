@@ -1,4 +1,6 @@
-"""Partial FC's scheme, stated anew for the benchmark, beside our head in float64: equal where both mean the same, else known to differ."""
+"""Partial FC's scheme, as rewritten for the benchmark, beside our head in float64: equal where both mean the same, else
+different in known ways.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def check_both(config: ClassHeadConfig, batch: int) -> tuple[float, float, float]:
-    """How far Partial FC's loss, embedding gradients and row gradients are off ours; `batch` samples a rank, the same active rows."""
+    """Differences of Partial FC's loss, embedding gradients and row gradients from ours; `batch` samples a rank, the
+    same active rows.
+    """
     with layout() as mesh:
         head = ClassParallelHead(config, mesh.row_group, mesh.dp, dtype=torch.float64)
         theirs = PartialFC(head.rows.clone(), head.start, config.margin, config.scale, 0.5, mesh.row_group)
@@ -99,7 +103,9 @@ def test_partial_fc_loses_the_loss_that_ours_tells() -> None:
 
 
 def check_step() -> tuple[list[int], int, int, int]:
-    """What its own sampling and torch's AdamW do in a step: sampled rows' ids, rows with a gradient, rows changed, positives among them."""
+    """A step with its own sampling and torch's AdamW: sampled rows' ids, rows with a gradient, rows changed, positives
+    among them.
+    """
     with layout() as mesh:
         torch.manual_seed(mesh.rank)
         rows, start = torch.randn(100, D), 100 * mesh.rank

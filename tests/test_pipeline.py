@@ -17,9 +17,9 @@ from PIL import Image, ImageOps
 
 from harness.core.errors import UserError
 from harness.data import nvjpeg
+from harness.data.backends import open_pipeline
 from harness.data.decode_dali import ImagePipeline
 from harness.data.decode_pillow import ReferencePipeline
-from harness.data.loader import open_pipeline
 from harness.data.preprocess import PreprocessSpec, draw_parameters
 from tests.runs import tiny_config, trainer
 
@@ -153,21 +153,6 @@ def test_specification_survives_json_and_refuses_nonsense():
     assert PreprocessSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
     with pytest.raises(UserError, match="missing or unknown: sharpness"):
         PreprocessSpec.from_dict({**spec.to_dict(), "sharpness": 1})
-    for field, value in {
-        "image_size": 0,
-        "mean": (0.0,),
-        "std": (1.0, 0.0, 1.0),
-        "crop_scale": (0.5, 1.5),
-        "crop_ratio": (2.0, 1.0),
-        "flip": 1.5,
-        "brightness": -0.1,
-        "contrast": 2.0,
-        "saturation": float("nan"),
-        "hue": 0.6,
-        "eval_crop": 0.0,
-    }.items():
-        with pytest.raises(UserError, match=f"preprocess: {field} must"):
-            PreprocessSpec(**{field: value})
 
 
 # ---------------------------------------------------------------- DALI against the twin
@@ -379,7 +364,7 @@ class Queue:
 
 
 class Memory:
-    """DALI's: a buffer that nobody holds any more is written over by the next run, whatever is still queued to read it."""
+    """DALI's: the next run overwrites a buffer that nobody holds, even if a queued operation still reads it."""
 
     def __init__(self, pipeline):
         self.pipeline, self.buffers, self.streams = pipeline, [], []
@@ -438,7 +423,8 @@ def test_a_buffer_lives_until_the_colour_step_has_read_it(monkeypatch):
     for step, (images, right) in enumerate(zip(found, wanted, strict=True)):
         assert torch.equal(images, right), f"batch {step}"
     assert all(holder() is None for _, holder in memory.buffers), "nor does a buffer live for ever"
-    before, bad = len(memory.buffers), encoded[0][0][:150] + bytes(100) + encoded[0][0][250:]
+    counts = encoded[0][0].index(b"\xff\xc4") + 5  # of a Huffman table: only a decoder sees that they are wrong
+    before, bad = len(memory.buffers), encoded[0][0][:counts] + b"\xff" * 16 + encoded[0][0][counts + 16 :]
     monkeypatch.setattr(pipeline, "_pipeline", memory)
     pipeline.decode([*encoded[0], bad], parameters(spec, [(40, 30)] * 4))
     assert len(memory.buffers) > before + 1, "a bad image makes several runs of a call"

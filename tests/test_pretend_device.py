@@ -1,4 +1,6 @@
-"""A whole training step of every method on a device that is not the CPU: nothing in it may lie on the host by oversight."""
+"""A whole training step of every method on a device that is not the CPU: nothing in it may lie on the host by
+oversight.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ def check_step(name: str, tensor_parallel: int) -> None:
             found, moved = two_steps(trainer(recipe, recipe["num_classes"], mesh), mesh, recipe["num_classes"])
         wanted, wanted_move = two_steps(trainer(recipe, recipe["num_classes"], mesh), mesh, recipe["num_classes"])
     bf16 = "train.precision" in recipe
-    # Attention is another kernel there: rounding differs, and AdamW makes a full step of a gradient that is nothing but rounding.
+    # Attention is another kernel there: rounding differs, and AdamW makes a full step of a gradient that is nothing but
+    # rounding.
     assert found == pytest.approx(wanted, rel=3e-2 if bf16 else 1e-3)
     assert wanted_move.norm() > 0 and (bf16 or (moved - wanted_move).norm() <= 0.2 * wanted_move.norm())
 
@@ -90,7 +93,7 @@ def test_a_tensor_of_the_batch_that_stays_on_the_host_fails_the_step(name: str) 
 
 
 def refusals() -> dict[str, str]:
-    """What is not to be had, and why."""
+    """Missing devices, and the reasons."""
     host, found = torch.ones(3), {}
     with layout() as mesh, Pretend():
         x = torch.ones(3, device=DEVICE)

@@ -22,7 +22,7 @@ SHARDS = {1: ([61], [203]), 2: ([61, 0], [40, 163]), 3: ([7, 0, 54], [0, 130, 73
 
 
 def everything() -> tuple[Embedded, Embedded]:
-    """Queries and documents with distractors, labels of neither side alone, and many equal scores."""
+    """Queries and documents with distractors, labels that only one side has, and many equal scores."""
     rng = np.random.default_rng(3)
     vectors = rng.standard_normal((QUERIES + DOCUMENTS, DIM))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -40,7 +40,9 @@ def everything() -> tuple[Embedded, Embedded]:
 
 
 def own_queries() -> Embedded:
-    """61 of the documents as queries that bear their ids: relevant to themselves, some with an equal document of another id."""
+    """61 of the documents as queries that bear their ids: relevant to themselves, some with an equal document of
+    another id.
+    """
     _, documents = everything()
     rows = torch.tensor([*range(30), *range(50, 75), *range(100, 105), DOCUMENTS - 1])
     return Embedded(documents.vectors[rows], documents.ids[rows], documents.labels[rows])

@@ -1,5 +1,6 @@
-"""The row-sparse AdamW: dense torch AdamW at rate 1, a dense reference of the stated schedule below; 8-bit moments; bf16 rows; the Triton kernel
-under its interpreter against its plain-torch twin; rows as a GPU draws them."""
+"""The row-sparse AdamW: dense torch AdamW at rate 1, a dense reference of the stated schedule below; 8-bit moments;
+bf16 rows; the Triton kernel under its interpreter against its plain-torch twin; rows as a GPU draws them.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +54,9 @@ def test_rows_equal_torch_adamw_when_all_are_active(n: int) -> None:
 
 
 class Dense:
-    """The stated schedule, every row in every step: decay always; moments and bias correction only where the row is active."""
+    """The stated schedule, every row in every step: decay always; moments and bias correction only where the row is
+    active.
+    """
 
     def __init__(self, rows: torch.Tensor, config: RowOptimizerConfig) -> None:
         self.rows, self.config = rows.clone(), config
@@ -213,7 +216,9 @@ def test_bf16_rounding_is_unbiased_and_to_a_neighbour() -> None:
 
 
 def test_eight_bit_moments_follow_the_exact_ones() -> None:
-    """1,000 steps of gradients whose size differs 100-fold between columns and falls 10-fold: the moments end where the exact ones do."""
+    """1,000 steps of gradients whose size differs 100-fold between columns and falls 10-fold: the moments end where the
+    exact ones do.
+    """
     n, d, steps = 64, 64, 1_000
     sizes = torch.logspace(-2, 0, d)
     exact, rounded = (torch.zeros(n, d) for _ in range(2))
@@ -232,13 +237,10 @@ def test_eight_bit_moments_follow_the_exact_ones() -> None:
     assert float((rounded - exact).norm() / exact.norm()) < 0.15  # each update is 7 % off, without bias
 
 
-def test_wrong_formats_are_named() -> None:
-    assert "optimizer.rows.state is '4bit'" in RowOptimizerConfig(state="4bit").errors("optimizer.rows")[0]
-    assert "head.row_dtype is 'fp8'" in ClassHeadConfig(row_dtype="fp8").errors("head")[0]
-
-
 def triton_kernel() -> Any:
-    """The kernel; the interpreter's FMA (numpy's product and sum) and root give way to torch's: bits then do not hang on this processor."""
+    """The kernel; the interpreter's FMA (numpy's product and sum) and root give way to torch's: bits then do not hang
+    on this processor.
+    """
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     from kernels import row_update_triton

@@ -1,4 +1,4 @@
-"""Which classes a step draws: the same at every world size, in proportion, uniformly, independently of other steps and blocks."""
+"""Classes drawn by a step: equal at every world size, in proportion, uniform, independent of other steps and blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def drawn_classes(start: int, stop: int, rate: float, seed: int, step: int) -> torch.Tensor:
-    """What sampled_classes draws, without what it leaves empty."""
+    """The result of sampled_classes without its empty places."""
     ids = sampled_classes(start, stop, rate, seed, step, CPU)
     return ids[ids != -1]
 

@@ -1,4 +1,6 @@
-"""What a fresh machine installs: pyproject.toml, constraints.txt, requirements.lock and the Makefile agree, and name no registry."""
+"""Installation on a fresh machine: pyproject.toml, constraints.txt, requirements.lock and the Makefile agree, and name
+no registry.
+"""
 
 import fnmatch
 import os

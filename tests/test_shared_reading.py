@@ -14,8 +14,11 @@ import pytest
 import torch
 
 from harness.catalogue.catalogue import Catalogue
-from harness.data.loader import ImageReader, StepData, StepLoader, TextTokens, decoding_threads
+from harness.data.backends import decoding_threads
+from harness.data.images import ImageReader
+from harness.data.loader import StepLoader
 from harness.data.preprocess import PreprocessSpec
+from harness.data.step_data import StepData, TextTokens
 from models.batch import Batch, Reads
 from tests.pool import layout, ranks
 from tests.runs import UNUSED, tiny_config, trainer
@@ -43,7 +46,7 @@ def same(found: StepData, wanted: StepData) -> None:
 
 
 def steps_are_the_same(catalogue: Path, tensor_parallel: int, settings: dict[str, Any]) -> list[tuple[int, list[int]]]:
-    """On every rank: steps read alone and shared; how many images this rank read of each, and which were damaged."""
+    """On every rank: steps read alone and shared; numbers of images that this rank read, and the damaged ones."""
     config = tiny_config(catalogue, UNUSED, **settings)
     reads = Reads(text_length=config.model.text.max_length)
     found = []
@@ -116,7 +119,7 @@ def test_embedding_shares_the_reading_too(damaged: tuple[Path, list[int]]) -> No
 def trained(catalogue: Path, run: Path, tensor_parallel: int, settings: dict[str, Any]) -> int:
     with trainer(tiny_config(catalogue, run, **settings), tensor_parallel) as t:
         t.fit()
-        return t.bad_samples
+        return t.damaged.count
 
 
 def test_damage_counts_once_whoever_reads_it(damaged: tuple[Path, list[int]], tmp_path: Path) -> None:
@@ -153,7 +156,9 @@ class Stream:
 def test_the_training_stream_waits_for_what_was_read_ahead(
     catalogue: Path, tensor_parallel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU every step comes with the event after which its images are there, and their memory is not given away while they are read."""
+    """On a GPU every step comes with the event after which its images are there, and their memory is not given away
+    while they are read.
+    """
     config, stream = tiny_config(catalogue, UNUSED, **{"data.micro_batches": 2}), Stream()
     with closing(StepLoader(config.data, 1, Reads(text_length=8), 0, 1, CPU)) as loader:
         decode, made = loader._decode, []
@@ -203,12 +208,12 @@ def flops_of_a_run(catalogue: Path, run: Path, tensor_parallel: int) -> list[flo
     with (
         mock.patch("harness.train.flops.peak_flops", return_value=1e12),  # a CPU has none, so nothing would be counted
         trainer(config, tensor_parallel) as t,
-        mock.patch("harness.train.trainer.utilisation", utilisation),
+        mock.patch("harness.train.throughput.utilisation", utilisation),
     ):
         t.fit()
         reads = Reads(text_length=config.model.text.max_length)
         with closing(StepLoader(config.data, config.seed, reads, 0, 1, CPU)) as loader:
-            own = [t._flops.fixed + t._flops.texts(loader.load(step).texts) for step in range(4)]
+            own = [t.throughput.flops.fixed + t.throughput.flops.texts(loader.load(step).texts) for step in range(4)]
     assert logged == pytest.approx([sum(own[:2]) / 2, sum(own[2:]) / 2], rel=1e-12)
     return logged
 

@@ -1,4 +1,6 @@
-"""What a rank holds of the samples of an evaluation: numbers of all of them, texts of its own share, and those for a moment."""
+"""Memory of a rank for the samples of an evaluation: numbers of all of them, texts of its own share, and those only for
+a moment.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ from harness.artefact.flat_index import index_head
 from harness.catalogue.catalogue import Catalogue
 from harness.commands import tokenizer
 from harness.evaluate.attribute_queries import _as_one
-from harness.evaluate.category import chosen
 from harness.evaluate.coded import Coded, encoded
 from harness.evaluate.embed import ClassKeys, side_of
+from harness.evaluate.tasks.category import chosen
 from harness.text.tokenizer import TokenStore
 from tests.pool import ranks
 from tests.runs import UNUSED, tiny_config, trainer
@@ -87,7 +89,9 @@ def test_a_side_reads_its_rows_alone(catalogue: Path, at_once: int) -> None:
 
 
 def texts_encoded(catalogue: Path, other: Path) -> tuple[list[int], list[Any]]:
-    """In a pool: texts that this rank encoded for its own catalogue, changed titles and another's tokens; and all token rows."""
+    """In a pool: texts that this rank encoded for its own catalogue, changed titles and another's tokens; and all token
+    rows.
+    """
     config = tiny_config(catalogue, UNUSED, **{"evaluation.batch_size": 2, "evaluation.split": "test"})
     counts, rows = [], []
     with trainer(config, ready=False) as t:
@@ -101,7 +105,9 @@ def texts_encoded(catalogue: Path, other: Path) -> tuple[list[int], list[Any]]:
 
 
 def test_each_rank_encodes_its_own_texts_or_none(catalogue: Path, tmp_path: Path) -> None:
-    """6 documents in blocks of 2. What lies on the disk is taken where the run's tokenizer made it, and is what encoding would give."""
+    """6 documents in blocks of 2. What lies on the disk is taken where the run's tokenizer made it, and is what
+    encoding would give.
+    """
     other = shutil.copytree(catalogue, tmp_path / "other")
     tokenizer.run(tokenizer.TokenizerConfig(catalogue=other, vocab_size=40))
     for world, shares in ((1, [6]), (2, [2, 4]), (3, [2, 2, 2])):

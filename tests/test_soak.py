@@ -1,4 +1,4 @@
-"""Reading for long, and being stopped in the midst of it, leaves nothing behind: no memory, descriptor, thread or process."""
+"""Long reading, and its interruption, leave nothing behind: no memory, descriptor, thread or process."""
 
 from __future__ import annotations
 
@@ -35,10 +35,14 @@ def open_things() -> tuple[int, int, int]:
     return me.num_fds(), threading.active_count(), len(me.children(recursive=True))
 
 
+def no_server(_: int) -> bytes:
+    raise UserError("the server is gone")
+
+
 def read(catalogue: Path, backend: str, steps: int, fails: bool) -> None:
     with open_loader(catalogue, backend=backend, **SMALL) as loader:
         if fails:
-            loader.images._bytes = lambda _: (_ for _ in ()).throw(UserError("the server is gone"))  # type: ignore[method-assign]
+            loader.images._bytes = no_server  # type: ignore[method-assign]
         for _ in loader.steps(0, steps):
             pass
 
@@ -66,7 +70,8 @@ SCRIPT = """
     from pathlib import Path
     from tests.test_loop import open_loader
     from tests.test_soak import SMALL
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts with & is born deaf to it, and so are its children
+    # A shell starts background jobs deaf to it, and so are their children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with open_loader(Path(sys.argv[1]), backend=sys.argv[2], **SMALL) as loader:
         for step, _ in enumerate(loader.steps(0, 10**6)):
             if step == 5:
@@ -97,7 +102,7 @@ def test_ctrl_c_ends_a_reader(catalogue: Path, backend: str) -> None:
 
 
 def test_an_interrupt_leaves_no_lock_held_wherever_it_comes(catalogue: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C raises between any two bytecodes of the main thread; `close` must never wait for a lock that it left held."""
+    """Ctrl-C raises between any two bytecodes of the main thread; `close` must never wait for a lock left held."""
     with open_loader(catalogue, backend="reference", **SMALL) as loader:
         decoded = loader._decode(loader._plan(0))
     monkeypatch.setattr(StepLoader, "_plan", lambda *_: [])
@@ -108,7 +113,7 @@ def test_an_interrupt_leaves_no_lock_held_wherever_it_comes(catalogue: Path, mon
 
         def trace(frame: FrameType, event: str, _: object) -> Any:
             nonlocal count
-            if not frame.f_code.co_filename.endswith(("loader.py", "queue.py", "threading.py")):
+            if not frame.f_code.co_filename.endswith(("loader.py", "read_ahead.py", "queue.py", "threading.py")):
                 return None
             frame.f_trace_opcodes, frame.f_trace_lines = True, False
             count += event == "opcode"

@@ -1,4 +1,6 @@
-"""Shards on a real HTTP server: the same bytes, a bounded cache, patience with a server in trouble, one error where it stays in trouble."""
+"""Shards on a real HTTP server: the same bytes, a bounded cache, patience with a server in trouble, one error where it
+stays in trouble.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from harness.catalogue.catalogue import Catalogue, CorruptSample
 from harness.catalogue.store import LocalStore, ReadCache, RemoteStore
 from harness.commands import shards
 from harness.core.errors import UserError
-from harness.data.loader import ImageReader
+from harness.data.images import ImageReader
 from harness.data.preprocess import PreprocessSpec
 from tests.catalogues import make_catalogue
 
@@ -239,7 +241,9 @@ def test_the_cache_deletes_nothing_but_its_own(
 def test_a_catalogue_does_not_say_where_a_cache_is(
     placed: tuple[Path, Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A stranger's shards.json names a home as its cache, with no room in it: nothing there is read, written or deleted."""
+    """A stranger's shards.json names a home as its cache, with no room in it: nothing there is read, written or
+    deleted.
+    """
     catalogue, server = placed
     home = tmp_path / "home"
     (home / ".ssh").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The demo catalogue: the same bytes from any number of processes, honest splits, near-duplicates, a skewed click log."""
+"""The demo catalogue: equal bytes from any number of processes, honest splits, near-duplicates, skewed click log."""
 
 from __future__ import annotations
 
@@ -161,7 +161,9 @@ def test_an_existing_folder_is_kept(tmp_path: Path) -> None:
 
 
 def test_drawing_processes_end_with_a_killed_command(tmp_path: Path) -> None:
-    """They would wait for more work for ever; here they are killed amid theirs, and the next command clears away what they drew."""
+    """They would wait for more work for ever; here they are killed amid theirs, and the next command clears away what
+    they drew.
+    """
     out = tmp_path / "out"
     words = ["synth", str(out), *"--products 8 --photos 12 --held-out 1 --unseen 0 --workers 1".split()]
     command = [sys.executable, "-m", "harness", *words]

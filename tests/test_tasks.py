@@ -1,4 +1,6 @@
-"""Evaluation by tasks: text queries, same product and category, each against an oracle of a few plain lines; layouts, views and refusals."""
+"""Evaluation by tasks: text queries, same product and category, each against an oracle of a few plain lines; layouts,
+views and refusals.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,11 @@ from harness.commands.queries import QueriesConfig
 from harness.commands.queries import run as make_queries
 from harness.core.errors import UserError
 from harness.evaluate.attribute_queries import AttributeQueries, without_words
-from harness.evaluate.category import predicted
 from harness.evaluate.coded import Coded
 from harness.evaluate.embed import Side
 from harness.evaluate.evaluation import EvaluationConfig, Report
-from harness.text.product_queries import with_keywords
+from harness.evaluate.tasks.category import predicted
+from harness.text.catalogue_facts import prepared
 from harness.train.config import RunConfig, parse
 from tests.catalogues import draw_rows, make_catalogue, write_manifest
 from tests.pool import ranks
@@ -124,7 +126,7 @@ def config_of(catalogue: Path, run: Path, **overrides: Any) -> RunConfig:
     values = {**MAKE, **TASKS, "data.catalogue": catalogue, "run_dir": run, **overrides}
     words = [f"--{key}={v if isinstance(v, str | Path) else json.dumps(v)}" for key, v in values.items()]
     config, _ = parse(words)
-    return replace(config, model=with_keywords("make", config.model, catalogue))
+    return replace(config, model=prepared("make", config.model, catalogue))
 
 
 def evaluated(catalogue: Path, settings: dict[str, Any]) -> tuple[Report, dict[str, Any]]:
@@ -195,7 +197,8 @@ def test_tasks_equal_a_full_matrix(found: tuple[Report, Any]) -> None:
             for text, best, marks in report.panel:
                 q = queries.texts.index(str(text))
                 assert best == ids[rankings[q][:5]].tolist() and marks == relevant[q][rankings[q][:5]].tolist()
-    # The image of a product alone finds the other document of its class; among documents seen whole, by title, by image.
+    # The image of a product alone finds the other document of its class; among documents seen whole, by title, by
+    # image.
     classes = known["own both"].labels.numpy()
     relevant = classes[:, None] == np.concatenate([classes, np.full(7, -1)])[None]
     for seen in ("both", "title", "image"):
@@ -249,7 +252,8 @@ def test_category_is_predicted_from_vectors() -> None:
     assert [right[name] for name in names] == [1.0] * 4 and (right["queries"], right["documents"]) == (100, 160)
     chance = predicted(x, rng.permutation(y), asked, truth)
     assert all(0.1 < chance[name] < 0.4 for name in ("accuracy", "knn_accuracy"))
-    # What training did not show counts as wrong: three of four categories are right, each with no or half of its asked ones.
+    # What training did not show counts as wrong: three of four categories are right, each with no or half of its asked
+    # ones.
     unseen = predicted(x[y != "d"], y[y != "d"], asked, truth)
     assert unseen["accuracy"] == unseen["knn_accuracy"] == 0.75
     assert 0.6 <= unseen["macro_f1"] < 0.75, "of four categories, not of three"
@@ -282,7 +286,6 @@ def test_documents_that_are_asked_do_not_teach(catalogue: Path) -> None:
         ("item", {"views": ()}, "evaluation.views is empty"),
         ("make", {}, "evaluation.query_attributes is empty"),
         ("item", {"final_tasks": ("category",)}, "evaluation.category is empty"),
-        ("item", {"tasks": ("photo",), "batch_size": 0, "panel": -1}, "evaluation.batch_size must be at least 1"),
     ],
 )
 def test_configuration_errors_name_the_key(method: str, settings: dict[str, Any], message: str) -> None:
@@ -317,7 +320,9 @@ def test_documents_without_all_attributes_make_no_query() -> None:
 
 
 def test_tasks_are_logged_by_name(products: Path, tmp_path: Path) -> None:
-    """The first task's metrics stand under retrieval, those of others under their own names; final tasks are asked at the end."""
+    """The first task's metrics stand under retrieval, those of others under their own names; final tasks are asked at
+    the end.
+    """
     run = tmp_path / "run"
     settings = {"train.steps": 2, "train.evaluate_every": 1, "evaluation.views": ["both", "image"]}
     with trainer(config_of(products, run, **settings)) as t:

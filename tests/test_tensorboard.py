@@ -1,4 +1,4 @@
-"""What TensorBoard itself serves of two runs in one folder: read through its HTTP interface, and once in a browser."""
+"""TensorBoard's view of two runs in one folder: read through its HTTP interface, and once in a browser."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from harness.catalogue.catalogue import Catalogue
 from harness.core.errors import UserError
 from harness.evaluate.contact_sheet import draw_panel, picture
 from harness.evaluate.evaluation import Report
+from harness.train.panels import panel_rows
 from models.plain.transformer import PlainBuilder
 from tests.pool import ranks
 from tests.runs import UNUSED, tiny_config, trainer
@@ -103,7 +104,7 @@ def board(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         t.fit()
         t.method.towers.eval()
         vectors = t.evaluation.embedder.embed(t.method, t.evaluation.documents[0]).vectors.numpy()
-        panel = draw_panel(t._panel_rows(t.evaluation.run(t.method)))
+        panel = draw_panel(panel_rows(t.evaluation.run(t.method), t.loader.catalogue))
     other = {**SETTINGS, "train.steps": 2, "optimizer.lr": 2e-3}
     with trainer(tiny_config(catalogue, folder / "runs/second", **other)) as t:
         t.fit()
@@ -247,8 +248,11 @@ def test_a_browser_shows_health_first(board: Board, tmp_path: Path) -> None:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium on this machine")
-    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
-    command = [chromium, *flags.split(), "--disable-sync", f"--user-data-dir={tmp_path}", "--virtual-time-budget=10000"]
+    flags = (
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --virtual-time-budget=10000"
+    )
+    command = [chromium, *flags.split(), f"--user-data-dir={tmp_path}"]
     page = subprocess.run(
         [*command, "--dump-dom", f"{board.url}#timeseries"], capture_output=True, text=True, timeout=60
     )

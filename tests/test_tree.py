@@ -59,3 +59,16 @@ def test_imports_point_one_way() -> None:
                 if own in LAYERS and LAYERS.index(rest[0]) > LAYERS.index(own):
                     wrong.append(f"{file} imports {name}")
     assert not wrong
+
+
+def test_the_ten_questions_name_what_exists() -> None:
+    text = (ROOT / "docs/design.md").read_text(encoding="utf-8").split("## Ten questions")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| [^|]+\? \| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE)
+    assert len(rows) >= 10
+    for places, names in rows:
+        sources = ""
+        for place in re.findall(r"`([^`]+)`", places):
+            assert (ROOT / place).exists(), place
+            sources += "" if place.endswith("/") else (ROOT / place).read_text(encoding="utf-8")
+        for part in re.findall(r"\w+", names) if sources else ():
+            assert re.search(rf"^ *(class |def )?{part}\b", sources, re.MULTILINE), f"{places}: {part}"

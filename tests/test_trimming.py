@@ -180,7 +180,9 @@ def test_lengths_decide_on_the_host() -> None:
 
 
 def odd_tokens() -> tuple[Tensor, Tensor, list[tuple[bool, int]]]:
-    """In a pool: a ViT with a class token without and with sequence parallelism, and what attention was given in the latter."""
+    """In a pool: a ViT with a class token without and with sequence parallelism, and what attention was given in the
+    latter.
+    """
     from models.transformer import MegatronBuilder
     from models.vision import VisionTower
 

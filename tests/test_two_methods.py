@@ -21,7 +21,7 @@ from harness.commands.queries import run as make_queries
 from harness.core.errors import UserError
 from harness.data.loader import StepLoader
 from harness.data.masking import draw_masks
-from harness.text.product_queries import with_keywords
+from harness.text.catalogue_facts import prepared
 from harness.train import run as train
 from harness.train.config import RunConfig, parse
 from models.batch import TENSORS, Batch
@@ -100,7 +100,7 @@ def arguments(kind: str, catalogue: Path, run: Path, **overrides: Any) -> list[s
 
 def config_of(kind: str, catalogue: Path, run: Path, **overrides: Any) -> RunConfig:
     config, _ = parse(arguments(kind, catalogue, run, **overrides))
-    return replace(config, model=with_keywords(config.method, config.model, catalogue))
+    return replace(config, model=prepared(config.method, config.model, catalogue))
 
 
 def open_loader(config: RunConfig, rank: int = 0, world: int = 1) -> closing[StepLoader]:
@@ -195,7 +195,9 @@ def test_a_document_without_a_query_counts_nothing(catalogue: Path, tmp_path: Pa
 
 
 def trained(config: RunConfig, tensor_parallel: int, end: int) -> dict[str, Any]:
-    """In a pool: resumes, trains to step `end` and saves; losses, and all that the checkpoint holds of weights and memory."""
+    """In a pool: resumes, trains to step `end` and saves; losses, and all that the checkpoint holds of weights and
+    memory.
+    """
     with trainer(config, tensor_parallel, ready=False) as t:
         began = memory(t)
         losses = [t.train_step(data).loss.item() for data in t.loader.steps(t.step, end)]
@@ -213,7 +215,9 @@ Straight = Callable[[str, int, int], list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def straight(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Straight:
-    """What every rank has of a run of 20 steps without a stop, by kind, ranks and tensor-parallel size; its folder as 'run'."""
+    """Results of every rank in a run of 20 steps without a stop, by kind, ranks and tensor-parallel size; its folder as
+    'run'.
+    """
     done: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
 
     def of(kind: str, world: int, tensor_parallel: int) -> list[dict[str, Any]]:
@@ -368,7 +372,7 @@ def test_queries_made_anew_are_another_run(catalogue: Path, tmp_path: Path) -> N
     for options in ({"keywords_per_product": 2}, {"min_count": 5}, {"category": ""}):
         queries(copy, **options)
         with pytest.raises(
-            UserError, match=r"step-00000001 was trained on other queries than those of .* made them anew"
+            UserError, match=r"step-00000001 was trained on other queries than those of .* has replaced them"
         ):
             trained(config_of("make", copy, run), 1, 1)
     queries(copy)

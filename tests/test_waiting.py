@@ -1,4 +1,6 @@
-"""Work that lasts longer than a collective may: nobody's collective waits for it, and a rank that fails or falls silent is heard by all."""
+"""Work that lasts longer than a collective may: nobody's collective waits for it, and a rank that fails or falls silent
+is heard by all.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from harness.core.errors import UserError
 from harness.core.manifest import shared_out, verify, write_manifest
 from harness.core.mesh import Mesh, MeshConfig
 from harness.evaluate import category as probe
-from harness.train import checkpoint
+from harness.train import checkpoint_files
 from tests.pool import layout, ranks
 from tests.runs import tiny_config, trainer
 
@@ -126,7 +128,7 @@ def test_files_are_read_by_who_wrote_them_and_the_rest_by_who_has_least(world: i
 
 
 def listed(folder: Path) -> tuple[list[str], list[str]]:
-    """In a pool: what is wrong with the folder as it is, and with one file damaged; also the files that this rank read."""
+    """In a pool: problem of the folder as it is, and with one file damaged; the files that this rank read."""
     read: list[str] = []
     real = checksums.checksum
 
@@ -163,7 +165,9 @@ SECONDS, LONGER = 6.0, 8.0
 
 
 def whole_run(rendezvous: Path, catalogue: Path, run: Path) -> list[str]:
-    """In a pool: trains a step, saves, evaluates, resumes and exports; each time one rank takes longer than a collective may."""
+    """In a pool: trains a step, saves, evaluates, resumes and exports; each time one rank takes longer than a
+    collective may.
+    """
     hurry(rendezvous, SECONDS)
     slept: list[str] = []
 
@@ -187,7 +191,7 @@ def whole_run(rendezvous: Path, catalogue: Path, run: Path) -> list[str]:
         with trainer(tiny_config(catalogue, run, **settings)) as t:
             t.fit()
             slept[:] = [what for what in slept if what != "save"]  # once more, in reading
-            path, passed_over = checkpoint.newest(run / "checkpoints", t.mesh)
+            path, passed_over = checkpoint_files.newest(run / "checkpoints", t.mesh)
             assert path is not None and path.name == "step-00000001" and not passed_over
         join(Path(f"{rendezvous}-2"), SECONDS, t.mesh.rank, t.mesh.world_size)
         export.run(export.ExportConfig(run=run, out=run.parent / "artefact"))

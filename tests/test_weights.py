@@ -1,4 +1,6 @@
-"""Towers with other projects' weights: the same numbers as `transformers` at TP 1, 2 and 4, and weights in and out without loss."""
+"""Towers with other projects' weights: the same numbers as `transformers` at TP 1, 2 and 4, and weights in and out
+without loss.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +109,7 @@ WIDE: dict[str, tuple[str, str, dict[str, Any], int | None]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """What a model of transformers made of `x`: its outputs, and its gradients under our names (without the tower's)."""
+    """Outputs of a model of transformers for `x`, and its gradients under our names (without the tower's)."""
 
     folder: Path
     x: Tensor
@@ -337,7 +339,7 @@ def test_what_a_layout_cannot_say_is_refused(folders: dict[str, Path]) -> None:
     converted = import_tower(Source(folders["dinov2"]), "vision")
     with pytest.raises(WeightsError, match="vit has no place for this tower: layer_scale is True, not False"):
         export_tower(converted.config, converted.state, "vit")
-    with pytest.raises(WeightsError, match="'bert' is no layout of a vision tower"):
+    with pytest.raises(WeightsError, match="'bert' is not a layout of a vision tower"):
         export_tower(converted.config, converted.state, "bert")
     rotary = import_tower(Source(folders["dinov3"]), "vision")
     rotary.state["vision.block.layers.0.self_attention.linear_qkv.bias"][8] = 1.0  # the first head's first key
@@ -370,7 +372,9 @@ RECORDED = [name for name in OTHERS if name not in ("source", "arguments")]
 
 
 def recorded(name: str, folder: Path) -> Path:
-    """A folder with the model of timm or open_clip whose names, shapes and outputs were recorded; neither is installed here."""
+    """A folder with the model of timm or open_clip whose names, shapes and outputs were recorded; neither is installed
+    here.
+    """
     tensors = {key: fill(key, shape) for key, shape in OTHERS[name]["shapes"].items()}
     config = OTHERS[name]["config"]
     if name.startswith("timm"):
@@ -393,7 +397,7 @@ def test_timm_and_open_clip_give_what_they_gave(name: str, tmp_path: Path) -> No
 
 
 def through_towers(models: dict[str, Path]) -> dict[str, dict[str, tuple[Any, dict[str, Tensor]]]]:
-    """In a pool of two tensor-parallel ranks: each recorded tower in two shards, merged, and out again in its layout."""
+    """In a pool of two tensor-parallel ranks: each recorded tower in two shards, merged, and exported in its layout."""
     from models.transformer import MegatronBuilder
 
     found: dict[str, dict[str, tuple[Any, dict[str, Tensor]]]] = {name: {} for name in models}
@@ -610,7 +614,9 @@ ODD = [None, True, -1, 0, 7, 10**8, 2**62, 1e300, float("nan"), "x", "\x1b[2J", 
     "name", ["bert", "dinov2 giant", "dinov3", "clip vision", "siglip text", "siglip2 vision", "roberta", *RECORDED]
 )
 def test_odd_descriptions_are_one_line(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    """Every value of a description, replaced by odd ones: refused in a line, or of no consequence; never a traceback, never long."""
+    """Every value of a description, replaced by odd ones: refused in a line, or of no consequence; never a traceback,
+    never long.
+    """
     source = Source(folders[name] if name in folders else recorded(name, tmp_path / "model"))
     tower = "text" if name in ("bert", "siglip text", "roberta") else "vision"
     config, section = source.config, source.config.get("vision_cfg")
@@ -639,13 +645,14 @@ def test_what_a_folder_claims_is_compared_before_memory_is_taken(folders: dict[s
     bert = Source(folders["bert"])
     tensors = bert.tensors(list(bert.shapes))
     for change, message in (
-        ({"num_hidden_layers": 10**8}, "text.num_layers is 100000000; at most 1000"),
+        ({"num_hidden_layers": 10**8}, "text.num_layers is 100000000. It must be an int from 1 to 1,000"),
         ({"num_hidden_layers": 999}, "has 39 tensors, too few for 999 layers"),
-        ({"vocab_size": 2**31}, "word_embeddings.weight has 100 rows, but the description says 2147483648"),
-        ({"max_position_embeddings": 2**31}, r"text.position is \[12, 32\]"),
-        ({"hidden_size": 2**31 - 4}, "does not fit|odd values"),
+        ({"vocab_size": 2**31}, "text.vocab_size is 2147483648. It must be an int from 0 to 10,000,000"),
+        ({"vocab_size": 10**7}, "word_embeddings.weight has 100 rows, but the description says 10000000"),
+        ({"max_position_embeddings": 10**7}, r"text.position is \[12, 32\]"),
+        ({"hidden_size": 10**7}, "does not fit|odd values"),
         ({"hidden_size": "32"}, "hidden_size is '32', not of type int"),
-        ({"num_attention_heads": 0}, "0"),
+        ({"num_attention_heads": 0}, "text.num_attention_heads is 0. It must be an int from 1"),
         ({"hidden_act": ["gelu"]}, "hidden_act is .* not of type str"),
     ):
         with pytest.raises(WeightsError, match=message):
@@ -687,7 +694,7 @@ def test_files_outside_the_folder_are_not_read(folders: dict[str, Path], tmp_pat
     (theirs / "model.safetensors").unlink()
     written(theirs, bert.config, tensors)
     (theirs / "tokenizer.json").symlink_to(secret)
-    with pytest.raises(UserError, match=r"tokenizer\.json cannot be taken along: .* leads out"):
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be copied: .* leads out"):
         run_import(ImportConfig(out=tmp_path / "out", text=theirs))
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,6 @@
-"""Whole runs by the command that torchrun starts: with sequence parallelism and recomputation, and with ranks that get no sample, the same losses."""
+"""Whole runs by the command that torchrun starts: with sequence parallelism and recomputation, and with ranks that get
+no sample, the same losses.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from tests.pool import ranks
 from tests.runs import arguments
 
 STEPS, CLIP = 20, 0.5
-# 17 tokens of an image and 15 of a text: no number of tensor-parallel ranks divides them. Every kind of parameter that sees a range of them.
+# 17 tokens of an image and 15 of a text: no number of tensor-parallel ranks divides them. Every kind of parameter that
+# sees a range of them.
 SETTINGS: dict[str, Any] = {
     "train.steps": STEPS,
     "model.vision.num_layers": 2,

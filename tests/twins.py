@@ -1,4 +1,6 @@
-"""What the tests of MAKE and ITEm share: drawn batches, and the comparison of tensor-parallel towers with their plain twin."""
+"""Shared by the tests of MAKE and ITEm: drawn batches, and the comparison of tensor-parallel towers with their plain
+twin.
+"""
 
 from __future__ import annotations
 
@@ -135,7 +137,9 @@ def losses(
 
 
 def half_precision(make: Callable[..., Any], config: Any, batch: Batch) -> tuple[float, float, bool]:
-    """In a pool of one: the loss in float64 and in bf16, as the loop casts towers and batch; whether all gradients of the latter are finite."""
+    """In a pool of one: the loss in float64 and in bf16, as the loop casts towers and batch; whether all gradients of
+    the latter are finite.
+    """
     from models.plain.transformer import PlainBuilder
 
     with layout() as mesh:

@@ -1,13 +1,10 @@
-"""An exported artefact, opened for search: photos or texts in, the best documents out. Needs neither the run nor its
-catalogue.
-"""
+"""Search in an exported artefact: photos or texts in, the best documents out. Needs neither run nor catalogue."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -22,14 +19,15 @@ from harness.catalogue.images import MOST_BYTES, MOST_PIXELS, Rejected, check_im
 from harness.core.errors import UserError
 from harness.core.files import Record, printable, read_record
 from harness.core.manifest import verify
+from harness.data.backends import open_pipeline
+from harness.data.config import BACKENDS
 from harness.data.decode_pillow import decode_rgb
-from harness.data.loader import BACKENDS, open_pipeline
 from harness.data.preprocess import PreprocessSpec, draw_parameters
 from harness.evaluate.ranking import Embedded, top_k
 from harness.text.tokenizer import Tokenizer, TokenStore
 from harness.text.tower_check import require_fit
+from models.method import MethodConfig, query_kind
 from models.plain_values import from_plain
-from models.registry import METHODS
 
 ARTEFACT_FORMAT = 3
 _SPARE = 32  # documents fetched beyond those wanted, to be ordered exactly
@@ -40,36 +38,41 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Photo:
-    """A query photo: its bytes, and the window that is searched for, (x, y, width, height) in upright pixels."""
+    """A query photo: its bytes, and the window to search for, (x, y, width, height) in upright pixels."""
 
     data: bytes
     window: Box
 
     @classmethod
-    def open(cls, path: Path, box: Sequence[int] = ()) -> Photo:
-        """Reads and checks a file; without `box` all of it counts.
+    def open(cls, path: Path, box: Sequence[int] = (), max_pixels: int = MOST_PIXELS) -> Photo:
+        """Reads and checks a file; without `box` all of it counts. A JPEG of more than `max_pixels` is decoded at half
+        its width and height.
 
         Raises:
             UserError: no such file, not an image, or a box that is empty or outside of it.
         """
         try:
-            image = load_image(path.absolute().parent, path.name, MOST_BYTES, MOST_PIXELS)
+            image = load_image(path.absolute().parent, path.name, MOST_BYTES, max_pixels)
         except Rejected as reason:
-            raise UserError(f"photo {path}: {reason}", "Name a JPEG, PNG, WebP, TIFF or BMP file") from None
+            large = str(reason).startswith("too many pixels")
+            remedy = "Raise --max-pixels, or name a smaller photo" if large else "Name a JPEG, PNG, WebP, AVIF or GIF"
+            raise UserError(f"photo {path}: {reason}", remedy) from None
         if not box:
             return cls(image.data, (0, 0, image.width, image.height))
-        size = f"the upright photo {path} has {image.width} x {image.height} pixels"
+        scale = 2 if image.halved else 1
+        full_width, full_height = scale * image.width, scale * image.height
+        size = f"the upright photo {path} has {full_width} x {full_height} pixels"
         if len(box) != 4:
             raise UserError(f"--box has {len(box)} numbers", "Give four: x,y,width,height in pixels")
         x, y, width, height = box
         if width < 1 or height < 1:
             raise UserError(f"--box {','.join(map(str, box))} is empty", f"Width and height must be at least 1; {size}")
-        if x < 0 or y < 0 or x + width > image.width or y + height > image.height:
+        if x < 0 or y < 0 or x + width > full_width or y + height > full_height:
             raise UserError(f"--box {','.join(map(str, box))} leaves the photo", size[0].upper() + size[1:])
-        return cls(image.data, (x, y, width, height))
+        return cls(image.data, (x // scale, y // scale, max(1, width // scale), max(1, height // scale)))
 
     def picture(self) -> Image.Image:
-        """The window in RGB."""
+        """The window in RGB, on white."""
         x, y, width, height = self.window
         return decode_rgb(self.data).crop((x, y, x + width, y + height))
 
@@ -88,7 +91,7 @@ class Artefact:
     """An artefact folder.
 
     Args:
-        path: what `shelfmark export` wrote.
+        path: a folder written by `shelfmark export`.
         backend: decoder of the photos, dali or reference; the one that the run was trained and evaluated with by
             default.
         threads: decoding threads.
@@ -102,8 +105,9 @@ class Artefact:
     Raises:
         UserError: no artefact there, one that is damaged or of another format, no faiss, no DALI.
 
-    Nothing in the folder is run: weights, pictures, tables and vectors are data, whose sizes are compared before memory
-    is taken for them.
+    No code from the folder is run: weights, pictures, tables and vectors are data, whose sizes are checked before
+        memory
+    is allocated for them.
     """
 
     def __init__(self, path: Path, backend: str | None = None, threads: int = 1) -> None:
@@ -124,11 +128,12 @@ class Artefact:
             ) from error
 
     def _open_tokenizer(self) -> Tokenizer | None:
-        if self.meta["query"] != "text":
+        query = self.model.query_text
+        if query is None:
             return None
         tokenizer = Tokenizer.load(self.path)
-        words = self.model.query.vocab_size or self.model.text.vocab_size or 1  # 1: 0 would mean any
-        require_fit(tokenizer.special, replace(self.model.query, vocab_size=words), "model.query")
+        words = query.vocab_size or self.model.text.vocab_size or 1  # 1: 0 would mean any
+        require_fit(tokenizer.special, replace(query, vocab_size=words), "the text tower of queries")
         return tokenizer
 
     @torch.no_grad()
@@ -162,11 +167,10 @@ class Artefact:
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit embeddings float32 [n, d] of text queries."""
-        assert self._tokenizer is not None, "the artefact takes photos"
+        query = self.model.query_text
+        assert self._tokenizer is not None and query is not None, "the artefact takes photos"
         store = TokenStore.encode(self._tokenizer, {"query": list(texts)})
-        return self._encode(
-            torch.from_numpy(store.batch(np.arange(len(texts)), self.model.query.max_length, ["query"]))
-        )
+        return self._encode(torch.from_numpy(store.batch(np.arange(len(texts)), query.max_length, ["query"])))
 
     def document(self, item: str) -> int:
         """The row of the first document with that id.
@@ -187,13 +191,13 @@ class Artefact:
         """The `k` best documents (or all there are) of each query [n, d], best first.
 
         Order and scores are those of evaluation (harness/evaluate/ranking.py), ties included, unless more than 32
-        documents tie with the last one: FAISS finds the candidates in fp32, which are then ranked exactly.
+        documents tie with the last one: FAISS finds candidates in fp32, which are then ranked exactly.
         """
         if not len(queries):
             return []
         _, rows = self._index.search(queries.numpy(), min(k + _SPARE, self._index.ntotal))
         if rows.min() < 0:
-            raise UserError(f"{self.path}: the encoder or the index gives vectors that are no numbers", "Export again")
+            raise UserError(f"{self.path}: the encoder or the index gives vectors that are not numbers", "Export again")
         ids, titles = self.documents.column("item"), self.documents.column("title")
         found = []
         for query, candidates in zip(queries, rows, strict=True):
@@ -204,7 +208,7 @@ class Artefact:
         return found
 
     def thumbnail(self, row: int) -> Image.Image:
-        """The small picture of a document; a grey one where none was exported, or it is no picture."""
+        """The thumbnail of a document; grey if none was exported, or it is not a picture."""
         data = self.documents.column("thumbnail")[row].as_py()
         try:
             return decode_rgb(check_image(data or b"", _THUMBNAIL_PIXELS).data)
@@ -231,10 +235,10 @@ def _read_record(path: Path) -> Record:
     return record
 
 
-def _read_settings(record: Record) -> tuple[Any, PreprocessSpec]:
+def _read_settings(record: Record) -> tuple[MethodConfig, PreprocessSpec]:
     """The method's configuration, and preprocessing that fits it."""
     model = read_model(record.get("method", str), record.get("model", dict), record.file)
-    if record.get("query", str) != METHODS[record.get("method", str)].query:
+    if record.get("query", str) != query_kind(model):
         record.refuse("query is not what the method takes")
     if record.get("embedding_dim", int) != model.embedding_dim:
         record.refuse(f"embedding_dim is not the model's {model.embedding_dim}")
@@ -251,5 +255,5 @@ def _read_settings(record: Record) -> tuple[Any, PreprocessSpec]:
 
 def _one_of(record: Record, name: str, choices: Sequence[str]) -> str:
     if (value := record.get(name, str)) not in choices:
-        record.refuse(f"{name} is none of {', '.join(choices)}")
+        record.refuse(f"{name} is not one of {', '.join(choices)}")
     return value

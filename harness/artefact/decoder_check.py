@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from harness.catalogue.catalogue import Catalogue
 from harness.core.errors import UserError
 from harness.core.mesh import Mesh
-from harness.data.loader import ImageReader
+from harness.data.images import ImageReader
 from harness.text.tokenizer import FIELDS, Tokenizer, TokenStore
 from harness.train.config import RunConfig
 from models.batch import Batch
-from models.registry import Method
+from models.method import Method
 
 SAMPLE = 64  # documents: the first of the split
-# Decoders round chroma, the discrete cosine transform and resizing differently: a tower's vectors then differ by less
-# than this. A window, orientation or chroma upsampling that differs makes more of it.
+# Decoders round chroma, the discrete cosine transform and resizing differently, which changes vectors by less than
+# this. Another window, orientation or chroma upsampling changes them by more.
 LEAST_COSINE = 0.999
 
 
@@ -32,14 +32,13 @@ LEAST_COSINE = 0.999
 def compare_decoders(
     method: Method, settings: RunConfig, catalogue: Catalogue, split: str | None, tokenizer: Tokenizer, mesh: Mesh
 ) -> dict[str, Any]:
-    """Embeds the images of SAMPLE documents, without their texts, as they are decoded here and as a service decodes
-    them; collective.
+    """Embeds the images of SAMPLE documents, without their texts, decoded as here and as in a service; collective.
 
     Args:
         method: in evaluation mode.
         settings: the run's.
-        catalogue: whose documents are exported.
-        split: of which split; None of all.
+        catalogue: the catalogue of the documents.
+        split: split of the documents; None: all.
         tokenizer: the run's.
         mesh: the ranks; all embed the same documents.
 
@@ -73,13 +72,14 @@ def compare_decoders(
         F.pad((a - b).abs().flatten(), (0, 1)).max(),
     ]  # 0 where all are damaged
     off = torch.stack(worst)
-    dist.all_reduce(off, op=dist.ReduceOp.MAX)  # so that all ranks go on or none
+    dist.all_reduce(off, op=dist.ReduceOp.MAX)  # the same decision on all ranks
     cosine, difference = 1 - off[0].item(), off[1].item()
-    if not cosine >= LEAST_COSINE:  # nor where it is no number
+    if not cosine >= LEAST_COSINE:  # also for NaN
         raise UserError(
-            f"{lines[1]}, which serves photos, and {lines[0]}, which decodes the documents, do not see the same: vectors of a document have a "
-            f"cosine of {cosine:.5f}, below {LEAST_COSINE}",
-            f"Set data.backend to dali_cpu in {settings.run_dir}/config.yaml, so that one decoder does both, and export again",
+            f"{lines[1]}, which serves photos, and {lines[0]}, which decodes the documents, differ: "
+            f"vectors of a document have a cosine of {cosine:.5f}, below {LEAST_COSINE}",
+            f"Set data.backend to dali_cpu in {settings.run_dir}/config.yaml, so that one decoder does both, "
+            "and export again",
         )
     return {
         "decoded_by": lines[0],

@@ -1,4 +1,4 @@
-"""An artefact's id map as it is read: Parquet that somebody else may have written."""
+"""Reading of an artefact's id map: untrusted Parquet."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from harness.core.errors import UserError
 from harness.core.files import printable
 
 _TEXTS = ("class_key", "item", "title", "description")
-_BATCH = 256  # rows; what is read before its size can be looked at
+_BATCH = 256  # rows read before their size can be checked
 _MOST = 64  # bytes in memory for one in the file; each row has its embedding there, so no real one comes near
 
 
 def read_documents(folder: Path, count: int) -> pa.Table:
-    """All rows of folder/documents/part-*.parquet but the embeddings, `count` of them.
+    """All `count` rows of folder/documents/part-*.parquet, without the embeddings.
 
     Raises:
-        UserError: another number of rows, columns that are missing or of another type, text that is none, or a damaged
-            file; it is named.
+        UserError: another number of rows, missing columns or columns of another type, text that is not UTF-8, or a
+            damaged file; it is named.
     """
     parts = sorted((folder / "documents").glob("part-*.parquet"))
     tables = []
@@ -53,7 +53,7 @@ def _read(part: Path, most_rows: int) -> pa.Table:
         }
         # Snappy makes at most 22 bytes of one, others thousands.
         if file.metadata.num_rows > most_rows or codecs - {"SNAPPY", "UNCOMPRESSED"}:
-            raise UserError(f"{part} is none that `shelfmark export` wrote (rows or codec)", "Export again")
+            raise UserError(f"{part} was not written by `shelfmark export` (rows or codec)", "Export again")
         batches, room = [], _MOST * part.stat().st_size
         for batch in file.iter_batches(_BATCH, columns=names):
             batches.append(batch)

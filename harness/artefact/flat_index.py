@@ -1,5 +1,5 @@
-"""FAISS's exact inner-product index as a file: written without holding the vectors, and read only where its head and
-size say what they must.
+"""FAISS's exact inner-product index as a file: written without holding the vectors, read only if its head and size are
+as expected.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def import_faiss() -> Any:
 
 
 def write_index(stage: Path, width: int) -> None:
-    """The index, from the parts in their order; no more than _ROWS vectors are in memory at once, as FAISS itself would
-    hold them all.
+    """Writes the index from the parts in their order, with at most _ROWS vectors in memory; FAISS itself would hold
+    them all.
     """
     parts = [pq.ParquetFile(part) for part in sorted((stage / "documents").glob("part-*.parquet"))]
     with (stage / FILE).open("wb") as index:
@@ -43,16 +43,16 @@ def write_index(stage: Path, width: int) -> None:
 
 
 def read_index(folder: Path, width: int, count: int) -> Any:
-    """The index of `count` vectors in folder/index.faiss. FAISS takes memory by what a file says of itself, so that is
-    compared first.
+    """The index of `count` vectors in folder/index.faiss. FAISS allocates memory by the file's head, which is therefore
+    checked first.
 
     Raises:
-        UserError: there is no such file, or it is another.
+        UserError: the file is missing, or differs from such an index.
     """
     file, head = folder / FILE, index_head(width, count)
     with file.open("rb") as index:
         if index.read(len(head)) != head or file.stat().st_size != len(head) + 4 * width * count:
-            raise UserError(f"{file} is no flat index of {count:,} vectors of {width} numbers", "Export again")
+            raise UserError(f"{file} is not a flat index of {count:,} vectors of {width} numbers", "Export again")
     return import_faiss().read_index(str(file))
 
 
@@ -70,12 +70,12 @@ def index_head(width: int, count: int) -> bytes:
         return faiss.serialize_index(index).tobytes()
 
     def head(count: int) -> bytes:
-        """Type and width (4 bytes each), count (8), what is the same in all, number of floats (8)."""
+        """Type and width (4 bytes each), count (8), constant bytes, number of floats (8)."""
         return (
             one[:8] + struct.pack("<q", count) + one[16 : len(one) - 4 * width - 8] + struct.pack("<q", count * width)
         )
 
     one, three = (written(np.ones((n, width), np.float32)) for n in (1, 3))
     if three != head(3) + np.ones((3, width), np.float32).tobytes():
-        raise UserError(f"faiss {faiss.__version__} writes a flat index in a way that is not known", "Take faiss 1.15")
+        raise UserError(f"faiss {faiss.__version__} writes flat indexes in an unknown format", "Take faiss 1.15")
     return head(count)

@@ -1,4 +1,4 @@
-"""The catalogue folder: what ingest writes, and how its samples are read by their global id."""
+"""The catalogue folder: its files, and read access to its samples by global id."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import xxhash
 
 from harness.catalogue.store import RemoteStore, Store, open_store
@@ -20,7 +19,7 @@ from harness.core.errors import UserError
 from harness.core.files import Record, printable, read_record
 
 CATALOGUE_FORMAT = 1
-MOST = 1 << 48  # of samples, shards or files: what a count may be
+MOST = 1 << 48  # samples, shards or files
 ALL_SPLITS = "all"
 INDEX_DTYPE = np.dtype(
     [("shard", "<u4"), ("offset", "<u8"), ("length", "<u8"), ("xxh3", "<u8"), ("width", "<u4"), ("height", "<u4")]
@@ -48,10 +47,10 @@ def quarantine_names(meta: Mapping[str, Any]) -> list[str]:
 
 
 def open_array(file: Path, dtype: npt.DTypeLike, remedy: str, ndim: int = 1) -> np.ndarray:
-    """Maps a .npy file, of which nothing but its header is read.
+    """Maps a .npy file; reads only its header.
 
     Raises:
-        UserError: it cannot be read, or holds another type or number of dimensions; `remedy` says what to do.
+        UserError: it cannot be read, or holds another type or number of dimensions; `remedy` is the second half.
     """
     try:
         array: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -79,11 +78,11 @@ def _which(kind: str | None, split: str | None) -> pc.Expression:
 
 
 class CorruptSample(Exception):
-    """The stored bytes of one sample cannot be read or are not those that were ingested.
+    """Stored bytes of a sample that cannot be read or differ from the ingested ones.
 
     Args:
         sample_id: the global sample id.
-        reason: what is wrong, with the shard.
+        reason: the problem, with the shard.
     """
 
     def __init__(self, sample_id: int, reason: str) -> None:
@@ -93,22 +92,22 @@ class CorruptSample(Exception):
 
 
 class Catalogue:
-    """Read access to an ingested catalogue; threads may share one.
+    """Read access to an ingested catalogue; thread-safe.
 
     Args:
         path: the catalogue folder.
-        store: its shards; by default where its shards.json says.
+        store: its shards; by default those that its shards.json names.
 
     Attributes:
         meta: content of catalogue.json.
         num_samples: global sample ids are 0 .. num_samples - 1.
         index: [num_samples] memory-mapped records of INDEX_DTYPE; width and height in pixels, upright.
         attributes: names of the attribute columns.
-        remote: whether its shards lie on a server, where a read waits for an answer.
+        remote: True if its shards lie on a server, where a read waits for an answer.
         sample_files: Parquet files with the samples' rows, in the order of their ids.
 
     Raises:
-        UserError: no catalogue there, an unfinished one, one of another format, or one that lost files.
+        UserError: the catalogue is missing, unfinished, of another format, or lost files.
     """
 
     def __init__(self, path: Path, store: Store | None = None) -> None:
@@ -117,14 +116,16 @@ class Catalogue:
         self.meta = self._read_meta()
         self.num_samples: int = self.meta["num_samples"]
         self.attributes: list[str] = self.meta["attributes"]
-        # Only what catalogue.json counts: more may lie there while the catalogue grows (harness/catalogue/append.py).
+        # Only the files that catalogue.json counts: more exist while the catalogue grows (harness/catalogue/append.py).
         index = open_array(self._present("index.npy"), INDEX_DTYPE, self.remedy)
         if len(index) < self.num_samples:
             self._refuse(f"index.npy has {len(index)} entries, catalogue.json says {self.num_samples}")
         self.index: np.ndarray = index[: self.num_samples]
         self.sample_files = self._list_parts(self._present("samples"))
         with self._reading():
-            self._samples = ds.dataset(self.sample_files, format="parquet")
+            from pyarrow import dataset  # brings pandas: a quarter of a second
+
+            self._samples = dataset.dataset(self.sample_files, format="parquet")
         if self._samples.schema.names != [*SAMPLE_SCHEMA.names, *self.attributes]:
             self._refuse("samples/ holds other columns than catalogue.json says")
         self._store = store or open_store(self.path)
@@ -160,14 +161,14 @@ class Catalogue:
         return [self._present(f"samples/{part_name(part)}") for part in range(self.meta["num_parts"])]
 
     def _list_shards(self, there: set[str]) -> list[str]:
-        """Tars that were indexed where they lie keep their names."""
+        """File names of the shards: indexed tars keep theirs."""
         names = self.meta.get("shard_names")
         if names is not None:
             names = Record(self.path / "catalogue.json", self.meta, self.remedy).list_of("shard_names", str)
             if len(names) != self.meta["num_shards"]:
                 self._refuse(f"catalogue.json names {len(names)} shards and counts {self.meta['num_shards']}")
         found = []
-        # One by one, for a count may be absurd: no more are made than there are.
+        # One by one, since the count may be absurd: no more names are made than files exist.
         for shard in range(self.meta["num_shards"]):
             found.append(names[shard] if names is not None else shard_name(shard))
             if found[-1] not in there:
@@ -219,8 +220,8 @@ class Catalogue:
         split: str | None = None,
         between: tuple[int, int] | None = None,
     ) -> Iterator[pa.RecordBatch]:
-        """The rows of `table` piece by piece, for what must not grow with the catalogue; `between`: with ids from the
-        first to the last alone.
+        """The rows of `table` in batches, so that memory does not grow with the catalogue; `between`: only ids from the
+        first to the last.
         """
         rows = _which(kind, split)
         if between is not None:
@@ -231,7 +232,7 @@ class Catalogue:
         )
 
     def rows(self, sample_ids: Sequence[int], columns: list[str] | None = None) -> list[dict[str, Any]]:
-        """The rows of a few samples in the order of their ids; only their neighbours are read besides."""
+        """The rows of a few samples in the order of their ids; reads only the row groups that hold them."""
         wanted = pc.field("sample_id").isin(pa.array(sample_ids, pa.int64()))
         columns = self._names_of(columns)
         with self._reading():
@@ -261,7 +262,7 @@ class Catalogue:
             raise CorruptSample(sample_id, f"the index names shard {shard} of {len(self._names)}")
         name = self._names[shard]
         data = self._store.read(name, offset, length)
-        if xxhash.xxh3_64_intdigest(data) != checksum:  # a cache may have been damaged since
+        if xxhash.xxh3_64_intdigest(data) != checksum:  # the cached copy may be damaged
             data = self._store.read(name, offset, length, fresh=True)
         if len(data) != length:
             raise CorruptSample(sample_id, f"{name} ends after {len(data)} of its {length} bytes")
@@ -270,5 +271,5 @@ class Catalogue:
         return data
 
     def close(self) -> None:
-        """Closes the shards; a later read opens them again. No read may be under way."""
+        """Closes the shards; a later read opens them again. Must not run during a read."""
         self._store.close()

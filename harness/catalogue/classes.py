@@ -15,7 +15,7 @@ ARRAYS = ("members", "member_offsets", "slot_offsets")
 
 
 def order_id(folder: Path) -> str:
-    """16 hex digits over the values of the six arrays in a classes/ folder: what an order of samples depends on."""
+    """16 hex digits over the values of the six arrays in a classes/ folder, on which the order of samples depends."""
     digest = xxhash.xxh3_64()
     for kind in KINDS:
         for name in ARRAYS:

@@ -1,9 +1,8 @@
-"""Checksums of a catalogue's own files, compared once at the start of what reads them: damage is named before anything
-is made of it.
+"""Checksums of a catalogue's own files, compared once at the start of every command that reads them.
 
-catalogue.json has those of what grows in place: index.npy in pieces, so that an append adds pieces and a killed one
-takes none away, samples/ and the quarantines. classes/, tokenizer/ and queries/, which are replaced as a whole, have a
-manifest.json each. An image's stands in the index, and is compared whenever it is read.
+catalogue.json has those of the files that grow in place: samples/, the quarantines, and index.npy in pieces, so that an
+append adds pieces and a killed one takes none away. classes/, tokenizer/ and queries/, which are replaced as a whole,
+have a manifest.json each. The index has the checksum of each image, which every read compares.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ PIECE = 1 << 20  # records of index.npy under one checksum
 
 
 class Finding(NamedTuple):
-    """A part of a catalogue, what is wrong with it ('' = nothing), what to do then, and why it was not checked ('' = it
-    was).
+    """Result for a part of a catalogue: its problem ('' = none), the remedy, and the reason why it was not checked (''
+    = it was).
     """
 
     what: str
@@ -42,8 +41,8 @@ class Finding(NamedTuple):
 
 
 def with_checksums(folder: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The catalogue.json `meta` with checksums of the files in `folder` that it counts, and its own; those that it has
-    already are kept.
+    """The catalogue.json `meta` with checksums of the files in `folder` that it counts, and of itself; existing ones
+    are kept.
     """
     known = meta.get("files", {})
     index = np.load(folder / "index.npy", mmap_mode="r")
@@ -61,16 +60,16 @@ def with_checksums(folder: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_whole(catalogue: Catalogue, mesh: Mesh | None = None, folders: Sequence[str] = ()) -> None:
-    """Compares a catalogue's files with their checksums, and says what has none; with `mesh` collective, the files
-    shared out over the ranks.
+    """Compares a catalogue's files with their checksums, and prints the parts that have none; with `mesh` collective,
+    the files shared out over the ranks.
 
     Args:
         catalogue: its index, samples and quarantines are always compared.
         mesh: the ranks.
-        folders: which of FOLDERS are compared too, if they are there.
+        folders: those of FOLDERS to compare too, if they exist.
 
     Raises:
-        UserError: one differs, or is missing.
+        UserError: a file differs, or is missing.
     """
     for what, problem, remedy, unchecked in inspect(catalogue, mesh, folders):
         if problem:
@@ -109,7 +108,7 @@ class _Listed(NamedTuple):
 
 
 def _listed(catalogue: Catalogue) -> dict[str, _Listed] | str | None:
-    """Checksums by the name in words of what they cover; an error where the list is damaged; None where there is none."""
+    """Checksums by the covered part in words; an error for a damaged list; None without one."""
     if "files" not in catalogue.meta:
         return None
     files = Record(catalogue.path / "catalogue.json", catalogue.meta).get("files", dict)
@@ -135,7 +134,7 @@ def _counted(meta: Mapping[str, Any]) -> list[str]:
 
 
 def _compare(catalogue: Catalogue, listed: Mapping[str, _Listed], mesh: Mesh | None) -> str:
-    """Names the first that differs."""
+    """Problem of the first file that differs; '' for none."""
 
     def problem(name: str) -> str:
         size, expected, first = listed[name]

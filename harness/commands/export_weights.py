@@ -1,10 +1,8 @@
-"""`shelfmark export-weights`: a tower, trained or imported, becomes a folder that `transformers`, timm or open_clip
-reads.
-"""
+"""`shelfmark export-weights`: Write towers for transformers, timm or open_clip."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,13 +31,13 @@ class ExportWeightsConfig:
     Args:
         source: a run folder, or a folder that `shelfmark import` made.
         out: the folder to create; it appears only when it is complete.
-        tower: vision, text, or both (open_clip alone, whose models are pairs).
+        tower: vision, text, or both (only open_clip, whose models are pairs).
         layout: timm, open_clip, or the model_type of transformers to write, such as vit, dinov2, clip_vision_model or
             xlm-roberta.
         checkpoint: a step folder of the run; the newest complete one by default.
     """
 
-    source: Path
+    source: Path = field(kw_only=False)
     out: Path
     tower: Literal["vision", "text", "both"]
     layout: str
@@ -47,11 +45,11 @@ class ExportWeightsConfig:
 
 
 def run(config: ExportWeightsConfig) -> dict[str, Any]:
-    """Writes the folder, prints a line, and returns the number of parameters and what reads it: a class of
-    transformers, timm or open_clip.
+    """Writes the folder, prints a line, and returns the number of parameters and the reader: a class of transformers,
+    timm or open_clip.
 
     Raises:
-        UserError: no such run or folder, `out` exists, an unknown layout, or one that has no place for this tower.
+        UserError: no such run or folder, `out` exists, an unknown layout, or one that cannot hold this tower.
     """
     wanted = ["vision", "text"] if config.tower == "both" else [config.tower]
     try:
@@ -81,7 +79,7 @@ def run(config: ExportWeightsConfig) -> dict[str, Any]:
 
 
 def _trained(config: ExportWeightsConfig) -> tuple[dict[str, TowerConfig], dict[str, Tensor]]:
-    settings = open_settings(config.source, tensor_parallel=1, batch_size=1)
+    settings = open_settings(config.source, tensor_parallel=1)
     path = find_checkpoint(config.source, config.checkpoint)
     with Mesh(MeshConfig(device="cpu")) as mesh:  # nothing is computed
         method, _ = load_method(settings, path, Tokenizer.load(config.source), mesh)

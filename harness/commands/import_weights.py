@@ -1,8 +1,7 @@
-"""`shelfmark import`: the weights of a model from the Hugging Face hub, timm or open_clip become the start of a
-training run.
+"""`shelfmark import`: Bring a model's weights from the hub, timm or open_clip.
 
 weights.safetensors   the towers' tensors, float32, under the names of a checkpoint
-weights.json          what the towers must be for them, where they are from, what was left out
+weights.json          configuration of the towers, origin of the weights, tensors left out
 recipe.yaml           the same as the `model` part of a recipe
 tokenizer/            the files of the text tower's tokenizer, as they were
 manifest.json         size and SHA-256 of every other file
@@ -12,14 +11,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from harness.core.errors import UserError
-from harness.core.files import printable
+from harness.core.files import printable, write_whole
 from harness.core.manifest import MANIFEST, fingerprint, write_manifest
 from harness.core.staged_folder import staged_folder
 from harness.train.imported_weights import LONGEST_LINE
@@ -42,11 +41,11 @@ class ImportConfig:
         vision: a folder with the image tower: config.json (of transformers or timm) or open_clip_config.json, and
             *.safetensors.
         text: a folder with the text tower; the same one where a model has both.
-        projection: take along the layer onto the space that image and text share (CLIP, SigLIP's text).
-        allow_unused: leave out tensors that the tower has no place for, instead of refusing.
+        projection: include the layer onto the space that image and text share (CLIP, SigLIP's text).
+        allow_unused: leave out tensors that the tower has no place for, instead of an error.
     """
 
-    out: Path
+    out: Path = field(kw_only=False)
     vision: Path | None = None
     text: Path | None = None
     projection: bool = False
@@ -57,7 +56,7 @@ def run(config: ImportConfig) -> dict[str, Any]:
     """Converts, prints a line for each tower, and returns parameters and left_out of each.
 
     Raises:
-        UserError: nothing to import, `out` exists, a folder that is no such model, a tower that ours cannot hold,
+        UserError: nothing to import, `out` exists, a folder that is not such a model, a tower that ours cannot hold,
             tensors left over.
     """
     folders = {"vision": config.vision, "text": config.text}
@@ -76,7 +75,7 @@ def run(config: ImportConfig) -> dict[str, Any]:
     with staged_folder(config.out) as stage:
         write_converted(stage, towers)
         recipe = {"model": {tower: _chosen(converted) for tower, converted in towers.items()}}
-        (stage / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        write_whole(stage / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
         copied = [] if config.text is None else _copy_tokenizer(config.text, stage / "tokenizer")
         write_manifest(stage, algorithm="sha256")
     figures: dict[str, Any] = {}
@@ -106,5 +105,5 @@ def _copy_tokenizer(folder: Path, into: Path) -> list[str]:
         try:
             shutil.copyfile(own_file(folder, name), into / name)
         except (WeightsError, OSError) as error:
-            raise UserError(f"{folder / name} cannot be taken along: {error}", "Remove it, or mend it") from error
+            raise UserError(f"{folder / name} cannot be copied: {error}", "Remove it, or correct it") from error
     return names

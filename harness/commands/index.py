@@ -1,4 +1,4 @@
-"""`shelfmark index`: webdataset tars become a catalogue where they lie; no image is copied."""
+"""`shelfmark index`: Make a catalogue of webdataset tars where they lie; no image is copied."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import tarfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
 from harness.catalogue.cells import text_of
-from harness.catalogue.images import MOST_BYTES, MOST_PIXELS, Rejected, check_image, own_pixel_limit
+from harness.catalogue.images import MOST_BYTES, MOST_PIXELS, Rejected, check_image
 from harness.catalogue.sample_writer import SampleWriter
-from harness.catalogue.samples import KINDS, attribute_names, commonest, sample_row
+from harness.catalogue.samples import attribute_names, commonest, sample_row
 from harness.catalogue.store import PLACE_FILE
 from harness.catalogue.tar_samples import TarSample, tar_samples
 from harness.core.errors import UserError
 from harness.core.files import write_json
 from harness.core.staged_folder import staged_folder
+from models.ranges import NonNegativeInt, PositiveInt
 
 EXAMPLE = "shelfmark index /shared/tars --out catalogues/products --kind document"
 MOST_FIELDS = 1 << 23  # bytes of a .json or .txt member
@@ -61,9 +62,9 @@ class IndexConfig:
         workers: tars read at once; the CPU cores this process may use by default.
     """
 
-    tars: Path
+    tars: Path = field(kw_only=False)
     out: Path
-    kind: str | None = None
+    kind: Literal["query", "document"] | None = None
     kind_field: str = "kind"
     item_field: str = "id"
     class_field: str = "class_id"
@@ -72,10 +73,10 @@ class IndexConfig:
     split_field: str = "split"
     attribute_fields: str = ""
     last_dot: bool = False
-    max_pixels: int = MOST_PIXELS
-    max_bytes: int = MOST_BYTES
-    rows_per_part: int = 262_144
-    workers: int | None = None
+    max_pixels: PositiveInt = MOST_PIXELS
+    max_bytes: PositiveInt = MOST_BYTES
+    rows_per_part: PositiveInt = 262_144
+    workers: NonNegativeInt | None = None
 
 
 class Found(NamedTuple):
@@ -98,8 +99,6 @@ def run(config: IndexConfig) -> dict[str, Any]:
             used.
     """
     started = time.perf_counter()
-    if config.kind is not None and config.kind not in KINDS:
-        raise UserError(f"--kind is {config.kind!r}", "It can be 'query' or 'document'")
     names = sorted(path.name for path in config.tars.glob("*.tar")) if config.tars.is_dir() else []
     if not names:
         raise UserError(f"there is no .tar file in {config.tars}", "Name the folder that holds them")
@@ -109,7 +108,6 @@ def run(config: IndexConfig) -> dict[str, Any]:
     number = 0
     with staged_folder(config.out) as stage:
         with (
-            own_pixel_limit(),
             ThreadPoolExecutor(workers) as pool,
             SampleWriter(stage, attributes, config.rows_per_part) as writer,
         ):
@@ -178,7 +176,7 @@ def _checked(tar: tarfile.TarFile, sample: TarSample, config: IndexConfig, attri
         return Found(picture.name, reason=sample.reason)
     try:
         row = _row(_values(tar, sample, config), sample, config, attributes)
-        image = check_image(_bytes(tar, picture, config.max_bytes), config.max_pixels)
+        image = check_image(_bytes(tar, picture, config.max_bytes), config.max_pixels, halve=False)
     except Rejected as rejected:
         return Found(picture.name, reason=str(rejected))
     except RecursionError:
@@ -192,12 +190,12 @@ def _row(
     def texts(names: dict[str, str]) -> dict[str, str]:
         """Text of each field by the name given to it, of those that there are."""
         found: dict[str, str] = {}
-        for name, field in names.items():
+        for name, key in names.items():
             try:
-                if field in values:
-                    found[name] = text_of(values[field])
+                if key in values:
+                    found[name] = text_of(values[key])
             except Rejected as rejected:
-                raise Rejected(f"{rejected} in {field!r}") from None
+                raise Rejected(f"{rejected} in {key!r}") from None
         return found
 
     fields = {name: getattr(config, f"{name}_field") for name in ("item", "class", "title", "description", "split")}

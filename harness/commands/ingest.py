@@ -1,4 +1,4 @@
-"""`shelfmark ingest`: a manifest and its image files become a catalogue of checked samples under global ids."""
+"""`shelfmark ingest`: Make a catalogue of a manifest and an image folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from harness.catalogue.images import (
     Rejected,
     check_image,
     load_image,
-    own_pixel_limit,
 )
 from harness.catalogue.paths import find_image
 from harness.catalogue.sample_writer import SampleWriter
@@ -36,6 +35,7 @@ from harness.catalogue.text_table import Row
 from harness.core.errors import UserError
 from harness.core.files import printable
 from harness.core.staged_folder import staged_folder
+from models.ranges import PositiveInt
 
 EXAMPLE = "shelfmark ingest --manifest products.tsv --images photos/ --out catalogues/products"
 OPTIONAL_COLUMNS = {"class": "class_id", "title": "title", "description": "description", "split": "split"}
@@ -72,7 +72,8 @@ class IngestConfig:
         encoding: encoding of a CSV or TSV, such as cp1252 (default: UTF-8, or UTF-16 where the file begins so).
         quoting: 'csv' where cells may stand in quotes, 'none' where quotes are text (default: csv for .csv; none for
             .tsv unless its header is quoted).
-        max_pixels: images of more pixels are quarantined.
+        max_pixels: a JPEG of up to four times as many is kept at half its width and height; other images of more are
+            quarantined.
         max_bytes: image files of more bytes are quarantined.
         shard_size: bytes of image data after which a new tar shard begins.
         rows_per_part: rows of one Parquet file of samples/.
@@ -96,11 +97,11 @@ class IngestConfig:
     delimiter: str | None = None
     encoding: str | None = None
     quoting: Literal["csv", "none"] | None = None
-    max_pixels: int = MOST_PIXELS
-    max_bytes: int = MOST_BYTES
-    shard_size: int = 2**30
-    rows_per_part: int = 262_144
-    workers: int | None = None
+    max_pixels: PositiveInt = MOST_PIXELS
+    max_bytes: PositiveInt = MOST_BYTES
+    shard_size: PositiveInt = 2**30
+    rows_per_part: PositiveInt = 262_144
+    workers: PositiveInt | None = None
 
 
 class Columns:
@@ -160,10 +161,6 @@ def run(config: IngestConfig) -> dict[str, Any]:
             disk is full, or no row can be used.
     """
     start = time.perf_counter()
-    for name in ("max_pixels", "max_bytes", "shard_size", "rows_per_part", "workers"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}", "It must be at least 1")
     if config.append and config.part is not None:
         raise UserError("--append and --part exclude each other", "Merge the parts into a catalogue of its own")
     manifest = Manifest(config.manifest, config.delimiter, config.encoding, config.quoting)
@@ -266,8 +263,8 @@ def _ingest(
     (stage / "shards").mkdir()
     root = Path(os.path.abspath(config.images))
     missing: list[str] = []
+    halved = 0
     with ExitStack() as stack:
-        stack.enter_context(own_pixel_limit())
         first = (old["num_samples"], old["num_shards"]) if old else (0, 0)
         shards = stack.enter_context(ShardWriter(stage / "shards", config.shard_size, first[1]))
         writer = stack.enter_context(SampleWriter(stage, columns.attributes, config.rows_per_part, first[0]))
@@ -278,10 +275,15 @@ def _ingest(
                     missing.append(printable(str(root / columns.image(row))))
                 continue
             sample, image = found
+            halved += image.halved
             shard, offset = shards.add(f"{writer.next_id:012d}.{image.extension}", image.data)
             writer.accept(sample, (shard, offset, len(image.data), image.checksum, image.width, image.height))
     reasons = writer.reasons
     seen = manifest.remarks()
+    if halved:
+        seen.append(
+            f"{halved:,} JPEGs of more than {config.max_pixels:,} pixels are kept at half their width and height"
+        )
     if reasons["not UTF-8"] and manifest.is_text:
         seen.append("Rows that are not UTF-8 may be text of another encoding, such as cp1252 (--encoding)")
     if reasons["image URL"]:

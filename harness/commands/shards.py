@@ -1,9 +1,9 @@
-"""`shelfmark shards`: says where a catalogue's shards lie, after a look that they do."""
+"""`shelfmark shards`: Say where a catalogue's images lie: s3, http, …"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,20 @@ EXAMPLE = "shelfmark shards catalogues/products --at s3://bucket/products/shards
 
 @dataclass(frozen=True, kw_only=True)
 class ShardsConfig:
-    """Moves a catalogue's images out of its folder, for every command that reads them from then on.
+    """Sets the place from which all commands read a catalogue's images.
 
     Copy the folder's shards/ there first; index, texts, classes and tokenizer stay. One sample of each shard is read
-    and its checksum compared. shards.json holds the place; without that file the catalogue's own shards/ counts. Where
-    the environment names a folder in SHELFMARK_CACHE, every command keeps what it read there, at most
-    SHELFMARK_CACHE_GIB GiB (50); processes of a node share it.
+    and its checksum compared. shards.json holds the place; without that file the catalogue's own shards/ is used. If
+    SHELFMARK_CACHE names a folder, every command caches there what it reads, at most SHELFMARK_CACHE_GIB GiB (50);
+    processes of a node share the cache.
 
     Args:
         catalogue: the catalogue folder.
         at: URL of the folder with the shards in any protocol that fsspec has a package for: s3, gcs, http, file …;
-            'here' for the catalogue's own shards/. Without a password: that belongs where fsspec looks for it.
+            'here' for the catalogue's own shards/. Never with a password: fsspec reads that from its own configuration.
     """
 
-    catalogue: Path
+    catalogue: Path = field(kw_only=False)
     at: str
 
 
@@ -61,5 +61,5 @@ def run(config: ShardsConfig) -> dict[str, Any]:
     else:
         write_json(file, {"url": config.at})
     shards = catalogue.meta["num_shards"]
-    print(f"{config.catalogue}: {shards} shards at {config.at}, one sample of each read and found right")
+    print(f"{config.catalogue}: {shards} shards at {config.at}, one sample of each read and correct")
     return {"shards": shards, "url": config.at, "seconds": round(time.perf_counter() - started, 3)}

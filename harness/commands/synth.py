@@ -1,16 +1,15 @@
-"""`shelfmark synth`: draws the demo catalogue, its photos and its click log."""
+"""`shelfmark synth`: Draw a demo catalogue: products, photos, a click log."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import repeat
 from multiprocessing import get_context, parent_process
@@ -29,6 +28,8 @@ from harness.catalogue.synth.photo import photograph
 from harness.catalogue.synth.products import MAX_PRODUCTS, Product, make_products
 from harness.catalogue.synth.shapes import cutout
 from harness.core.errors import UserError
+from harness.core.files import write_json
+from harness.core.keyed_random import SynthStream
 from harness.core.staged_folder import staged_folder
 
 EXAMPLE = "shelfmark synth demo --products 240 --photos 14"
@@ -52,12 +53,12 @@ class SynthConfig:
         photos: training photos of each product, 1 to 1,000.
         held_out: further photos of each product in each of the splits val and test, 1 to 1,000.
         unseen: share of products that training never shows, 0 to 0.5; they get twice `held_out` test photos.
-        near_duplicates: share of products in pairs that differ in small print or colour alone, 0 to 0.5.
-        seed: of everything that is drawn.
+        near_duplicates: share of products in pairs that differ only in small print or colour, 0 to 0.5.
+        seed: of all draws.
         workers: drawing processes; 0 = the CPU cores this process may use.
     """
 
-    out: Path
+    out: Path = field(kw_only=False)
     products: int = 240
     photos: int = 14
     held_out: int = 2
@@ -96,28 +97,27 @@ def run(config: SynthConfig) -> dict[str, Any]:
             table.writeheader()
             table.writerows(rows)
         product_of = {f"c{product.number:04d}": product for product in products}
-        shown = {
-            split: [(row["id"], product_of[row["class_id"]]) for row in rows if row["split"] == split]
-            for split in ("train", ALL_SPLITS)
-        }
-        log, wrong = click_log(shown["train"], shown[ALL_SPLITS], config.seed)
+        photos = [(row["id"], product_of[row["class_id"]]) for row in rows if row["split"] == "train"]
+        documents = [(row["id"], product_of[row["class_id"]]) for row in rows if row["split"] == ALL_SPLITS]
+        log, wrong = click_log(photos, documents, config.seed)
         pq.write_table(log, stage / "clicks.parquet")
         clicks = int(np.sum(log["clicks"]))
+        splits = Counter(row["split"] for row in rows)
         counts = {
             "products": config.products,
             "documents": config.products,
             "photos": len(rows) - config.products,
-            "unseen_products": sum(product.unseen for product in products),
-            "near_duplicates": sum(product.twin is not None for product in products),
-            "splits": dict(sorted(Counter(row["split"] for row in rows).items())),
+            "unseen_products": [product.unseen for product in products].count(True),
+            "near_duplicates": len(products) - [product.twin for product in products].count(None),
+            "splits": dict(sorted(splits.items())),
             "impressions": int(np.sum(log["impressions"])),
             "clicks": clicks,
             "wrong_clicks": wrong,
         }
-        # Where and with how many processes it was drawn is left out: equal settings give equal files.
+        # Without `out` and `workers`: equal settings give equal files.
         settings = {key: value for key, value in asdict(config).items() if key not in ("out", "workers")}
         meta = {"format": SYNTH_FORMAT, "config": settings, "counts": counts}
-        (stage / "synth.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        write_json(stage / "synth.json", meta)
     seconds = round(time.perf_counter() - start, 3)
     print(
         f"{config.out}: {config.products:,} products, {counts['photos']:,} photos, {clicks:,} clicks "
@@ -143,7 +143,7 @@ def _check(config: SynthConfig) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this drawing process where the command was killed: it would wait for more work for ever."""
+    """Ends this drawing process if the command was killed: it would wait for more work for ever."""
 
     def watch() -> None:
         parent = parent_process()
@@ -155,7 +155,7 @@ def _end_with_parent() -> None:
 
 
 def _draw_product(config: SynthConfig, folder: Path, number: int) -> list[dict[str, str]]:
-    """Writes a product's document and photos under `folder`; returns their manifest rows. A function of its arguments."""
+    """Writes a product's document and photos under `folder`; returns their manifest rows."""
     product = config.catalogue()[number]
     shown = [other for other in config.catalogue() if not other.unseen and other.number != number]
     picture = cutout(product, DOCUMENT_SIZE)
@@ -167,7 +167,7 @@ def _draw_product(config: SynthConfig, folder: Path, number: int) -> list[dict[s
     attributes = {name: str(getattr(product, name)) for name in ATTRIBUTES}
     rows = []
     for member, split in enumerate(["test" if product.unseen else ALL_SPLITS, *splits]):
-        rng = np.random.default_rng([config.seed, 2, number, member])
+        rng = np.random.default_rng([config.seed, SynthStream.PHOTOS, number, member])
         if member:
             # Few of them for each product, so that a process seldom draws one twice.
             others = [_neighbour(shown[int(i)]) for i in rng.choice(len(shown), 3, replace=False)]

@@ -1,4 +1,4 @@
-"""`shelfmark tokenizer`: learns the vocabulary of a catalogue's text, or takes one that exists, and stores all tokens.
+"""`shelfmark tokenizer`: Train or take a tokenizer and encode a catalogue's text.
 
 SentencePiece (Kudo and Richardson, 2018, arXiv:1808.06226) with the unigram model by default.
 """
@@ -6,13 +6,12 @@ SentencePiece (Kudo and Richardson, 2018, arXiv:1808.06226) with the unigram mod
 from __future__ import annotations
 
 import io
-import json
 import re
 import string
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from harness.catalogue.catalogue import Catalogue
 from harness.catalogue.wholeness import require_whole
 from harness.catalogue.writers import NpyWriter
 from harness.core.errors import UserError
-from harness.core.files import printable, read_record
+from harness.core.files import printable, read_record, write_json
 from harness.core.manifest import write_manifest
 from harness.core.staged_folder import staged_folder
 from harness.text.imported_tokenizer import read_imported
@@ -42,6 +41,7 @@ from harness.text.tokenizer import (
     model_name,
     read_meta,
 )
+from models.ranges import PositiveInt
 
 EXAMPLE = "shelfmark tokenizer catalogues/products --vocab-size 8000"
 LARGEST_VOCABULARY = 10_000_000  # what a model's configuration takes
@@ -57,22 +57,22 @@ class TokenizerConfig:
     Args:
         catalogue: the catalogue folder; an existing tokenizer/ in it is replaced.
         vocab_size: pieces of the vocabulary, the five special ones included.
-        model_type: how the pieces are chosen.
+        model_type: SentencePiece's algorithm.
         split: the split whose text is learned from; samples of split 'all' belong to it.
         character_coverage: share of the text's characters that get a piece; the rarest others become [UNK].
         max_texts: texts to learn from at most, taken at even distances; SentencePiece holds them in memory.
         fold_case: read all text in lower case, queries too: shoppers do not type the capitals of titles.
-        keep_from: a folder whose tokenizer is taken as it is. A run or catalogue: a run goes on with a grown catalogue
-            only with its own pieces. A folder of `shelfmark import` or of the hub: an imported text tower knows its own
-            ids alone.
+        keep_from: a folder whose tokenizer is taken unchanged. A run or catalogue: a run continues on a grown catalogue
+            only with its own pieces. A folder of `shelfmark import` or of the hub: an imported text tower knows only
+            its own ids.
     """
 
-    catalogue: Path
-    vocab_size: int = 8000
+    catalogue: Path = field(kw_only=False)
+    vocab_size: PositiveInt = 8000
     model_type: Literal["unigram", "bpe"] = "unigram"
     split: str = "train"
     character_coverage: float = 0.99995
-    max_texts: int = 4_000_000
+    max_texts: PositiveInt = 4_000_000
     fold_case: bool = False
     keep_from: Path | None = None
 
@@ -96,7 +96,7 @@ def run(config: TokenizerConfig) -> dict[str, Any]:
         tokenizer = Tokenizer(model, SpecialTokens.from_meta(meta), kind(meta))
         (stage / model_name(meta)).write_bytes(model)
         tokens, unknown = _encode_catalogue(catalogue, tokenizer, stage)
-        (stage / "tokenizer.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        write_json(stage / "tokenizer.json", meta)
         write_manifest(stage)
     share = unknown / max(sum(tokens.values()), 1)
     texts = meta.get("texts", 0)
@@ -138,8 +138,8 @@ def _meta(version: int, special: SpecialTokens, origin: dict[str, Any], model: b
 def _texts(catalogue: Catalogue, split: str | None) -> Iterator[str]:
     """Titles and descriptions that have a visible character: SentencePiece drops zero-width ones."""
     for batch in catalogue.batches(list(FIELDS), split=split):
-        for field in FIELDS:
-            yield from filter(_is_visible, batch.column(field).to_pylist())
+        for name in FIELDS:
+            yield from filter(_is_visible, batch.column(name).to_pylist())
 
 
 def _is_visible(text: str) -> bool:
@@ -147,13 +147,11 @@ def _is_visible(text: str) -> bool:
 
 
 def _train(catalogue: Catalogue, config: TokenizerConfig) -> tuple[bytes, dict[str, Any]]:
-    """The trained model, and what it was learned from."""
+    """The trained model, and the number of texts that it was learned from."""
     if config.vocab_size <= len(SPECIAL_IDS):
         raise UserError(f"--vocab-size is {config.vocab_size}", f"{len(SPECIAL_IDS)} are special pieces already")
     if config.vocab_size > LARGEST_VOCABULARY:
         raise UserError(f"--vocab-size is {config.vocab_size}", f"It must be at most {LARGEST_VOCABULARY:,}")
-    if config.max_texts < 1:
-        raise UserError(f"--max-texts is {config.max_texts}", "It must be at least 1")
     if not 0.9 <= config.character_coverage <= 1:
         raise UserError(f"--character-coverage is {config.character_coverage}", "It must be between 0.9 and 1")
     found = sum(1 for _ in _texts(catalogue, config.split))

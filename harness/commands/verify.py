@@ -1,8 +1,7 @@
-"""`shelfmark verify`: reads catalogues, runs, checkpoints, artefacts and folders of weights through, and names what is
-damaged.
+"""`shelfmark verify`: Name what is damaged in catalogues, runs, checkpoints, artefacts and folders of weights.
 
-Checksums tell that nothing has changed since a folder was written, not who wrote it. Nothing that is read is run.
-PyTorch is loaded only for checkpoints, whose pickles are looked through too.
+Checksums show that nothing has changed since a folder was written, not who wrote it. No code from a folder is run.
+PyTorch is loaded only for checkpoints, whose pickles are checked too.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,13 @@ from harness.core.errors import UserError
 from harness.core.files import printable
 from harness.core.manifest import MANIFEST, verify
 from harness.text.tokenizer import Tokenizer
+from models.ranges import PositiveInt
 
 EXAMPLE = "shelfmark verify catalogues/products runs/products artefacts/products --images"
 AT_ONCE = 64  # images of a thread's task
 NAMED = 10  # damaged images that are named one by one
-# What a folder is that holds this file, and what to do where it is damaged.
-KINDS = {
+# File of a folder -> its kind, and the remedy for damage.
+MARKS = {
     "artefact.json": ("artefact", "Copy it again, or export again"),
     "state.json": ("checkpoint", "Copy it again; training goes on from the newest one that is whole"),
     "weights.json": ("weights", "Import them again"),
@@ -37,17 +37,17 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
-    """Compares every file with its checksum and prints a line for each thing; exit code 0 means that all are whole.
+    """Compares every file with its checksum and prints a line for each folder; exit code 0 means that all are whole.
 
     Args:
         paths: folders of any of these kinds.
-        images: read the images of catalogues too, that is all of their shards.
+        images: read the images of catalogues too, which is all of their shards.
         threads: images that are read at once.
     """
 
-    paths: tuple[Path, ...] = ()
+    paths: tuple[Path, ...] = field(default=(), kw_only=False)
     images: bool = False
-    threads: int = 16
+    threads: PositiveInt = 16
 
 
 def run(config: VerifyConfig) -> dict[str, Any]:
@@ -58,8 +58,6 @@ def run(config: VerifyConfig) -> dict[str, Any]:
     """
     if not config.paths:
         raise UserError("nothing to verify", f"Name folders, as in   {EXAMPLE}")
-    if config.threads < 1:
-        raise UserError(f"--threads is {config.threads}", "It must be at least 1")
     things = wrong = 0
     for path in config.paths:
         for what, problem, remedy, unchecked in _findings(path, config):
@@ -73,13 +71,13 @@ def run(config: VerifyConfig) -> dict[str, Any]:
 
 
 def _findings(path: Path, config: VerifyConfig) -> Iterator[Finding]:
-    kind = next((name for name in KINDS if (path / name).exists()), None)
+    kind = next((name for name in MARKS if (path / name).exists()), None)
     if (path / "catalogue.json").exists() or (path / "index.npy").exists():
         yield from _catalogue(path, config)
     elif (path / "config.yaml").exists() or (path / "checkpoints").exists():
         yield from _run(path)
     elif kind is not None:
-        yield _folder(path, *KINDS[kind])
+        yield _folder(path, *MARKS[kind])
     else:
         what = "no catalogue, run, checkpoint, artefact or folder of weights" if path.is_dir() else "no such folder"
         raise UserError(f"{path}: {what}")
@@ -89,7 +87,7 @@ def _folder(path: Path, kind: str, remedy: str) -> Finding:
     if not (path / MANIFEST).exists() and kind == "weights":
         return Finding(f"{kind} {path}", "", "", "of an earlier version, which wrote no checksums; import them again")
     if kind == "checkpoint":
-        from harness.train.checkpoint import problem  # here: it loads PyTorch
+        from harness.train.checkpoint_files import problem  # here: it loads PyTorch
 
         return Finding(f"{kind} {path}", problem(path), remedy)
     return Finding(f"{kind} {path}", verify(path), remedy)
@@ -101,7 +99,7 @@ def _run(path: Path) -> Iterator[Finding]:
         if step.suffix:
             print(f"{printable(str(step))}: never finished, or set aside; no command reads it")
         else:
-            yield _folder(step, *KINDS["state.json"])
+            yield _folder(step, *MARKS["state.json"])
     if not steps:
         yield Finding(f"run {path}", "it has no checkpoint", "")
     try:
@@ -151,7 +149,7 @@ def _images(catalogue: Catalogue, threads: int) -> str:
     with ThreadPoolExecutor(threads) as pool, progress:
         firsts = iter(range(0, catalogue.num_samples, AT_ONCE))
         while True:
-            # The window bounds what waits in memory at any size of the catalogue.
+            # The window bounds the memory at any size of the catalogue.
             while len(window) < 2 * threads and (first := next(firsts, None)) is not None:
                 window.append(pool.submit(check, first))
             if not window:

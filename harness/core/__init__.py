@@ -1,1 +1,1 @@
-"""Shared by all other folders: command line, errors, files, locks, keyed randomness, process groups, method registry."""
+"""Shared by all other folders: command line, errors, files, locks, keyed randomness, process groups."""

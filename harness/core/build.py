@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,15 +14,15 @@ from harness.core.errors import UserError
 from harness.core.mesh import Mesh
 from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
 from models.merge import merged_state_dict
+from models.method import Method, MethodConfig
 from models.plain.transformer import PlainBuilder
-from models.registry import METHODS, Method
+from models.registry import METHODS
 from models.shape import TransformerBuilder
-from models.transformer import MegatronBuilder
 
 
 def build(
     method: str,
-    model: Any,
+    model: MethodConfig,
     head: ClassHeadConfig,
     mesh: Mesh,
     *,
@@ -31,10 +30,10 @@ def build(
     vocab_size: int,
     seed: int,
     precision: str,
-) -> tuple[Method, Any]:
+) -> tuple[Method, MethodConfig]:
     """The tensor-parallel method on this mesh, and its configuration with vocabulary filled in.
 
-    Weights depend on `seed` alone, not on the layout. `num_classes` 0 builds no head (evaluation).
+    Weights depend only on `seed`, not on the layout. `num_classes` 0 builds no head (evaluation).
     """
     spec = METHODS[method]
     model = replace(model, text=replace(model.text, vocab_size=model.text.vocab_size or vocab_size))
@@ -44,7 +43,7 @@ def build(
     towers = spec.towers(model, builder(mesh))
     towers.to(mesh.device)
     for parameter in towers.parameters():
-        if parameter.requires_grad:  # what is fitted, never trained, stays float32
+        if parameter.requires_grad:  # fitted parameters, which are never trained, stay float32
             parameter.data = parameter.data.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     rows = None
     if num_classes and spec.classifies(model):
@@ -54,13 +53,13 @@ def build(
 
 
 def builder(mesh: Mesh) -> TransformerBuilder:
-    """Builder of the blocks of towers that are trained or evaluated on this mesh.
+    """Builder of the towers' blocks for training or evaluation on this mesh.
 
-    Where they are compiled and nothing is tensor-parallel, plain layers: each is one graph, where megatron-core's
-    break. The same names and weights.
+    Compiled blocks that are not tensor-parallel are plain layers: each is one graph, where megatron-core's break. Names
+    and weights are the same.
 
     Raises:
-        UserError: they are to be compiled on a CPU, and there is no C++ compiler.
+        UserError: compilation is wanted on a CPU without a C++ compiler.
     """
     config = mesh.config
     compiles = config.compile == "always" or (config.compile == "auto" and mesh.device.type == "cuda")
@@ -69,6 +68,8 @@ def builder(mesh: Mesh) -> TransformerBuilder:
     backend = "inductor" if compiles else ""
     if compiles and mesh.tp.size() == 1:
         return PlainBuilder(config.recompute, backend)
+    from models.transformer import MegatronBuilder
+
     return MegatronBuilder(
         mesh.groups,
         sequence_parallel=config.sequence_parallel,
@@ -78,7 +79,7 @@ def builder(mesh: Mesh) -> TransformerBuilder:
     )
 
 
-def plain_query_encoder(method: str, model: Any, towers: nn.Module, mesh: Mesh) -> nn.Module:
+def plain_query_encoder(method: str, model: MethodConfig, towers: nn.Module, mesh: Mesh) -> nn.Module:
     """The method's query encoder in plain torch, fp32 on the CPU, with the weights of tensor-parallel `towers`;
     collective over tp.
     """

@@ -12,19 +12,16 @@ import torch
 
 from harness.core.errors import UserError
 
-DEVICES = ("auto", "cuda", "cpu")
-PRECISIONS = ("fp32", "tf32", "bf16")  # of train.precision
 DEVICE_FILES = Path("/dev")  # has nvidia0, nvidia1, … where there are GPUs
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device that mesh.device `wanted` means on this rank; every rank of a node comes to the same kind, or to the
-    same error.
+    """The device of this rank for mesh.device `wanted`; all ranks of a node get the same kind, or the same error.
 
     Raises:
-        UserError: cuda is wanted and torch sees no GPU; for auto, the machine has GPUs which torch cannot use; fewer
-            GPUs than ranks on this node.
+        UserError: cuda is wanted and torch sees no GPU; auto on a machine with GPUs that torch cannot use; fewer GPUs
+            than ranks on this node.
     """
     if wanted == "cpu":
         return torch.device("cpu")
@@ -45,26 +42,27 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def gpus_hidden() -> bool:
-    """True where CUDA_VISIBLE_DEVICES hides all GPUs: CUDA stops at the first entry that names none."""
+    """True if CUDA_VISIBLE_DEVICES hides all GPUs: CUDA stops at the first entry that is not a GPU."""
     return re.match(r"GPU-|MIG-|\d", os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip()) is None
 
 
 def _why_no_gpu(machine: bool) -> tuple[str, str]:
-    """Error for a torch that sees no GPU, with its remedy; `machine`: whether the machine has one."""
+    """Error for a torch that sees no GPU, with its remedy; `machine`: True if the machine has one."""
     if gpus_hidden():
         hidden = os.environ["CUDA_VISIBLE_DEVICES"]
         return f"mesh.device is cuda, but CUDA_VISIBLE_DEVICES='{hidden}' hides all GPUs", "Unset it"
     if not machine:
         return "mesh.device is cuda, but this machine has no NVIDIA GPU", "Set mesh.device to auto or cpu"
-    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
     return (
-        f"this machine has NVIDIA GPUs (driver {driver_version()}), but torch {torch.__version__}, built for {built}, can use none",
+        f"this machine has NVIDIA GPUs (driver {driver_version()}), "
+        f"but torch {torch.__version__}, built for {built}, can use none",
         "CUDA 13 needs driver 580, CUDA 12 needs 525: install what fits (docs/clusters.md), or say --mesh.device cpu",
     )
 
 
 def driver_version() -> str:
-    """The number of this machine's NVIDIA driver, as the kernel tells it."""
+    """Version of this machine's NVIDIA driver, as the kernel reports it."""
     try:
         found = re.search(r"\b\d{3,}\.[\d.]+", DRIVER_FILE.read_text())
     except OSError:
@@ -79,7 +77,7 @@ def allow_many_files() -> None:
 
 
 def set_deterministic(wanted: bool) -> None:
-    """Switches torch's deterministic kernels on or off; before CUDA starts, for cuBLAS reads its variable once."""
+    """Switches torch's deterministic kernels on or off. Call before CUDA starts: cuBLAS reads its variable once."""
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
@@ -93,6 +91,6 @@ def set_precision(precision: str) -> None:
     torch's own default mixes them: convolutions in TF32, matrices exactly.
     """
     with warnings.catch_warnings():
-        # torch wants newer switches to be used, but its compiler reads these and refuses where only the newer were set.
+        # torch recommends newer switches, but its compiler reads these and fails if only the newer ones are set.
         warnings.filterwarnings("ignore", "Please use the new API settings to control TF32")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"

@@ -1,11 +1,11 @@
-"""The one exception for what a user can mend."""
+"""The exception for mistakes that a user can correct."""
 
 
 class UserError(Exception):
     """A mistake in the input or the request: shown as one line, without a traceback, exit code 2.
 
     Args:
-        what: what is wrong and where (path, row, key).
+        what: the mistake and its place (path, row, key).
         fix: what to do about it.
     """
 

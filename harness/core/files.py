@@ -1,4 +1,4 @@
-"""Reading and writing small files: JSON that somebody else may have written, text that appears whole or not at all."""
+"""Small files: reading of untrusted JSON and YAML, atomic writing of text and JSON."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def read_json(file: Path, remedy: str = "") -> Any:
 
     Args:
         file: UTF-8, at most 256 MiB.
-        remedy: what to do where it cannot be used, the second half of the error.
+        remedy: second half of the error.
 
     Raises:
-        UserError: there is no such file, or it cannot be read, is too large, or is not JSON.
+        UserError: the file does not exist, cannot be read, is too large, or is not JSON.
     """
     try:
         if (size := file.stat().st_size) > LARGEST_JSON:
@@ -50,7 +50,20 @@ def read_json(file: Path, remedy: str = "") -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML without aliases: a page of them can stand for more than a memory holds."""
+    """Reads YAML whose mappings have each key once."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """As the base class, but raises ConstructorError for a key that stands twice."""
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _WithoutAliases(_Loader):
+    """Takes no aliases either: a page of them can stand for more than a memory holds."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """As the base class, but raises ComposerError for an alias."""
@@ -64,27 +77,31 @@ def read_yaml(file: Path, what: str, remedy: str = "", aliases: bool = False) ->
 
     Args:
         file: the file.
-        what: it in words, for an error.
-        remedy: what to do where there is no such file, or where it is too large.
-        aliases: take them (*name); not from strangers.
+        what: name of the file in an error.
+        remedy: second half of the error for a missing or too large file.
+        aliases: allow them (*name); not in untrusted files.
 
     Raises:
-        UserError: there is no such file, or it cannot be read, is too large, or is not YAML.
+        UserError: the file does not exist, cannot be read, is too large, or is not YAML.
     """
     try:
         with file.open("rb") as opened:
             text = opened.read(LARGEST_YAML + 1)
         if len(text) > LARGEST_YAML:
             raise UserError(f"{what} has more than {LARGEST_YAML:,} bytes", remedy)
-        return yaml.load(text.decode(), yaml.SafeLoader if aliases else _Loader)
+        return yaml.load(text.decode(), _Loader if aliases else _WithoutAliases)
     except OSError as error:
         raise UserError(f"{what}: {error.strerror}", remedy) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # also bytes that are not UTF-8
-        raise UserError(f"{what} is no YAML: {' '.join(str(error).split()).rstrip('.')}") from error
+        raise UserError(f"{what} is not YAML: {' '.join(str(error).split()).rstrip('.')}") from error
 
 
 def read_record(file: Path, remedy: str = "") -> Record:
-    """Reads a JSON file that holds an object. Raises what `read_json` does, and UserError where it holds anything else."""
+    """Reads a JSON file that holds an object.
+
+    Raises:
+        UserError: as `read_json`, or the file holds anything else.
+    """
     values = read_json(file, remedy)
     if not isinstance(values, dict):
         raise UserError(f"{file} is damaged (not a JSON object)", remedy)
@@ -93,12 +110,12 @@ def read_record(file: Path, remedy: str = "") -> Record:
 
 @dataclass(frozen=True)
 class Record:
-    """A JSON object whose values are checked where they are taken.
+    """A JSON object whose values are checked when they are read.
 
     Args:
-        file: where it stands, for errors.
+        file: its file, for errors.
         values: its content.
-        remedy: what to do where a value cannot be used.
+        remedy: second half of the errors.
     """
 
     file: Path
@@ -109,7 +126,7 @@ class Record:
         """The value `name`, which must be of that kind: str, bool, int, float (also an integer), list or dict.
 
         Raises:
-            UserError: there is none, or it is of another kind.
+            UserError: it is missing, or of another kind.
         """
         value = self.values.get(name)
         wrong = type(value) is not kind and not (kind is float and type(value) is int)
@@ -120,10 +137,10 @@ class Record:
         return value  # type: ignore[return-value]
 
     def number(self, name: str, most: int, least: int = 0) -> int:
-        """The integer `name`, from `least` to `most`; a size must be bounded before memory is taken for it.
+        """The integer `name`, from `least` to `most`; a size must be bounded before memory is allocated for it.
 
         Raises:
-            UserError: there is none, or it lies outside.
+            UserError: it is missing, or out of bounds.
         """
         value = self.get(name, int)
         if not least <= value <= most:
@@ -134,7 +151,7 @@ class Record:
         """The list `name`, all of whose values must be of that kind.
 
         Raises:
-            UserError: there is none, or one of its values is of another kind.
+            UserError: it is missing, or one of its values is of another kind.
         """
         values = self.get(name, list)
         for value in values:
@@ -143,18 +160,18 @@ class Record:
         return values
 
     def require_seal(self) -> None:
-        """Raises UserError: the values are not those that `sealed` was given."""
+        """Raises UserError if the values differ from those given to `sealed`."""
         if self.get("checksum", str) != sealed(self.values)["checksum"]:
             self.refuse("its values differ from their checksum")
 
     def refuse(self, what: str) -> NoReturn:
-        """Raises UserError: the file is damaged, `what` says how."""
+        """Raises UserError for a damaged file; `what` is the damage."""
         raise UserError(f"{self.file} is damaged ({what})", self.remedy)
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with their own `checksum`, xxh3-64 over sorted JSON: damage that leaves a file JSON is found by
-    `Record.require_seal`.
+    """`values` with their own `checksum`, xxh3-64 over sorted JSON, by which `Record.require_seal` finds damage that
+    leaves a file valid JSON.
     """
     rest = {name: value for name, value in values.items() if name != "checksum"}
     return {**rest, "checksum": xxhash.xxh3_64_hexdigest(json.dumps(rest, sort_keys=True).encode())}
@@ -166,7 +183,7 @@ def _shown(value: Any) -> str:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Writes `file` whole or not at all, and through to the disk."""
+    """Writes `file` atomically, and syncs it to disk."""
     temporary = file.with_name(f"{file.name}.tmp")
     with temporary.open("w", encoding="utf-8") as handle:
         handle.write(text)
@@ -176,7 +193,7 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes indented JSON, whole or not at all; NaN becomes null."""
+    """Writes indented JSON atomically; NaN becomes null."""
     write_whole(file, json.dumps(_finite(content), indent=1, default=str) + "\n")
 
 
@@ -189,9 +206,7 @@ def _finite(value: Any) -> Any:
 
 
 def printable(text: str, most: int = 200) -> str:
-    """`text` for a terminal: one line of at most `most` characters, what would control the terminal shown as \\x1b and
-    the like.
-    """
+    """`text` for a terminal: one line of at most `most` characters, control characters escaped (\\x1b)."""
     shown = "".join(
         c if c.isprintable() or c in _HARMLESS else c.encode("unicode_escape").decode() for c in text[: most + 1]
     )

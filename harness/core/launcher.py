@@ -1,6 +1,4 @@
-"""Parent-death signal of a rank: torchrun killed, by the kernel or by SIGUSR1, would leave its ranks training without
-it.
-"""
+"""Parent-death signal of a rank: ranks must not outlive a torchrun that the kernel or SIGUSR1 killed."""
 
 from __future__ import annotations
 
@@ -13,10 +11,10 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def end_with_launcher() -> None:
-    """Has the kernel kill this process when its parent ends, if torchrun started it; Linux alone can.
+    """Has the kernel kill this process when its parent ends, if torchrun started it. Linux only.
 
-    It watches the thread that started the process: torchrun's main one. For processes that a rank starts itself it
-    holds not.
+    The kernel watches the thread that started the process: torchrun's main thread. Child processes of the rank do not
+    inherit the signal.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
         return

@@ -1,8 +1,8 @@
-"""One process at a time in a folder, and its name for everybody else.
+"""Lock of a folder: one process at a time, named to the others.
 
-The kernel's lock on a file (flock) ends with the process that holds it, however that ends: what a killed one leaves
-holds nobody up. Some shared disks keep this lock to one host. So a holder rewrites its file every few seconds, and
-whoever finds another host's name in it first watches whether it still does; clocks are not compared.
+The kernel's lock on a file (flock) ends with the process that holds it, so a killed process blocks nobody. Some shared
+disks keep this lock to one host. So the holder rewrites its file every few seconds; a process that finds another host's
+name in it first watches for such a sign of life. Clocks are not compared.
 """
 
 from __future__ import annotations
@@ -27,23 +27,21 @@ from harness.core.files import printable
 BEAT = 5.0  # seconds between two signs of life
 WATCH = 3 * BEAT  # seconds without one after which another host's process counts as dead
 _FIELDS = {"host": str, "pid": int, "command": str, "since": str, "beat": int}
-_SIZE = 1024  # bytes of a lock's file, filled up with spaces: it is rewritten at one blow
+_SIZE = 1024  # bytes of a lock's file, padded with spaces: rewritten in one write
 _held: set[int] = set()  # descriptors of the locks of this process
 
 
 @contextmanager
 def locked(file: Path, what: str) -> Iterator[None]:
-    """Holds the lock `file` (made, with its folder, and removed in the end); a process that was killed leaves it, which
-    holds nobody up.
-
-    A forked child does not hold it on.
+    """Holds the lock `file`: creates it with its folder, and removes it at the end. A file left by a killed process
+    blocks nobody. A forked child does not hold the lock.
 
     Args:
         file: the lock's file.
-        what: what it guards, for the error.
+        what: the guarded folder, for the error.
 
     Raises:
-        UserError: another process holds it, which is named; or the file cannot be written, or is somebody else's.
+        UserError: another process holds it, which is named; the file cannot be written; or it is not a lock.
     """
     me, made = _myself(), not os.path.lexists(file.parent)
     handle = _take(file, what, me)
@@ -60,13 +58,13 @@ def locked(file: Path, what: str) -> Iterator[None]:
                 file.unlink()
             _held.discard(handle)
             os.close(handle)
-            with suppress(OSError):  # nothing came of it
+            with suppress(OSError):  # nothing was written
                 if made:
                     file.parent.rmdir()
 
 
 def is_lock(file: Path) -> bool:
-    """True for a lock that a process has written: a mark that the folder is ours."""
+    """True for a lock that one of our processes has written: the mark that the folder is ours."""
     try:
         with file.open("rb") as opened:
             return not file.is_symlink() and _parse(opened.read(_SIZE + 1)) is not None
@@ -94,7 +92,7 @@ def _take(file: Path, what: str, me: dict[str, Any]) -> int:
             holder = _parse(content)
             if content and holder is None:
                 raise UserError(
-                    f"{file} is no lock of ours", "Rename it, or choose another folder; nothing was written"
+                    f"{file} is not a lock of ours", "Rename it, or choose another folder; nothing was written"
                 )
             if alone is False:
                 if holder is None:  # it has not written its name yet
@@ -117,7 +115,7 @@ def _take(file: Path, what: str, me: dict[str, Any]) -> int:
 
 
 def _flock(handle: int) -> bool | None:
-    """True for the lock, False where another process holds it, None where this disk has no such locks."""
+    """True if locked, False if another process holds the lock, None if this disk has no such locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -137,12 +135,12 @@ def _is_at(file: Path, handle: int) -> bool:
 
 
 def _watch(file: Path, what: str, holder: dict[str, Any]) -> None:
-    """Returns once the holder has shown no sign of life for WATCH seconds; raises UserError with the first one."""
+    """Returns after WATCH seconds without a sign of life of the holder; raises UserError at the first sign."""
     print(f"{what}: looking for {WATCH:g} s whether {_named(holder)} is still at work", file=sys.stderr, flush=True)
     end = time.monotonic() + WATCH
     while time.monotonic() < end:
         time.sleep(WATCH / 30)
-        with suppress(OSError):  # opened anew: so a network disk asks its server
+        with suppress(OSError):  # reopened, so that a network disk asks its server
             now = _parse(file.read_bytes())
             if now is not None and now != holder:
                 raise _refusal(what, now)
@@ -151,7 +149,7 @@ def _watch(file: Path, what: str, holder: dict[str, Any]) -> None:
 def _beat(handle: int, me: dict[str, Any], ended: threading.Event) -> None:
     while not ended.wait(BEAT):
         me["beat"] += 1
-        with suppress(OSError):  # a full disk ends the work by itself
+        with suppress(OSError):  # a full disk ends the work anyway
             _write(handle, me)
 
 
@@ -191,7 +189,7 @@ def _refusal(what: str, holder: dict[str, Any]) -> UserError:
 
 
 def _forget() -> None:
-    """In a forked child: the lock stays with the parent, and ends with it though the child lives on."""
+    """Closes the locks in a forked child: they stay with the parent, and end with it even if the child lives on."""
     for handle in _held:
         with suppress(OSError):
             os.close(handle)

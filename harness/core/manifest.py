@@ -1,7 +1,6 @@
-"""manifest.json: size and checksum of every file of a folder, by which a checkpoint, an artefact and a catalogue prove
-that they are whole.
+"""manifest.json: size and checksum of every file of a folder, for checkpoints, artefacts and catalogues.
 
-Checksums find damage. They do not tell who made a folder: whoever changes a file can change its manifest too.
+Checksums find damage. They do not authenticate a folder: who changes a file can change its manifest too.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ def write_manifest(folder: Path, mesh: Mesh | None = None, algorithm: str = "xxh
     Args:
         folder: holds files and folders, no links.
         mesh: the ranks that share the work.
-        algorithm: xxh3-64, fast, for what stays here; sha256 for what is handed on, so that its manifest can be
-            compared with one that was published.
+        algorithm: xxh3-64, fast, for folders that stay here; sha256 for published ones, whose manifest can then be
+            compared with its published checksum.
     """
 
     def flushed(name: str) -> tuple[int, str]:
@@ -55,7 +54,7 @@ def write_manifest(folder: Path, mesh: Mesh | None = None, algorithm: str = "xxh
 
 
 def verify(folder: Path, mesh: Mesh | None = None) -> str:
-    """Names what is wrong with a folder that has a manifest; empty if it holds exactly the listed files, each with its
+    """The first problem of a folder with a manifest; empty if it holds exactly the listed files, each with its
     checksum.
 
     With `mesh` collective, as in `write_manifest`, and the same on every rank.
@@ -77,14 +76,14 @@ def verify(folder: Path, mesh: Mesh | None = None) -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 of the manifest, which stands for all of the folder: what an author publishes, and `sha256sum
-    FOLDER/manifest.json` compares.
+    """SHA-256 of the manifest, which covers the whole folder: an author publishes it, and `sha256sum
+    FOLDER/manifest.json` prints it for comparison.
     """
     return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file under `folder` but its manifest, sorted by name; -1 for a link, a pipe and the like."""
+    """Bytes of every file under `folder` except its manifest, sorted by name; -1 for a link, a pipe and the like."""
     sizes, left = {}, [""]
     while left:
         prefix = left.pop()
@@ -98,10 +97,9 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 
 def _listed(folder: Path) -> tuple[str, dict[str, tuple[int, str]]] | str:
-    """The algorithm, and size and checksum of each file; or what is wrong with the manifest, or with what lies in the
-    folder.
+    """(algorithm, (size, checksum) of each file), or the problem of the manifest or of the folder's files.
 
-    No name of a manifest is opened that a listing of the folder did not give.
+    Opens only files that a listing of the folder gave, whatever names the manifest holds.
     """
     try:
         record = read_record(folder / MANIFEST)
@@ -119,10 +117,11 @@ def _listed(folder: Path) -> tuple[str, dict[str, tuple[int, str]]] | str:
         sizes = file_sizes(folder)
     except OSError as error:
         return f"{printable(str(error.filename))} cannot be read ({error.strerror})"
-    unlisted = {name for name in _UNLISTED[version] if any(Path(name).parent == Path(file).parent for file in files)}
+    folders = {Path(file).parent for file in files}
+    unlisted = {name for name in _UNLISTED[version] if Path(name).parent in folders}
     for name in [*files, *sorted(unlisted)]:
         if sizes.get(name) == -1:
-            return f"{printable(name)} is a link or no regular file"
+            return f"{printable(name)} is not a regular file"
         if name not in sizes or (name in files and sizes[name] != files[name][0]):
             return f"{printable(name)} is missing or has another size"
     if more := sizes.keys() - files.keys() - unlisted:
@@ -131,7 +130,7 @@ def _listed(folder: Path) -> tuple[str, dict[str, tuple[int, str]]] | str:
 
 
 def at_first(make: Callable[[], T], mesh: Mesh | None, what: str = "listing files") -> T:
-    """make(); with `mesh` collective, that of rank 0 for every rank, see `harness.core.waiting.on_first_rank`."""
+    """make(); with `mesh` collective, that of rank 0 for every rank (`harness.core.waiting.on_first_rank`)."""
     if mesh is None:
         return make()
     from harness.core.waiting import on_first_rank  # here: it loads torch
@@ -168,8 +167,8 @@ def shared(sizes: Mapping[str, int], work: Callable[[str], T], mesh: Mesh | None
 
 
 def shared_out(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
-    """Names for each rank: the files that it wrote itself, as both checkpoint libraries name them; the rest goes where
-    the fewest bytes are.
+    """Names of files for each rank: those that it wrote itself, by the checkpoint libraries' naming; the others go to
+    the rank with the fewest bytes.
     """
     shares: list[list[str]] = [[] for _ in range(ranks)]
     loads, others = [0] * ranks, []

@@ -1,32 +1,27 @@
-"""Every process group of a run, built once and handed on explicitly. The only importer of megatron-core's
-parallel_state.
-"""
+"""Process groups of a run, built once and passed explicitly. The only importer of megatron-core's parallel_state."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from harness.core.device import DEVICES, allow_many_files, choose_device, gpus_hidden, set_deterministic
+from harness.core.device import allow_many_files, choose_device, gpus_hidden, set_deterministic
 from harness.core.errors import UserError
 from harness.core.watch import Watch
 from models import megatron_cpu
-from models.accelerators import CHOICES, choose
-from models.compiled import CHOICES as COMPILE
-from models.recompute import RECOMPUTE
+from models.accelerators import choose
+from models.ranges import PositiveFloat, PositiveInt
 from models.sequence import COMMON_STREAM
 from models.shape import VOCAB_MULTIPLE
 
-megatron_cpu.install()
-
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+Device = Literal["auto", "cuda", "cpu"]
+Compile = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,28 +33,27 @@ class MeshConfig:
             is data-parallel.
         sequence_parallel: between the towers' linear layers each of them holds a range of the tokens instead of all:
             less memory, the same result.
-        recompute: what backward computes again instead of keeping it: none, selective (attention cores) or full
-            (transformer layers).
+        recompute: parts whose activations backward recomputes: none, selective (attention cores) or full (transformer
+            layers).
         device: cuda, one GPU for each rank of a node; cpu; or auto, the GPUs unless the machine has none or
             CUDA_VISIBLE_DEVICES hides them.
-        deterministic: on a GPU, kernels whose results do not change from run to run, where torch has them, and an error
-            where not; slower.
-        accelerators: auto takes fused kernels of TransformerEngine and apex on a GPU, where they are whole; torch takes
+        deterministic: on a GPU, only kernels whose results do not change from run to run, and an error where torch has
+            none; slower.
+        accelerators: auto takes fused kernels of TransformerEngine and apex on a GPU, where they work; torch takes
             none.
         compile: auto compiles the towers' blocks by torch.compile on a GPU; always on a CPU too (needs a C++ compiler);
             never.
-        timeout_minutes: a rank that is not heard of for so long ends the run, and so does a collective that takes a
-            quarter longer.
+        timeout_minutes: silence of a rank after which the run ends; so does a collective that takes a quarter longer.
     """
 
-    tensor_parallel: int = 1
+    tensor_parallel: PositiveInt = 1
     sequence_parallel: bool = False
-    recompute: str = "none"
-    device: str = "auto"
+    recompute: Literal["none", "selective", "full"] = "none"
+    device: Device = "auto"
     deterministic: bool = False
-    accelerators: str = "auto"
-    compile: str = "auto"
-    timeout_minutes: float = 10.0
+    accelerators: Literal["auto", "torch"] = "auto"
+    compile: Compile = "auto"
+    timeout_minutes: PositiveFloat = 10.0
 
 
 class Mesh:
@@ -78,6 +72,7 @@ class Mesh:
         """
         world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
         check_layout(config, world)
+        megatron_cpu.install()  # megatron-core takes seconds to import; a mistake in a recipe is told before
         self.device = choose_device(config.device)
         cuda = self.device.type == "cuda"
         megatron_cpu.use_cpu(not cuda)
@@ -103,8 +98,8 @@ class Mesh:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        """Ends the groups, unless an error leaves the block on one of several ranks: the others may never come to an
-        end that waits for them.
+        """Ends the groups, unless an error leaves the block on one of several ranks: waiting for the others could then
+        last for ever.
         """
         if error is None or self.world_size == 1:
             self.close()
@@ -123,6 +118,8 @@ class Mesh:
         tensor-parallel regions, differs over both. Inside a sequence-parallel block torch's is switched to that one;
         what has to agree there draws from COMMON_STREAM.
         """
+        from megatron.core import tensor_parallel
+
         # Modulo 2**64, all that a generator takes: odd factors keep the streams of a run apart there too.
         key = (seed * 1_000_003 + step) * 65_537 + self.dp.rank()
         torch.manual_seed(key % 2**64)
@@ -147,18 +144,22 @@ class Mesh:
 
     def close(self) -> None:
         """Ends all groups; over NCCL this waits for the other ranks to do the same."""
+        from megatron.core import parallel_state
+
         self.watch.close()
         dist.destroy_process_group()
         parallel_state.destroy_model_parallel()
 
 
-def _build_groups(tensor_parallel: int, timeout: timedelta) -> ProcessGroupCollection:
-    """megatron-core's groups, and its globals that name them; of those over the same ranks there is one.
+def _build_groups(tensor_parallel: int, timeout: timedelta) -> Any:
+    """megatron-core's ProcessGroupCollection, and its globals that name them; of those over the same ranks there is one.
 
-    megatron-core itself makes every group of every rank, over all ranks each: at 512 ranks 5,641 rounds through the
-    store, and ten full meshes of gloo sockets a rank. Here a rank makes the groups that it is part of, at most three,
-    all ranks in the same order.
+    megatron-core itself makes every group on every rank: at 512 ranks 5,641 rounds through the store, and ten full
+    meshes of gloo sockets a rank. Here a rank makes only its own groups, at most three, in the same order on all ranks.
     """
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
     made = {tuple(range(dist.get_world_size())): dist.group.WORLD}
 
     def group_of(ranks: list[int], **_: Any) -> ProcessGroup | None:
@@ -169,7 +170,7 @@ def _build_groups(tensor_parallel: int, timeout: timedelta) -> ProcessGroupColle
             made[key] = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
         return made[key]
 
-    parallel_state.destroy_model_parallel()  # what a mesh that an error ended has left
+    parallel_state.destroy_model_parallel()  # left by a mesh that an error ended
     theirs, parallel_state.create_group = parallel_state.create_group, group_of
     try:
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
@@ -180,7 +181,7 @@ def _build_groups(tensor_parallel: int, timeout: timedelta) -> ProcessGroupColle
 
 def check_layout(config: MeshConfig, world: int) -> None:
     """Raises UserError where `world` ranks cannot be laid out."""
-    if config.tensor_parallel < 1 or world % config.tensor_parallel:
+    if world % config.tensor_parallel:
         raise UserError(
             f"mesh.tensor_parallel is {config.tensor_parallel}, but {world} rank(s) were started",
             "Start a multiple of it (torchrun --nproc-per-node) or change mesh.tensor_parallel.",
@@ -195,7 +196,3 @@ def check_layout(config: MeshConfig, world: int) -> None:
             "mesh.sequence_parallel spreads tokens over tensor-parallel ranks, but mesh.tensor_parallel is 1",
             "Raise mesh.tensor_parallel or set mesh.sequence_parallel to false",
         )
-    chosen = (("recompute", RECOMPUTE), ("device", DEVICES), ("accelerators", CHOICES), ("compile", COMPILE))
-    for key, choices in chosen:
-        if (value := getattr(config, key)) not in choices:
-            raise UserError(f"mesh.{key} is '{value}'", f"It can be {', '.join(choices)}")

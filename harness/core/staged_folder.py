@@ -1,12 +1,12 @@
 """A folder that appears under its final name complete, or not at all.
 
-All that is unfinished about `final` lies in one folder beside it:
+Unfinished work on `final` lies in one folder beside it:
 
     final.tmp/
-        lock    who is at work; also the mark that the folder is ours: nothing is deleted where it is missing
-        new/    what becomes `final`
+        lock    process at work; also the mark that the folder is ours: without it nothing is deleted
+        new/    the future `final`
         old/    the `final` that a new one replaces, between two renames
-        gone/   what is being deleted
+        gone/   files on their way to deletion
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Holder:
     """The folder `final`.tmp, held by this process.
 
     Args:
-        final: the folder that is worked on.
+        final: the folder being made.
         folder: the holder.
     """
 
@@ -36,7 +36,7 @@ class Holder:
     folder: Path
 
     def new(self) -> Path:
-        """A new empty folder, deleted in the end unless it was renamed."""
+        """A new empty folder, deleted at the end unless it was renamed."""
         folder = self.folder / "new"
         folder.mkdir()
         return folder
@@ -64,8 +64,8 @@ class Holder:
         self.discard(old)
 
     def discard(self, folder: Path) -> None:
-        """Deletes a folder of the same disk whole or, where this process is killed, at the next hold; it is gone from
-        its place at once.
+        """Deletes a folder of the same disk. It leaves its place at once; if this process is killed, the next hold
+        finishes the deletion.
         """
         gone = self.folder / "gone"
         if os.path.lexists(folder):
@@ -73,9 +73,7 @@ class Holder:
             _delete(gone)
 
     def recover(self) -> bool:
-        """Brings everything back to one `final`, the old one where a replacement had begun; True where there was
-        something to do.
-        """
+        """Restores one `final`, the old one if a replacement had begun; True if there was something to do."""
         new, old, gone = (self.folder / name for name in ("new", "old", "gone"))
         left = [folder for folder in (new, old, gone) if os.path.lexists(folder)]
         if old in left and not os.path.lexists(self.final):
@@ -87,7 +85,7 @@ class Holder:
 
 @contextmanager
 def held(final: Path) -> Iterator[Holder]:
-    """Holds everything about `final` for this process, after what a killed one left is cleared away.
+    """Holds `final` and its unfinished state for this process, after clearing away the leftovers of a killed one.
 
     Raises:
         UserError: another process holds it, which is named; the holder cannot be made or is not ours; or the disk is
@@ -100,7 +98,7 @@ def held(final: Path) -> Iterator[Holder]:
     try:
         with _full_disk(final), locked(lock, str(final)):
             if holder.recover():
-                print(f"{final}: cleared away what a process that was killed left in {holder.folder.name}", flush=True)
+                print(f"{final}: cleared away leftovers of a killed process in {holder.folder.name}", flush=True)
             try:
                 yield holder
             finally:
@@ -115,9 +113,8 @@ def staged_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
     """Gives a new folder to write into; on leaving, syncs it to disk and renames it to `final`. An exception removes
     it.
 
-    With `replace` an existing `final` gives way: for an instant between two renames neither is there. What a process
-    that is killed leaves is cleared away by the next call for the same `final`, which is then as it was before or as it
-    should be.
+    With `replace` an existing `final` is replaced: for an instant between two renames neither exists. The next call for
+    the same `final` clears away the leftovers of a killed process; `final` is then the old or the new one, complete.
 
     Raises:
         UserError: `final` exists and may not be replaced, is in use by another process, cannot be created, or the disk
@@ -130,9 +127,7 @@ def staged_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def require_free(final: Path) -> None:
-    """Raises UserError where `final` exists; not yet where something unfinished lies beside it, which `held` looks
-    after first.
-    """
+    """Raises UserError if `final` exists; not if unfinished state lies beside it, which `held` clears first."""
     if os.path.lexists(final) and not os.path.lexists(f"{final}.tmp"):
         raise _taken(final)
 
@@ -142,23 +137,23 @@ def _taken(final: Path) -> UserError:
 
 
 def _require_ours(folder: Path, lock: Path) -> None:
-    """Raises UserError where `folder` is somebody else's: it holds something, and no lock of ours."""
+    """Raises UserError for a folder that is not ours: it is not empty and has no lock of ours."""
     if is_lock(lock) or not os.path.lexists(folder):
         return
     try:
         others = folder.is_symlink() or bool(set(os.listdir(folder)) - {lock.name})
     except OSError as error:
         others = not isinstance(error, FileNotFoundError)
-    # Looked at again: another process may have begun in between, whose lock is always there before the rest.
+    # Checked again: another process may have begun in between, and writes its lock before the rest.
     if others and not is_lock(lock):
         raise UserError(
-            f"{folder} is in the way, and is no folder that a command of ours left", "Rename it; nothing was written"
+            f"{folder} is in the way, and was not left by a command of ours", "Rename it; nothing was written"
         )
 
 
 @contextmanager
 def _full_disk(final: Path) -> Iterator[None]:
-    """Turns a full disk into one line; DuckDB and Arrow report it by its text alone."""
+    """Turns a full disk into one line; DuckDB and Arrow report it only in their text."""
     try:
         yield
     except UserError:
@@ -179,7 +174,7 @@ def _delete(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Writes everything below a folder through to the disk."""
+    """Syncs everything below a folder to disk."""
     for root, _, names in os.walk(folder):
         for name in names:
             sync(Path(root, name))
@@ -187,7 +182,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Writes a file or folder through to the disk."""
+    """Syncs a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -36,7 +36,7 @@ def commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Package -> version of what matters to a run's numbers, with the commit and Python's version."""
+    """Package -> version, for the packages that affect a run's numbers; with the commit and Python's version."""
     found = {"commit": commit(), "python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -1,5 +1,5 @@
-"""Beats of every rank in the store of the process group: a rank that stands still is named, before a timeout names
-those who wait.
+"""Heartbeats of every rank in the store of the process group: a rank that hangs is named before a timeout names those
+that wait for it.
 """
 
 from __future__ import annotations
@@ -16,20 +16,19 @@ import torch.distributed as dist
 from harness.core.cli import USER_ERROR_CODE, tell
 from harness.core.errors import UserError
 
-_LONGEST_BEAT = 1.0  # seconds: a rank that stands still was last heard of that much earlier at most
-_LOOKS = 20  # in the time after which a rank that is not heard of counts as lost
+_LONGEST_BEAT = 1.0  # seconds between looks: the delay until a silent rank is noticed
+_LOOKS = 20  # beats within the silence after which a rank counts as lost
 _CLOSED = "closed"
 
 
 class Watch:
-    """Shows that this rank lives and where it is, and looks after others: rank 0 after all, the others after rank 0.
+    """Reports this rank's life and place, and watches others: rank 0 watches all, the others watch rank 0.
 
-    A thread does both. Whoever waits for a collective cannot be reached: where a rank is lost, the thread prints one
-    line and ends this process with exit code 2, unless `waits` is set, by one who looks at `lost` himself.
+    A thread does both. A rank that waits for a collective cannot be reached: if a rank is lost, the thread prints one
+    line and ends this process with exit code 2, unless `waits` is set by a caller that checks `lost` itself.
 
     Args:
-        patience: seconds for which a rank may be silent; less than a collective may take, whose timeout would name one
-            who waits.
+        patience: seconds of silence allowed; less than the timeout of a collective, which would name a rank that waits.
     """
 
     def __init__(self, patience: float) -> None:
@@ -41,11 +40,11 @@ class Watch:
         self._store = dist.distributed_c10d._get_default_store()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        if self.world_size > 1 and dist.get_backend() != "fake":  # of a dry run, whose other ranks there are not
+        if self.world_size > 1 and dist.get_backend() != "fake":  # in a dry run, whose other ranks do not exist
             self._thread.start()
 
     def close(self) -> None:
-        """Ends the beats; nobody misses them."""
+        """Ends the heartbeats; the other ranks do not count this one as lost."""
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -54,7 +53,7 @@ class Watch:
 
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:
-        """Inside, this rank is said to be doing that too."""
+        """Context that adds `what` to the reported place of this rank."""
         at = self.at
         self.at = lambda: f"{at()}, {what}"
         try:
@@ -86,5 +85,6 @@ class Watch:
                 place = f"; it was last in {beat.partition(chr(10))[2]}" if beat else ""
                 self.lost = UserError(
                     f"rank {rank} was not heard of for {self.patience:g} s{place}",
-                    "See what stopped its process or machine, then start again; mesh.timeout_minutes sets how long a rank may be silent",
+                    "See what stopped its process or machine, then start again; "
+                    "mesh.timeout_minutes sets how long a rank may be silent",
                 )

@@ -1,4 +1,4 @@
-"""A tokenizer as it comes with imported weights: which of its files is read, and which of its ids are special."""
+"""Tokenizers of imported weights: choice of the file, special ids."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from harness.core.files import printable, read_record
 from harness.text.special_tokens import SpecialTokens
 from harness.text.vocabularies import Kind, LibraryPieces, Pieces, XlmRobertaPieces, open_pieces
 
-# In the order of preference; SentencePiece's are told apart by name, as transformers does.
+# In order of preference. SentencePiece's kinds differ in their file names, as in transformers.
 FILES: dict[str, Kind] = {
     "tokenizer.json": "tokenizers",
     "sentencepiece.bpe.model": "xlm-roberta",
     "spiece.model": "sentencepiece",
     "tokenizer.model": "sentencepiece",
 }
-# The keys of special_tokens_map.json and tokenizer_config.json; bert-base-uncased and roberta-base, to name two, have
-# neither, but usual names.
+# Keys of special_tokens_map.json and tokenizer_config.json. Some models (bert-base-uncased, roberta-base) have neither
+# file, but the usual names.
 KEYS = {
     "pad": ["pad_token"],
     "unk": ["unk_token"],
@@ -79,8 +79,8 @@ def _special(pieces: Pieces, config: dict[str, Any], file: Path) -> SpecialToken
     ids: dict[str, int | None] = {}
     for name, keys in KEYS.items():
         said = [value for key in keys if (value := config.get(key))]
-        # Where SentencePiece alone encodes, only who names a first token has one: SigLIP has none, though <s> may be a
-        # piece.
+        # A plain SentencePiece model has a first token only if its files name one: SigLIP has none, though <s> may be
+        # a piece.
         sure = name == "bos" and not isinstance(pieces, LibraryPieces | XlmRobertaPieces)
         usual = [] if sure else USUAL[name]
         found = [token for piece in said or usual if (token := pieces.id_of(piece)) is not None]
@@ -105,9 +105,7 @@ def _special(pieces: Pieces, config: dict[str, Any], file: Path) -> SpecialToken
 
 
 def _said(file: Path) -> dict[str, Any]:
-    """Special tokens of a file: those keys of it that are read, each token as its piece; nothing where there is no
-    file.
-    """
+    """Special tokens of a file, under the known keys, each as its piece; empty without a file."""
     if not file.is_file():
         return {}
     record = read_record(file)

@@ -8,7 +8,6 @@ queries from attributes are ours.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import pyarrow as pa
 from harness.catalogue.catalogue import MOST, Catalogue, open_array
 from harness.core.errors import UserError
 from harness.core.files import Record, read_record
-from harness.core.keyed_random import keyed_hash, keyed_uniform
+from harness.core.keyed_random import Stream, keyed_hash, keyed_uniform
 
 QUERIES_FORMAT = 1
 # Of queries/: type and number of dimensions.
@@ -30,8 +29,8 @@ ARRAYS: dict[str, tuple[type[np.integer], int]] = {
     "text_offsets": (np.int64, 1),
     "text_clicks": (np.int64, 1),
 }
-# They keep these draws apart from those of order.py, preprocess.py and masking.py under the same seed.
-_COUNT, _ORDER, _WORDING, _TEXT = 24, 25, 26, 27
+_COUNT, _ORDER = Stream.ATTRIBUTE_COUNT, Stream.ATTRIBUTE_ORDER
+_WORDING, _TEXT = Stream.WORDING, Stream.CLICKED_TEXT
 
 Ints = npt.NDArray[np.int64]
 
@@ -161,27 +160,3 @@ def read_meta(catalogue: Path) -> dict[str, Any]:
             if not wordings or not all(isinstance(wording, str) for wording in wordings):
                 attribute.refuse("wordings are no lists of texts")
     return dict(record.values)
-
-
-def with_keywords(method: str, model: Any, catalogue: Path) -> Any:
-    """The method's configuration with the size of the catalogue's keyword table, where it has a place for that and no
-    size of its own.
-
-    Raises:
-        UserError: the catalogue has no queries (harness/commands/queries.py), or other keywords than the objective on
-            them is configured for.
-    """
-    if method != "make":
-        return model
-    meta = read_meta(catalogue)
-    found, size = len(meta["keywords"]), model.num_keywords
-    if model.weights.keywords and size not in (0, found):
-        raise UserError(
-            f"model.num_keywords is {size}, {catalogue} has {found} keywords", "Leave the key out, or set it to 0"
-        )
-    if model.weights.keywords and not found:
-        raise UserError(
-            f"{catalogue} has no keywords to train on",
-            "Lower `shelfmark queries --min-count`, or set model.weights.keywords to 0",
-        )
-    return replace(model, num_keywords=size or found, product_keywords=meta["keywords_per_product"])

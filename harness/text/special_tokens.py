@@ -1,4 +1,4 @@
-"""The ids of a vocabulary that stand for no text."""
+"""Special ids of a vocabulary, which stand for no text."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ class SpecialTokens:
         """Special tokens from what `to_meta` wrote.
 
         Raises:
-            ValueError: an id is missing, or is no integer below vocab_size; it is named.
+            ValueError: an id is missing, or is not an integer below vocab_size; it is named.
         """
         named: dict[str, Any] = {name: meta.get(f"{name}_id") for name in NAMES}
         size, more = meta.get("vocab_size"), meta.get("more_special_ids", [])
         if type(size) is not int or not isinstance(more, list):
-            raise ValueError("vocab_size is no integer, or more_special_ids no list")
+            raise ValueError("vocab_size is not an integer, or more_special_ids not a list")
         for name, token in [*named.items(), *(("more_special", token) for token in more)]:
             optional = name in ("bos", "mask") and token is None
             if not optional and (type(token) is not int or not 0 <= token < size):
-                raise ValueError(f"{name}_id is none of {size:,} ids")
+                raise ValueError(f"{name}_id is not one of {size:,} ids")
         return cls(vocab_size=size, more=tuple(more), **named)
 
     def to_meta(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Tokenizer and stored tokens of a catalogue (`shelfmark tokenizer`): a folder tokenizer/.
 
-tokenizer.json      what the tokenizer is: format, special ids, checksum
+tokenizer.json      description of the tokenizer: format, special ids, checksum
 spm.model           the vocabulary; tokenizers.json where it is one of the `tokenizers` library
 <field>.*.npy       the tokens of every sample
 """
@@ -23,7 +23,7 @@ from harness.text.special_tokens import SpecialTokens
 from harness.text.vocabularies import Kind, open_pieces
 
 TOKENIZER_FORMAT = 1
-IMPORTED_FORMAT = 2  # kind and special ids are the library's; versions that know format 1 alone refuse it
+IMPORTED_FORMAT = 2  # kind and special ids are the library's; versions that know only format 1 refuse it
 FIELDS = ("title", "description")
 SPECIAL_PIECES = {"pad": "[PAD]", "unk": "[UNK]", "bos": "[CLS]", "eos": "[SEP]", "mask": "[MASK]"}
 SPECIAL_IDS = {name: token for token, name in enumerate(SPECIAL_PIECES)}
@@ -35,9 +35,9 @@ class Tokenizer:
 
     Args:
         model: the bytes of its file.
-        special: the special tokens; by default those of a model that `run` trained.
-        kind: what the file is.
-        checksum: of the file, in what `load` read; token ids mean the same only under the same.
+        special: the special tokens; by default those of a model trained by `shelfmark tokenizer`.
+        kind: kind of the file.
+        checksum: of the file, if `load` read it; token ids are comparable only under the same checksum.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Tokenizer:
         """Opens `catalogue`/tokenizer.
 
         Raises:
-            UserError: none there, one of another format, or one whose model differs from its checksum.
+            UserError: no tokenizer there, one of another format, or one whose model differs from its checksum.
         """
         folder, meta = read_meta(catalogue)
         file = folder / model_name(meta)
@@ -80,15 +80,18 @@ class Tokenizer:
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without special tokens; what stands for one in the text is ordinary text."""
+        """Token ids of `text`, without special tokens; the name of one in the text is ordinary text."""
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts."""
-        return [[token for token in ids if token not in self._never] for ids in self._pieces.encode(texts)]
+        found = []
+        for ids in self._pieces.encode(texts):
+            found.append([token for token in ids if token not in self._never])
+        return found
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids; special tokens vanish, [UNK] not with every kind."""
+        """The text of token ids, without special tokens; some kinds keep [UNK]."""
         return self._pieces.decode([int(token) for token in token_ids])
 
 
@@ -98,8 +101,8 @@ class TokenStore:
     Args:
         tokens: int32 flat token ids of each field.
         offsets: int64 [num_samples + 1] of each field.
-        special: the special tokens that `batch` puts in.
-        checksum: of the tokenizer that made stored ones.
+        special: the special tokens that `batch` inserts.
+        checksum: of the tokenizer that made the stored tokens.
     """
 
     def __init__(
@@ -137,7 +140,7 @@ class TokenStore:
         """[CLS], where the vocabulary has a first token, and then each field's tokens with [SEP], cut to `max_length`
         and padded.
 
-        Every [CLS] and [SEP] is kept: earlier fields take their tokens first, later ones what room is left.
+        Every [CLS] and [SEP] is kept: earlier fields take their tokens first, later ones the remaining room.
 
         Args:
             sample_ids: int64 [n].
@@ -177,7 +180,7 @@ def read_meta(catalogue: Path) -> tuple[Path, dict[str, Any]]:
     """The folder `catalogue`/tokenizer and the content of its tokenizer.json.
 
     Raises:
-        UserError: there is none, or it is damaged or of another format.
+        UserError: it is missing, damaged or of another format.
     """
     folder = Path(catalogue) / "tokenizer"
     file = folder / "tokenizer.json"
@@ -216,14 +219,14 @@ def model_name(meta: dict[str, Any]) -> str:
 
 
 def checksum(meta: dict[str, Any], model: bytes) -> str:
-    """Checksum of the model, and in an imported tokenizer of its special ids too: one file may be read with others."""
+    """Checksum of the model; of an imported tokenizer also of its special ids, which its file does not fix."""
     if meta["format"] == IMPORTED_FORMAT:
         model += json.dumps([kind(meta), SpecialTokens.from_meta(meta).to_meta()]).encode()
     return xxhash.xxh3_64_hexdigest(model)
 
 
 def copy_tokenizer(catalogue: Path, run: Path) -> None:
-    """Copies what encodes a text, without the tokens of the samples, into `run`/tokenizer.
+    """Copies the tokenizer, without the samples' tokens, into `run`/tokenizer.
 
     Raises:
         UserError: `catalogue` has no tokenizer.

@@ -10,11 +10,11 @@ from typing import Literal, Protocol
 import sentencepiece
 
 Kind = Literal["sentencepiece", "xlm-roberta", "siglip", "tokenizers"]
-# fairseq put these before SentencePiece's pieces, which moved up by one, and <mask> behind them (Conneau et al. 2020,
+# fairseq puts these before SentencePiece's pieces, which move up by one, and <mask> behind them (Conneau et al. 2020,
 # XLM-R).
 XLMR_IDS = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
 MOST_IDS = 1 << 24
-_AT_ONCE = 4096  # what the library returns of a text is a hundred times the text
+_AT_ONCE = 4096  # the library's result takes a hundred times the memory of the text
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -44,7 +44,7 @@ def open_pieces(kind: Kind, model: bytes) -> Pieces:
     """Opens the file of a vocabulary.
 
     Raises:
-        ValueError: `model` is none of that kind.
+        ValueError: `model` is not of that kind.
     """
     return {"sentencepiece": SentencePieces, "xlm-roberta": XlmRobertaPieces, "siglip": SiglipPieces}.get(
         kind, LibraryPieces
@@ -59,7 +59,7 @@ class SentencePieces:
         try:
             self._processor.LoadFromSerializedProto(model)
         except RuntimeError as error:
-            raise ValueError("no SentencePiece model") from error
+            raise ValueError("not a SentencePiece model") from error
         self.vocab_size: int = self._processor.get_piece_size()
 
     def id_of(self, piece: str) -> int | None:
@@ -120,13 +120,13 @@ class LibraryPieces:
 
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(model.decode())
-            # Of some files only a text shows that they lack a piece for what is unknown.
+            # A missing piece for unknown words shows only when a text is encoded.
             self._tokenizer.encode("\U0002a6d6")
         except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"no tokenizer.json of the tokenizers library ({error})") from error
+            raise ValueError(f"not a tokenizer.json of the tokenizers library ({error})") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._tokenizer.encode_special_tokens = True  # what stands for one in a text is text
+        self._tokenizer.encode_special_tokens = True  # the name of a special token in a text is text
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
         if self.vocab_size > MOST_IDS:
             raise ValueError(f"it has the id {self.vocab_size - 1:,}; a vocabulary may have {MOST_IDS:,}")
@@ -152,5 +152,5 @@ class LibraryPieces:
 
     @property
     def frame(self) -> list[int]:
-        """The ids that the library itself puts around a text."""
+        """The ids that the library puts around a text."""
         return self._tokenizer.encode("").ids

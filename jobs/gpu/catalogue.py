@@ -1,6 +1,9 @@
-"""Draws the two catalogues that the other programs train on, on the CPU: `drawn` (the demo's products) and `photos` (large JPEGs to decode).
+"""Draws the two catalogues that the other programs train on, on the CPU: `drawn` (the demo's products) and `photos`
+(large JPEGs to decode).
 
-python jobs/gpu/catalogue.py OUT.json --folder FOLDER      # any machine can make them; jobs/gpu_check.sh --catalogues FOLDER takes them along
+python jobs/gpu/catalogue.py OUT.json --folder FOLDER
+
+Any machine can make them; `jobs/gpu_check.sh --catalogues FOLDER` uses them.
 """
 
 from __future__ import annotations

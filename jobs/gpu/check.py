@@ -1,7 +1,8 @@
-"""Runs the parts of jobs/gpu_check.sh one after the other, each a program with a time limit of its own, whatever becomes of the others.
+"""Runs the parts of jobs/gpu_check.sh in sequence, each a program with its own time limit, independent of the others.
 
-Nothing but Python's own library is used here, so that a missing package costs the parts that need it and nothing else. Exit codes: 0 all parts ok,
-1 a part failed, 2 nothing was run (no GPU, a wrong flag), 3 none failed but some were skipped, 130 interrupted.
+Uses only Python's standard library: a missing package costs only the parts that need it.
+Exit codes: 0 all parts ok, 1 a part failed, 2 nothing was run (no GPU, a wrong flag), 3 none failed but some were
+skipped, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ ROOT = Path(__file__).resolve().parents[2]
 FULL_GIB = 79.0  # of the GPU that the expectations are for, an H100 of 80 GB
 TINY_SECONDS = 20
 # module -> the distribution that brings it
+_SAME = """
+    torch triton pytest numpy jsonargparse tqdm einops psutil pyarrow xxhash sentencepiece safetensors tensorboard
+    fsspec duckdb sqlglot parsy optree docstring_parser typeshed_client tokenizers gast astunparse
+"""
 MODULES = {
-    **{name: name for name in ("torch", "triton", "pytest", "numpy", "jsonargparse", "tqdm", "einops", "psutil")},
-    **{name: name for name in ("pyarrow", "xxhash", "sentencepiece", "safetensors", "tensorboard", "fsspec", "duckdb")},
-    **{name: name for name in ("sqlglot", "parsy", "optree", "docstring_parser", "typeshed_client", "tokenizers")},
-    **{name: name for name in ("gast", "astunparse")},
+    **{name: name for name in _SAME.split()},
     "megatron.core": "megatron-core",
     "ibis": "ibis-framework",
     "public": "atpublic",
@@ -47,14 +49,14 @@ class Part:
 
     Args:
         name: of the part; its report is OUT/<name>.json, its log OUT/<name>.log.
-        shows: what it proves or measures.
+        shows: what it proves or measures, for the plan.
         words: script and flags; {catalogues} and {work} stand for folders.
-        modules: what must be importable.
+        modules: modules that must be importable.
         seconds: expected on one H100 with 16 cores; three times that, and a minute at least, is its limit.
-        gib: GPU memory that it makes use of; a smaller GPU costs it rows, or takes a smaller batch.
+        gib: GPU memory that it uses; a smaller GPU costs it rows, or takes a smaller batch.
         least_gib: GPU memory below which it is left out.
-        disk: GB that it writes for a while.
-        after: part that must have ended well.
+        disk: GB that it writes temporarily.
+        after: part that must have succeeded.
     """
 
     name: str
@@ -153,7 +155,7 @@ PARTS = (
 
 @dataclass
 class Outcome:
-    """What became of a part: planned, ok, failed or skipped, and why."""
+    """State of a part (planned, ok, failed or skipped), and its reason."""
 
     part: Part
     state: str = "planned"
@@ -198,7 +200,7 @@ def arguments(argv: Sequence[str], parts: Sequence[Part]) -> argparse.Namespace:
 
 
 def missing_modules(modules: Sequence[str], environment: dict[str, str], wheels: Sequence[Path]) -> set[str]:
-    """Those that the interpreter does not find and no wheel brings."""
+    """Modules that the interpreter does not find and no wheel brings."""
     code = (
         "import importlib.util, json, sys\n"
         "def here(name):\n"
@@ -227,8 +229,11 @@ def gpu_by_driver() -> tuple[str, float] | None:
 
 
 def require_gpu(environment: dict[str, str]) -> str:
-    """What torch says of the GPU; raises Stop where it sees none."""
-    code = "import torch; a = torch.cuda.is_available(); print(torch.__version__, torch.cuda.get_device_name() if a else '', sep='|')"
+    """torch's version and its name of the GPU; raises Stop if it sees none."""
+    code = (
+        "import torch; a = torch.cuda.is_available(); "
+        "print(torch.__version__, torch.cuda.get_device_name() if a else '', sep='|')"
+    )
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     version, _, name = done.stdout.strip().rpartition("\n")[2].partition("|")
     if done.returncode or not name:
@@ -255,7 +260,7 @@ def install(wheels: Sequence[Path], site: Path) -> None:
 
 
 def plan(given: argparse.Namespace, parts: Sequence[Part], absent: set[str], gib: float) -> list[Outcome]:
-    """What is going to run, in order, and why the rest is not."""
+    """The parts to run, in order, and the reasons for leaving out the others."""
     outcomes, spent = [], 0.0
     free = (
         shutil.disk_usage(next(folder for folder in (given.out, *given.out.absolute().parents) if folder.exists())).free
@@ -290,7 +295,7 @@ def expected(part: Part, given: argparse.Namespace) -> float:
 
 
 def print_plan(outcomes: Sequence[Outcome], given: argparse.Namespace, where: str) -> None:
-    """What will be needed, before anything starts."""
+    """Prints the plan: time, GPU memory and disk of each part."""
     print(f"{where}; Python {sys.version.split()[0]}, {len(os.sched_getaffinity(0))} cores; reports in {given.out}")
     print(f"{'part':<11}{'seconds':>8}{'GPU GiB':>9}{'disk GB':>9}  shows")
     for one in outcomes:
@@ -300,9 +305,11 @@ def print_plan(outcomes: Sequence[Outcome], given: argparse.Namespace, where: st
         print(f"{part.name:<11}{expected(part, given):>8.0f}{part.gib:>9}{part.disk:>9g}  {shown}{part.shows}{why}")
     runs = [one.part for one in outcomes if one.state == "planned"]
     total = sum(expected(part, given) for part in runs)
+    gib = max((part.gib for part in runs), default=0)
+    disk = max((part.disk for part in runs), default=0)
     print(
-        f"{len(runs)} parts, about {total:.0f} s in all, at most {max((part.gib for part in runs), default=0)} GiB of GPU memory and "
-        f"{max((part.disk for part in runs), default=0):g} GB of disk at a time; no network",
+        f"{len(runs)} parts, about {total:.0f} s in all, at most {gib} GiB of GPU memory and {disk:g} GB of disk at a "
+        "time; no network",
         flush=True,
     )
 
@@ -338,7 +345,7 @@ def run_part(one: Outcome, given: argparse.Namespace, environment: dict[str, str
 
 
 def end_group(process: subprocess.Popen[Any]) -> None:
-    """Ends a process and those that it started: kindly, then not."""
+    """Ends a process and its children: by SIGTERM, then by SIGKILL."""
     for name in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, name)
@@ -392,7 +399,7 @@ def write_summary(outcomes: Sequence[Outcome], given: argparse.Namespace, where:
 
 
 def print_table(outcomes: Sequence[Outcome], given: argparse.Namespace) -> None:
-    """What became of every part."""
+    """Prints the state of every part."""
     print(f"\n{'part':<11}{'state':<9}{'seconds':>8}{'rows':>6}")
     for one in outcomes:
         print(f"{one.part.name:<11}{one.state:<9}{one.seconds:>8.1f}{one.rows:>6}  {one.why}".rstrip())
@@ -407,7 +414,8 @@ def main(argv: Sequence[str], parts: Sequence[Part] = PARTS) -> int:
     try:
         if not (3, 11) <= sys.version_info[:2] <= (3, 12):
             raise Stop(
-                f"this is Python {sys.version.split()[0]}; Shelfmark needs 3.11 or 3.12. Name one: PYTHON=python3.12 jobs/gpu_check.sh"
+                f"this is Python {sys.version.split()[0]}; Shelfmark needs 3.11 or 3.12. "
+                "Name one: PYTHON=python3.12 jobs/gpu_check.sh"
             )
         given = arguments(argv, parts)
         given.out = given.out.absolute()

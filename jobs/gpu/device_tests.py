@@ -1,6 +1,6 @@
-"""Runs the tests that need a GPU (tests/test_gpu*.py) and writes down each one's outcome as it comes.
+"""Runs the tests that need a GPU (tests/test_gpu*.py) and writes each outcome as it comes.
 
-Needs torch, triton and pytest, and for the tests of decoding DALI: without it they are left out.
+Needs torch, triton and pytest, and DALI for the decoding tests, which are left out without it.
 
 python jobs/gpu/device_tests.py OUT.json [--tests FILE ...]
 """

@@ -1,8 +1,9 @@
-"""Images a second of training steps from JPEGs on disk: read, decode, towers, optimizer, as a run does; and of the same steps with the batch at hand.
+"""Images per second of training steps from JPEGs on disk (read, decode, towers, optimizer), and of the same steps with
+a batch in memory.
 
 python jobs/gpu/from_jpegs.py OUT.json --catalogues FOLDER --work FOLDER
 
-OCLEAR with ViT-B/16 in bf16, a text tower of one narrow layer and 512 classes, so that the image tower is all that counts.
+OCLEAR with ViT-B/16 in bf16, a text tower of one narrow layer and 512 classes, so that only the image tower counts.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Step time and memory of the class head beside Partial FC's scheme and full softmax, and beside what the memory's bandwidth allows.
+"""Step time and memory of the class head beside Partial FC's scheme, full softmax, and the limit by memory bandwidth.
 
 python jobs/gpu/head.py OUT.json --classes 1000000 [--sides ours partial_fc_fused ...]
 
-One side in memory at a time: one that does not fit costs its own row. World 1; d 512, batch 1,024, rate 0.1, AdamW, CosFace.
+One side in memory at a time: one that does not fit costs its own row. World 1; d 512, batch 1,024, rate 0.1, AdamW,
+CosFace.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ COMPUTED = {
     "partial_fc_fused": "partial_fc_adamw",
     "full_softmax": "full_softmax_adamw",
 }
-# Bytes that a step must move for each entry of an active row: rows are read by forward, backward and update and written by it, their gradient is
-# written and read, moments are read and written. With a master copy the update reads and writes that, and writes the row.
+# Bytes that a step must move for each entry of an active row: rows are read by forward, backward and update and written
+# by it, their gradient is written and read, moments are read and written. With a master copy the update reads and
+# writes that, and writes the row.
 MOVED = {
     "ours": 4 * 4 + 2 * 4 + 2 * 8,
     "ours_bf16": 3 * 2 + 2 * 4 + 2 * 4 + 2 * 8,
@@ -36,7 +38,9 @@ MOVED = {
 
 
 def measure(program: Program, name: str, setting: Setting, steps: int, rates: tuple[float, float]) -> float:
-    """Adds the row of one side; its median step in seconds. `rates`: bytes and bf16 FLOPs a second that this device reaches."""
+    """Adds the row of one side; its median step in seconds. `rates`: bytes and bf16 FLOPs a second that this device
+    reaches.
+    """
     cuda = program.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()

@@ -1,9 +1,10 @@
-"""The commands of a run on the GPU, as a user types them: train with DALI and bf16, stop and go on, evaluate, export; and on a CPU what the GPU left.
+"""The commands of a run on the GPU, as a user types them: train with DALI and bf16, stop and resume, evaluate, export;
+then its results on a CPU.
 
 python jobs/gpu/line.py OUT.json --catalogues FOLDER --work FOLDER
 
-One row for each command, with its exit code; then what must agree: recall of one checkpoint on GPU and CPU, and of search on the CPU among the
-catalogue vectors that the GPU made.
+One row for each command, with its exit code; then what must agree: recall of one checkpoint on GPU and CPU, and of
+search on the CPU among the catalogue vectors that the GPU made.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Line:
         self.program, self.logs = program, logs
 
     def run(self, name: str, *words: object, cpu: bool = False) -> bool:
-        """`python -m WORDS`; whether it ended well. With `cpu` the GPU is hidden."""
+        """Runs `python -m WORDS`; True if it succeeded. With `cpu` the GPU is hidden."""
         environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if cpu else {})}
         command, began = [sys.executable, "-W", "ignore", "-m", *map(str, words)], time.perf_counter()
         log = self.logs / f"{self.program.out.stem}-{name}.log"
@@ -59,7 +60,7 @@ def losses(run: Path) -> list[float]:
 
 
 def recall(file: Path) -> float:
-    """What an evaluation wrote."""
+    """The figures of an evaluation."""
     return json.loads(file.read_text())["recall_at_5"]
 
 
@@ -120,9 +121,11 @@ def main() -> None:
         if line.run("search-on-cpu", *words, cpu=True):
             classes = pq.read_table(artefact / "documents").column("class_key").to_pylist()
             queries = json.loads((work / "search.json").read_text())["queries"]
-            answers = [[classes[hit["row"]] for hit in query["found"]] for query in queries]
-            hits = sum(truth in keys for truth, keys in zip(right, answers, strict=True)) / len(right)
-            program.add(what="recall_at_5 of search", gpu=gpu, cpu=hits, ok=abs(gpu - hits) <= RECALL)
+            hits = 0
+            for truth, query in zip(right, queries, strict=True):
+                hits += truth in [classes[hit["row"]] for hit in query["found"]]
+            cpu = hits / len(right)
+            program.add(what="recall_at_5 of search", gpu=gpu, cpu=cpu, ok=abs(gpu - cpu) <= RECALL)
     shutil.rmtree(work, ignore_errors=True)
     program.exit()
 

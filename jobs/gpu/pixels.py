@@ -1,9 +1,9 @@
-"""Whether images decoded on the GPU are those of DALI's CPU graph and of Pillow, and stay what they are while the device is busy.
+"""Compares images decoded on the GPU with those of DALI's CPU graph and of Pillow, also while the device is busy.
 
 python jobs/gpu/pixels.py OUT.json
 
-Photos, and one of each odd kind: turned by EXIF, grey, CMYK, progressive, without chroma subsampling, PNG with and without transparency. With --tiny
-the CPU graph stands for the GPU's.
+Photos, and one of each odd kind: turned by EXIF, grey, CMYK, progressive, without chroma subsampling, PNG with and
+without transparency. With --tiny the CPU graph stands for the GPU's.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from harness.data.decode_dali import ImagePipeline
 from harness.data.decode_pillow import ReferencePipeline
 from harness.data.preprocess import Parameters, PreprocessSpec, draw_parameters
 
-# Mean and 99.9th percentile of the difference of a kind's images, of 255. The CPU graph stays within half of it of Pillow (tests/test_pipeline.py);
-# a wrong window, turn, mirror or colour is beyond it by far.
+# Mean and 99.9th percentile of the difference of a kind's images, of 255. The CPU graph stays within half of it of
+# Pillow (tests/test_pipeline.py); a wrong window, turn, mirror or colour is beyond it by far.
 MEAN, RARE = 1.0, 8.0
 ORIENTATION = 0x0112
 ROUNDS = 10
@@ -98,7 +98,7 @@ def compare_pixels(
 
 
 def damaged(program: Program, pipeline: ImagePipeline, photos: list[bytes], params: Parameters) -> None:
-    """One file without its pixels costs itself alone, and no other pixel."""
+    """A file without its pixels costs only itself, and no other pixel."""
     count = min(8, len(photos))
     some = {name: rows[:count] for name, rows in params.items()}
     whole, _ = pipeline.decode(photos[:count], some)
@@ -113,10 +113,11 @@ def damaged(program: Program, pipeline: ImagePipeline, photos: list[bytes], para
 
 
 def busy(program: Program, pipeline: ImagePipeline, photos: list[bytes], params: Parameters) -> None:
-    """Decodes again at once while the device has half a second of other work queued: no batch may change under those who read it later."""
+    """Decodes again while the device has half a second of other work queued: no batch may change before later reads."""
     half = len(photos) // 2
-    parts = [slice(0, half), slice(half, 2 * half)]
-    cut = [(photos[part], {name: rows[part] for name, rows in params.items()}) for part in parts]
+    cut = []
+    for part in (slice(0, half), slice(half, 2 * half)):
+        cut.append((photos[part], {name: rows[part] for name, rows in params.items()}))
     quiet = [pipeline.decode(*one)[0].clone() for one in cut]
     program.synchronize()
     n = 8192 if program.device.type == "cuda" else 64

@@ -1,9 +1,11 @@
-"""Images a second and share of the peak of image towers in bf16: as a run trains them, on megatron-core, plain, plain compiled, and transformers.
+"""Images per second and share of the peak of image towers in bf16: as in a run, on megatron-core, plain, plain
+compiled, and transformers.
 
 python jobs/gpu/towers.py OUT.json [--models vit_s16 vit_l14 ...] [--batch 256]
 
-Forward and backward, one side in memory at a time, all with the same random weights: outputs of two images must agree with the plain twin's in fp32
-first. `a step` is the tower as a run trains it with megatron-core's gradient buffers and AdamW. What fails or is missing costs its own row.
+Forward and backward, one side in memory at a time, all with the same random weights: outputs of two images must agree
+with the plain twin's in fp32 first. `a step` is the tower as a run trains it with megatron-core's gradient buffers and
+AdamW. What fails or is missing costs its own row.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from harness.core.build import build as make_method
 from harness.core.mesh import Mesh, MeshConfig
 from harness.train.config import parse
 from harness.train.flops import peak_flops, tower_flops
-from harness.train.optimizer import OptimizerConfig, TowerOptimizer
+from harness.train.optimizer import TowerOptimizer
+from harness.train.schedule import OptimizerConfig
 from models.heads.class_parallel import ClassHeadConfig
 from models.merge import load_merged
 from models.plain.transformer import PlainBuilder, PlainLayer
@@ -39,11 +42,11 @@ BARS = {"vit_s16": ("images_per_s", 8003.0), "vit_l14": ("model_flops_utilisatio
 
 
 class Failed(Exception):
-    """A side gives other outputs than its plain twin."""
+    """Outputs of a side that differ from its plain twin's."""
 
 
 def tokens_of(found: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """The token vectors of what a side gives; our towers give the pooled vector too."""
+    """The token vectors of a side's outputs; our towers return the pooled vector too."""
     return found[0] if isinstance(found, tuple) else found
 
 
@@ -81,7 +84,9 @@ def stepper(tower: nn.Module, images: Tensor, mesh: Mesh | None) -> Callable[[],
 
 
 def build(side: str, name: str, state: dict[str, Tensor], mesh: Mesh) -> nn.Module:
-    """The side's module on the device in fp32, with the weights `state`: images -> token vectors, and of `a step` the pooled vectors too."""
+    """The side's module on the device in fp32, with the weights `state`: images -> token vectors, and of `a step` the
+    pooled vectors too.
+    """
     if side in ("as trained", "a step"):
         small = [
             f"--model.text.{key}={value}"

@@ -1,10 +1,12 @@
-"""Six training steps of every method on the GPU and the same on a CPU, at the same time; then each goes on from the other's checkpoint.
+"""Six training steps of every method on the GPU and on a CPU, at the same time; then each resumes the other's
+checkpoint.
 
 python jobs/gpu/training.py OUT.json --catalogues FOLDER --work FOLDER
 
-The loop's own Trainer steps: NCCL at world 1, megatron-core's DDP and distributed optimizer with overlap, the Triton head. Both sides see the same
-pixels (Pillow), so only arithmetic differs. Each side saves after the fourth step and goes on; a second trainer goes on from that checkpoint, a third
-from the other side's. The query encoder of the fp32 runs is exported by one side and opened by the other. With --tiny both sides are CPUs.
+The loop's own Trainer steps: NCCL at world 1, megatron-core's DDP and distributed optimizer with overlap, the Triton
+head. Both sides see the same pixels (Pillow), so only arithmetic differs. Each side saves after the fourth step and
+goes on; a second trainer goes on from that checkpoint, a third from the other side's. The query encoder of the fp32
+runs is exported by one side and opened by the other. With --tiny both sides are CPUs.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 import torch
 
 from harness.bench.gpu import Program, empty_folder
+from harness.core.files import write_whole
 
 SAVED, STEPS = 4, 6  # the checkpoint is of the fourth step
 WAIT = 300.0  # seconds for the other side's checkpoint
@@ -67,7 +70,7 @@ ITEM = BASE | {
 EIGHT_BIT = {"head.row_dtype": "bf16", "optimizer.rows.state": "8bit", "optimizer.rows.bf16_rows": "stochastic"}
 CASES: dict[str, dict[str, Any]] = {
     "oclear": OCLEAR | {"head.sample_rate": 0.5, "optimizer.rows.weight_decay": 0.01, "data.micro_batches": 2},
-    "make, some weights 0": MAKE | {f"model.weights.{name}": 0.0 for name in ("qim", "mlm", "mpm")},
+    "make, some weights 0": MAKE | dict.fromkeys(("model.weights.qim", "model.weights.mlm", "model.weights.mpm"), 0.0),
     "item, some weights 0": ITEM | {"model.weights.itm": 0.0, "model.global_targets": "all"},
     "oclear, 8 bit, average": OCLEAR | EIGHT_BIT | {"head.sample_rate": 0.5, "train.ema_decay": 0.9},
     "make": MAKE | {"model.memory_bank": 32, "model.memory_after": 16},
@@ -75,14 +78,12 @@ CASES: dict[str, dict[str, Any]] = {
     "oclear, conv stem": OCLEAR
     | {"model.vision.stem_channels": [16, 32, 64, 64], "model.vision.stem_blocks": [0, 1, 1, 0]},
     "oclear, rotary, recompute": OCLEAR
-    | {
-        f"model.vision.{key}": value
-        for key, value in (("positions", "rotary"), ("qk_norm", True), ("pooling", "attention"))
-    }
+    | {"model.vision.positions": "rotary", "model.vision.qk_norm": True, "model.vision.pooling": "attention"}
     | {"mesh.recompute": "selective"},
 }
 TINY = ("oclear",)
-# Largest relative difference of losses, and of gradient norms. Moments of 8 bits and stochastic rows turn the last bit of a sum into another code.
+# Largest relative difference of losses, and of gradient norms. Moments of 8 bits and stochastic rows turn the last bit
+# of a sum into another code.
 BOUNDS = {"fp32": (1e-3, 5e-3), "bf16": (2e-2, 1e-1)}
 EXPORT = 1e-3  # largest difference of an entry of a unit vector
 Found = dict[str, Any]
@@ -91,8 +92,8 @@ Found = dict[str, Any]
 def compare(here: Found, twin: Found, precision: str) -> Found:
     """One row of one case from what both sides found: the largest differences, `ok`, and `why` not.
 
-    Losses and gradient norms of all steps, GPU by CPU; losses after a load from the own and from the other side's checkpoint, by those of the run
-    that went on; the exported encoder against the towers.
+    Losses and gradient norms of all steps, GPU by CPU; losses after a load from the own and from the other side's
+    checkpoint, by those of the run that went on; the exported encoder against the towers.
     """
     row: Found = {}
     for side, found in (("here", here), ("twin", twin)):
@@ -132,7 +133,7 @@ class Side:
         name: here or twin.
         cuda: whether it has the GPU.
         work: folder that both share.
-        catalogue: what is trained on.
+        catalogue: training data.
     """
 
     def __init__(self, name: str, cuda: bool, work: Path, catalogue: Path) -> None:
@@ -144,14 +145,14 @@ class Side:
     def trainer(self, recipe: Mapping[str, Any], run: Path) -> Any:
         """The loop's Trainer, which resumes by itself what lies in `run`."""
         from harness.core.mesh import Mesh
-        from harness.text.product_queries import with_keywords
+        from harness.text.catalogue_facts import prepared
         from harness.train.config import parse
         from harness.train.trainer import Trainer
 
         values = {**recipe, "data.catalogue": self.catalogue, "run_dir": run}
         flags = [f"--{key}={x if isinstance(x, str | Path) else json.dumps(x)}" for key, x in values.items()]
         config, _ = parse(flags, 1)
-        config = replace(config, model=with_keywords(config.method, config.model, config.data.catalogue))
+        config = replace(config, model=prepared(config.method, config.model, config.data.catalogue))
         if self.mesh is None or self.mesh.config != config.mesh:
             if self.mesh is not None:
                 self.mesh.close()
@@ -225,9 +226,7 @@ class Side:
 
     def write(self) -> None:
         """All that was found so far, for the process that compares."""
-        file = self.work / f"{self.name}.json"
-        file.with_suffix(".tmp").write_text(json.dumps(self.found))
-        file.with_suffix(".tmp").replace(file)
+        write_whole(self.work / f"{self.name}.json", json.dumps(self.found))
 
 
 def take_rows_of_a_cpu(trainer: Any) -> None:
@@ -240,15 +239,13 @@ def take_rows_of_a_cpu(trainer: Any) -> None:
 
 
 def export(trainer: Any, run: Path) -> None:
-    """Writes the run's query encoder for serving, and what the towers themselves make of the same queries."""
+    """Writes the run's query encoder for serving, and the towers' own vectors of the same queries."""
     from harness.core.build import plain_query_encoder
-    from models.registry import METHODS
 
     method, config, mesh = trainer.method, trainer.config, trainer.mesh
     method.towers.eval()
     batch = trainer.loader.load(0).batches[0].to(mesh.device, torch.float32)
-    text = METHODS[config.method].query == "text"
-    queries = (batch.query_tokens if text else batch.document_images).cpu()
+    queries = (batch.document_images if config.model.query_text is None else batch.query_tokens).cpu()
     with torch.no_grad():
         found = method.embed_query(replace(batch, query_images=batch.document_images)).cpu()
         encoder = plain_query_encoder(config.method, trainer.model_config, method.towers, mesh)
@@ -258,7 +255,9 @@ def export(trainer: Any, run: Path) -> None:
 
 
 def watch(program: Program, work: Path, sides: Mapping[str, Any], keys: Mapping[str, tuple[str, str]]) -> None:
-    """Adds a case's row as soon as both sides are through with it; those that a side never came to fail when it has ended."""
+    """Adds a case's row as soon as both sides are through with it; those that a side never came to fail when it has
+    ended.
+    """
     left = dict(keys)
     while left:
         running = any(process.poll() is None for process in sides.values())

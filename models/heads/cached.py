@@ -22,23 +22,23 @@ def cached_losses(
     loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
     parameters: Sequence[Tensor] = (),
 ) -> Iterator[tuple[Tensor, dict[str, Tensor], Rest]]:
-    """One loss for every micro-batch; call backward on each before the next is asked for. Their gradients add up to
-    that of the loss over all.
+    """Yields one loss per micro-batch; call backward on each before asking for the next. Their gradients add up to that
+    of the loss over all.
 
     All micro-batches are encoded without a graph, the loss of all embeddings gives the gradient of each, and a second,
     equal forward of a micro-batch carries its part into the weights: one forward more, exact also with dropout, whose
-    random streams are rewound. One micro-batch alone is encoded once.
+    random streams are rewound. A single micro-batch is encoded once.
 
     Args:
         encode: a micro-batch to (embeddings, each [n, ...], and anything else, which is handed on with its graph).
         batches: the micro-batches of this rank; every rank has as many, of any size.
         loss_of: (embeddings of all micro-batches, each [sum of n, ...]) -> (loss, metrics that add up); may be
             collective.
-        parameters: what `loss_of` learns besides the embeddings, as a log scale.
+        parameters: other parameters of `loss_of`, such as a log scale.
 
     Yields:
-        (loss, metrics, what encode returned besides), each an equal part of the whole: over the micro-batches they add
-        up to the whole's.
+        (loss, metrics, other results of encode) of a micro-batch, an equal part of the whole: over the micro-batches
+        losses and metrics add up to those of the whole.
     """
     if len(batches) == 1:
         embeddings, rest = encode(batches[0])
@@ -52,7 +52,7 @@ def cached_losses(
     leaves = [torch.cat(pieces).requires_grad_() for pieces in zip(*encoded, strict=True)]
     loss, metrics = loss_of(*leaves)
     grads = torch.autograd.grad(loss, [*leaves, *parameters])
-    lengths = [[len(x) for x in pieces] for pieces in zip(*encoded, strict=True)]
+    lengths = [list(map(len, pieces)) for pieces in zip(*encoded, strict=True)]
     grad_pieces = zip(*(g.split(n) for g, n in zip(grads, lengths, strict=False)), strict=True)
     part = 1 / len(batches)
     for batch, stream, pieces in zip(batches, streams, grad_pieces, strict=True):
@@ -67,7 +67,7 @@ def cached_losses(
 
 @dataclass(frozen=True)
 class _Streams:
-    """The random streams of this process: torch's on the CPU and on the current GPU, and megatron-core's tracked ones."""
+    """Random streams of this process: torch's on the CPU and the current GPU, and megatron-core's tracked ones."""
 
     cpu: Tensor
     cuda: Tensor | None
@@ -87,8 +87,6 @@ class _Streams:
 
 
 def _tracker() -> Any:
-    """megatron-core's tracker of random streams; None in a process that does not use megatron-core, and need not import
-    it.
-    """
+    """megatron-core's tracker of random streams; None in a process that has not imported megatron-core."""
     random = sys.modules.get("megatron.core.tensor_parallel.random")
     return random.get_cuda_rng_tracker() if random else None

@@ -11,7 +11,7 @@ dp and never average.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from kernels.keyed import fill_normal
 from models.comm import gather_shards, own_slice, scatter_sum, shard_sizes
 from models.heads.margin import Margin, margin_cosine, scaled_margin
 from models.heads.sampling import ID_BLOCK, sampled_classes
+from models.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UnitIntervalAbove0
 from models.transfer import send
 
 IGNORED = -1
@@ -49,30 +50,17 @@ class ClassHeadConfig:
         seed: seed of new rows and of sampling.
     """
 
-    num_classes: int = 0
-    embedding_dim: int = 0
+    num_classes: NonNegativeInt = 0
+    embedding_dim: NonNegativeInt = 0
     margin: Margin = (1.0, 0.0, 0.4)
-    scale: float = 64.0
-    sample_rate: float = 1.0
-    gradient: str = "exact"
-    filter_above: float = 1.0
-    row_dtype: str = "fp32"
-    tile: int = TILE
-    init_std: float = 0.05
-    seed: int = 0
-
-    def errors(self, where: str) -> list[str]:
-        """Errors for values out of range; each names its key under `where`."""
-        errors = []
-        if not 0 < self.sample_rate <= 1:
-            errors.append(f"{where}.sample_rate is {self.sample_rate}; it must lie in (0, 1]")
-        if self.gradient not in ("exact", "straight_through"):
-            errors.append(f"{where}.gradient is '{self.gradient}'; it can be 'exact' or 'straight_through'")
-        if self.row_dtype not in ROW_DTYPES:
-            errors.append(f"{where}.row_dtype is '{self.row_dtype}'; it can be 'fp32' or 'bf16'")
-        if self.scale <= 0 or self.tile < 1:
-            errors.append(f"{where}.scale and {where}.tile must be positive")
-        return errors
+    scale: PositiveFloat = 64.0
+    sample_rate: UnitIntervalAbove0 = 1.0
+    gradient: Literal["exact", "straight_through"] = "exact"
+    filter_above: NonNegativeFloat = 1.0
+    row_dtype: Literal["fp32", "bf16"] = "fp32"
+    tile: PositiveInt = TILE
+    init_std: NonNegativeFloat = 0.05
+    seed: NonNegativeInt = 0
 
 
 def rows_per_rank(num_classes: int, ranks: int) -> int:
@@ -100,16 +88,15 @@ class _Step:
 
 
 class ClassParallelHead(nn.Module):
-    """See the module docstring. `rows` is no parameter: the towers' optimizer never sees it (models.heads.row_optimizer
-    does).
+    """See the module docstring. `rows` is not a parameter: only models.heads.row_optimizer updates it.
 
     Args:
         config: num_classes and embedding_dim must be set.
         row_group: ranks that share the rows.
         data_group: ranks that bring different samples.
         device: where the rows live.
-        dtype: type of the rows, where it is not to be the configuration's (float64 for tests).
-        copy_group: ranks that bring the same samples, tensor-parallel ones; None: there are none.
+        dtype: type of the rows, in place of the configuration's (float64 for tests).
+        copy_group: ranks that bring the same samples, tensor-parallel ones; None without any.
 
     Raises:
         ValueError: the row group is not made of the two others.
@@ -162,11 +149,11 @@ class ClassParallelHead(nn.Module):
         margin_part: float = 1.0,
         sizes: list[int] | None = None,
     ) -> Tensor:
-        """Fixes the active rows and the global weight from the whole step's samples of this rank; the micro-batches'
-        calls follow.
+        """Fixes the active rows and the global weight from this rank's samples of the whole step, before the calls with
+        its micro-batches.
 
-        Waits for the device once where classes are sampled (how many rows are active), without `sizes`, and for labels
-        that are there already.
+        Waits for the device once each: for sampled classes (the number of active rows), without `sizes`, and for labels
+        on the device.
 
         Args:
             labels: int64 [n], class ids of all micro-batches of this rank, best on the host; IGNORED (-1) counts
@@ -200,7 +187,7 @@ class ClassParallelHead(nn.Module):
         drawn = sampled_classes(self.start, self.stop, self.config.sample_rate, self.config.seed, step, labels.device)
         classes = torch.cat([drawn, labels])
         mine = (classes >= self.start) & (classes < self.stop)
-        # What is not mine goes to one row more than there are: a selection would wait to know how many are.
+        # Ids of other ranks go to one row past the end: a selection would wait for the device to count them.
         chosen = torch.zeros(len(self.rows) + 1, dtype=torch.bool, device=labels.device)
         chosen.index_fill_(0, torch.where(mine, classes - self.start, len(self.rows)), True)
         return chosen[:-1].nonzero()[:, 0]
@@ -281,7 +268,7 @@ class ClassParallelHead(nn.Module):
 
 
 class _MarginSoftmax(torch.autograd.Function):
-    """Loss over sharded rows; the backward fills step.grad and returns the exact gradient of the local unit embeddings."""
+    """Loss over sharded rows. Backward fills step.grad and returns the exact gradient of the local unit embeddings."""
 
     @staticmethod
     def forward(

@@ -1,9 +1,9 @@
 """Contrastive losses over the global batch: symmetric InfoNCE and AM-softmax with negatives from every rank and from a
 memory bank.
 
-There is one way to gather, and it is exact: the loss is sum(w l) / sum(w) over all ranks' pairs, and a rank's gradients
-are those of this global loss. Its embeddings get all of theirs, a shared parameter (the log scale) its rank's part:
-towers sum over dp and never average.
+Exact: the loss is sum(w l) / sum(w) over all ranks' pairs, and a rank's gradients are those of this global loss. Its
+embeddings get their whole gradient, a shared parameter (the log scale) this rank's part: towers sum over dp and never
+average.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 from models.comm import gather_shards, gather_with_grad, own_slice, shard_sizes
 from models.heads.mean import global_mean
 from models.heads.memory_bank import MemoryBank
+from models.ranges import NonNegativeFloat, PositiveFloat
 
 Related = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,16 +33,12 @@ class ContrastiveConfig:
         temperature: divisor of the cosines; where the scale is learned, where it begins.
         margin: taken off the positive's cosine: 0 is InfoNCE (van den Oord et al. 2018), above 0 AM-softmax (Wang et
             al. 2018).
-        symmetric: the mean of both directions, query to documents and document to queries; false is the first alone.
+        symmetric: the mean of both directions, query to documents and document to queries; false is only the first.
     """
 
-    temperature: float = 0.07
-    margin: float = 0.0
+    temperature: PositiveFloat = 0.07
+    margin: NonNegativeFloat = 0.0
     symmetric: bool = True
-
-    def errors(self, where: str) -> list[str]:
-        """Errors for values out of range; each names its key under `where`."""
-        return [] if self.temperature > 0 else [f"{where}.temperature is {self.temperature}; it must be positive"]
 
 
 def same_product(query_labels: Tensor, document_labels: Tensor) -> Tensor:
@@ -64,8 +61,8 @@ def contrastive_loss(
     related: Related = same_product,
     sizes: list[int] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss over the pairs of all ranks; row i of queries and documents is a pair. Collective: what is given on one rank
-    is given on all.
+    """Loss over the pairs of all ranks; row i of queries and documents is a pair. Collective: all ranks pass the same
+    optional arguments.
 
     A query's negatives are the documents of all other pairs, the hard negatives of all pairs and the document bank, a
     document's (symmetric) the queries of all other pairs and the query bank; none of them is one that `related` names.
@@ -75,12 +72,12 @@ def contrastive_loss(
         labels: int64 [n, ...], what `related` compares; by itself [n], product or class of the pair.
         config: the loss.
         group: ranks that bring different pairs.
-        weights: [n], default 1. A pair of weight 0 (a damaged image) counts nothing: it is no negative either.
+        weights: [n], default 1. A pair of weight 0 (a damaged image) does not count, not as a negative either.
         log_scale: [], the learned log(1 / temperature); default the config's constant.
         negatives: hard negatives of the pairs, ([n, k, d], their labels int64 [n, k, ...]).
         document_bank, query_bank: embeddings of earlier steps, the same on every rank; push this step's afterwards.
-        related: (query labels [a, ...], document labels [b, ...]) -> bool [a, b], which documents are no negatives of
-            which queries.
+        related: (query labels [a, ...], document labels [b, ...]) -> bool [a, b], True where the document is not a
+            negative of the query.
         sizes: n of every rank of `group`, where the caller knows them; else the device is waited for.
 
     Returns:
@@ -109,7 +106,7 @@ def contrastive_loss(
             unit, known, counts = bank.filled()
             candidates.append(_Candidates(unit.to(kind), known, counts))
 
-    # Each rank computes the terms of its own pairs; the gather's backward adds up what all ranks found for an
+    # Each rank computes the terms of its own pairs; the gather's backward adds up all ranks' gradients of an
     # embedding.
     scale = 1 / config.temperature if log_scale is None else log_scale.to(kind).exp()
     positive = (query.unit[mine] * document.unit[mine]).sum(-1)
@@ -146,7 +143,7 @@ def _join(parts: list[_Candidates]) -> _Candidates:
 
 
 def _hidden(related: Tensor, counts: Tensor, mine: slice) -> Tensor:
-    """bool [m, c]: the candidates that are no negatives of the own pairs `mine`, whose positives are among them."""
+    """bool [m, c]: the candidates that are not negatives of the own pairs `mine`, their positives among them."""
     hidden = related | ~counts
     hidden[:, mine].fill_diagonal_(True)
     return hidden
@@ -155,7 +152,7 @@ def _hidden(related: Tensor, counts: Tensor, mine: slice) -> Tensor:
 def _negative_log_softmax(positive: Tensor, negatives: Tensor, hidden: Tensor) -> Tensor:
     """-log softmax of the positive logits [m] over them and the negatives [m, c] that are not hidden: [m].
 
-    log(1 + exp(lse of negatives - positive)): exact at both ends, and 0 where there is no negative.
+    log(1 + exp(lse of negatives - positive)): exact at both ends, and 0 without negatives.
     """
     lse = negatives.masked_fill(hidden, float("-inf")).logsumexp(1)
     return torch.logaddexp(torch.zeros_like(lse), lse - positive)

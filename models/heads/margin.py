@@ -38,6 +38,6 @@ def margin_cosine(cosine: Tensor, margin: Margin, straight_through: bool) -> tup
 
 
 def scaled_margin(margin: Margin, part: float) -> Margin:
-    """`part` in [0, 1] of a margin: 0 is none, 1 the whole."""
+    """`part` in [0, 1] of a margin: 0 is no margin, 1 all of it."""
     m1, m2, m3 = margin
     return 1 + (m1 - 1) * part, m2 * part, m3 * part

@@ -1,4 +1,4 @@
-"""The last embeddings of earlier steps, kept as negatives (cross-batch memory: Wang et al., arXiv 1912.06798)."""
+"""Memory bank: embeddings of earlier steps as negatives (cross-batch memory: Wang et al., arXiv 1912.06798)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class MemoryBank(nn.Module):
     """A ring of the last `size` unit embeddings over all ranks, with their labels and without gradients; every rank
     holds the same.
 
-    Its content is a function of what was pushed in global order, not of the number of ranks. state_dict() is all of it:
-    the same on every rank, fit for any number of ranks.
+    Its content depends on the samples pushed, in global order, not on the number of ranks. state_dict() is the whole
+    bank: the same on every rank, and loadable at any number of ranks.
 
     Args:
         size: embeddings kept.
@@ -41,7 +41,7 @@ class MemoryBank(nn.Module):
     ) -> None:
         super().__init__()
         self.after = after
-        # No less than `pushed`, but known on the host; None: to be read from there.
+        # An upper bound of `pushed` that is known on the host; None: to be read from the device.
         self._most: int | None = None
         self.register_load_state_dict_post_hook(MemoryBank._forget)
         self.register_buffer("embeddings", torch.zeros(size, embedding_dim, device=device, dtype=dtype))
@@ -83,8 +83,8 @@ class MemoryBank(nn.Module):
         unit = F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
         unit, known = gather_shards(unit, group, sizes), gather_shards(labels, group, sizes)
         counts = torch.ones(n, device=labels.device) if weights is None else gather_shards(weights, group, sizes)
-        # How many count is known to the device alone: as many places are written as all samples would need, the last of
-        # them as they were.
+        # Only the device knows how many samples count. So as many places are written as all samples need, the last of
+        # them with their old content.
         kept, total = (counts > 0).int().argsort(descending=True, stable=True), (counts > 0).sum()
         newest = (total - size).clamp_min(0) + torch.arange(min(n, size), device=labels.device)
         source, places, counted = kept[newest], (self.pushed + newest) % size, newest < total

@@ -16,12 +16,12 @@ _ROUNDS = 6
 
 
 def sampled_classes(start: int, stop: int, rate: float, seed: int, step: int, device: torch.device) -> Tensor:
-    """Class ids in [start, stop), each drawn with probability `rate`; int64, in no particular order, -1 among them:
-    nothing. Source: ours.
+    """Class ids in [start, stop), each drawn with probability `rate`: int64 in no particular order; -1 stands for no
+    id. Source: ours.
 
     Every block draws rate x 4,096 ids without replacement (rounded up or down by its key), as the first values of a
-    keyed permutation: the cost follows the ids drawn, not the classes that there are. How many are returned depends on
-    the arguments alone: nothing waits for the device.
+    keyed permutation: the cost follows the number of ids drawn, not of classes. The length of the result depends only
+    on the arguments: nothing waits for the device.
     """
     if start >= stop:
         return torch.empty(0, dtype=torch.int64, device=device)

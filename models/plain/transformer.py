@@ -127,7 +127,7 @@ class PlainBlock(nn.Module):
     def forward(self, hidden: Tensor, mask: Tensor | None, rotary_pos_emb: Tensor | None = None) -> Tensor:
         """hidden [s, b, h]; mask and rotary as in PlainAttention. Returns [s, b, h]."""
         samples = hidden.shape[1]
-        # Numbers that a graph takes for constants. Samples of zeros beside them leave no trace but gradients of 0.
+        # torch.compile takes 0 and 1 for constants. Added samples of zeros only add gradients of 0.
         if self.backend and samples < 2:
             hidden = F.pad(hidden, (0, 0, 0, 2 - samples))
             if mask is not None and len(mask) == samples:
@@ -167,8 +167,7 @@ class PlainBuilder:
     """Builds a tower's transformer parts in plain torch (models.shape.TransformerBuilder).
 
     Args:
-        recompute: what backward computes again instead of keeping it: none, selective (attention cores) or full
-            (layers).
+        recompute: parts whose activations backward recomputes: none, selective (attention cores) or full (layers).
         backend: of torch.compile, for the layers; empty: they are not compiled.
     """
 

@@ -50,8 +50,8 @@ FREE = (
 
 @dataclass(frozen=True)
 class Converted:
-    """A tower's weights under our names, float32, its configuration, the tensors left out because they are none of it,
-    and where it is from.
+    """Weights of a tower under our names, float32; its configuration; tensors of the source that are not part of it;
+    its origin.
     """
 
     config: TowerConfig
@@ -89,7 +89,7 @@ class Source:
                 raise WeightsError(f"{file}: {error}") from error
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Those of the named tensors that are there."""
+        """Those of the named tensors that exist."""
         found: dict[str, Tensor] = {}
         wanted = [name for name in names if name in self._stored]
         for file in {self._stored[name][0] for name in wanted}:
@@ -112,7 +112,7 @@ def import_tower(source: Source, tower: str, projection: bool = False, allow_unu
         layout, config, rules, origin = _understood(source, tower, projection)
     except WeightsError:
         raise
-    # What a description of odd values ends in, wherever arithmetic or a look-up meets them.
+    # Errors of arithmetic and look-ups on odd values of a description.
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise WeightsError(f"{source.folder} is described by odd values ({type(error).__name__}: {error})") from error
     own = [name for name in source.shapes if not re.fullmatch(layout.sibling, name)]
@@ -133,7 +133,7 @@ def _understood(source: Source, tower: str, projection: bool) -> tuple[Layout, T
     layout, said, origin = _recognised(source, tower)
     prefix = layout.prefix(source.shapes)
     if prefix is None:
-        raise WeightsError(f"{source.folder} has no tensor {layout.first}, so it is no {layout.name}")
+        raise WeightsError(f"{source.folder} has no tensor {layout.first}, so it is not a {layout.name}")
     config = _config(tower, layout.fields(said), projection)
     if config.projection_dim:
         last = layout.rule(config, f"{tower}.projection.weight", prefix).theirs[0]
@@ -152,12 +152,12 @@ def export_tower(config: TowerConfig, state: Mapping[str, Tensor], name: str) ->
     tower = "vision" if isinstance(config, VisionConfig) else "text"
     layouts = {layout.name: layout for layout in LAYOUTS if layout.tower == tower}
     if name not in layouts:
-        raise WeightsError(f"'{name}' is no layout of a {tower} tower; known are {', '.join(layouts)}")
+        raise WeightsError(f"'{name}' is not a layout of a {tower} tower; known are {', '.join(layouts)}")
     layout = layouts[name]
     said = layout.describe(config)
     found = layout.fields(layout.defaults | said)
     if isinstance(config, VisionConfig) and config.num_positions == config.num_patches:
-        found["position_resize"] = config.position_resize  # at the grid that the positions have none is resized
+        found["position_resize"] = config.position_resize  # not resized at their own grid
     again = _config(tower, found, bool(config.projection_dim))
     if differences := _differences(config, again):
         raise WeightsError(f"{name} has no place for this tower: " + "; ".join(differences))
@@ -193,8 +193,8 @@ def write_exported(folder: Path, described: Json, tensors: dict[str, Tensor]) ->
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Writes a safetensors file as transformers does, with the permissions of any new file; the library's own are for
-    the writer alone.
+    """Writes a safetensors file as transformers does, with the permissions of any new file: safetensors' own let only
+    the writer read it.
     """
     file.touch()
     mode = file.stat().st_mode
@@ -206,12 +206,11 @@ def write_converted(folder: Path, towers: Mapping[str, Converted]) -> None:
     """Writes weights.safetensors and weights.json into an existing folder."""
     state = {name: tensor for converted in towers.values() for name, tensor in converted.state.items()}
     save_tensors(state, folder / "weights.safetensors")
-    meta = {
-        "format": FORMAT,
-        "model": {tower: asdict(converted.config) for tower, converted in towers.items()},
-        "origin": {tower: converted.origin for tower, converted in towers.items()},
-        "left_out": {tower: converted.left_out for tower, converted in towers.items()},
-    }
+    meta: Json = {"format": FORMAT, "model": {}, "origin": {}, "left_out": {}}
+    for tower, converted in towers.items():
+        meta["model"][tower] = asdict(converted.config)
+        meta["origin"][tower] = converted.origin
+        meta["left_out"][tower] = converted.left_out
     (folder / "weights.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
 
@@ -220,7 +219,7 @@ def read_converted(folder: Path) -> tuple[dict[str, TowerConfig], dict[str, Tens
     is read.
 
     Raises:
-        WeightsError: it is none, or it is damaged.
+        WeightsError: not a converted folder, or a damaged one.
     """
     meta, file = read_object(folder / "weights.json"), folder / "weights.safetensors"
     if meta.get("format") != FORMAT:
@@ -237,7 +236,7 @@ def read_converted(folder: Path) -> tuple[dict[str, TowerConfig], dict[str, Tens
         wanted = {name: shape for config in configs.values() for name, shape in tower_shapes(config).items()}
         _check_shapes(found, wanted, str(file))
         if kinds - {"F32"}:
-            raise WeightsError(f"{file} holds {', '.join(sorted(kinds))}, not F32 alone")
+            raise WeightsError(f"{file} holds {', '.join(sorted(kinds))}, not only F32")
         return configs, load_file(file)
     except WeightsError:
         raise
@@ -300,8 +299,6 @@ def _checked(tower: str, given: Any) -> TowerConfig:
         errors = config.errors(tower) + shape_errors(config, 1, tower)
     except ValueError as error:
         errors = [str(error)]
-    except ZeroDivisionError:
-        errors = [f"a size of the {tower} tower is 0"]
     if errors:
         raise WeightsError(errors[0])
     return config
@@ -340,7 +337,7 @@ def read_object(file: Path) -> Json:
     """The object that a JSON file holds.
 
     Raises:
-        WeightsError: there is no such file, or it holds anything else.
+        WeightsError: the file does not exist, or holds something else.
     """
     try:
         with file.open("rb") as handle:
@@ -349,9 +346,9 @@ def read_object(file: Path) -> Json:
     except OSError as error:
         raise WeightsError(f"{file}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{file} is no JSON ({error})") from error
+        raise WeightsError(f"{file} is not JSON ({error})") from error
     if not isinstance(found, dict):
-        raise WeightsError(f"{file} is no JSON object of at most {LARGEST_JSON:,} bytes")
+        raise WeightsError(f"{file} is not a JSON object of at most {LARGEST_JSON:,} bytes")
     return found
 
 
@@ -398,8 +395,9 @@ def _safetensors(folder: Path, kind: str) -> list[Path]:
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
     if pickled and not files:
         raise WeightsError(
-            f"{folder} has {listed(pickled)} and no *.safetensors. Pickled weights can run their author's code and are not read. Where you "
-            "trust them, transformers converts them: AutoModel.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            f"{folder} has {listed(pickled)} and no *.safetensors. Pickled weights can run their author's code and are "
+            "not read. If you trust them, transformers converts them: "
+            "AutoModel.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     if len(files) != 1:
         raise WeightsError(

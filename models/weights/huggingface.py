@@ -63,7 +63,7 @@ def _unfold_dinov2(said: Json) -> Json:
 def _fold_dinov2(said: Json) -> Json:
     gated = said["hidden_act"] == "swiglu"
     ratio = said.pop("intermediate_size") * (1.5 if gated else 1) / said["hidden_size"]
-    said |= {"mlp_ratio": round(ratio), "use_swiglu_ffn": gated}  # transformers takes whole numbers alone
+    said |= {"mlp_ratio": round(ratio), "use_swiglu_ffn": gated}  # transformers takes only whole numbers
     return said | {"hidden_act": "gelu"} if gated else said
 
 

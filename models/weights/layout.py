@@ -1,6 +1,4 @@
-"""A kind of tower of another project as data: the keys of its description, the names of its tensors; and what reads
-that in both directions.
-"""
+"""Layout of another project's tower as data: keys of its description, names of its tensors; read in both directions."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from models.weights.rules import Rule, WeightsError
 TowerConfig = VisionConfig | TextConfig
 Json = dict[str, Any]
 
-# What the tables call the tensors within a transformer layer and a pool.
+# Short names of the tensors within a transformer layer and a pool, as the tables use them.
 _SHORT = (
     {"input_layernorm.": "norm1.", "self_attn_bda.norm.": "norm1.", "self_attn_bda.scale": "scale1"}
     | {"pre_mlp_layernorm.": "norm2.", "mlp_bda.norm.": "norm2.", "mlp_bda.scale": "scale2"}
@@ -41,10 +39,10 @@ _LAYER = re.compile(r"(?:vision|text)\.(?:block\.layers\.(\d+)\.)?(.+)")
 
 @dataclass(frozen=True)
 class Choice:
-    """A key whose values have other names with us: theirs -> ours. An empty `ours`: no field, the key just must have
-    such a value.
+    """A key whose values have other names here: theirs -> ours. With an empty `ours` there is no field; the key must
+    have one of the values.
 
-    Where none fits our value, the first is written; export then sees that it means another tower, and refuses.
+    Where no value fits ours, the first is written; export then finds that it means another tower, and refuses.
     """
 
     ours: str
@@ -57,7 +55,7 @@ class Layout:
 
     Args:
         tower: vision or text.
-        name: what it is exported as; for transformers the model_type of a config.json that describes this tower alone.
+        name: name of the layout for export; for transformers the model_type of a config.json of this tower only.
         keys: key of the description -> our field.
         fixed: fields of ours that are the same in all such towers.
         defaults: values of the description that may be left out.
@@ -71,7 +69,7 @@ class Layout:
         dims: dimensions of their tables of rows, of which ours all have two.
         flat_patches: the patch embedding is a matrix on pixels in the order row, column, channel.
         prefixes: what may stand before the names; the first is written.
-        known: patterns of tensors that are no part of the tower (heads of the training it had).
+        known: patterns of tensors that are not part of the tower (heads of its training).
         sibling: pattern of the other tower's tensors, where a folder holds a pair.
         whole: model_type of a description of both towers of a pair; this one is then under `section`.
         section: see `whole`.
@@ -199,8 +197,8 @@ def _side(key: str, value: Any) -> Any:
 
 
 def _require_like(key: str, value: Any, default: Any) -> None:
-    """Refuses a value of another type than the default's, or a number of no size; numbers may be whole or not, None
-    stands for what was left out.
+    """Refuses a value of another type than the default's, or a number out of bounds. Numbers may be whole or not; None
+    stands for a missing value.
     """
     numbers = type(default) in (int, float) and type(value) in (int, float)
     if default is not None and value is not None and not numbers and type(value) is not type(default):

@@ -16,7 +16,7 @@ Tensors = list[Tensor]
 
 
 class WeightsError(ValueError):
-    """Weights that do not fit: which tensors, and why."""
+    """Weights that do not fit; names the tensors and the reason."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def keyless_bias(ours: str, query: str, value: str, heads: int) -> Rule:
 
 
 def concatenated(ours: str, theirs: tuple[str, ...], sizes: tuple[int, ...]) -> Rule:
-    """One of ours that several of theirs make, one after the other; `sizes` are their shares of its rows."""
+    """One tensor of ours from several of theirs, one after the other; `sizes` are their shares of its rows."""
 
     def save(t: Tensors) -> Tensors:
         unit = len(t[0]) // sum(sizes)
@@ -143,10 +143,11 @@ def save_all(rules: Iterable[Rule], ours: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def unused(names: Iterable[str], rules: Iterable[Rule], known: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Tensors that no rule takes: (those that a pattern of `known` says are no part of the tower, the others)."""
+    """Tensors that no rule takes: (those that match `known`, which are not part of the tower; the others)."""
     taken = {name for rule in rules for name in rule.theirs}
     rest = sorted(name for name in names if name not in taken)
-    matching = [name for name in rest if any(re.fullmatch(pattern, name) for pattern in known)]
+    pattern = re.compile("|".join(map("(?:{})".format, known)))
+    matching = [name for name in rest if pattern.fullmatch(name)]
     return matching, [name for name in rest if name not in matching]
 
 

@@ -37,7 +37,7 @@ def _unfold_timm(said: Json) -> Json:
         "act_layer": "swiglu" if gated else said["act_layer"],
         "init_values": said["init_values"] or 0.0,
         "patch_bias": not said["pre_norm"],
-        # With registers, timm's positions are those of the registers too, or of the patches alone.
+        # With registers, timm's positions include those of the registers, or are those of the patches only.
         "class_position": said["class_token"] and not said["no_embed_class"] and not said["reg_tokens"],
     }
 
@@ -105,16 +105,17 @@ def timm_said(shapes: Shapes, architecture: str, args: Json, prefix: str = "") -
     own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
     if "blocks.0.attn.qkv.weight" not in own or "pos_embed" not in own:
         raise WeightsError(
-            f"'{architecture}' is no VisionTransformer of timm: blocks.0.attn.qkv.weight or pos_embed is missing"
+            f"'{architecture}' is not a VisionTransformer of timm: blocks.0.attn.qkv.weight or pos_embed is missing"
         )
     hidden, _, patch, _ = own["patch_embed.proj.weight"]
     fc1, fc2 = own["blocks.0.mlp.fc1.weight"][0], own["blocks.0.mlp.fc2.weight"][1]
     positions = own["pos_embed"][-2]
     grid = math.isqrt(positions)
     quick, tanh = "quickgelu" in architecture, re.search(_GELU_TANH, architecture)
+    blocks = {name.split(".")[1] for name in own if name.startswith("blocks.")}
     return (
         {"architecture": architecture, "img_size": grid * patch, "patch_size": patch, "embed_dim": hidden}
-        | {"depth": len({name.split(".")[1] for name in own if name.startswith("blocks.")})}
+        | {"depth": len(blocks)}
         | {"num_heads": _HEADS.get(hidden, hidden // 64), "mlp_ratio": _ratio(hidden, fc1), "gated": fc1 == 2 * fc2}
         | {"act_layer": "quick_gelu" if quick else "gelu_tanh" if tanh else "gelu"}
         | {"global_pool": "map" if "attn_pool.latent" in own else "token" if "cls_token" in own else "avg"}
@@ -246,7 +247,7 @@ def open_clip_of(shapes: Shapes, config: Json, tower: str) -> tuple[Layout, Json
         trunk = replace(TIMM, prefixes=("visual.trunk.",), known=layout.known, sibling=layout.sibling)
         return trunk, timm_said(shapes, architecture, {}, "visual.trunk.")
     if tower == "vision" and "visual.class_embedding" not in shapes:
-        raise WeightsError("the image tower is no vision transformer: visual.class_embedding is missing")
+        raise WeightsError("the image tower is not a vision transformer: visual.class_embedding is missing")
     prefix = layout.prefix(shapes)
     if prefix is None or f"{prefix}cls_emb" in shapes:
         raise WeightsError("the text tower is not open_clip's own transformer; import it from its own project")

@@ -1,4 +1,6 @@
-"""A real SLURM of several nodes on this machine: own munge key, own ports, own folder; beside a system's SLURM, or another test's."""
+"""A real SLURM of several nodes on this machine: own munge key, own ports, own folder; beside a system's SLURM, or
+another test's.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,7 @@ class Cluster:
         return int(self.command("sbatch", "--parsable", *words, cwd=cwd, **variables))
 
     def job(self, number: int | str) -> dict[str, str]:
-        """What SLURM knows of a job: JobState, ExitCode, ..."""
+        """SLURM's record of a job: JobState, ExitCode, ..."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.command("scontrol", "--oneliner", "show", "job", number)))
 
     def wait(self, number: int | str, seconds: float = 300.0) -> dict[str, str]:
@@ -83,7 +85,9 @@ class Cluster:
 
 @contextmanager
 def cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Cluster]:
-    """Nodes node1, node2, ... of `cpus` CPUs each (SLURM believes what it is told), all idle. Everything it started has ended afterwards."""
+    """Nodes node1, node2, ... of `cpus` CPUs each (SLURM believes what it is told), all idle. Everything it started has
+    ended afterwards.
+    """
     # /tmp, because the path of munged's socket may have no more than 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     folder.chmod(0o755)

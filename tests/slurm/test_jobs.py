@@ -1,4 +1,4 @@
-"""jobs/*.sh on a real SLURM of two nodes: what a job writes is what plain torchrun writes, and what fails ends at once."""
+"""jobs/*.sh on a real SLURM of two nodes: a job writes the same as plain torchrun, and a failing one ends at once."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def plain(project: Path, *words: object) -> None:
 
 
 def figures(run: Path) -> list[dict[str, Any]]:
-    """What log.jsonl says of every step, without what depends on the machine's speed."""
+    """The steps of log.jsonl, without the figures that depend on the machine's speed."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not any(part in k for part in TIMING)} for line in lines]
 
