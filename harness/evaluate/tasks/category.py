@@ -87,6 +87,7 @@ class CategoryTask(Task):
         collective.
         """
         rows = chosen(side, self.category, self.limit)
+        rows = rows[~self.embedder.missing(side)[rows]]
         mine = torch.isin(own.ids, torch.from_numpy(side.ids[rows]).to(own.ids.device))
         vectors = gather_to_first(own.vectors[mine], self.mesh.dp)
         return vectors.double().cpu().numpy(), side.columns[self.category].take(rows).in_list(self.names)

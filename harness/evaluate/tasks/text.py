@@ -112,12 +112,13 @@ class TextTask(Task):
             number = self.documents.columns[self.category].in_list(values)
             groups = {value: number == place for place, value in enumerate(values)}
         groups["all"] = np.ones(len(table), bool)
+        good = ~self.embedder.missing(self.documents)
         return [
             {
                 "slice": self.category or "all",
                 "value": value,
-                "documents": int(rows.sum()),
-                "weights": dict(zip(names, table[rows].mean(0).tolist(), strict=True)),
+                "documents": int((rows & good).sum()),
+                "weights": dict(zip(names, table[rows & good].mean(0).tolist(), strict=True)),
             }
             for value, rows in groups.items()
         ]
