@@ -22,6 +22,7 @@ from harness.core.cli import Parser, run_command
 from harness.core.errors import UserError
 from harness.core.files import read_yaml, write_json
 from harness.core.versions import versions
+from models.ranges import PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +42,9 @@ class AblationConfig:
     file: Path
     catalogue: Path
     out: Path
-    ranks: int = 2
+    ranks: PositiveInt = 2
     part: str | None = None
-    steps: int | None = None
+    steps: PositiveInt | None = None
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,6 @@ def ablate(config: AblationConfig) -> None:
         UserError: the file, figures of another number of steps, or runs that failed, once the others have ended.
     """
     ablation = Ablation.read(config.file)
-    if config.ranks < 1:
-        raise UserError(f"--ranks is {config.ranks}", "It must be at least 1")
     try:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHOICES = ("auto", "torch")
 ADAM = {"transformer_engine": "transformer_engine.pytorch.optimizers", "apex": "apex.optimizers"}  # in order of choice
 LAYER_NORM = ("apex.normalization.fused_layer_norm", "fused_layer_norm_affine")
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+RIDGE = 1e-3  # of `Alignment.fit`
+
 
 class Alignment(nn.Module):
     """Vectors of the two views to the latent's expectation. Before `fit` views are taken as they are, and two are

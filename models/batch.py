@@ -170,12 +170,14 @@ class Reads:
         text_length: tokens of a document's text.
         query_length: tokens of a text query.
         num_patches: patches of a document's image where words and patches are to be masked; 0 masks nothing.
+        keywords: with texts, keywords of a document, and those that its query names, at most.
     """
 
     kind: Literal["photos", "pairs", "texts", "documents"] = "photos"
     text_length: int
     query_length: int = 0
     num_patches: int = 0
+    keywords: int = 0
 
     def samples(self, queries: int, documents: int) -> tuple[int, int]:
         """Query photos and documents of a step, of data.queries_per_step and data.documents_per_step."""

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-CHOICES = ("auto", "always", "never")
 # Graphs of one function: towers x (training or not) x (mask or none) x (first layer or later, frozen or not); torch's
 # own limit is 8.
 GRAPHS = 64

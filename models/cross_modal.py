@@ -4,6 +4,8 @@ are ours.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from models.shape import TransformerBuilder, TransformerShape
 
 _FIXED = {"equal": (1 / 3, 1 / 3, 1 / 3), "title": (1.0, 0.0, 0.0), "image": (0.0, 1.0, 0.0)}
-MODALITIES = ("learned", *_FIXED)
+Modalities = Literal["learned", "equal", "title", "image"]
 
 
 class CrossModal(nn.Module):
@@ -56,7 +58,7 @@ class ModalAdaptation(nn.Module):
         self.body = nn.Sequential(nn.Linear(3 * embedding_dim, embedding_dim), nn.GELU(), nn.Linear(embedding_dim, 3))
 
     def forward(self, title: Tensor, image: Tensor, fused: Tensor, modalities: str) -> tuple[Tensor, Tensor]:
-        """Vectors [n, d] each; `modalities` is one of MODALITIES -> (product [n, d], weights [n, 3])."""
+        """Vectors [n, d] each; `modalities` is one of Modalities -> (product [n, d], weights [n, 3])."""
         units = torch.stack([F.normalize(x, dim=-1) for x in (title, image, fused)], 1)
         if modalities == "learned":
             weights = self.body(units.flatten(1)).softmax(-1)

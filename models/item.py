@@ -12,17 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from models.alignment import Alignment
-from models.batch import Batch, rank_sizes
+from models.alignment import RIDGE, Alignment
+from models.batch import Batch, Reads, rank_sizes
+from models.fields import TRAINING_ONLY
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss
 from models.heads.mean import averaged, global_mean, weight_errors, weighted_sum
 from models.masking import WordHead, hide_patches, patch_pixels, word_terms
+from models.method import Calibration, Method, MethodSpec
+from models.ranges import NonNegativeFloat, OptionalSize, Pixels, Size
 from models.shape import TransformerBuilder, TransformerShape, padded_vocab, shape_errors
 from models.stem import conv_stem, patch_stem
 from models.transfer import places
@@ -43,12 +48,12 @@ class ItemWeights:
             the same towers.
     """
 
-    itm: float = 1.0
-    mlm: float = 1.0
-    mim: float = 1.0
-    gmlm: float = 1.0
-    gmim: float = 1.0
-    contrast: float = 0.0
+    itm: NonNegativeFloat = 1.0
+    mlm: NonNegativeFloat = 1.0
+    mim: NonNegativeFloat = 1.0
+    gmlm: NonNegativeFloat = 1.0
+    gmim: NonNegativeFloat = 1.0
+    contrast: NonNegativeFloat = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +67,10 @@ class PatchConfig:
         stem_blocks: residual blocks in each stage of the stem.
     """
 
-    image_size: int = 224
-    patch_size: int = 16
-    stem_channels: tuple[int, ...] = ()
-    stem_blocks: tuple[int, ...] = ()
+    image_size: Pixels = 224
+    patch_size: Pixels = 16
+    stem_channels: tuple[Size, ...] = ()
+    stem_blocks: tuple[OptionalSize, ...] = ()
 
     @property
     def num_patches(self) -> int:
@@ -83,9 +88,9 @@ class StreamConfig(TransformerShape):
         pad_id: the id of padding.
     """
 
-    vocab_size: int = 0
-    max_length: int = 64
-    pad_id: int = 0
+    vocab_size: OptionalSize = field(default=0, metadata=TRAINING_ONLY)
+    max_length: Size = 64
+    pad_id: OptionalSize = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +112,10 @@ class ItemConfig:
     vision: PatchConfig = field(default_factory=PatchConfig)
     text: StreamConfig = field(default_factory=StreamConfig)
     aligned: bool = False
-    global_targets: str = "masked"
-    weights: ItemWeights = field(default_factory=ItemWeights)
-    contrast: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    global_targets: Literal["masked", "all"] = "masked"
+    weights: ItemWeights = field(default_factory=ItemWeights, metadata=TRAINING_ONLY)
+    contrast: ContrastiveConfig = field(default_factory=ContrastiveConfig, metadata=TRAINING_ONLY)
+    query_text = None  # queries are photos
 
     @property
     def embedding_dim(self) -> int:
@@ -120,15 +126,15 @@ class ItemConfig:
         """Errors for values that do not fit together; each names its key."""
         errors = VisionConfig(**vars(self.vision)).errors("model.vision")
         errors += shape_errors(self.text, tensor_parallel, "model.text")
-        if self.global_targets not in ("masked", "all"):
-            errors.append(f"model.global_targets is '{self.global_targets}'; it can be 'masked' or 'all'")
-        return errors + weight_errors(self.weights) + self.contrast.errors("model.contrast")
+        return errors + weight_errors(self.weights)
 
 
 class ItemTowers(nn.Module):
     """Title and image to final states, and the heads of all objectives. One sequence: a global token, the title's
     tokens, the patches.
     """
+
+    EMBEDDINGS = ("words", "stem", "first", "word_position", "patch_position", "modality", "norm")
 
     def __init__(self, config: ItemConfig, build: TransformerBuilder) -> None:
         super().__init__()
@@ -237,7 +243,7 @@ class ItemQuery(nn.Module):
         return self.towers.embedding(images, tokens, "image")
 
 
-class Item:
+class Item(Method):
     """The method as the loop sees it. It is trained on documents alone; queries are products too.
 
     Args:
@@ -247,8 +253,7 @@ class Item:
         data_group: ranks that bring different samples.
     """
 
-    head = None
-    memory = None
+    towers: ItemTowers
 
     def __init__(self, config: ItemConfig, towers: ItemTowers, head: None, data_group: ProcessGroup) -> None:
         self.config, self.towers, self.data_group = config, towers, data_group
@@ -351,9 +356,19 @@ class Item:
         return self.towers.embedding(batch.document_images, batch.document_tokens, seen, padded)
 
     @property
-    def alignment(self) -> Alignment | None:
-        """Alignment that harness/evaluate/alignment.py fits; None without model.aligned."""
-        return self.towers.alignment
+    def calibration(self) -> Calibration | None:
+        """The alignment of image and title; None without model.aligned."""
+        alignment = self.towers.alignment
+        if alignment is None:
+            return None
+        return Calibration(
+            key="aligned",
+            needs="title",
+            module=alignment,
+            vectors=self.both_views,
+            width=2 * self.config.embedding_dim,
+            fit=partial(alignment.fit, ridge=RIDGE),
+        )
 
     def both_views(self, batch: Batch) -> Tensor:
         """Image and title of each document, each alone: [n, 2 h] float32."""
@@ -363,3 +378,17 @@ class Item:
             self.towers.view(batch.document_images, batch.document_tokens, seen, padded) for seen in ("image", "title")
         )
         return torch.cat(list(views), 1)
+
+
+def _reads(config: ItemConfig) -> Reads:
+    return Reads(kind="documents", text_length=config.text.max_length, num_patches=config.vision.num_patches)
+
+
+METHOD = MethodSpec(
+    config=ItemConfig,
+    towers=ItemTowers,
+    query_encoder=ItemQuery,
+    assemble=Item,
+    reads=_reads,
+    tasks=("same_product", "category", "photo"),
+)

@@ -20,13 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from models.batch import Batch, rank_sizes
+from models.batch import Batch, Reads, rank_sizes
 from models.comm import gather_shards, gather_with_grad, own_slice, shard_sizes
-from models.cross_modal import MODALITIES, CrossModal, Match, ModalAdaptation
+from models.cross_modal import CrossModal, Match, ModalAdaptation, Modalities
+from models.fields import TRAINING_ONLY
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss, same_product
 from models.heads.mean import averaged, global_mean, weight_errors, weighted_sum
 from models.heads.memory_bank import MemoryBank
 from models.masking import WordHead, hide_patches, patch_pixels, word_terms
+from models.method import CatalogueFacts, Method, MethodSpec
+from models.ranges import NonNegativeFloat, OptionalSize, Size
 from models.shape import TransformerBuilder, TransformerShape, shape_errors
 from models.text import TextConfig, TextTower
 from models.transfer import places
@@ -46,12 +49,12 @@ class MakeWeights:
         mpm: masked patches of the image.
     """
 
-    qic: float = 1.0
-    qim: float = 1.0
-    query_image: float = 1.0
-    keywords: float = 1.0
-    mlm: float = 1.0
-    mpm: float = 1.0
+    qic: NonNegativeFloat = 1.0
+    qim: NonNegativeFloat = 1.0
+    query_image: NonNegativeFloat = 1.0
+    keywords: NonNegativeFloat = 1.0
+    mlm: NonNegativeFloat = 1.0
+    mpm: NonNegativeFloat = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,33 +90,37 @@ class MakeConfig:
     text: TextConfig = field(default_factory=lambda: TextConfig(pooling="class"))
     query: TextConfig = field(default_factory=lambda: TextConfig(pooling="class", max_length=16))
     fusion: TransformerShape = field(default_factory=lambda: TransformerShape(num_layers=2))
-    embedding_dim: int = 256
+    embedding_dim: Size = 256
     hide_words: bool = False
-    modalities: str = "learned"
-    num_keywords: int = 0
-    product_keywords: int = 8
-    related_keywords: int = 4
-    related_category: bool = True
-    qic: ContrastiveConfig = field(default_factory=lambda: ContrastiveConfig(margin=0.1, symmetric=False))
-    memory_bank: int = 0
-    memory_after: int = 0
-    mpm: ContrastiveConfig = field(default_factory=lambda: ContrastiveConfig(symmetric=False))
-    mpm_patches: int = 4
-    weights: MakeWeights = field(default_factory=MakeWeights)
+    modalities: Modalities = "learned"
+    num_keywords: OptionalSize = 0
+    product_keywords: OptionalSize = field(default=8, metadata=TRAINING_ONLY)
+    related_keywords: OptionalSize = field(default=4, metadata=TRAINING_ONLY)
+    related_category: bool = field(default=True, metadata=TRAINING_ONLY)
+    qic: ContrastiveConfig = field(
+        default_factory=lambda: ContrastiveConfig(margin=0.1, symmetric=False), metadata=TRAINING_ONLY
+    )
+    memory_bank: OptionalSize = field(default=0, metadata=TRAINING_ONLY)
+    memory_after: OptionalSize = field(default=0, metadata=TRAINING_ONLY)
+    mpm: ContrastiveConfig = field(default_factory=lambda: ContrastiveConfig(symmetric=False), metadata=TRAINING_ONLY)
+    mpm_patches: Size = field(default=4, metadata=TRAINING_ONLY)
+    weights: MakeWeights = field(default_factory=MakeWeights, metadata=TRAINING_ONLY)
+
+    @property
+    def query_text(self) -> TextConfig:
+        """Queries are texts."""
+        return self.query
 
     def errors(self, tensor_parallel: int) -> list[str]:
         """Errors for values that do not fit together; each names its key."""
-        errors = self.vision.errors("model.vision") + self.qic.errors("model.qic") + self.mpm.errors("model.mpm")
-        errors += weight_errors(self.weights)
+        errors = self.vision.errors("model.vision") + weight_errors(self.weights)
         for name in ("vision", "text", "query", "fusion"):
             errors += shape_errors(getattr(self, name), tensor_parallel, f"model.{name}")
         for name in ("text", "query"):
             errors += getattr(self, name).errors(f"model.{name}")
             if getattr(self, name).pooling == "none":
                 errors.append(f"model.{name}.pooling is 'none', but MAKE needs a vector of every text")
-        if self.modalities not in MODALITIES:
-            errors.append(f"model.modalities is '{self.modalities}'; it can be {', '.join(MODALITIES)}")
-        if not 1 <= self.mpm_patches <= self.vision.num_patches:
+        if self.mpm_patches > self.vision.num_patches:
             errors.append(
                 f"model.mpm_patches is {self.mpm_patches}, but an image has {self.vision.num_patches} patches"
             )
@@ -197,7 +204,7 @@ class MakeQuery(nn.Module):
         return F.normalize(vectors.float(), dim=-1)
 
 
-class Make:
+class Make(Method):
     """The method as the loop sees it. Row i of the batch's queries and documents is a pair: a query and the product
     that it led to.
 
@@ -212,7 +219,8 @@ class Make:
         memory: the same, for the checkpoint; None where there are none.
     """
 
-    head = None
+    towers: MakeTowers
+    modalities = ("title", "image", "fused")
 
     def __init__(self, config: MakeConfig, towers: MakeTowers, head: None, data_group: ProcessGroup) -> None:
         self.config, self.towers, self.data_group = config, towers, data_group
@@ -268,7 +276,7 @@ class Make:
             terms["mpm"] = self._mpm(products, batch)
         total, more = weighted_sum(use, terms)
         metrics |= more
-        for i, name in enumerate(("title", "image", "fused")):
+        for i, name in enumerate(self.modalities):
             local = torch.stack([products.weights.detach()[:, i].to(weights) @ weights, weights.sum()])
             metrics[f"weight_{name}"] = local.to(total)
         return total, metrics
@@ -414,3 +422,41 @@ class Make:
         batch = self._trimmed(batch)
         padded = batch.padded("document")
         return self.towers.products(batch.document_images, batch.document_tokens, modalities, padded)
+
+
+def _reads(config: MakeConfig) -> Reads:
+    masks = config.hide_words or config.weights.mlm or config.weights.mpm
+    return Reads(
+        kind="texts",
+        text_length=config.text.max_length,
+        query_length=config.query.max_length,
+        num_patches=config.vision.num_patches if masks else 0,
+        keywords=config.product_keywords,
+    )
+
+
+def _prepare(config: MakeConfig, facts: CatalogueFacts) -> MakeConfig:
+    """The configuration with the size of the catalogue's keyword table, where it gives none of its own."""
+    found, size = facts.num_keywords, config.num_keywords
+    if config.weights.keywords and size not in (0, found):
+        raise ValueError(
+            f"model.num_keywords is {size}, the catalogue has {found} keywords", "Leave the key out, or set it to 0"
+        )
+    if config.weights.keywords and not found:
+        raise ValueError(
+            "the catalogue has no keywords to train on",
+            "Lower `shelfmark queries --min-count`, or set model.weights.keywords to 0",
+        )
+    return replace(config, num_keywords=size or found, product_keywords=facts.keywords_per_product)
+
+
+METHOD = MethodSpec(
+    config=MakeConfig,
+    towers=MakeTowers,
+    query_encoder=MakeQuery,
+    assemble=Make,
+    reads=_reads,
+    prepare=_prepare,
+    catalogue_sizes=("num_keywords",),
+    tasks=("text", "same_product", "category"),
+)

@@ -10,17 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from models.batch import Batch, rank_sizes
+from models.batch import Batch, Reads, rank_sizes
+from models.fields import TRAINING_ONLY
 from models.fusion import ConcatFusion, ConceptFusion, ResidualTransform
 from models.heads.cached import cached_losses
 from models.heads.class_parallel import ClassParallelHead
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss
+from models.method import Method, MethodSpec
+from models.ranges import ClosedUnitInterval, OpenUnitInterval, PositiveFloat, Size
 from models.shape import TransformerBuilder, shape_errors, words_hidden
 from models.text import TextConfig, TextTower
 from models.vision import VisionConfig, VisionTower
@@ -48,16 +52,17 @@ class OclearConfig:
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    embedding_dim: int = 256
-    fusion_kind: str = "concept"
-    concept_slots: int = 8
-    fusion_heads: int = 4
-    gate_init: float = 0.5
-    text_dropout: float = 0.0
+    embedding_dim: Size = 256
+    fusion_kind: Literal["concept", "concat", "image"] = "concept"
+    concept_slots: Size = 8
+    fusion_heads: Size = 4
+    gate_init: OpenUnitInterval = field(default=0.5, metadata=TRAINING_ONLY)
+    text_dropout: ClosedUnitInterval = field(default=0.0, metadata=TRAINING_ONLY)
     separate_transforms: bool = True
-    transform_dropout: float = 0.0
-    objective: str = "classification"
-    temperature: float = 0.07
+    transform_dropout: ClosedUnitInterval = field(default=0.0, metadata=TRAINING_ONLY)
+    objective: Literal["classification", "contrastive"] = "classification"
+    temperature: PositiveFloat = field(default=0.07, metadata=TRAINING_ONLY)
+    query_text = None  # queries are photos
 
     def errors(self, tensor_parallel: int) -> list[str]:
         """Errors for values that do not fit together; each names its key."""
@@ -68,14 +73,6 @@ class OclearConfig:
             )
         errors += shape_errors(self.vision, tensor_parallel, "model.vision")
         errors += shape_errors(self.text, tensor_parallel, "model.text")
-        if self.objective not in ("classification", "contrastive"):
-            errors.append(f"model.objective is '{self.objective}'; it can be 'classification' or 'contrastive'")
-        if self.fusion_kind not in ("concept", "concat", "image"):
-            errors.append(f"model.fusion_kind is '{self.fusion_kind}'; it can be 'concept', 'concat' or 'image'")
-        if not 0 < self.gate_init < 1:
-            errors.append(f"model.gate_init is {self.gate_init}; it must lie in (0, 1)")
-        if not 0 <= self.text_dropout <= 1:
-            errors.append(f"model.text_dropout is {self.text_dropout}; it must lie in [0, 1]")
         if self.vision.hidden_size % self.fusion_heads:
             errors.append(
                 f"model.vision.hidden_size {self.vision.hidden_size} is no multiple of model.fusion_heads {self.fusion_heads}"
@@ -150,7 +147,7 @@ class OclearQuery(nn.Module):
         return F.normalize(self.query_transform(self.vision(images)[1]).float(), dim=-1)
 
 
-class Oclear:
+class Oclear(Method):
     """The method as the loop sees it: losses(batches), embed_query(batch), embed_document(batch).
 
     Args:
@@ -160,7 +157,7 @@ class Oclear:
         data_group: ranks that bring different samples.
     """
 
-    memory = None
+    towers: OclearTowers
 
     def __init__(
         self, config: OclearConfig, towers: OclearTowers, head: ClassParallelHead | None, data_group: ProcessGroup
@@ -215,3 +212,23 @@ class Oclear:
     def embed_document(self, batch: Batch, seen: str = "both") -> Tensor:
         """Unit embeddings of the batch's documents, float32 [d, dim]; they are always seen as image and text."""
         return F.normalize(self.towers.document(batch.document_images, *self._texts(batch))[0].float(), dim=-1)
+
+
+def _classifies(config: OclearConfig) -> bool:
+    return config.objective == "classification"
+
+
+def _reads(config: OclearConfig) -> Reads:
+    return Reads(kind="photos" if _classifies(config) else "pairs", text_length=config.text.max_length)
+
+
+METHOD = MethodSpec(
+    config=OclearConfig,
+    towers=OclearTowers,
+    query_encoder=OclearQuery,
+    assemble=Oclear,
+    reads=_reads,
+    classifies=_classifies,
+    tasks=("photo", "category"),
+    views=("both",),
+)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import is_dataclass
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from models.ranges import Range
 
 T = TypeVar("T")
 LARGEST = 1 << 31  # any number of a configuration; sizes that cost memory have tighter bounds where they are used
 
 
 def from_plain(kind: type[T], values: Any, where: str) -> T:
-    """An instance of the dataclass `kind`, with fields of bool, int, float, str, tuples of one of these, and other such
-    dataclasses.
+    """An instance of the dataclass `kind`, with fields of bool, int, float, str, the types of models/ranges.py, Literal,
+    tuples, and other such dataclasses.
 
     Args:
         kind: the dataclass.
@@ -20,7 +22,7 @@ def from_plain(kind: type[T], values: Any, where: str) -> T:
         where: its place, for errors: model.vision.
 
     Raises:
-        ValueError: a field that `kind` lacks, or a value of another type or size; the message names it.
+        ValueError: a field that `kind` lacks, or a value of another type, range or choice; the message names it.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} is {shown(values)}, not an object")
@@ -36,7 +38,21 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where} is {shown(value)}, not a list")
-        return tuple(_value(get_args(kind)[0], one, where) for one in value)
+        kinds = get_args(kind)
+        if kinds[-1] is ...:
+            kinds = kinds[:1] * len(value)
+        if len(kinds) != len(value):
+            raise ValueError(f"{where} is {shown(value)}, not a list of {len(kinds)} values")
+        return tuple(_value(one, each, where) for one, each in zip(kinds, value, strict=True))
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"{where} is {shown(value)}; it can be {' or '.join(map(str, get_args(kind)))}")
+        return value
+    if issubclass(kind, Range):
+        try:
+            value, kind = kind(value), kind.number
+        except ValueError as error:
+            raise ValueError(f"{where} is {error}") from None
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise ValueError(f"{where} is {shown(value)}, not of type {kind.__name__}")
     if kind in (int, float) and not 0 <= value <= LARGEST:  # nor NaN

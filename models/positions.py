@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Resize = Literal["bicubic", "bicubic_antialias", "bilinear_antialias"]
 # name -> (mode, antialias) of torch's interpolate: what the models that bring learned positions do at another
 # resolution.
-RESIZES = {
+RESIZES: dict[Resize, tuple[str, bool]] = {
     "bicubic": ("bicubic", False),
     "bicubic_antialias": ("bicubic", True),
     "bilinear_antialias": ("bilinear", True),
 }
 
 
-def resized(positions: Tensor, rows: int, columns: int, how: str) -> Tensor:
+def resized(positions: Tensor, rows: int, columns: int, how: Resize) -> Tensor:
     """Learned positions [g * g, h] of a square grid, as [rows * columns, h] of another one; the same tensor where the
     grid is the same.
     """

@@ -15,8 +15,6 @@ megatron_cpu.install()
 
 from megatron.core import tensor_parallel  # noqa: E402
 
-RECOMPUTE = ("none", "selective", "full")
-
 
 def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """Calls function(*inputs), keeps only its inputs and runs it again in backward with the same random numbers.

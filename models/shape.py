@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from models.activation import ACTIVATIONS, GATED
-
-MOST_LAYERS = 1000  # building so many takes seconds, and a number that is none of layers must not take for ever
+from models.activation import GATED, Activation
+from models.fields import TRAINING_ONLY
+from models.ranges import (
+    ClosedUnitInterval,
+    Layers,
+    NonNegativeFloat,
+    OptionalSize,
+    Size,
+    UnitIntervalBelow1,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,21 +50,21 @@ class TransformerShape:
     """
 
     preset: str = ""
-    num_layers: int = 4
-    hidden_size: int = 128
-    num_attention_heads: int = 4
-    ffn_hidden_size: int = 0
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    layernorm_eps: float = 1e-5
-    activation: str = "gelu"
+    num_layers: Layers = 4
+    hidden_size: Size = 128
+    num_attention_heads: Size = 4
+    ffn_hidden_size: OptionalSize = 0
+    dropout: ClosedUnitInterval = field(default=0.0, metadata=TRAINING_ONLY)
+    attention_dropout: ClosedUnitInterval = field(default=0.0, metadata=TRAINING_ONLY)
+    layernorm_eps: NonNegativeFloat = 1e-5
+    activation: Activation = "gelu"
     qkv_bias: bool = True
     key_bias: bool = True
     qk_norm: bool = False
     post_norm: bool = False
-    layer_scale: float = 0.0
-    drop_path: float = 0.0
-    branch_init: float = 1.0
+    layer_scale: NonNegativeFloat = 0.0
+    drop_path: UnitIntervalBelow1 = field(default=0.0, metadata=TRAINING_ONLY)
+    branch_init: NonNegativeFloat = field(default=1.0, metadata=TRAINING_ONLY)
 
     @property
     def mlp_size(self) -> int:
@@ -89,15 +96,7 @@ def shape_errors(shape: TransformerShape, tensor_parallel: int, where: str) -> l
     """Errors where `shape` does not divide over `tensor_parallel` ranks; empty if it does. `where` is its key, e.g.
     model.vision.
     """
-    errors = [
-        f"{where}.{name} is {size}; it must be above 0"
-        for name in ("num_layers", "hidden_size", "num_attention_heads")
-        if (size := getattr(shape, name)) < 1
-    ]
-    if errors:  # the others divide by these
-        return errors
-    if shape.num_layers > MOST_LAYERS:
-        errors.append(f"{where}.num_layers is {shape.num_layers}; at most {MOST_LAYERS}")
+    errors = []
     if shape.hidden_size % shape.num_attention_heads:
         errors.append(
             f"{where}.hidden_size {shape.hidden_size} is no multiple of {where}.num_attention_heads {shape.num_attention_heads}"
@@ -105,10 +104,6 @@ def shape_errors(shape: TransformerShape, tensor_parallel: int, where: str) -> l
     for name, value in (("num_attention_heads", shape.num_attention_heads), ("ffn_hidden_size", shape.mlp_size)):
         if value % tensor_parallel:
             errors.append(f"{where}.{name} {value} does not divide over mesh.tensor_parallel {tensor_parallel}")
-    if shape.activation not in ACTIVATIONS:
-        errors.append(f"{where}.activation is '{shape.activation}'; it can be {', '.join(ACTIVATIONS)}")
-    if not 0 <= shape.drop_path < 1:
-        errors.append(f"{where}.drop_path is {shape.drop_path}; it must lie in [0, 1)")
     return errors
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from models.fields import TRAINING_ONLY
+from models.ranges import OptionalSize, Size
 from models.shape import TransformerBuilder, TransformerShape, padded_vocab, words_hidden
-
-POOLINGS = ("none", "class", "mean", "eos", "last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,17 +34,17 @@ class TextConfig(TransformerShape):
         projection_bias: whether that layer has a bias (SigLIP's has).
     """
 
-    vocab_size: int = 0
-    max_length: int = 64
-    pad_id: int = 0
-    eos_id: int = 0
-    position_offset: int = 0
-    token_types: int = 0
+    vocab_size: OptionalSize = field(default=0, metadata=TRAINING_ONLY)
+    max_length: Size = 64
+    pad_id: OptionalSize = 0
+    eos_id: OptionalSize = 0
+    position_offset: OptionalSize = 0
+    token_types: OptionalSize = 0
     embedding_norm: bool = True
     causal: bool = False
     mask_padding: bool = True
-    pooling: str = "none"
-    projection_dim: int = 0
+    pooling: Literal["none", "class", "mean", "eos", "last"] = "none"
+    projection_dim: OptionalSize = 0
     projection_bias: bool = False
 
     @property
@@ -53,18 +54,16 @@ class TextConfig(TransformerShape):
 
     def errors(self, where: str) -> list[str]:
         """Errors for values that do not fit together; each names its key under `where`."""
-        errors = []
-        if self.pooling not in POOLINGS:
-            errors.append(f"{where}.pooling is '{self.pooling}'; it can be {', '.join(POOLINGS)}")
-        if self.projection_dim and self.pooling == "none":
-            errors.append(f"{where}.projection_dim needs a {where}.pooling")
-        return errors
+        bare = self.projection_dim and self.pooling == "none"
+        return [f"{where}.projection_dim needs a {where}.pooling"] if bare else []
 
 
 class TextTower(nn.Module):
     """Tokens to token vectors. Source: Devlin et al. 2019 (BERT), with pre-norm layers (ours) unless post_norm; Radford
     et al. 2021 (CLIP).
     """
+
+    EMBEDDINGS = ("words", "position", "token_type", "norm")
 
     def __init__(self, config: TextConfig, build: TransformerBuilder) -> None:
         super().__init__()

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from models.pool import AttentionPool
-from models.positions import RESIZES, resized, rotary_angles, sine_cosine
-from models.shape import MOST_LAYERS, TransformerBuilder, TransformerShape
+from models.positions import Resize, resized, rotary_angles, sine_cosine
+from models.ranges import MOST_LAYERS, OptionalSize, Pixels, PositiveFloat, Size, Tokens
+from models.shape import TransformerBuilder, TransformerShape
 from models.stem import conv_stem, patch_stem
-
-POOLINGS = ("mean", "class", "attention", "mean_max")
-POSITIONS = ("learned", "sincos", "rotary")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,21 +40,21 @@ class VisionConfig(TransformerShape):
         projection_dim: width of a last linear layer without bias on the pooled vector (CLIP); 0: none.
     """
 
-    image_size: int = 224
-    patch_size: int = 16
+    image_size: Pixels = 224
+    patch_size: Pixels = 16
     patch_bias: bool = True
-    stem_channels: tuple[int, ...] = ()
-    stem_blocks: tuple[int, ...] = ()
-    positions: str = "learned"
-    position_grid: int = 0
-    position_resize: str = "bicubic"
-    rotary_base: float = 100.0
+    stem_channels: tuple[Size, ...] = ()
+    stem_blocks: tuple[OptionalSize, ...] = ()
+    positions: Literal["learned", "sincos", "rotary"] = "learned"
+    position_grid: Tokens = 0
+    position_resize: Resize = "bicubic"
+    rotary_base: PositiveFloat = 100.0
     class_token: bool = False
     class_position: bool = False
-    register_tokens: int = 0
+    register_tokens: Tokens = 0
     embedding_norm: bool = False
-    pooling: str = "mean"
-    projection_dim: int = 0
+    pooling: Literal["mean", "class", "attention", "mean_max"] = "mean"
+    projection_dim: OptionalSize = 0
 
     @property
     def num_patches(self) -> int:
@@ -100,9 +99,6 @@ class VisionConfig(TransformerShape):
             )
         if sum(self.stem_blocks) > MOST_LAYERS:
             errors.append(f"{where}.stem_blocks has {sum(self.stem_blocks)} blocks; at most {MOST_LAYERS}")
-        for key, choices in (("pooling", POOLINGS), ("positions", POSITIONS), ("position_resize", tuple(RESIZES))):
-            if (value := getattr(self, key)) not in choices:
-                errors.append(f"{where}.{key} is '{value}'; it can be {', '.join(choices)}")
         if self.positions != "learned" and (self.position_grid or self.class_position):
             errors.append(f"{where}.position_grid and {where}.class_position need {where}.positions learned")
         if self.class_position and not self.has_class_token:
@@ -118,6 +114,8 @@ class VisionConfig(TransformerShape):
 
 class VisionTower(nn.Module):
     """Images to patch tokens and one pooled vector. Source: Dosovitskiy et al. 2021; stem ours."""
+
+    EMBEDDINGS = ("stem", "position", "class_token", "class_position", "register_token", "embedding_norm")
 
     def __init__(self, config: VisionConfig, build: TransformerBuilder) -> None:
         super().__init__()

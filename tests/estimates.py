@@ -10,7 +10,7 @@ import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from harness.commands.estimate import estimate
+from harness.commands.estimate import main as estimate
 
 RECIPES = sorted(Path("jobs/recipes").glob("*.yaml"))
 LARGE = [

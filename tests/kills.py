@@ -83,7 +83,7 @@ def main(folder: Path, every: int, names: list[str]) -> int:
     for name in names or CASES:
         case, template, work = CASES[name], folder / f"{name}-template", folder / "work"
         for words in (*case.prepare, case.argv):  # a fork has them then
-            importlib.import_module(COMMANDS.get(words.split()[0], ("harness.train.run",))[0])
+            importlib.import_module(COMMANDS[words.split()[0]])
         template.mkdir()
         make_catalogue(template / "drawn", classes=2, queries=4, size=16, ingest=False)
         shutil.copytree(template, work)

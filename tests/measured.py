@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections import deque
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ import torch
 import torch.distributed as dist
 
 from harness.bench.ranks import Memory, on_ranks
-from harness.commands.estimate import estimate
-from harness.data.loader import StepData
+from harness.commands.estimate import main as estimate
+from harness.data.step_data import StepData
 from harness.train.config import parse
 from harness.train.dry_run import masked
 from models.batch import Batch
@@ -140,15 +139,16 @@ def trainer(recipe: dict[str, Any], num_classes: int, mesh: Any) -> Any:
     """The loop's own Trainer with its own parts, but fed without a catalogue."""
     from harness.core.build import build
     from harness.train.ema import Ema
+    from harness.train.ledger import Ledger
     from harness.train.optimizer import TowerOptimizer
-    from harness.train.run_log import StepClock
+    from harness.train.throughput import StepClock
     from harness.train.trainer import Trainer
     from models.heads.row_optimizer import RowAdamW
 
     made: Any = Trainer.__new__(Trainer)
     made.config = config = config_of(recipe, mesh.world_size)
     made.mesh, made.clock, made.step = mesh, StepClock(mesh), 0
-    made._own_ledger, made._last_ledgers = 0, deque(maxlen=1)
+    made.ledger = Ledger(mesh)
     made.method, made.model_config = build(
         config.method,
         config.model,

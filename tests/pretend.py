@@ -29,9 +29,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from harness.data.loader import StepData, share
+from harness.data.step_data import StepData
 from models import megatron_cpu
 from models.batch import TENSORS
+from models.comm import share
 from models.heads import class_parallel
 from tests.measured import TINY, step_of
 

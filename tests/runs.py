@@ -75,7 +75,8 @@ def trainer(config: RunConfig, tensor_parallel: int = 1, ready: bool = True) -> 
 
     With `ready` the run folder explains itself already, as after harness.train.run.
     """
-    from harness.train.trainer import Trainer, prepare_run_folder
+    from harness.train.run import prepare_run_folder
+    from harness.train.trainer import Trainer
     from tests.pool import layout
 
     with layout(tensor_parallel) as mesh:

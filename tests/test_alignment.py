@@ -14,15 +14,18 @@ from scipy.linalg import eigh
 from torch import Tensor
 
 from harness.core.errors import UserError
-from harness.evaluate.alignment import RIDGE, align, documents_to_align
+from harness.evaluate.calibration import calibrate, documents_to_fit
 from harness.evaluate.embed import Embedder
-from models.alignment import Alignment
+from models.alignment import RIDGE, Alignment
 from models.batch import Batch
+from models.method import Calibration
 from tests.pool import ranks
 from tests.runs import trainer
 from tests.test_tasks import side
 from tests.test_two_methods import config_of
 from tests.twins import documents_alone
+
+BY_TITLE = Calibration(key="aligned", needs="title", module=Alignment(4), vectors=Tensor, width=8, fit=print)
 
 
 def drawn(n: int, width: int, seed: int = 0) -> Tensor:
@@ -91,8 +94,8 @@ def test_few_or_equal_documents_give_finite_maps(vectors: Tensor) -> None:
 
 def test_the_documents_of_a_fit_have_titles_and_are_spread_evenly() -> None:
     titles = ["a", "", "b", None, "c", "d", "e"]
-    assert documents_to_align(side({"title": titles}), 9).columns["title"].tolist() == ["a", "b", "c", "d", "e"]
-    assert documents_to_align(side({"title": titles}), 3).columns["title"].tolist() == ["a", "c", "e"]
+    assert documents_to_fit(BY_TITLE, side({"title": titles}), 9).columns["title"].tolist() == ["a", "b", "c", "d", "e"]
+    assert documents_to_fit(BY_TITLE, side({"title": titles}), 3).columns["title"].tolist() == ["a", "c", "e"]
 
 
 @pytest.fixture(scope="module")
@@ -106,19 +109,19 @@ def aligned(catalogue: Path, run: Path, overrides: dict[str, Any]) -> tuple[dict
     first fit a little off.
     """
     with trainer(config_of("item", catalogue, run, **{"evaluation.batch_size": 3, **overrides}), ready=False) as t:
-        exact = t.method.alignment.fit
+        exact = t.method.towers.alignment.fit
 
         def fit(*moments: Any) -> None:
             exact(*moments)
-            for fitted in t.method.alignment.parameters():
+            for fitted in t.method.towers.alignment.parameters():
                 fitted.data += 1e-2 * t.mesh.rank
 
-        t.method.alignment.fit = fit
-        align(t.method, t.align_on, t.evaluation.embedder)
+        t.method.towers.alignment.fit = fit
+        t.evaluation.calibrate(t.method)
         assert t.method.towers.training
         t.method.towers.eval()
-        vectors, _ = t.evaluation.embedder.apply(t.method, t.align_on, t.method.both_views, 32)
-        return {name: value.clone() for name, value in t.method.alignment.state_dict().items()}, vectors
+        vectors, _ = t.evaluation.embedder.apply(t.method, t.evaluation.fitted_to, t.method.both_views, 32)
+        return {name: value.clone() for name, value in t.method.towers.alignment.state_dict().items()}, vectors
 
 
 @pytest.mark.parametrize("world", [1, 3])
@@ -150,10 +153,10 @@ def damaged(catalogue: Path, run: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """In a pool: each parameter of the fit where some photos are damaged, and of one to the others alone."""
     with trainer(config_of("item", catalogue, run), ready=False) as t:
         whole = t.evaluation.embedder
-        align(t.method, t.align_on, WithDamage(whole.data, whole.model, t.tokenizer, 4, t.mesh))
-        found = {name: value.clone() for name, value in t.method.alignment.state_dict().items()}
-        align(t.method, t.align_on.select(t.align_on.ids % 2 == 1), whole)
-        return {name: (found[name], value) for name, value in t.method.alignment.state_dict().items()}
+        calibrate(t.method, t.evaluation.fitted_to, WithDamage(whole.data, whole.model, t.tokenizer, 4, t.mesh))
+        found = {name: value.clone() for name, value in t.method.towers.alignment.state_dict().items()}
+        calibrate(t.method, t.evaluation.fitted_to.select(t.evaluation.fitted_to.ids % 2 == 1), whole)
+        return {name: (found[name], value) for name, value in t.method.towers.alignment.state_dict().items()}
 
 
 def test_damaged_photos_are_not_counted(catalogue: Path, tmp_path: Path) -> None:
@@ -167,12 +170,12 @@ def kept(catalogue: Path, run: Path, overrides: dict[str, Any]) -> dict[str, Any
     same weights.
     """
     with trainer(config_of("item", catalogue, run, **{"train.steps": 3, **overrides})) as t:
-        began = t.method.alignment.correlation.clone()
+        began = t.method.towers.alignment.correlation.clone()
         t.fit()
-        left = {name: value.clone() for name, value in t.method.alignment.state_dict().items()}
+        left = {name: value.clone() for name, value in t.method.towers.alignment.state_dict().items()}
         with t._evaluated():
-            align(t.method, t.align_on, t.evaluation.embedder)
-        return {"began": began, "left": left, "again": dict(t.method.alignment.state_dict())}
+            t.evaluation.calibrate(t.method)
+        return {"began": began, "left": left, "again": dict(t.method.towers.alignment.state_dict())}
 
 
 @pytest.mark.parametrize("overrides", [{}, {"train.precision": "bf16"}, {"train.ema_decay": 0.5}], ids=str)
@@ -190,4 +193,4 @@ def test_a_checkpoint_holds_the_fit_to_the_weights_that_are_evaluated(
 def test_documents_without_titles_are_refused(catalogue: Path) -> None:
     with pytest.raises(UserError, match=r"model\.aligned needs documents with a title, and there are 1"):
         documents = replace(side({"title": ["", None, "a"]}), catalogue=type("C", (), {"path": catalogue})())
-        documents_to_align(documents, 9)
+        documents_to_fit(BY_TITLE, documents, 9)

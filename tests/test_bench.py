@@ -196,8 +196,8 @@ def test_peak_memory_is_seen_and_starts_anew():
         ({"num_classes": 11}, "does not divide"),
         ({"batch": 20}, "no multiple"),
         ({"sample_rate": 1.0}, "--sample-rate is 1.0"),
-        ({"partial_fc": "nowhere.py"}, "is no Python file"),
-        ({"partial_fc": __file__}, "defines no PartialFC_V2"),
+        ({"partial_fc": "nowhere.py"}, "is not a Python file"),
+        ({"partial_fc": __file__}, "does not define PartialFC_V2"),
     ],
 )
 def test_a_head_benchmark_that_cannot_be_is_one_line(flags, named):

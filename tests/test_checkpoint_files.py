@@ -30,7 +30,7 @@ from harness.commands.verify import VerifyConfig
 from harness.commands.verify import run as run_verify
 from harness.core.errors import UserError
 from harness.core.manifest import verify, write_manifest
-from harness.train import checkpoint
+from harness.train import checkpoint, checkpoint_files
 from harness.train.open_run import find_checkpoint
 from tests.runs import arguments, tiny_config, trainer
 
@@ -274,7 +274,7 @@ def test_a_forged_checkpoint_is_passed_over_and_runs_nothing(forged: Path, name:
     newer = forged / "checkpoints/step-00000002"
     forge(newer, {**HOSTILE, **ODD}[name])
     assert verify(newer) == ""
-    path, passed_over = checkpoint.newest(forged / "checkpoints")
+    path, passed_over = checkpoint_files.newest(forged / "checkpoints")
     assert path == forged / "checkpoints/step-00000001"
     assert len(passed_over) == 1 and passed_over[0].startswith("step-00000002: ") and "\n" not in passed_over[0]
     with pytest.raises(UserError):
@@ -337,16 +337,18 @@ def test_a_damaged_file_of_any_kind_is_named_and_the_checkpoint_before_it_taken(
         whole = (newer / name).read_bytes()
         for content in damages(newer / name):
             (newer / name).unlink() if content is None else (newer / name).write_bytes(content)
-            path, passed_over = checkpoint.newest(forged / "checkpoints")
+            path, passed_over = checkpoint_files.newest(forged / "checkpoints")
             assert path == forged / "checkpoints/step-00000001", name
             named = "" if name == "manifest.json" else f"{name} "  # which may seem to be what is wrong with another
             assert len(passed_over) == 1 and passed_over[0].startswith(f"step-00000002: {named}"), (passed_over, name)
             (newer / name).write_bytes(whole)
     for name in ("more", ".more", "towers/__5_0.distcp", "towers/.metadata.tmp"):
         (newer / name).touch()
-        assert checkpoint.newest(forged / "checkpoints")[1] == [f"step-00000002: {name} is not listed in manifest.json"]
+        assert checkpoint_files.newest(forged / "checkpoints")[1] == [
+            f"step-00000002: {name} is not listed in manifest.json"
+        ]
         (newer / name).unlink()
-    assert checkpoint.newest(forged / "checkpoints") == (newer, [])
+    assert checkpoint_files.newest(forged / "checkpoints") == (newer, [])
 
 
 @pytest.mark.full
@@ -394,7 +396,7 @@ def test_a_damaged_checkpoint_pushes_no_good_one_out(catalogue: Path, tmp_path: 
     with trainer(tiny_config(catalogue, tmp_path / "run", **settings)) as t:
         t.fit()
     assert kept(tmp_path / "run") == ["latest", "step-00000006"], "written again"
-    assert checkpoint.problem(tmp_path / "run/checkpoints/step-00000006") == ""
+    assert checkpoint_files.problem(tmp_path / "run/checkpoints/step-00000006") == ""
 
 
 def test_only_what_is_ours_is_deleted(forged: Path, catalogue: Path) -> None:
@@ -412,7 +414,7 @@ def test_only_what_is_ours_is_deleted(forged: Path, catalogue: Path) -> None:
     with trainer(tiny_config(catalogue, forged, **settings)) as t:
         t.fit()
     assert kept(forged) == sorted(["latest", "step-00000000", "step-00000001", "step-00000003", *theirs])
-    assert checkpoint.problem(archive) == ""
+    assert checkpoint_files.problem(archive) == ""
 
 
 # --- weights that are not numbers ---

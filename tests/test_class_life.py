@@ -24,8 +24,8 @@ from harness.core.errors import UserError
 from harness.data.order import ClassOrder
 from harness.evaluate.embed import ClassKeys, Embedder, side_of
 from harness.text import tokenizer as text_tokenizer
-from harness.train import checkpoint, class_map, new_rows
-from harness.train.class_map import NEW, ClassMap, move_rows
+from harness.train import checkpoint_files, class_rows
+from harness.train.class_rows import NEW, ClassMap, move_rows
 from models.comm import gather_shards
 from models.merge import merged_state_dict
 from models.oclear import Oclear
@@ -109,8 +109,8 @@ def train(
             "adam_steps": sorted({float(e["step"]) for p in t.towers._parts for e in p.optimizer.state.values()}),
             "log_decay": t.rows.log_decay,
             "step": t.step,
-            "phases": [str(phase) for phase in t.phases],
-            "ledger": t.ledger,
+            "phases": [str(phase) for phase in t.resume.phases],
+            "ledger": t.ledger.total,
             "losses": losses,
             "notes": t.notes,
         }
@@ -232,7 +232,7 @@ def test_a_phase_starts_its_order_and_resumes_to_the_digit(run: Path, catalogues
     other = shutil.copytree(run, tmp_path / "other")
     ids, ledgers = samples_of(grown, run, new_phase, 4)
     assert ids == ClassOrder.open(grown, seed=1).draw("query", range(7)).sample_ids.tolist()
-    before = int(checkpoint.read_state(run / "checkpoints/step-00000004")["ledger"], 16)
+    before = int(checkpoint_files.read_state(run / "checkpoints/step-00000004")["ledger"], 16)
     straight = ranks(2).run(train, grown, run, new_phase, 10)[0]
     first = ranks(2).run(train, grown, other, new_phase, 7)[0]
     # Not told again: it is the order of its last phase now. And one more resume, with nothing left to do.
@@ -240,13 +240,13 @@ def test_a_phase_starts_its_order_and_resumes_to_the_digit(run: Path, catalogues
     assert any(note.startswith("data phase 2 goes on: from step 4 on") for note in second["notes"])
     same(first.pop("losses") + second.pop("losses"), straight.pop("losses"))
     same({**second, "notes": 0}, {**straight, "notes": 0})
-    state = checkpoint.read_state(other / "checkpoints/step-00000010")
+    state = checkpoint_files.read_state(other / "checkpoints/step-00000010")
     assert int(state["ledger"], 16) == (before + sum(ledgers)) % 2**64
     assert [phase["first_step"] for phase in state["phases"]] == [0, 4]
     assert state["positions"] == {"query": 42, "document": 18}
     assert state["ledger_before"]["step"] == 4
     # The way back is a phase too.
-    with pytest.raises(UserError, match="was governed anew since"):
+    with pytest.raises(UserError, match="was governed again since"):
         train(old, other, {}, 10, save=False)
     assert len(train(old, other, new_phase, 10, save=False)["phases"]) == 3
 
@@ -254,7 +254,7 @@ def test_a_phase_starts_its_order_and_resumes_to_the_digit(run: Path, catalogues
 def test_what_does_not_belong_to_the_run_is_refused(run: Path, catalogues: Catalogues, tmp_path: Path) -> None:
     grown = shutil.copytree(catalogues[1], tmp_path / "grown")
     with pytest.raises(
-        UserError, match=r"was trained on order .* was governed anew since\. Add --train\.new-phase true"
+        UserError, match=r"was trained on order .* was governed again since\. Add --train\.new-phase true"
     ):
         train(grown, run, {}, 4)
     train(grown, run, {"train.new_phase": True}, 6)
@@ -289,7 +289,7 @@ def test_what_does_not_belong_to_the_run_is_refused(run: Path, catalogues: Catal
 
 def test_a_checkpoint_from_before_there_were_phases(run: Path, catalogues: Catalogues) -> None:
     rewrite_state(run, 4, {"phases": None, "tokenizer": None})
-    state = checkpoint.read_state(run / "checkpoints/step-00000004")
+    state = checkpoint_files.read_state(run / "checkpoints/step-00000004")
     held = train(catalogues[0], run, {}, 4, save=False)
     assert held["phases"] == [f"from step 0 on in order {state['order_id']} of 5 classes (0 kept, 5 new, 0 dropped)"]
     assert len(train(catalogues[1], run, {"train.new_phase": True}, 4, save=False)["phases"]) == 2
@@ -366,7 +366,7 @@ def check_moves(cases: list[tuple[list[int], int]]) -> None:
     with layout() as mesh, pytest.MonkeyPatch.context() as patch:
         place = mesh.world_size, mesh.rank
         for at_once in (1 << 28, 1):
-            patch.setattr(class_map, "AT_ONCE", at_once)
+            patch.setattr(class_rows, "AT_ONCE", at_once)
             for source, num_before in cases:
                 own = own_part(len(source), *place)
                 classes = ClassMap(torch.tensor(source, dtype=torch.int64)[own], num_before, 0, 0, 0)
@@ -393,7 +393,7 @@ def test_rows_move_between_uneven_and_empty_shards(world: int) -> None:
 def test_the_first_members_of_a_class_are_those_with_the_lowest_ids(catalogues: Catalogues) -> None:
     table = Catalogue(catalogues[1]).table(["kind", "class_key"], split="train").to_pylist()
     classes = np.array([6, 1])
-    found = new_rows.first_members(catalogues[1] / "classes", classes)
+    found = class_rows.first_members(catalogues[1] / "classes", classes)
     for place, key in enumerate(("c7", "c1")):
         wanted = [(row["sample_id"], row["kind"]) for row in table if row["class_key"] == key][:16]
         got = sorted((i, kind) for kind, (ids, places) in found.items() for i in ids[places == place].tolist())

@@ -8,10 +8,11 @@ import importlib
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import pytest
 import yaml
@@ -20,8 +21,8 @@ from harness import __main__ as cli
 from harness.core import manifest as checksums
 from harness.core.cli import run_command
 from harness.core.errors import UserError
-from harness.train import checkpoint
-from harness.train.config import check, parse
+from harness.train import checkpoint_files
+from harness.train.config import build, check, parse, parser
 from harness.train.run import train
 from tests.catalogues import make_catalogue
 from tests.runs import UNUSED, arguments, tiny_config
@@ -36,6 +37,7 @@ class Answer(NamedTuple):
 
 
 Shelfmark = Callable[..., Answer]
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -88,20 +90,42 @@ def test_help_names_every_command(shelfmark: Shelfmark) -> None:
     for argv in (["--help"], ["-h"]):
         answer = shelfmark(*argv)
         assert answer.code == 0 and answer.err == ""
-        assert all(f"\n  {name} " in answer.out for name in (*cli.COMMANDS, "train"))
+        assert all(f"\n  {name} " in answer.out for name in cli.COMMANDS)
     assert shelfmark().code == 2
-    refused(shelfmark("trian"), "unknown command 'trian'", "train", "ingest")
+    refused(shelfmark("trian"), "unknown command 'trian'", "Did you mean 'train'?")
 
 
-@pytest.mark.parametrize("command", [*cli.COMMANDS, "train"])
+def test_help_imports_no_command() -> None:
+    """Their sentences are read, so that the overview is there at once."""
+    code = "import sys, harness.__main__ as cli; cli.usage(); print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "harness.commands" in loaded and not {"torch", "pyarrow", *cli.COMMANDS.values()} & set(loaded)
+    assert all(cli.sentence(name).endswith(".") or "…" in cli.sentence(name) for name in cli.COMMANDS)
+
+
+def test_a_mistake_in_a_recipe_is_told_before_megatron_core_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("train: {stpes: 3}")
+    code = (
+        "import sys; from harness.train.run import main; code = main(['--config', sys.argv[1]]); "
+        "print(code, *sorted({name.split('.')[0] for name in sys.modules} & {'megatron', 'pandas', 'tensorboard', 'ibis'}))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "recipe.yaml"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "unknown key 'train.stpes'. Did you mean 'train.steps'?" in answer.stderr and answer.stdout == "2\n"
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_has_defaults_and_an_example(shelfmark: Shelfmark, command: str) -> None:
     answer = shelfmark(command, "--help")
     assert answer.code == 0 and answer.err == ""
     text = " ".join(answer.out.split())
     defaults = 5
-    if command in cli.COMMANDS:
-        module, config, *_ = cli.COMMANDS[command]
-        fields = dataclasses.fields(getattr(importlib.import_module(module), config))
+    run = getattr(importlib.import_module(cli.COMMANDS[command]), "run", None)
+    if run is not None:
+        fields = dataclasses.fields(get_type_hints(run)["config"])
         defaults = 1 + sum(field.default is not dataclasses.MISSING for field in fields)
     assert text.count("default: ") >= defaults and "--json" in text
     example = text.split("example: ")[1]
@@ -129,8 +153,8 @@ def test_ingest_refuses_with_one_line(shelfmark: Shelfmark, manifest: Path, cata
     refused(ingest(out=catalogue), "exists already")
     refused(ingest("--shard-siz", "3"), "unknown key 'shard_siz'", "Did you mean 'shard_size'")
     refused(ingest("--shard-size", "big"), "shard_size", "int", "big")
-    refused(ingest("--kind", "photo"), "kind", "'query'", "photo")
-    refused(ingest("--workers", "0"), "--workers is 0")
+    refused(ingest("--kind", "photo"), "kind is photo", "query or document")
+    refused(ingest("--workers", "0"), "workers is 0")
     refused(shelfmark("ingest", "--images", manifest.parent), "required", "manifest")
     assert not (tmp_path / "out").exists()
 
@@ -142,7 +166,7 @@ def test_govern_refuses_with_one_line(shelfmark: Shelfmark, catalogue: Path, tmp
     refused(shelfmark("govern", tmp_path), "no catalogue.json")
     refused(shelfmark("govern", catalogue, "--split", "trian"), "'trian'", "The splits are train (18)")
     refused(shelfmark("govern", catalogue, "--min-queries", "4"), "none of 6 classes", "--min-queries", "most are 3")
-    refused(shelfmark("govern", catalogue, "--query-power", "2"), "--query-power is 2", "between 0 and 1")
+    refused(shelfmark("govern", catalogue, "--query-power", "2"), "query_power is 2", "[0, 1]")
     refused(shelfmark("govern", catalogue, catalogue), "unrecognized arguments")
     assert sorted((f, f.stat().st_mtime_ns) for f in catalogue.rglob("*")) == before
 
@@ -193,7 +217,8 @@ RECIPES = {
     "a value for a section": ("model: 5", ("'model' must be a mapping",)),
     "a section without keys": ("train:", ("'train' must be a mapping",)),
     "a key without value": ("seed:", ("'seed' has no value",)),
-    "a value out of range": ("data: {preprocess: {flip: 3}}", ("flip must lie in 0..1",)),
+    "a value out of range": ("data: {preprocess: {flip: 3}}", ("data.preprocess.flip is 3", "[0, 1]")),
+    "a key that stands twice": ("train: {steps: 3, steps: 4}", ("is no YAML", "'steps' stands twice")),
 }
 
 
@@ -212,9 +237,9 @@ OVERRIDES = {
     "wrong type": ({"train.steps": "many"}, ("train.steps", "int", "many")),
     "half a step": ({"train.steps": 1.5}, ("train.steps", "int", "1.5")),
     "too few numbers": ({"head.margin": [1, 2]}, ("head.margin", "3 elements")),
-    "precision": ({"train.precision": "fp8"}, ("train.precision is 'fp8'", "bf16")),
-    "resume": ({"train.resume": "always"}, ("train.resume", "'auto' or 'never'")),
-    "backend": ({"data.backend": "opencv"}, ("data.backend", "reference")),
+    "precision": ({"train.precision": "fp8"}, ("train.precision is fp8", "fp32, tf32 or bf16")),
+    "resume": ({"train.resume": "always"}, ("train.resume is always", "auto or never")),
+    "backend": ({"data.backend": "opencv"}, ("data.backend is opencv", "dali, dali_cpu or reference")),
     "two image sizes": (
         {"data.preprocess.image_size": 64},
         ("data.preprocess.image_size 64", "model.vision.image_size 32"),
@@ -277,18 +302,23 @@ def changed(config: Any, key: str, value: float) -> Any:
 
 
 def test_zero_and_negative_numbers_are_refused_or_taken_but_never_crash(catalogue: Path) -> None:
-    config = tiny_config(catalogue, UNUSED)
-    keys = list(numbers(config))
+    keys = list(numbers(tiny_config(catalogue, UNUSED)))
     assert len(keys) > 50
-    taken = []
+    of_a_run, taken = parser("oclear"), []
     for key in keys:
         for value in (0, -1):
             try:
-                check(changed(config, key, value), 1)
+                check(build(of_a_run.parse([f"--{key}={value}"])), 1)
                 taken.append((key, value))
             except UserError as error:
-                assert key.rsplit(".", 1)[-1] in str(error), f"{key} = {value}: {error}"
+                assert str(error).startswith(f"{key} is {value}"), f"{key} = {value}: {error}"
     assert not [key for key, value in taken if value < 0]
+
+
+def test_any_seed_below_2_to_the_63_is_taken(catalogue: Path, tmp_path: Path) -> None:
+    assert parse([*arguments(catalogue, tmp_path), "--seed", str(2**63 - 1)])[0].seed == 2**63 - 1
+    with pytest.raises(UserError, match="seed is 9223372036854775808"):
+        parse([*arguments(catalogue, tmp_path), "--seed", str(2**63)])
 
 
 # --- train and eval ---
@@ -335,7 +365,7 @@ def test_resuming_on_another_order_or_never_is_refused(
     other = tmp_path / "catalogue"
     shutil.copytree(catalogue, other)
     assert shelfmark("govern", other, "--query-power", "1", "--document-ratio", "2").code == 0
-    refused(shelfmark("train", *arguments(other, run)), "order", "governed anew")
+    refused(shelfmark("train", *arguments(other, run)), "order", "governed again")
 
 
 def test_a_resume_says_what_changed(shelfmark: Shelfmark, catalogue: Path, run: Path, tmp_path: Path) -> None:
@@ -358,7 +388,7 @@ def test_eval_refuses_with_one_line(shelfmark: Shelfmark, run: Path, tmp_path: P
     refused(shelfmark("eval", run, "--distractors", tmp_path), str(tmp_path), "no catalogue.json")
     refused(shelfmark("eval", run, "--catalogue", tmp_path / "none"), "no such folder")
     refused(shelfmark("eval", run, "--checkpoint", run / "checkpoints" / "step-00000009"), "manifest.json is missing")
-    refused(shelfmark("eval", run, "--batch-size", "0"), "--batch-size is 0")
+    refused(shelfmark("eval", run, "--batch-size", "0"), "batch_size is 0")
     refused(shelfmark("eval", run, "--tensor-parallel", "3"), "model.vision.num_attention_heads 4")
     refused(shelfmark("eval", run, "--tensor-parallel", "2"), "1 rank(s)")
 
@@ -387,7 +417,7 @@ def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints(
         "step-00000002.tmp was not written: the disk is full",
         "Earlier checkpoints are untouched",
     )
-    path, passed_over = checkpoint.newest(run / "checkpoints")
+    path, passed_over = checkpoint_files.newest(run / "checkpoints")
     assert path is not None and path.name == "step-00000001" and checksums.verify(path) == ""
     assert passed_over == [], "the half-written one still holds the space"
     assert (run / "checkpoints" / "latest").read_text() == "step-00000001"

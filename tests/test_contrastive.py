@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from harness.data.loader import share
+from models.comm import share
 from models.heads.cached import cached_losses
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss
 from models.heads.memory_bank import MemoryBank

@@ -14,7 +14,7 @@ import torch
 from harness.artefact import decoder_check
 from harness.catalogue.catalogue import Catalogue
 from harness.core.errors import UserError
-from harness.data.loader import ImageReader, Pixels
+from harness.data.images import ImageReader, Pixels
 from tests.pool import ranks
 from tests.runs import tiny_config, trainer
 from tests.test_search import export_here

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness.train import checkpoint
+from harness.train import checkpoint_files
 from tests.catalogues import make_catalogue
 from tests.runs import RECIPE
 
@@ -66,10 +66,10 @@ def test_from_photos_to_recall_on_two_ranks(tmp_path: Path) -> None:
     assert names >= {"config.yaml", "versions.json", "preprocess.json", "tokenizer", "log.jsonl", "tensorboard"}
     versions = json.loads((folder / "versions.json").read_text())
     assert versions["torch"].startswith("2.") and versions["commit"] and versions["shelfmark"] != "absent"
-    newest, passed_over = checkpoint.newest(folder / "checkpoints")
+    newest, passed_over = checkpoint_files.newest(folder / "checkpoints")
     assert newest is not None and newest.name == "step-00000003" and not passed_over
     assert {p.name for p in newest.parent.iterdir()} == {"step-00000002", "step-00000003", "latest"}
-    assert checkpoint.read_state(newest)["world_size"] == 2
+    assert checkpoint_files.read_state(newest)["world_size"] == 2
 
     out = run(
         "torchrun --nproc-per-node 2 -m harness eval {o} --slices colour,shape --json {f}/two.json",

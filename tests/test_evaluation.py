@@ -16,6 +16,7 @@ import torch
 
 from harness.core.errors import UserError
 from harness.evaluate.evaluation import Evaluation, Report
+from harness.train.panels import panel_rows
 from tests.catalogues import make_catalogue
 from tests.pool import ranks
 from tests.runs import UNUSED, tiny_config, trainer
@@ -184,7 +185,7 @@ def test_the_panel_marks_nothing_relevant_to_a_query_without_class(catalogue: Pa
 
     folder = rewritten(catalogue, tmp_path / "changed", change)
     with trainer(tiny_config(folder, UNUSED, **SHARDED), ready=False) as t:
-        rows = t._panel_rows(t.evaluation.run(t.method))
+        rows = panel_rows(t.evaluation.run(t.method), t.loader.catalogue)
     assert len(rows) == 4 and all(len(documents) == 5 for _, documents in rows)
     assert not any(relevant for _, documents in rows for _, _, relevant in documents)
 

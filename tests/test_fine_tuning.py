@@ -12,7 +12,7 @@ import torch
 
 from harness.core.errors import UserError
 from harness.text.tokenizer import Tokenizer
-from harness.train import checkpoint
+from harness.train import checkpoint, checkpoint_files
 from harness.train.open_run import load_method
 from models.merge import merge_shards, merged_state_dict
 from tests.pool import layout, ranks
@@ -237,7 +237,7 @@ def test_what_may_change_when_a_run_goes_on(catalogue: Path, tmp_path: Path) -> 
 def test_a_checkpoint_from_before_there_was_any_of_it(catalogue: Path, tmp_path: Path) -> None:
     plain = {"train.steps": 6}
     before = held(catalogue, tmp_path / "run", plain, 1, 2)
-    config = checkpoint.read_state(tmp_path / "run/checkpoints/step-00000002")["config"]
+    config = checkpoint_files.read_state(tmp_path / "run/checkpoints/step-00000002")["config"]
     for key in ("frozen", "layer_decay", "lr_factors"):
         del config["optimizer"][key]
     del config["train"]["ema_decay"]

@@ -26,8 +26,10 @@ from tensorboard import plugin_util  # type: ignore[import-untyped]
 
 from harness.artefact.artefact import Photo
 from harness.catalogue.catalogue import Catalogue
+from harness.catalogue.cells import MOST_TEXT
 from harness.catalogue.images import Rejected, check_image
-from harness.catalogue.table import MOST_LINE, MOST_TEXT, Manifest
+from harness.catalogue.table import Manifest
+from harness.catalogue.text_table import MOST_LINE
 from harness.commands import index as webdataset
 from harness.commands import ingest
 from harness.commands.index import IndexConfig
@@ -40,8 +42,6 @@ from harness.evaluate import evaluation as evaluate
 from harness.evaluate.contact_sheet import CELL, LONGEST, draw_panel, text_picture
 from harness.train import config
 from harness.train import tensorboard as board
-from tests.runs import UNUSED, tiny_config
-from tests.test_cli import changed
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\r\n  1.  0.9999  forged\x9b"
 RED = Image.new("RGB", (16, 12), "red")
@@ -513,17 +513,17 @@ RECIPES = {
 def test_a_recipe_that_is_none_is_one_line(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(UserError, match=message) as error:
-        read_recipe(tmp_path / "r.yaml", ["seed"])
+        read_recipe(tmp_path / "r.yaml")
     assert "\n" not in str(error.value)
     if text is BOMB:
         with pytest.raises(UserError, match=r"/dev/zero has more than"):
-            read_recipe(Path("/dev/zero"), ["seed"])
+            read_recipe(Path("/dev/zero"))
 
 
 @pytest.mark.parametrize("key", ["model.vision.num_layers", "model.text.num_layers", "model.text.hidden_size"])
-def test_a_model_that_no_machine_holds_is_refused(key: str, catalogue: Path) -> None:
-    with pytest.raises(UserError, match=rf"^{key} is 1000000000\. It must be at most 10*,?0"):
-        config.check(changed(tiny_config(catalogue, UNUSED), key, 1_000_000_000), 1)
+def test_a_model_that_no_machine_holds_is_refused(key: str) -> None:
+    with pytest.raises(UserError, match=rf"^{key} is 1000000000\. It must be an int from 1 to 1(0|,000),000"):
+        config.parse([f"--{key}=1000000000"])
 
 
 def test_a_run_folder_with_such_a_model_is_refused(catalogue: Path, tmp_path: Path) -> None:
@@ -536,10 +536,10 @@ def test_a_run_folder_with_such_a_model_is_refused(catalogue: Path, tmp_path: Pa
 def test_an_input_size_that_no_machine_holds_is_refused() -> None:
     values = PreprocessSpec().to_dict()
     for size in (10**12, 8193, 0, 3.5, "224", None, [1]):
-        with pytest.raises(UserError, match=r"image_size must lie in 1\.\.8192"):
+        with pytest.raises(UserError, match=r"preprocess\.image_size is .* It must be an int from 1 to 8,192"):
             PreprocessSpec.from_dict({**values, "image_size": size})
     for name, value in (("mean", [float("nan"), 0, 0]), ("mean", "abc"), ("crop_scale", [1]), ("flip", "x")):
-        with pytest.raises(UserError, match="preprocess: "):
+        with pytest.raises(UserError, match=r"^preprocess\."):
             PreprocessSpec.from_dict({**values, name: value})
 
 

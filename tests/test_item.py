@@ -206,9 +206,9 @@ def fitted(aligned: bool) -> Item:
     """With an alignment of its views to products of another seed, if there is one."""
     item = build_item(replace(PATCHED, aligned=aligned), PlainBuilder(), None)
     item.towers.eval()
-    if item.alignment is not None:
+    if item.towers.alignment is not None:
         vectors = item.both_views(products(9, 8)).double()
-        item.alignment.fit(torch.tensor(9.0).double(), vectors.sum(0), vectors.T @ vectors, 1e-3)
+        item.towers.alignment.fit(torch.tensor(9.0).double(), vectors.sum(0), vectors.T @ vectors, 1e-3)
     return item
 
 

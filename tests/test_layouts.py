@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from harness.core.errors import UserError
-from harness.train import checkpoint
+from harness.train import checkpoint_files
 from harness.train.config import parse
 from models.merge import merged_state_dict
 from tests.pool import ranks
@@ -75,7 +75,7 @@ def states(catalogue: Path, run: Path, settings: dict[str, Any], tensor_parallel
             **joined,
             "log_decay": t.rows.log_decay,
             "step": t.step,
-            "ledger": t.ledger,
+            "ledger": t.ledger.total,
             "adam_steps": sorted(set(adam)),
             "moments": moments,
         }
@@ -197,15 +197,15 @@ def test_the_newest_complete_checkpoint_is_taken(seeded: tuple[Path, Path], tmp_
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    path, passed_over = checkpoint.newest(folder)
+    path, passed_over = checkpoint_files.newest(folder)
     assert path == folder / "step-00000002"
     assert "step-00000004.tmp: never finished" in passed_over
     assert any("step-00000003" in line and "checksum" in line for line in passed_over)
     assert ranks(1).run(states, catalogue, run, settings, 1)[0]["step"] == 2
     (folder / "step-00000002/manifest.json").unlink()
-    assert checkpoint.newest(folder)[0] == folder / "step-00000001"
-    with pytest.raises(UserError, match="is no checkpoint"):
-        checkpoint.read_state(folder)
+    assert checkpoint_files.newest(folder)[0] == folder / "step-00000001"
+    with pytest.raises(UserError, match="is not a checkpoint"):
+        checkpoint_files.read_state(folder)
 
 
 @pytest.mark.full

@@ -18,9 +18,8 @@ from harness.catalogue.catalogue import Catalogue
 from harness.core import manifest as checksums
 from harness.core.errors import UserError
 from harness.data.loader import StepLoader
-from harness.train import checkpoint
+from harness.train import checkpoint_files
 from harness.train import run as train
-from harness.train import trainer as loop
 from tests.pool import ranks
 from tests.runs import arguments, tiny_config, trainer
 from tests.test_loop import damage, log_lines, open_loader
@@ -60,7 +59,7 @@ def test_too_much_damage_ends_the_run_on_all_ranks_alike(
     bad = int(log_lines(tmp_path / "run")[-1]["data/bad_samples"])
     assert 500 < bad < 1000 and f"{bad} of the 1000 samples read since this start were damaged" in message
     assert f"samples {', '.join(map(str, ids[:20]))} and 2 more." in message and "max_bad_fraction = 0.01" in message
-    assert checkpoint.newest(tmp_path / "run/checkpoints") == (tmp_path / "run/checkpoints/step-00000002", [])
+    assert checkpoint_files.newest(tmp_path / "run/checkpoints") == (tmp_path / "run/checkpoints/step-00000002", [])
 
 
 def test_the_share_of_damage_that_is_allowed_is_configured(
@@ -76,17 +75,20 @@ def test_the_share_of_damage_that_is_allowed_is_configured(
 
 def train_to(catalogue: Path, run: Path, end: int) -> tuple[int, list[str]]:
     """Trains to step `end`, comparing 4 steps at a resume; the ledger of all and what the start noted."""
-    with mock.patch.object(loop, "LEDGER_STEPS", 4), trainer(tiny_config(catalogue, run, **{"train.steps": 9})) as t:
+    with (
+        mock.patch("harness.train.ledger.LEDGER_STEPS", 4),
+        trainer(tiny_config(catalogue, run, **{"train.steps": 9})) as t,
+    ):
         for data in t.loader.steps(t.step, end):
             t.train_step(data)
         t.save()
-        return t.ledger, t.notes
+        return t.ledger.total, t.notes
 
 
 def rewrite_state(run: Path, step: int, change: dict[str, Any]) -> None:
     """Changes keys of a checkpoint's state (None removes), and its manifest with it."""
     folder = run / f"checkpoints/step-{step:08d}"
-    state = {**checkpoint.read_state(folder), **change}
+    state = {**checkpoint_files.read_state(folder), **change}
     (folder / "state.json").write_text(json.dumps({key: value for key, value in state.items() if value is not None}))
     (folder / "manifest.json").unlink()  # or it would list itself
     checksums.write_manifest(folder)
@@ -97,7 +99,7 @@ def test_a_sound_ledger_passes_at_any_number_of_ranks(catalogue: Path, tmp_path:
     run = tmp_path / "run"
     for world, end in ((1, 3), (2, 5), (3, 6), (1, 9)):
         found = ranks(world).run(train_to, catalogue, run, end)
-        state = checkpoint.read_state(run / f"checkpoints/step-{end:08d}")
+        state = checkpoint_files.read_state(run / f"checkpoints/step-{end:08d}")
         with open_loader(catalogue) as loader:
             ledgers = [sum(loader.ledgers(0, last)) % 2**64 for last in range(end + 1)]
             assert [loader.load(step).ledger for step in range(end)] == loader.ledgers(0, end)
@@ -139,7 +141,7 @@ def test_an_altered_ledger_is_refused_and_a_missing_one_is_noted(catalogue: Path
     rewrite_state(run, 2, {"ledger": f"{ledger:016x}", "ledger_before": None})
     _, notes = train_to(catalogue, run, 3)
     assert "step-00000002 was saved by an earlier version: its last samples are not compared" in notes
-    assert checkpoint.read_state(run / "checkpoints/step-00000003")["ledger_before"]["step"] == 2
+    assert checkpoint_files.read_state(run / "checkpoints/step-00000003")["ledger_before"]["step"] == 2
     _, notes = train_to(catalogue, run, 4)
     assert not any("earlier version" in line for line in notes)
 
@@ -166,7 +168,7 @@ def test_the_read_ahead_is_bounded_in_bytes(
         assert loader.depth == depth
         for taken, data in enumerate(loader.steps(0, 8), 1):
             end = time.monotonic() + 20
-            while loader._queue.qsize() < min(depth, 8 - taken) and time.monotonic() < end:
+            while loader._ahead.ready < min(depth, 8 - taken) and time.monotonic() < end:
                 waiting.wait(0.01)
             waiting.wait(0.05)  # time in which a reader without a bound would begin another
             assert begun == min(8, taken + depth)

@@ -22,12 +22,12 @@ import yaml
 from harness.catalogue.catalogue import Catalogue, shard_name
 from harness.core import manifest as checksums
 from harness.core.errors import UserError
-from harness.data.loader import StepData, StepLoader
+from harness.data.loader import StepLoader
+from harness.data.step_data import StepData
 from harness.text.tokenizer import Tokenizer
-from harness.train import checkpoint
-from harness.train import run_log as meters
+from harness.train import checkpoint_files, throughput
 from harness.train.config import RunConfig
-from harness.train.optimizer import OptimizerConfig, learning_rate
+from harness.train.schedule import OptimizerConfig, learning_rate
 from models.batch import TENSORS, Batch, Reads
 from tests.pool import ranks
 from tests.runs import UNUSED, tiny_config, trainer
@@ -67,7 +67,7 @@ def test_the_run_folder_explains_itself(finished: tuple[Path, dict[str, Any], li
     # keep_checkpoints is 2 of the three that were written, and nothing unfinished is left.
     assert sorted(f.name for f in folder.glob("[!.]*")) == ["latest", "step-00000004", "step-00000006"]
     assert all(checksums.verify(path) == "" for path in folder.glob("step-*"))
-    state = checkpoint.read_state(folder / "step-00000006")
+    state = checkpoint_files.read_state(folder / "step-00000006")
     assert (state["step"], state["positions"]) == (6, {"query": 48, "document": 24})
     report = json.loads((run / f"eval-{STEPS:08d}.json").read_text())
     assert report["recall_at_1"] == figures["recall_at_1"]
@@ -113,11 +113,11 @@ def train_by_a_clock_of_its_own(config: RunConfig) -> None:
                 yield loss
 
         with (
-            mock.patch.object(meters, "time", SimpleNamespace(perf_counter=lambda: now)),
+            mock.patch.object(throughput, "time", SimpleNamespace(perf_counter=lambda: now)),
             mock.patch.object(t.loader, "steps", slow_steps),
             mock.patch.object(t.method, "losses", slow_losses),
         ):
-            t.clock = meters.StepClock(t.mesh)
+            t.clock = throughput.StepClock(t.mesh)
             t.fit()
 
 
@@ -194,7 +194,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_reaches_the_weights(ca
     found = json.loads((tmp_path / "run" / "nonfinite-step-1-rank-0.json").read_text())
     assert found["step"] == 1 and "nan" in found["loss"] + found["gradient_norm"]
     assert found["sample_ids"] == torch.cat([batch.query_ids, batch.document_ids]).tolist()
-    assert checkpoint.newest(tmp_path / "run" / "checkpoints") == (None, [])
+    assert checkpoint_files.newest(tmp_path / "run" / "checkpoints") == (None, [])
 
 
 def test_a_weight_that_is_not_a_number_changes_nothing_and_the_checkpoint_stays_good(
@@ -267,7 +267,7 @@ def damage_met(catalogue: Path, run: Path) -> int:
     """Trains; how many damaged samples this rank itself met."""
     with trainer(tiny_config(catalogue, run)) as t:
         t.fit()
-    return t.bad_samples
+    return t.damaged.count
 
 
 def test_damaged_samples_of_all_ranks_are_counted(damaged: tuple[Path, list[int]], tmp_path: Path) -> None:
@@ -416,7 +416,7 @@ def test_the_contrastive_objective_trains_on_pairs(catalogue: Path, tmp_path: Pa
         assert t.loader.documents_per_step == 8
         figures = t.fit()
     assert figures["steps"] == 4 and math.isfinite(figures["loss"])
-    assert checkpoint.read_state(tmp_path / "run/checkpoints/step-00000004")["positions"]["document"] == 32
+    assert checkpoint_files.read_state(tmp_path / "run/checkpoints/step-00000004")["positions"]["document"] == 32
 
 
 def test_micro_batches_do_not_change_the_contrastive_loss(catalogue: Path, tmp_path: Path) -> None:

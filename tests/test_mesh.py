@@ -18,10 +18,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from harness.core import device
 from harness.core.errors import UserError
-from harness.core.mesh import Mesh, MeshConfig, check_layout, parallel_state
+from harness.core.mesh import Mesh, MeshConfig, check_layout
+from models import megatron_cpu
 from tests import pool
 from tests.pool import layout, ranks
 from tests.runs import UNUSED, tiny_config, trainer
+
+megatron_cpu.install()
+
+from megatron.core import parallel_state  # noqa: E402
 
 
 def streams(step: int) -> tuple[int, int, tuple[float, ...], tuple[float, ...]]:

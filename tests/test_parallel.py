@@ -270,7 +270,8 @@ CLIP = 0.5
 
 
 def check_updates(tensor_parallel: int, sequence: bool) -> None:
-    from harness.train.optimizer import OptimizerConfig, TowerOptimizer
+    from harness.train.optimizer import TowerOptimizer
+    from harness.train.schedule import OptimizerConfig
 
     with layout(tensor_parallel) as mesh:
         towers = built(mesh, sequence, "none")
@@ -319,7 +320,8 @@ def test_sharded_clipped_adamw_equals_the_plain_one(world: int, tensor_parallel:
 def check_state_of_torch_adamw(folder: Path) -> None:
     """Errors of megatron-core's distributed optimizer on top of torch's AdamW, fixed in harness/train/optimizer.py."""
     from harness.train import checkpoint
-    from harness.train.optimizer import OptimizerConfig, TowerOptimizer
+    from harness.train.optimizer import TowerOptimizer
+    from harness.train.schedule import OptimizerConfig
 
     with layout(2) as mesh:
         images, tokens = inputs()

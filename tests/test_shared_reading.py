@@ -14,8 +14,11 @@ import pytest
 import torch
 
 from harness.catalogue.catalogue import Catalogue
-from harness.data.loader import ImageReader, StepData, StepLoader, TextTokens, decoding_threads
+from harness.data.backends import decoding_threads
+from harness.data.images import ImageReader
+from harness.data.loader import StepLoader
 from harness.data.preprocess import PreprocessSpec
+from harness.data.step_data import StepData, TextTokens
 from models.batch import Batch, Reads
 from tests.pool import layout, ranks
 from tests.runs import UNUSED, tiny_config, trainer
@@ -116,7 +119,7 @@ def test_embedding_shares_the_reading_too(damaged: tuple[Path, list[int]]) -> No
 def trained(catalogue: Path, run: Path, tensor_parallel: int, settings: dict[str, Any]) -> int:
     with trainer(tiny_config(catalogue, run, **settings), tensor_parallel) as t:
         t.fit()
-        return t.bad_samples
+        return t.damaged.count
 
 
 def test_damage_counts_once_whoever_reads_it(damaged: tuple[Path, list[int]], tmp_path: Path) -> None:
@@ -205,12 +208,12 @@ def flops_of_a_run(catalogue: Path, run: Path, tensor_parallel: int) -> list[flo
     with (
         mock.patch("harness.train.flops.peak_flops", return_value=1e12),  # a CPU has none, so nothing would be counted
         trainer(config, tensor_parallel) as t,
-        mock.patch("harness.train.trainer.utilisation", utilisation),
+        mock.patch("harness.train.throughput.utilisation", utilisation),
     ):
         t.fit()
         reads = Reads(text_length=config.model.text.max_length)
         with closing(StepLoader(config.data, config.seed, reads, 0, 1, CPU)) as loader:
-            own = [t._flops.fixed + t._flops.texts(loader.load(step).texts) for step in range(4)]
+            own = [t.throughput.flops.fixed + t.throughput.flops.texts(loader.load(step).texts) for step in range(4)]
     assert logged == pytest.approx([sum(own[:2]) / 2, sum(own[2:]) / 2], rel=1e-12)
     return logged
 

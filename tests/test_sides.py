@@ -20,9 +20,9 @@ from harness.artefact.flat_index import index_head
 from harness.catalogue.catalogue import Catalogue
 from harness.commands import tokenizer
 from harness.evaluate.attribute_queries import _as_one
-from harness.evaluate.category import chosen
 from harness.evaluate.coded import Coded, encoded
 from harness.evaluate.embed import ClassKeys, side_of
+from harness.evaluate.tasks.category import chosen
 from harness.text.tokenizer import TokenStore
 from tests.pool import ranks
 from tests.runs import UNUSED, tiny_config, trainer

@@ -113,7 +113,7 @@ def test_an_interrupt_leaves_no_lock_held_wherever_it_comes(catalogue: Path, mon
 
         def trace(frame: FrameType, event: str, _: object) -> Any:
             nonlocal count
-            if not frame.f_code.co_filename.endswith(("loader.py", "queue.py", "threading.py")):
+            if not frame.f_code.co_filename.endswith(("loader.py", "read_ahead.py", "queue.py", "threading.py")):
                 return None
             frame.f_trace_opcodes, frame.f_trace_lines = True, False
             count += event == "opcode"

@@ -24,7 +24,7 @@ from harness.catalogue.catalogue import Catalogue, CorruptSample
 from harness.catalogue.store import LocalStore, ReadCache, RemoteStore
 from harness.commands import shards
 from harness.core.errors import UserError
-from harness.data.loader import ImageReader
+from harness.data.images import ImageReader
 from harness.data.preprocess import PreprocessSpec
 from tests.catalogues import make_catalogue
 

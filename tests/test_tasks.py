@@ -20,11 +20,11 @@ from harness.commands.queries import QueriesConfig
 from harness.commands.queries import run as make_queries
 from harness.core.errors import UserError
 from harness.evaluate.attribute_queries import AttributeQueries, without_words
-from harness.evaluate.category import predicted
 from harness.evaluate.coded import Coded
 from harness.evaluate.embed import Side
 from harness.evaluate.evaluation import EvaluationConfig, Report
-from harness.text.product_queries import with_keywords
+from harness.evaluate.tasks.category import predicted
+from harness.text.catalogue_facts import prepared
 from harness.train.config import RunConfig, parse
 from tests.catalogues import draw_rows, make_catalogue, write_manifest
 from tests.pool import ranks
@@ -126,7 +126,7 @@ def config_of(catalogue: Path, run: Path, **overrides: Any) -> RunConfig:
     values = {**MAKE, **TASKS, "data.catalogue": catalogue, "run_dir": run, **overrides}
     words = [f"--{key}={v if isinstance(v, str | Path) else json.dumps(v)}" for key, v in values.items()]
     config, _ = parse(words)
-    return replace(config, model=with_keywords("make", config.model, catalogue))
+    return replace(config, model=prepared("make", config.model, catalogue))
 
 
 def evaluated(catalogue: Path, settings: dict[str, Any]) -> tuple[Report, dict[str, Any]]:

@@ -29,6 +29,7 @@ from harness.catalogue.catalogue import Catalogue
 from harness.core.errors import UserError
 from harness.evaluate.contact_sheet import draw_panel, picture
 from harness.evaluate.evaluation import Report
+from harness.train.panels import panel_rows
 from models.plain.transformer import PlainBuilder
 from tests.pool import ranks
 from tests.runs import UNUSED, tiny_config, trainer
@@ -103,7 +104,7 @@ def board(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         t.fit()
         t.method.towers.eval()
         vectors = t.evaluation.embedder.embed(t.method, t.evaluation.documents[0]).vectors.numpy()
-        panel = draw_panel(t._panel_rows(t.evaluation.run(t.method)))
+        panel = draw_panel(panel_rows(t.evaluation.run(t.method), t.loader.catalogue))
     other = {**SETTINGS, "train.steps": 2, "optimizer.lr": 2e-3}
     with trainer(tiny_config(catalogue, folder / "runs/second", **other)) as t:
         t.fit()

@@ -21,7 +21,7 @@ from harness.commands.queries import run as make_queries
 from harness.core.errors import UserError
 from harness.data.loader import StepLoader
 from harness.data.masking import draw_masks
-from harness.text.product_queries import with_keywords
+from harness.text.catalogue_facts import prepared
 from harness.train import run as train
 from harness.train.config import RunConfig, parse
 from models.batch import TENSORS, Batch
@@ -100,7 +100,7 @@ def arguments(kind: str, catalogue: Path, run: Path, **overrides: Any) -> list[s
 
 def config_of(kind: str, catalogue: Path, run: Path, **overrides: Any) -> RunConfig:
     config, _ = parse(arguments(kind, catalogue, run, **overrides))
-    return replace(config, model=with_keywords(config.method, config.model, catalogue))
+    return replace(config, model=prepared(config.method, config.model, catalogue))
 
 
 def open_loader(config: RunConfig, rank: int = 0, world: int = 1) -> closing[StepLoader]:
@@ -372,7 +372,7 @@ def test_queries_made_anew_are_another_run(catalogue: Path, tmp_path: Path) -> N
     for options in ({"keywords_per_product": 2}, {"min_count": 5}, {"category": ""}):
         queries(copy, **options)
         with pytest.raises(
-            UserError, match=r"step-00000001 was trained on other queries than those of .* made them anew"
+            UserError, match=r"step-00000001 was trained on other queries than those of .* has replaced them"
         ):
             trained(config_of("make", copy, run), 1, 1)
     queries(copy)

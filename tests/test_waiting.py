@@ -22,7 +22,7 @@ from harness.core.errors import UserError
 from harness.core.manifest import shared_out, verify, write_manifest
 from harness.core.mesh import Mesh, MeshConfig
 from harness.evaluate import category as probe
-from harness.train import checkpoint
+from harness.train import checkpoint_files
 from tests.pool import layout, ranks
 from tests.runs import tiny_config, trainer
 
@@ -191,7 +191,7 @@ def whole_run(rendezvous: Path, catalogue: Path, run: Path) -> list[str]:
         with trainer(tiny_config(catalogue, run, **settings)) as t:
             t.fit()
             slept[:] = [what for what in slept if what != "save"]  # once more, in reading
-            path, passed_over = checkpoint.newest(run / "checkpoints", t.mesh)
+            path, passed_over = checkpoint_files.newest(run / "checkpoints", t.mesh)
             assert path is not None and path.name == "step-00000001" and not passed_over
         join(Path(f"{rendezvous}-2"), SECONDS, t.mesh.rank, t.mesh.world_size)
         export.run(export.ExportConfig(run=run, out=run.parent / "artefact"))

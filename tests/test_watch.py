@@ -23,12 +23,12 @@ PATIENCE = 120.0  # seconds, for what takes a few
 SCRIPT = """
 import os, signal, sys, time
 from harness.core import cli as arguments
-from harness.train import run_log as meters, run as train
+from harness.train import run as train, throughput
 
 arguments.OTHERS_WAIT = 60  # in which torchrun ends the other ranks, however loaded the machine
 
 def stopping(name):
-    call = getattr(meters.StepClock, name)
+    call = getattr(throughput.StepClock, name)
 
     def stop(clock, *args, **options):
         call(clock, *args, **options)
@@ -37,7 +37,7 @@ def stopping(name):
             time.sleep(0.5)
             os.kill(os.getpid(), signal.SIGSTOP)
 
-    setattr(meters.StepClock, name, stop)
+    setattr(throughput.StepClock, name, stop)
 
 stopping("start")
 stopping("mark")

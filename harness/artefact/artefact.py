@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -20,14 +19,15 @@ from harness.catalogue.images import MOST_BYTES, MOST_PIXELS, Rejected, check_im
 from harness.core.errors import UserError
 from harness.core.files import Record, printable, read_record
 from harness.core.manifest import verify
+from harness.data.backends import open_pipeline
+from harness.data.config import BACKENDS
 from harness.data.decode_pillow import decode_rgb
-from harness.data.loader import BACKENDS, open_pipeline
 from harness.data.preprocess import PreprocessSpec, draw_parameters
 from harness.evaluate.ranking import Embedded, top_k
 from harness.text.tokenizer import Tokenizer, TokenStore
 from harness.text.tower_check import require_fit
+from models.method import MethodConfig, query_kind
 from models.plain_values import from_plain
-from models.registry import METHODS
 
 ARTEFACT_FORMAT = 3
 _SPARE = 32  # documents fetched beyond those wanted, to be ordered exactly
@@ -44,30 +44,35 @@ class Photo:
     window: Box
 
     @classmethod
-    def open(cls, path: Path, box: Sequence[int] = ()) -> Photo:
-        """Reads and checks a file; without `box` all of it counts.
+    def open(cls, path: Path, box: Sequence[int] = (), max_pixels: int = MOST_PIXELS) -> Photo:
+        """Reads and checks a file; without `box` all of it counts. A JPEG of more than `max_pixels` is decoded at half
+        its width and height.
 
         Raises:
             UserError: no such file, not an image, or a box that is empty or outside of it.
         """
         try:
-            image = load_image(path.absolute().parent, path.name, MOST_BYTES, MOST_PIXELS)
+            image = load_image(path.absolute().parent, path.name, MOST_BYTES, max_pixels)
         except Rejected as reason:
-            raise UserError(f"photo {path}: {reason}", "Name a JPEG, PNG, WebP, TIFF or BMP file") from None
+            large = str(reason).startswith("too many pixels")
+            remedy = "Raise --max-pixels, or name a smaller photo" if large else "Name a JPEG, PNG, WebP, AVIF or GIF"
+            raise UserError(f"photo {path}: {reason}", remedy) from None
         if not box:
             return cls(image.data, (0, 0, image.width, image.height))
-        size = f"the upright photo {path} has {image.width} x {image.height} pixels"
+        scale = 2 if image.halved else 1
+        full_width, full_height = scale * image.width, scale * image.height
+        size = f"the upright photo {path} has {full_width} x {full_height} pixels"
         if len(box) != 4:
             raise UserError(f"--box has {len(box)} numbers", "Give four: x,y,width,height in pixels")
         x, y, width, height = box
         if width < 1 or height < 1:
             raise UserError(f"--box {','.join(map(str, box))} is empty", f"Width and height must be at least 1; {size}")
-        if x < 0 or y < 0 or x + width > image.width or y + height > image.height:
+        if x < 0 or y < 0 or x + width > full_width or y + height > full_height:
             raise UserError(f"--box {','.join(map(str, box))} leaves the photo", size[0].upper() + size[1:])
-        return cls(image.data, (x, y, width, height))
+        return cls(image.data, (x // scale, y // scale, max(1, width // scale), max(1, height // scale)))
 
     def picture(self) -> Image.Image:
-        """The window in RGB."""
+        """The window in RGB, on white."""
         x, y, width, height = self.window
         return decode_rgb(self.data).crop((x, y, x + width, y + height))
 
@@ -123,11 +128,12 @@ class Artefact:
             ) from error
 
     def _open_tokenizer(self) -> Tokenizer | None:
-        if self.meta["query"] != "text":
+        query = self.model.query_text
+        if query is None:
             return None
         tokenizer = Tokenizer.load(self.path)
-        words = self.model.query.vocab_size or self.model.text.vocab_size or 1  # 1: 0 would mean any
-        require_fit(tokenizer.special, replace(self.model.query, vocab_size=words), "model.query")
+        words = query.vocab_size or self.model.text.vocab_size or 1  # 1: 0 would mean any
+        require_fit(tokenizer.special, replace(query, vocab_size=words), "the text tower of queries")
         return tokenizer
 
     @torch.no_grad()
@@ -161,11 +167,10 @@ class Artefact:
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit embeddings float32 [n, d] of text queries."""
-        assert self._tokenizer is not None, "the artefact takes photos"
+        query = self.model.query_text
+        assert self._tokenizer is not None and query is not None, "the artefact takes photos"
         store = TokenStore.encode(self._tokenizer, {"query": list(texts)})
-        return self._encode(
-            torch.from_numpy(store.batch(np.arange(len(texts)), self.model.query.max_length, ["query"]))
-        )
+        return self._encode(torch.from_numpy(store.batch(np.arange(len(texts)), query.max_length, ["query"])))
 
     def document(self, item: str) -> int:
         """The row of the first document with that id.
@@ -230,10 +235,10 @@ def _read_record(path: Path) -> Record:
     return record
 
 
-def _read_settings(record: Record) -> tuple[Any, PreprocessSpec]:
+def _read_settings(record: Record) -> tuple[MethodConfig, PreprocessSpec]:
     """The method's configuration, and preprocessing that fits it."""
     model = read_model(record.get("method", str), record.get("model", dict), record.file)
-    if record.get("query", str) != METHODS[record.get("method", str)].query:
+    if record.get("query", str) != query_kind(model):
         record.refuse("query is not what the method takes")
     if record.get("embedding_dim", int) != model.embedding_dim:
         record.refuse(f"embedding_dim is not the model's {model.embedding_dim}")

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from harness.catalogue.catalogue import Catalogue
 from harness.core.errors import UserError
 from harness.core.mesh import Mesh
-from harness.data.loader import ImageReader
+from harness.data.images import ImageReader
 from harness.text.tokenizer import FIELDS, Tokenizer, TokenStore
 from harness.train.config import RunConfig
 from models.batch import Batch
-from models.registry import Method
+from models.method import Method
 
 SAMPLE = 64  # documents: the first of the split
 # Decoders round chroma, the discrete cosine transform and resizing differently, which changes vectors by less than

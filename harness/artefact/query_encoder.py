@@ -15,6 +15,7 @@ from torch import nn
 
 from harness.core.errors import UserError
 from harness.core.files import printable
+from models.method import MethodConfig
 from models.plain.transformer import PlainBuilder
 from models.plain_values import from_plain
 from models.registry import METHODS
@@ -29,8 +30,8 @@ def write_query_encoder(encoder: nn.Module, folder: Path) -> None:
     save_tensors(encoder.state_dict(), folder / FILE)
 
 
-def read_model(method: str, values: Any, where: Path) -> Any:
-    """The configuration of a method from plain values that somebody else may have written; `where` is their file.
+def read_model(method: str, values: Any, where: Path) -> MethodConfig:
+    """The configuration of a method from untrusted plain values; `where` is their file.
 
     Raises:
         UserError: an unknown method, or values that do not describe towers.
@@ -51,9 +52,9 @@ def read_model(method: str, values: Any, where: Path) -> Any:
     return model
 
 
-def read_query_encoder(method: str, model: Any, folder: Path) -> nn.Module:
-    """The query encoder of folder/encoder.safetensors, float32 on the CPU; no memory is taken before names and shapes
-    are known to fit.
+def read_query_encoder(method: str, model: MethodConfig, folder: Path) -> nn.Module:
+    """The query encoder of folder/encoder.safetensors, float32 on the CPU; names and shapes are checked before memory
+    is allocated.
 
     Raises:
         UserError: the file is missing or damaged, or holds the weights of another encoder.

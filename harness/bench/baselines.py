@@ -1,9 +1,9 @@
-"""Baselines of the class-parallel head: full softmax and Partial FC's scheme, stated anew in plain PyTorch.
+"""Baselines of the class-parallel head in plain PyTorch: full softmax and the scheme of Partial FC.
 
-Written from the published descriptions (An et al., arXiv 2010.05222 and 2203.15565) and from what version 2 of
-InsightFace's own was seen to do; at sample rate 1.0 the scheme is the full class-sharded softmax. Where it leaves room,
-the cheaper way is taken: fewer copies of the logits than theirs. One thing is left out: their factor of the world size
-on the embeddings' gradient, which undoes the mean of DistributedDataParallel.
+Written from the published descriptions (An et al., arXiv 2010.05222 and 2203.15565) and from the observed behaviour of
+version 2 of InsightFace's code. At sample rate 1.0 the scheme is the full class-sharded softmax. It keeps fewer copies
+of the logits than InsightFace's, and leaves out its factor of the world size on the embeddings' gradient, which undoes
+the mean of DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -20,19 +20,18 @@ from models.heads.margin import Margin, margin_cosine
 
 
 class PartialFC(nn.Module):
-    """Margin softmax over classes spread over the ranks; of the other classes each rank samples its own.
+    """Margin softmax over classes spread over the ranks; each rank samples its own negative classes.
 
-    The logits of the whole batch against all sampled rows are held; the margin counts as a constant for the gradient;
-    probabilities are clamped at 1e-30; the gradient of the rows is dense, so that an optimizer updates every row in
-    every step.
+    Holds the logits of the whole batch against all sampled rows, treats the margin as a constant in the gradient, and
+    clamps probabilities at 1e-30. The rows get a dense gradient, so that an optimizer updates every row in every step.
 
     Args:
-        rows: [n, d], this rank's rows, a parameter from now on; not copied.
-        start: class id of the first one.
+        rows: [n, d], this rank's rows; becomes a parameter without a copy.
+        start: class id of the first row.
         margin: (m1, m2, m3): the target's logit is cos(m1 theta + m2) - m3.
         scale: factor on the cosines.
         sample_rate: share of this rank's rows in a step, its positives among them; 1.0 takes all.
-        group: ranks that share the rows; each brings samples of its own, equally many.
+        group: ranks that share the rows; each brings equally many samples of its own.
     """
 
     def __init__(
@@ -44,12 +43,12 @@ class PartialFC(nn.Module):
         self.sample_rate, self.samples = sample_rate, int(sample_rate * len(rows))
 
     def forward(self, embeddings: Tensor, labels: Tensor, active: Tensor | None = None) -> Tensor:
-        """The mean loss over the global batch.
+        """Returns the mean loss over the global batch.
 
         Args:
-            embeddings: [n, d], this rank's; its gradient is d(loss) / d(embeddings).
+            embeddings: [n, d], this rank's; their gradient is d(loss) / d(embeddings).
             labels: int64 [n], class ids.
-            active: int64 [a], ascending local rows that hold this rank's positives, in place of drawn ones.
+            active: int64 [a], ascending local rows that hold this rank's positives, instead of sampled rows.
 
         Returns:
             [], the same on every rank.
@@ -72,8 +71,8 @@ class PartialFC(nn.Module):
         return _SoftmaxLoss.apply(logits.mul_(self.scale), mine, target, self.group)
 
     def _sample(self, positive: Tensor) -> Tensor:
-        """Positives and random other rows, `samples` in all (more only where there are more positives): int64,
-        ascending.
+        """Samples positives and random other rows, int64, ascending: `samples` in all, more only if there are more
+        positives.
         """
         positive = positive.unique()
         if len(positive) > self.samples:
@@ -84,7 +83,7 @@ class PartialFC(nn.Module):
 
 
 class _Gather(torch.autograd.Function):
-    """The rows of all ranks; the backward reduces to each rank its own gradient, one collective per rank."""
+    """Gathers the rows of all ranks; backward reduces each rank's gradient to it, one collective per rank."""
 
     @staticmethod
     def forward(ctx: Any, mine: Tensor, group: ProcessGroup) -> Tensor:
@@ -107,8 +106,8 @@ class _Gather(torch.autograd.Function):
 
 
 class _SoftmaxLoss(torch.autograd.Function):
-    """Mean of -log(softmax at the target) over columns spread over the ranks; turns the logits into probabilities in
-    place.
+    """Mean of -log(softmax at the target) with columns spread over the ranks; overwrites the logits with
+    probabilities.
     """
 
     @staticmethod

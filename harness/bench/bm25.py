@@ -1,6 +1,4 @@
-"""BM25 over titles: the baseline of text search, by the bm25s library on the queries of the task `text`, and as
-neighbours in the task `category`.
-"""
+"""BM25 over titles by the bm25s library: baseline of the tasks `text` (as search) and `category` (as neighbours)."""
 
 from __future__ import annotations
 
@@ -13,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from harness.bench.report import bench_main, command_line, make_report, print_report
+from harness.bench.report import bench_main, finish
 from harness.catalogue.catalogue import Catalogue
 from harness.core.errors import UserError
 from harness.evaluate.attribute_queries import GRADED, AttributeQueries, without_words
-from harness.evaluate.category import NEIGHBOURS, scores
 from harness.evaluate.embed import Side, side_of
 from harness.evaluate.metrics import summarise
-from harness.evaluate.tasks import require_attributes
+from harness.evaluate.tasks.category import NEIGHBOURS, scores
+from harness.evaluate.tasks.task import require_attributes
 from harness.text.product_queries import words_of
 from harness.text.tokenizer import FIELDS
 
@@ -37,10 +35,10 @@ class Bm25Config:
     Args:
         catalogue: the catalogue folder.
         split: split of the documents.
-        query_attributes: as evaluation.query_attributes; none: no text queries.
+        query_attributes: as evaluation.query_attributes; empty: no text queries.
         bare_titles: as evaluation.bare_titles.
-        category: attribute that is predicted from the titles nearest to a document's; empty: none is.
-        learn_split: split of the documents whose category is known.
+        category: attribute to predict from the titles nearest to a document's; empty: none.
+        learn_split: split of the documents with a known category.
     """
 
     catalogue: Path
@@ -52,8 +50,13 @@ class Bm25Config:
 
 
 def run(config: Bm25Config) -> dict[str, Any]:
-    """Ranks, prints and returns the report (see `harness/bench/report.py`): the metrics of the task, bare_… of titles
-    without those words, and knn_… of the category.
+    """Ranks, prints and returns the report (see `harness/bench/report.py`).
+
+    Headline: metrics of the task `text`; bare_…, those with titles without the words of `bare_titles`; knn_…, those of
+    the category.
+
+    Raises:
+        UserError: neither queries nor a category, or an unknown attribute.
     """
     catalogue = Catalogue(config.catalogue)
     attributes = [*config.query_attributes, *config.bare_titles, *([config.category] if config.category else [])]
@@ -77,13 +80,11 @@ def run(config: Bm25Config) -> dict[str, Any]:
             side_of(catalogue, "document", config.learn_split, columns, None, 0), documents, config.category
         )
         headline, rows = headline | figures, rows or [figures]
-    report = make_report("bm25", command_line(MODULE, config), headline, rows)
-    print_report(report)
-    return report
+    return finish(MODULE, config, headline, rows)
 
 
 def ranked(documents: Side, queries: AttributeQueries) -> dict[str, float]:
-    """The metrics of the titles of `documents` under BM25; ties by ascending id, as everywhere."""
+    """Metrics of ranking the titles of `documents` by BM25; ties by ascending id."""
     score = scorer(documents)
     labels, ranks, offsets, graded = queries.labels_of(documents.ids), [], [0], []
     for query, text in enumerate(queries.texts):
@@ -95,8 +96,8 @@ def ranked(documents: Side, queries: AttributeQueries) -> dict[str, float]:
 
 
 def nearest(learned: Side, asked: Side, category: str) -> dict[str, float]:
-    """Scores of the category that the nearest titles of `learned` have, each counting by its BM25; those of documents
-    in `asked` do not teach.
+    """Scores of predicting the category by the nearest titles of `learned`, each weighted by its BM25; documents of
+    `asked` are left out of them.
     """
     known = learned.select(~np.isin(learned.ids, asked.ids) & learned.columns[category].filled())
     values = known.columns[category].tolist()
@@ -112,14 +113,14 @@ def nearest(learned: Side, asked: Side, category: str) -> dict[str, float]:
 
 
 def titles(side: Side) -> list[str]:
-    """The titles of a side, as it reads them."""
+    """Titles of a side, after its `retitle`."""
     plain = [title or "" for title in side.columns["title"].tolist()]
     return plain if side.retitle is None else [side.retitle(title) for title in plain]
 
 
 def scorer(documents: Side) -> Callable[[str], np.ndarray]:
-    """A function from a text to the BM25 [n] of the titles of `documents`."""
-    import bm25s  # here: it is no dependency of a run
+    """Returns a function from a text to the BM25 [n] of the titles of `documents`."""
+    import bm25s  # here: it is not a dependency of a run
 
     engine = bm25s.BM25()
     engine.index([words_of(title) for title in titles(documents)], show_progress=False)

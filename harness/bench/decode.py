@@ -1,4 +1,4 @@
-"""Images decoded per second: the DALI pipeline beside its Pillow twin, on the same files and with the same parameters."""
+"""Images decoded per second: the DALI pipeline beside its Pillow twin, on the same files with the same parameters."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from harness.bench.photos import photo
-from harness.bench.report import bench_main, command_line, make_report, print_report
-from harness.core.errors import UserError
+from harness.bench.report import bench_main, finish, spread
 from harness.data.decode_dali import ImagePipeline
 from harness.data.decode_pillow import ReferencePipeline
 from harness.data.preprocess import Parameters, PreprocessSpec, draw_parameters
+from models.ranges import PositiveInt
 
 MODULE = "harness.bench.decode"
 EXAMPLE = f"python -m {MODULE} --images 256 --threads 2 --json decode.json"
@@ -28,33 +28,28 @@ BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """Decodes the same JPEG files with both pipelines in turn, in pairs, after one warm-up pair that does not count.
+    """Decodes the same JPEG files with both pipelines in turn, in pairs, after one warm-up pair.
 
     Args:
-        images: number of different JPEG files, made for the purpose.
-        image_size: side of the square that comes out, in pixels.
+        images: number of different JPEG files.
+        image_size: side of the resulting square, in pixels.
         source_size: long side of the files, in pixels.
         threads: decoding threads of each pipeline.
         pairs: timed passes of each pipeline over all files.
     """
 
-    images: int = 256
-    image_size: int = 224
-    source_size: int = 800
-    threads: int = 2
-    pairs: int = 5
-
-    def __post_init__(self) -> None:
-        for name in ("images", "image_size", "source_size", "threads", "pairs"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}", "It must be at least 1")
+    images: PositiveInt = 256
+    image_size: PositiveInt = 224
+    source_size: PositiveInt = 800
+    threads: PositiveInt = 2
+    pairs: PositiveInt = 5
 
 
 def run(config: DecodeConfig) -> dict[str, Any]:
     """Measures, prints and returns the report (see `harness/bench/report.py`).
 
-    Headline: median images per second of both pipelines, median, least and largest ratio over the pairs, and the mean
-    size of a file in kB.
+    Headline: median images per second of both pipelines; median, least and largest ratio over the pairs; mean size of a
+    file in kB.
     """
     spec = PreprocessSpec(image_size=config.image_size)
     numbers = tqdm(range(config.images), desc="photos", unit=" photos")
@@ -71,7 +66,7 @@ def run(config: DecodeConfig) -> dict[str, Any]:
         torch.set_num_threads(config.threads)  # the DALI pipeline's last step runs in torch
         for pair in tqdm(range(config.pairs + 1), desc="decode", unit=" pairs"):
             params = draw_parameters(spec, 0, pair, np.arange(config.images), widths, heights, train=True)
-            # The first of a pair alternates, so that a machine that slows down favours neither.
+            # The first pipeline alternates, so that a machine that slows down favours neither.
             names = list(pipelines) if pair % 2 else reversed(pipelines)
             rate = {name: _images_per_second(pipelines[name], photos, params) for name in names}
             if pair > 0:
@@ -82,18 +77,13 @@ def run(config: DecodeConfig) -> dict[str, Any]:
         torch.set_num_threads(torch_threads)
         for pipeline in pipelines.values():
             pipeline.close()
-    ratios = [row["dali_vs_pillow"] for row in rows]
     headline = {
         "dali_images_per_s": statistics.median(row["dali_images_per_s"] for row in rows),
         "pillow_images_per_s": statistics.median(row["pillow_images_per_s"] for row in rows),
-        "dali_vs_pillow": statistics.median(ratios),
-        "dali_vs_pillow_min": min(ratios),
-        "dali_vs_pillow_max": max(ratios),
+        **spread("dali_vs_pillow", [row["dali_vs_pillow"] for row in rows]),
         "source_kilobytes": sum(map(len, photos)) / len(photos) / 1000,
     }
-    report = make_report("decode", command_line(MODULE, config), headline, rows)
-    print_report(report)
-    return report
+    return finish(MODULE, config, headline, rows)
 
 
 def _images_per_second(pipeline: ImagePipeline | ReferencePipeline, photos: list[bytes], params: Parameters) -> float:

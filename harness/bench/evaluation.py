@@ -28,11 +28,13 @@ from harness.core.errors import UserError
 from harness.core.manifest import write_manifest
 from harness.core.mesh import Mesh, MeshConfig
 from harness.core.waiting import in_own_time, on_first_rank
-from harness.data.loader import DataConfig, Pixels
+from harness.data.config import DataConfig
+from harness.data.images import Pixels
 from harness.evaluate.embed import side_of
 from harness.evaluate.evaluation import Evaluation, EvaluationConfig
 from harness.text.tokenizer import FIELDS, Tokenizer, copy_tokenizer
 from models.batch import Batch
+from models.ranges import AtLeastTwo, PositiveInt
 
 MODULE = "harness.bench.evaluation"
 EXAMPLE = f"python -m {MODULE} --documents 1000000,2000000 --ranks 1,2 --json evaluation.json"
@@ -53,35 +55,32 @@ class EvaluationBenchConfig:
     Args:
         documents: sizes of the catalogues.
         ranks: numbers of processes that share each of them.
-        queries: photos that are asked.
+        queries: number of query photos.
         embedding_dim: width of the vectors.
         probe_documents: as evaluation.probe_documents.
-        bare_titles: also search by text without the colours' words, for which every title is encoded anew.
+        bare_titles: also search by text without the colours' words, which encodes every title again.
     """
 
-    documents: tuple[int, ...] = (500_000, 1_000_000)
-    ranks: tuple[int, ...] = (1, 2)
-    queries: int = 100
-    embedding_dim: int = 16
-    probe_documents: int = 2000
+    documents: tuple[PositiveInt, ...] = (500_000, 1_000_000)
+    ranks: tuple[PositiveInt, ...] = (1, 2)
+    queries: PositiveInt = 100
+    embedding_dim: PositiveInt = 16
+    probe_documents: AtLeastTwo = 2000
     bare_titles: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("documents", "ranks"):
-            if not getattr(self, name) or min(getattr(self, name)) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}", "Name one number or more, each at least 1")
+        if not self.documents or not self.ranks:
+            raise UserError("--documents or --ranks is empty", "Name one number or more")
         if min(self.documents) < 4 * CATEGORIES:
             raise UserError(f"--documents has {min(self.documents)}", f"It must be at least {4 * CATEGORIES}")
-        if self.queries < 1 or self.embedding_dim < 1 or self.probe_documents < 2:
-            raise UserError("--queries, --embedding-dim or --probe-documents is too small", "Take at least 1, 1 and 2")
 
 
 def run(config: EvaluationBenchConfig) -> dict[str, Any]:
     """Measures, prints and returns the report (see `harness/bench/report.py`).
 
-    Rows: the most memory that a rank held in each stage, libraries and mapped files included. Headline: the largest of
-    all; and, where sizes and ranks allow it, the bytes that each document costs every rank, those that it costs its own
-    rank besides, and what that gives for 10 million documents on 8 ranks, by least squares.
+    Rows: the peak memory of a rank in each stage, libraries and mapped files included. Headline: the largest peak; and,
+    where sizes and ranks allow it, by least squares: bytes per document on every rank, further bytes on its own rank,
+    and the memory for 10 million documents on 8 ranks.
     """
     rows: list[dict[str, Any]] = []
     for documents in config.documents:
@@ -194,6 +193,8 @@ def _draw_tokens(folder: Path, documents: int, total: int, phrases: dict[str, li
 class Drawn:
     """A method whose vectors are waves of the sample's number, or of a text's tokens."""
 
+    modalities = ()
+
     def __init__(self, width: int) -> None:
         self.towers = nn.Linear(1, 1)
         self._speed = torch.arange(1, width + 1, dtype=torch.float64).sqrt()
@@ -231,7 +232,7 @@ class _Text:
 class _Model:
     embedding_dim: int
     text: _Text = _Text()
-    query: _Text = _Text(32)
+    query_text: _Text = _Text(32)
 
 
 def measure(device: torch.device, folder: Path, config: EvaluationBenchConfig) -> list[dict[str, Any]]:
@@ -251,7 +252,7 @@ def measure(device: torch.device, folder: Path, config: EvaluationBenchConfig) -
     catalogue, learned = Catalogue(folder / "catalogue"), Tokenizer.load(folder / "catalogue")
     classes = folder / "catalogue" / "classes" / "classes.parquet"
     method: Any = Drawn(config.embedding_dim)
-    model = _Model(config.embedding_dim)
+    model: Any = _Model(config.embedding_dim)
 
     def staged(name: str, work: Callable[[], Any]) -> Any:
         memory.start()

@@ -1,7 +1,7 @@
-"""Shared parts of the programs of jobs/gpu: their flags, the device, and a report that grows on the disk row by row.
+"""Shared parts of the programs of jobs/gpu: flags, device, and a report that is written row by row.
 
-Such a program proves or measures one thing on one GPU; with --tiny the same code runs small on a CPU, which the tests
-do. Exit codes: 0, 1 where a row says ok = false, 2 without a GPU.
+Such a program proves or measures one thing on one GPU; with --tiny the same code runs small on a CPU, as in the tests.
+Exit codes: 0; 1 if a row has ok = false; 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from harness.bench.report import make_report
+from harness.core.files import write_whole
 from harness.core.tables import Scalar
 
 
@@ -27,15 +28,15 @@ class Program:
     """One program: reads the command line, then collects rows.
 
     Args:
-        name: of its report.
+        name: name of the report.
         purpose: one sentence for --help.
-        flags: flag -> default; a list makes a flag that takes several values. OUT and --tiny there are always.
+        flags: flag -> default; a list makes a flag that takes several values. OUT and --tiny are added.
 
     Attributes:
         given: values of the flags.
-        out: file of the report (harness/bench/report.py), whole after every row, so that a crash keeps what was found
-            before it.
-        tiny: whether to run small on a CPU.
+        out: file of the report (harness/bench/report.py), written whole after every row, so that a crash keeps the
+            rows before it.
+        tiny: True to run small on a CPU.
         device: the GPU, or the CPU with --tiny.
     """
 
@@ -51,9 +52,8 @@ class Program:
         self.given = parser.parse_args()
         self.out, self.tiny = self.given.out, self.given.tiny
         if self.tiny:
-            os.environ["CUDA_VISIBLE_DEVICES"] = (
-                ""  # for all that chooses a device by itself, and for processes of its own
-            )
+            # For code that chooses a device by itself, and for child processes.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         if not self.tiny and not torch.cuda.is_available():
             print("error: torch sees no GPU here. --tiny runs small on the CPU", file=sys.stderr)
             sys.exit(2)
@@ -63,7 +63,7 @@ class Program:
         self._write()
 
     def add(self, **row: Scalar) -> None:
-        """One more row, printed and written; `ok` false makes the program fail."""
+        """Adds, prints and writes a row; ok = False makes the program fail."""
         self.failed += row.get("ok") is False
         self._report["rows"].append(row)
         print(", ".join(f"{key} {f'{x:.4g}' if isinstance(x, float) else x}" for key, x in row.items()), flush=True)
@@ -75,35 +75,33 @@ class Program:
         return list(self._report["rows"])
 
     def cite(self, **figures: float) -> None:
-        """Figures for the headline, by names that carry the unit."""
+        """Adds figures to the headline; their names contain the unit."""
         self._report["headline"] |= {key: float(value) for key, value in figures.items()}
         self._write()
 
     def bar(self, what: str, value: float, bar: float, at_least: bool = True) -> None:
-        """A row that holds a figure against the bar that is set for one H100 (docs/gpu.md), and the figure for the
-        headline. It never fails.
+        """Adds a row that compares a figure with the bar for one H100 (docs/gpu.md), and the figure to the headline.
+        Never fails.
         """
         self.cite(**{what: value})
         self.add(bar_of=what, value=value, bar=bar, ratio=value / bar, met=value >= bar if at_least else value <= bar)
 
     def exit(self) -> None:
-        """Ends the process: by 1 where a row was not ok."""
+        """Ends the process, with exit code 1 if a row was not ok."""
         sys.exit(int(self.failed > 0))
 
     def synchronize(self) -> float:
-        """Waits for the device and reads the clock, in seconds."""
+        """Waits for the device; returns the clock in seconds."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def _write(self) -> None:
-        temporary = self.out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._report, indent=1, default=str) + "\n")
-        os.replace(temporary, self.out)
+        write_whole(self.out, json.dumps(self._report, indent=1, default=str) + "\n")
 
 
 def empty_folder(folder: Path) -> None:
-    """Makes `folder` anew where nothing is, or what an earlier program left; ends this program where it holds anything
+    """Makes an empty `folder` in place of nothing or of an earlier program's; ends this program if it holds anything
     else.
     """
     mark = folder / ".gpu-check"
@@ -116,7 +114,7 @@ def empty_folder(folder: Path) -> None:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product, the best of several: what a kernel of this machine can reach."""
+    """FLOP/s of a large square matrix product, the best of several: the reachable rate of this machine."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
     best = float("inf")

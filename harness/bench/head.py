@@ -1,9 +1,8 @@
-"""Time, memory and traffic of a step of the class-parallel head, beside full softmax and Partial FC's scheme."""
+"""Time, memory and traffic of a step of the class-parallel head, beside full softmax and Partial FC."""
 
 from __future__ import annotations
 
 import importlib.util
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,11 +19,12 @@ from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
 from harness.bench.baselines import PartialFC
-from harness.bench.ranks import Memory, Traffic, available_memory, is_first, on_ranks
-from harness.bench.report import bench_main, command_line, make_report, print_report
+from harness.bench.ranks import Memory, Traffic, available_memory, on_ranks
+from harness.bench.report import bench_main, finish, spread
 from harness.core.errors import UserError
 from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
 from models.heads.row_optimizer import RowAdamW, RowOptimizerConfig
+from models.ranges import OpenUnitInterval, PositiveInt
 
 MODULE = "harness.bench.head"
 EXAMPLE = f"python -m {MODULE} --num-classes 1000000 --embedding-dim 256 --ranks 2 --pairs 5 --json head.json"
@@ -37,47 +37,42 @@ MB = 1e6
 class HeadConfig:
     """Times two sides at a time in the same ranks, in alternating order; measures each side's memory in its own ranks.
 
-    One setting is --batch at --sample-rate, one a quarter of the batch at a fifth of the rate. The same embeddings and
-    labels go to both sides of a round. All sides use AdamW with torch's defaults and CosFace (margin 0.4, scale 64), on
-    fp32 rows.
+    There are two settings: --batch at --sample-rate, and a quarter of the batch at a fifth of the rate. Both sides of a
+    round get the same embeddings and labels. All sides use AdamW with torch's defaults and CosFace (margin 0.4, scale
+    64), on fp32 rows.
 
     Args:
-        num_classes: number of classes; the loss's memory is also measured at a quarter, our step also at four times as
-            many.
+        num_classes: number of classes; the loss's memory is also measured at a quarter of it, our step also at four
+            times as many.
         embedding_dim: width of the embeddings.
         ranks: processes that share the classes; under torchrun its world size.
         batch: samples of all ranks together.
         sample_rate: share of the classes that serve as negatives in a step.
-        pairs: rounds that count, after one that does not.
-        partial_fc: InsightFace's partial_fc_v2.py, to measure that too; it is imported and run, so give no file that
-            you do not trust.
+        pairs: timed rounds, after one warm-up round.
+        partial_fc: InsightFace's partial_fc_v2.py, to measure it too; it is imported and run, so give only a file that
+            you trust.
     """
 
-    num_classes: int = 100_000
-    embedding_dim: int = 256
-    ranks: int = 2
-    batch: int = 256
-    sample_rate: float = 0.1
-    pairs: int = 5
+    num_classes: PositiveInt = 100_000
+    embedding_dim: PositiveInt = 256
+    ranks: PositiveInt = 2
+    batch: PositiveInt = 256
+    sample_rate: OpenUnitInterval = 0.1
+    pairs: PositiveInt = 5
     partial_fc: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("num_classes", "embedding_dim", "ranks", "batch", "pairs"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}", "It must be at least 1")
-        if not 0 < self.sample_rate < 1:
-            raise UserError(f"--sample-rate is {self.sample_rate}", "It must lie between 0 and 1, both excluded")
         if self.num_classes % self.ranks:
             raise UserError(f"--num-classes {self.num_classes} does not divide by --ranks {self.ranks}")
         if self.batch % (4 * self.ranks):
-            raise UserError(f"--batch {self.batch} is no multiple of four times --ranks {self.ranks}")
+            raise UserError(f"--batch {self.batch} is not a multiple of four times --ranks {self.ranks}")
         if self.partial_fc:
             _insightface_class(self.partial_fc)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Work of one side; `batch` counts all ranks' samples."""
+    """Sizes of one side's work; `batch` counts all ranks' samples."""
 
     num_classes: int
     embedding_dim: int
@@ -87,7 +82,7 @@ class Setting:
 
 
 class Side(Protocol):
-    """A head with its optimizer. The rows exist from construction on, the optimizer from `begin` on."""
+    """A head with its optimizer. The constructor makes the rows, `begin` the optimizer."""
 
     rows: Tensor
     active_rows: int
@@ -96,7 +91,7 @@ class Side(Protocol):
         """Makes the optimizer."""
 
     def step(self, embeddings: Tensor, labels: Tensor, number: int) -> Iterator[None]:
-        """One step; yields at the end of each of PHASES."""
+        """Runs one step; yields at the end of each of PHASES."""
 
 
 class Ours:
@@ -104,7 +99,7 @@ class Ours:
 
     Args:
         setting: sizes.
-        device: of the rows.
+        device: device of the rows.
         head: further fields of ClassHeadConfig.
         optimizer: further fields of RowOptimizerConfig.
     """
@@ -131,7 +126,7 @@ class Ours:
         self.optimizer = RowAdamW.for_head(self.head, self.optimizer_config)
 
     def step(self, embeddings: Tensor, labels: Tensor, number: int) -> Iterator[None]:
-        """One step; yields at the end of each of PHASES."""
+        """Runs one step; yields at the end of each of PHASES."""
         active = self.head.begin_step(labels, step=number)
         self.active_rows = len(active)
         self.optimizer.catch_up(active)
@@ -149,9 +144,9 @@ class Dense:
 
     Args:
         setting: sizes.
-        device: of the rows.
-        full: full softmax, whatever the setting's sample_rate.
-        adamw: how torch computes AdamW: foreach and fused.
+        device: device of the rows.
+        full: full softmax, ignoring the setting's sample_rate.
+        adamw: torch.optim.AdamW's foreach and fused.
     """
 
     def __init__(self, setting: Setting, device: torch.device, full: bool = False, **adamw: Any) -> None:
@@ -170,7 +165,7 @@ class Dense:
         )
 
     def step(self, embeddings: Tensor, labels: Tensor, number: int) -> Iterator[None]:
-        """One step; yields at the end of each of PHASES."""
+        """Runs one step; yields at the end of each of PHASES."""
         loss = self.head(embeddings, labels)
         yield
         loss.backward()
@@ -181,7 +176,7 @@ class Dense:
 
 
 class InsightFace(Dense):
-    """Version 2 of InsightFace's Partial FC, out of the user's file."""
+    """Version 2 of InsightFace's Partial FC, from the user's file."""
 
     def __init__(self, setting: Setting, device: torch.device) -> None:
         head = ClassHeadConfig()
@@ -220,15 +215,18 @@ SIDES: dict[str, Callable[[Setting, torch.device], Side]] = {
 def run(config: HeadConfig) -> dict[str, Any]:
     """Measures, prints and returns the report (see `harness/bench/report.py`).
 
-    Rows say what is measured (time, memory or loss memory), the side, and the setting. Times are medians over the
-    rounds of the slowest rank's; memory is the peak beyond the rows, of the rank that needs most (1 MB = 10^6 bytes);
-    sent_mb is defined in harness/bench/ranks.py.
+    Rows name the measure (time, memory or loss memory), the side and the setting. Times are medians over the rounds of
+    the slowest rank's; memory is the peak beyond the rows, of the rank that needs most (1 MB = 10^6 bytes); sent_mb is
+    defined in harness/bench/ranks.py.
 
-    Headline: `time_vs_X`, median over the rounds of our step's time by that of X, with least and largest; the same
-    `_small` at a quarter of the batch and a fifth of the rate; `time_4m_over_1m`, our step at four times the classes
-    and a quarter of the rate by that at the classes and rate given; `memory_vs_X`, peak beyond the rows by that of X;
-    `loss_memory_growth`, the peak of forward and backward at rate 1.0 beyond rows and row gradient, by that at a
-    quarter of the classes.
+    Headline:
+        time_vs_X: median over the rounds of our step's time divided by that of X, with least and largest; `_small`: the
+            same at a quarter of the batch and a fifth of the rate.
+        time_4m_over_1m: our step's time at four times the classes and a quarter of the rate, divided by that at the
+            given classes and rate.
+        memory_vs_X: our peak beyond the rows divided by that of X.
+        loss_memory_growth: peak of forward and backward at rate 1.0 beyond rows and row gradient, divided by that at a
+            quarter of the classes.
     """
     # four copies of 5 x the classes for their growth, or full softmax with its logits beside ours, in fp32
     need = 4 * config.num_classes * max(17 * config.embedding_dim, 9 * config.embedding_dim + 3 * config.batch)
@@ -256,7 +254,7 @@ def run(config: HeadConfig) -> dict[str, Any]:
         for key, pair in times.items():
             two, ratios = on_ranks(config.ranks, measure_times, *pair, config.pairs)
             rows += two
-            headline |= {key: statistics.median(ratios), f"{key}_min": min(ratios), f"{key}_max": max(ratios)}
+            headline |= spread(key, ratios)
             progress.update()
         peak = {}
         for side in sides:
@@ -270,16 +268,15 @@ def run(config: HeadConfig) -> dict[str, Any]:
             rows.append(on_ranks(config.ranks, measure_loss_memory, setting))
             progress.update()
         headline["loss_memory_growth"] = rows[-1]["peak_mb"] / rows[-2]["peak_mb"]
-    report = make_report("head", command_line(MODULE, config), headline, rows)
-    if is_first():
-        print_report(report)
-    return report
+    return finish(MODULE, config, headline, rows)
 
 
 def measure_times(
     device: torch.device, first: str, first_setting: Setting, second: str, second_setting: Setting, pairs: int
 ) -> tuple[list[dict[str, Any]], list[float]]:
-    """Rows of two sides that step in turn in these ranks, and the ratio of their times in each round."""
+    """Times two sides that step in turn in these ranks; returns their rows and the ratio of their times in each
+    round.
+    """
     torch.manual_seed(dist.get_rank())
     settings = (first_setting, second_setting)
     sides = [make_side(name, setting, device) for name, setting in zip((first, second), settings, strict=True)]
@@ -288,7 +285,7 @@ def measure_times(
     seconds = torch.zeros(pairs, 2, len(PHASES), dtype=torch.float64)
     facts = torch.zeros(2, 2, dtype=torch.float64)  # active rows and bytes of each side
     for number in range(pairs + 1):
-        # Who comes first alternates, so that a machine that slows down favours none.
+        # The first side alternates, so that a machine that slows down favours none.
         for which in (0, 1) if number % 2 else (1, 0):
             embeddings, labels = draw(settings[which], number, device)
             traffic = Traffic()
@@ -315,7 +312,7 @@ def measure_times(
 
 
 def _phases(step: Iterator[None], device: torch.device) -> Tensor:
-    """Seconds of each of PHASES, from a moment at which all ranks stand ready."""
+    """Seconds of each of PHASES, started when all ranks are ready."""
     stamps: list[float] = []
     dist.barrier()
     for _ in (None, *PHASES):
@@ -328,7 +325,7 @@ def _phases(step: Iterator[None], device: torch.device) -> Tensor:
 
 
 def measure_memory(device: torch.device, name: str, setting: Setting, steps: int = 3) -> dict[str, Any]:
-    """Row of one side's peak memory beyond its rows, in `steps` whole steps and in making its optimizer."""
+    """Measures one side's peak memory beyond its rows, while it makes its optimizer and runs `steps` steps."""
     memory = Memory(device)
     before = _warm(memory, name, setting)
     side = make_side(name, setting, device)
@@ -341,7 +338,7 @@ def measure_memory(device: torch.device, name: str, setting: Setting, steps: int
 
 
 def measure_loss_memory(device: torch.device, setting: Setting) -> dict[str, Any]:
-    """Row of the peak memory of our forward and backward beyond the rows and their gradient."""
+    """Measures the peak memory of our forward and backward beyond the rows and their gradient."""
     memory = Memory(device)
     before = _warm(memory, "ours", setting)
     side = Ours(setting, device)
@@ -356,7 +353,7 @@ def measure_loss_memory(device: torch.device, setting: Setting) -> dict[str, Any
 
 
 def _warm(memory: Memory, name: str, setting: Setting) -> int:
-    """Bytes held once a step of a small head has brought the libraries their code and buffers."""
+    """Runs a step of a small head, so that libraries load their code and buffers; returns the bytes held then."""
     setting = replace(setting, num_classes=256 * dist.get_world_size())
     side = make_side(name, setting, memory.device)
     side.begin()
@@ -367,19 +364,19 @@ def _warm(memory: Memory, name: str, setting: Setting) -> int:
 
 
 def _peak(found: int, counted: int) -> dict[str, float]:
-    """Most of all ranks' `found - counted` bytes."""
+    """Largest `found - counted` and `counted` bytes of all ranks."""
     bytes_ = torch.tensor([found - counted, counted])
     dist.all_reduce(bytes_, dist.ReduceOp.MAX)
     return {"peak_mb": bytes_[0].item() / MB, "left_out_mb": bytes_[1].item() / MB}
 
 
 def make_side(name: str, setting: Setting, device: torch.device) -> Side:
-    """The side of that name, without its optimizer."""
+    """Makes the side of that name, without its optimizer."""
     return SIDES[name](setting, device)
 
 
 def draw(setting: Setting, number: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """This rank's embeddings and labels of round `number`, the same for every side."""
+    """Draws this rank's embeddings and labels of round `number`, the same for every side."""
     generator = torch.Generator().manual_seed(number * 1_000_003 + dist.get_rank())
     count = setting.batch // dist.get_world_size()
     embeddings = torch.randn(count, setting.embedding_dim, generator=generator)
@@ -400,24 +397,24 @@ def _world() -> ProcessGroup:
 
 
 def _insightface_class(path: str) -> Any:
-    """PartialFC_V2 of the file at `path`.
+    """Imports PartialFC_V2 from the file at `path`.
 
     Raises:
-        UserError: no such file, or none that defines it.
+        UserError: there is no such file, or it does not define it.
     """
     spec = importlib.util.spec_from_file_location("users_partial_fc", path)
     if not Path(path).is_file() or spec is None or spec.loader is None:
-        raise UserError(f"--partial-fc {path} is no Python file", "Give InsightFace's partial_fc_v2.py")
+        raise UserError(f"--partial-fc {path} is not a Python file", "Give InsightFace's partial_fc_v2.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "PartialFC_V2"):
-        raise UserError(f"--partial-fc {path} defines no PartialFC_V2", "Give InsightFace's partial_fc_v2.py")
+        raise UserError(f"--partial-fc {path} does not define PartialFC_V2", "Give InsightFace's partial_fc_v2.py")
     return module.PartialFC_V2
 
 
 @contextmanager
 def _cuda_stays_here() -> Iterator[None]:
-    """Makes Tensor.cuda() return the tensor itself: the file calls it without asking whether there is a GPU."""
+    """Makes Tensor.cuda() return the tensor itself: the file calls it without a check for a GPU."""
     cuda = torch.Tensor.cuda
     try:
         torch.Tensor.cuda = lambda self, *_: self  # type: ignore[method-assign]

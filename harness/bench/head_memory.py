@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 from harness.bench.head import MB, Setting, measure_memory
-from harness.bench.ranks import is_first, on_ranks
-from harness.bench.report import bench_main, command_line, make_report, print_report
+from harness.bench.ranks import on_ranks
+from harness.bench.report import bench_main, finish
 from harness.core.errors import UserError
+from models.ranges import PositiveInt, UnitIntervalAbove0
 
 MODULE = "harness.bench.head_memory"
 EXAMPLE = f"python -m {MODULE} --num-classes 1000000 --ranks 8 --json head_memory.json"
@@ -24,8 +26,7 @@ PER_VALUE = {
     "partial_fc_adamw": (4 + 4 + 8, 0),
     "full_softmax_adamw": (4 + 4 + 8, 0),
 }
-# Bytes per row: an int32 counts its updates, a float64 says which weight decay was paid; 8-bit moments have two fp32
-# scales.
+# Bytes per row: an int32 counts its updates, a float64 holds the weight decay paid; 8-bit moments have two fp32 scales.
 PER_ROW = {"ours_fp32": 12, "ours_bf16_8bit": 12 + 8}
 
 
@@ -34,37 +35,32 @@ class HeadMemoryConfig:
     """Computes a head's memory on a GPU, and measures ours with bf16 rows and 8-bit moments in ranks of this machine.
 
     Args:
-        num_classes: classes of the measured point; it is measured at half as many too.
+        num_classes: classes of the measured point; half as many are measured too.
         embedding_dim: width of the embeddings, of the table too.
         ranks: processes that share the classes of the measured point; under torchrun its world size.
         batch: samples on one GPU, of the table too.
         sample_rate: share of the classes that serve as negatives in a step, of the table too.
     """
 
-    num_classes: int = 1_000_000
-    embedding_dim: int = 512
-    ranks: int = 8
-    batch: int = 64
-    sample_rate: float = 0.1
+    num_classes: PositiveInt = 1_000_000
+    embedding_dim: PositiveInt = 512
+    ranks: PositiveInt = 8
+    batch: PositiveInt = 64
+    sample_rate: UnitIntervalAbove0 = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("num_classes", "embedding_dim", "ranks", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}", "It must be at least 1")
         if self.num_classes < 2 * self.ranks:
             raise UserError(
                 f"{self.num_classes} classes are too few for {self.ranks} ranks", "Take --num-classes larger"
             )
-        if not 0 < self.sample_rate <= 1:
-            raise UserError(f"--sample-rate is {self.sample_rate}", "It must lie in (0, 1]")
 
 
 def run(config: HeadMemoryConfig) -> dict[str, Any]:
     """Measures, computes, prints and returns the report (see `harness/bench/report.py`).
 
-    Headline, of a rank with its rows, by a million classes: `measured_…`, the peak in making the optimizer and in three
-    steps; `added_…`, what the second half of the classes added to it, without the working memory that does not grow;
-    `computed_…`, what the formula gives.
+    Headline, for a rank with its rows, divided by a million classes: `measured_…`, the peak while it makes the
+    optimizer and runs three steps; `added_…`, the growth of that peak by the second half of the classes, free of
+    constant working memory; `computed_…`, the formula.
     """
     halves = []
     for classes in (config.num_classes // 2, config.num_classes):
@@ -73,12 +69,10 @@ def run(config: HeadMemoryConfig) -> dict[str, Any]:
         halves.append((classes / 1e6, (found["peak_mb"] + found["left_out_mb"]) * MB / MIB))
     (half, less), (millions, measured) = halves
     computed = computed_mib("ours_bf16_8bit", config, config.num_classes, config.ranks)
-    rows: list[dict[str, Any]] = [
-        {"kind": "computed", "million_classes": count, "gpus": gpus}
-        | {f"{side}_mib": computed_mib(side, config, count * 1e6, gpus) for side in PER_VALUE}
-        for count in MILLIONS
-        for gpus in GPUS
-    ]
+    rows: list[dict[str, Any]] = []
+    for count, gpus in itertools.product(MILLIONS, GPUS):
+        sides = {f"{side}_mib": computed_mib(side, config, count * 1e6, gpus) for side in PER_VALUE}
+        rows.append({"kind": "computed", "million_classes": count, "gpus": gpus} | sides)
     rows += [
         {"kind": "measured", "million_classes": count, "gpus": config.ranks, "ours_bf16_8bit_mib": mib}
         for count, mib in halves
@@ -88,18 +82,15 @@ def run(config: HeadMemoryConfig) -> dict[str, Any]:
         "added_mib_per_million_classes": (measured - less) / (millions - half),
         "computed_mib_per_million_classes": computed / millions,
     }
-    report = make_report("head_memory", command_line(MODULE, config), headline, rows)
-    if is_first():
-        print_report(report)
-    return report
+    return finish(MODULE, config, headline, rows)
 
 
 def computed_mib(side: str, config: HeadMemoryConfig, classes: float, gpus: int) -> float:
-    """MiB on one of `gpus` that share `classes`.
+    """Computes the MiB of one of `gpus` that share `classes`.
 
-    Counted: rows, moments and their scales, counters, the gradient (dense for the peers, of the active rows in ours),
-    and for the peers the fp32 logits of the whole batch, once, though they hold them more often. Left out: what depends
-    on the batch alone, the optimizer's intermediate results, copies of the active rows, the towers.
+    Counted: rows, moments and their scales, counters, the gradient (dense for the peers, of the active rows for ours),
+    and for the peers the fp32 logits of the whole batch, once, although they hold several copies. Left out: memory that
+    depends on the batch only, the optimizer's intermediate results, copies of the active rows, the towers.
     """
     own = classes / gpus
     always, active = PER_VALUE[side]

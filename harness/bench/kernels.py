@@ -1,6 +1,4 @@
-"""Triton kernels compiled for a GPU that is not here: registers, spills, shared memory, tensor-core products,
-occupancy. Needs no GPU.
-"""
+"""Triton kernels compiled for an absent GPU: registers, spills, shared memory, tensor-core products, occupancy."""
 
 from __future__ import annotations
 
@@ -17,13 +15,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from harness.bench.report import bench_main, command_line, make_report, print_report
+from harness.bench.report import bench_main, finish
 from harness.core.errors import UserError
+from models.ranges import PositiveInt
 
 MODULE = "harness.bench.kernels"
 EXAMPLE = f"python -m {MODULE} --dtype bf16 --dim 512 --json kernels.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Compute capability -> what a processor (SM) and a block of it can have (CUDA C++ Programming Guide, "Compute
+# Compute capability -> limits of a multiprocessor (SM) and of a block (CUDA C++ Programming Guide, "Compute
 # Capabilities").
 SHARED_OF_PROCESSOR = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 RESERVED_SHARED = 1 << 10  # of every block, for the driver
@@ -48,15 +47,14 @@ def _row_update(dtype: torch.dtype, d: int) -> None:
 
     rows, active, one = torch.zeros(4, d, dtype=dtype), torch.arange(4), torch.ones(4, 1)
     for eight_bit, master in itertools.product((False, True), {False, dtype == torch.bfloat16}):
-        table = RowTable(
-            rows, row_state(rows, eight_bit, master), key=1 << 60, first_class=1 << 40
-        )  # as large as they may be
+        # The key and the first class are as large as they may be.
+        table = RowTable(rows, row_state(rows, eight_bit, master), key=1 << 60, first_class=1 << 40)
         adamw_rows(table, active, torch.ones(4, d), one, one, one, (0.9, 0.999), 1e-8)
         decay_rows(table, active, one)
 
 
-# A module's name -> calls its launchers on CPU tensors of a table of that type and width; each compiles where it would
-# launch.
+# Module name -> function that calls its launchers on CPU tensors of a table of that type and width; a launch becomes a
+# compilation.
 LAUNCHES: dict[str, Callable[[torch.dtype, int], None]] = {
     "cosine_lse": _cosine_lse,
     "cosine_lse_filtered": functools.partial(_cosine_lse, filter_above=0.5),
@@ -66,10 +64,10 @@ LAUNCHES: dict[str, Callable[[torch.dtype, int], None]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class KernelsConfig:
-    """Compiles every kernel as its launcher does, for GPUs that need not be here, and reads the assembler's account.
+    """Compiles every kernel as its launcher does, for GPUs that may be absent, and reads the assembler's messages.
 
     Args:
-        kernels: what to launch (LAUNCHES).
+        kernels: launchers to call (LAUNCHES).
         dtype: types of the table, fp32 or bf16.
         dim: entries of a vector.
         capability: compute capabilities: 80 (A100), 90 (H100, H200), 100 (B200).
@@ -77,7 +75,7 @@ class KernelsConfig:
 
     kernels: tuple[str, ...] = tuple(LAUNCHES)
     dtype: tuple[str, ...] = ("fp32", "bf16")
-    dim: tuple[int, ...] = (256, 512, 768, 1024)
+    dim: tuple[PositiveInt, ...] = (256, 512, 768, 1024)
     capability: tuple[int, ...] = (90,)
 
     def __post_init__(self) -> None:
@@ -89,18 +87,16 @@ class KernelsConfig:
             for value in values:
                 if value not in known:
                     raise UserError(f"--{flag} has {value!r}", f"Known are {', '.join(map(str, known))}")
-        if min(self.dim) < 1:
-            raise UserError(f"--dim has {min(self.dim)}", "It must be at least 1")
 
 
 def compile_launches(launch: Callable[[], None], capability: int) -> list[dict[str, Any]]:
     """Runs `launch` with every start of a Triton kernel replaced by its compilation, as on a GPU of that capability.
 
-    The arguments, their types, specialisations and options are those of the launch itself. What the launcher computes
-    from the kernels' results is without meaning. Not in the interpreter.
+    The arguments, their types, specialisations and options are those of the launch. Results of the launcher have no
+    meaning. Does not work in Triton's interpreter.
 
     Returns:
-        A flat row per kernel, a kernel that is launched twice alike once.
+        A flat row per kernel; equal launches of a kernel give one row.
     """
     rows: list[dict[str, Any]] = []
     with _compiling(capability, lambda kernel, log: rows.append(_row(kernel, log, capability))):
@@ -109,8 +105,8 @@ def compile_launches(launch: Callable[[], None], capability: int) -> list[dict[s
 
 
 class _Driver:
-    """As much of a GPU's driver as Triton asks for before it launches. Each is a device of its own, for Triton
-    remembers what it compiled for one.
+    """The part of a GPU's driver that Triton uses before a launch. Each instance is a device of its own, because Triton
+    caches compilations by device.
     """
 
     _number = itertools.count()
@@ -130,8 +126,8 @@ class _Driver:
 
 @contextlib.contextmanager
 def _compiling(capability: int, seen: Callable[[Any, str], object]) -> Iterator[None]:
-    """Inside, a launch compiles and calls seen(compiled kernel, the assembler's messages) instead, unless it is like
-    one before.
+    """Inside, a launch compiles and calls seen(compiled kernel, the assembler's messages) instead, unless it equals an
+    earlier one.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -139,7 +135,7 @@ def _compiling(capability: int, seen: Callable[[Any, str], object]) -> Iterator[
     from triton.runtime.jit import JITFunction
 
     if triton.knobs.runtime.interpret:
-        raise UserError("TRITON_INTERPRET is set, so that Triton compiles nothing", "Unset it")
+        raise UserError("TRITON_INTERPRET is set, so Triton compiles nothing", "Unset it")
     run = JITFunction.run
 
     def instead(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -161,8 +157,8 @@ def _compiling(capability: int, seen: Callable[[Any, str], object]) -> Iterator[
 
 
 def _row(kernel: Any, log: str, capability: int) -> dict[str, Any]:
-    """Figures of a compiled kernel. tensor_core: such instructions; serialized: the assembler made asynchronous
-    products wait for each other.
+    """Figures of a compiled kernel. tensor_core: number of tensor-core instructions; serialized: True if the assembler
+    made asynchronous products wait for each other.
     """
 
     def number(pattern: str) -> int:
@@ -188,14 +184,14 @@ def _row(kernel: Any, log: str, capability: int) -> dict[str, Any]:
 
 
 def _assembler(capability: int) -> str:
-    """Version of the assembler that Triton brings for that capability."""
+    """Version of the assembler that comes with Triton for that capability."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     return str(get_ptxas(capability).version)
 
 
 def blocks_of_processor(capability: int, registers: int, warps: int, shared: int) -> int:
-    """Blocks that a processor holds at a time: registers are given out per warp by 256, at 8 a thread."""
+    """Blocks resident on a multiprocessor; registers are allocated in units of 256 a warp, 8 a thread."""
     of_warp = 32 * -(-registers // 8) * 8
     by_registers = REGISTERS_OF_PROCESSOR // of_warp // warps
     by_shared = SHARED_OF_PROCESSOR[capability] // (-(-shared // 128) * 128 + RESERVED_SHARED)
@@ -205,8 +201,8 @@ def blocks_of_processor(capability: int, registers: int, warps: int, shared: int
 def run(config: KernelsConfig) -> dict[str, Any]:
     """Compiles, prints and returns the report (see `harness/bench/report.py`).
 
-    Headline, per capability: bytes spilled in all kernels together, the most shared memory of a block, and how many
-    kernels multiply without tensor cores.
+    Headline, per capability: bytes spilled by all kernels together, largest shared memory of a block, number of kernels
+    that multiply without tensor cores.
     """
     rows: list[dict[str, Any]] = []
     cases = list(itertools.product(config.kernels, config.dtype, config.dim, config.capability))
@@ -222,14 +218,12 @@ def run(config: KernelsConfig) -> dict[str, Any]:
             f"sm_{capability}_shared_kib": max(row["shared_bytes"] for row in of) / 1024,
             f"sm_{capability}_without_tensor_cores": sum(row["multiplies"] and not row["tensor_core"] for row in of),
         }
-    report = make_report("kernels", command_line(MODULE, config), headline, rows)
-    print_report(report)
-    return report
+    return finish(MODULE, config, headline, rows)
 
 
 def main() -> int:
     """Entry point of `python -m harness.bench.kernels`."""
-    return bench_main(MODULE, KernelsConfig, run, "What the Triton kernels become on a GPU; needs none.", EXAMPLE)
+    return bench_main(MODULE, KernelsConfig, run, "Compilation of the Triton kernels for a GPU; needs none.", EXAMPLE)
 
 
 if __name__ == "__main__":

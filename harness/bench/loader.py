@@ -1,4 +1,4 @@
-"""Samples read per second and rank: Shelfmark's reader beside a torch DataLoader with Pillow, and beside bare DALI."""
+"""Samples read per second and rank: Shelfmark's reader beside a torch DataLoader with Pillow and beside bare DALI."""
 
 from __future__ import annotations
 
@@ -21,53 +21,49 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from harness.bench.photos import photo
-from harness.bench.report import bench_main, command_line, make_report, print_report
+from harness.bench.report import bench_main, finish, spread
 from harness.catalogue.catalogue import Catalogue
 from harness.commands.ingest import IngestConfig
 from harness.commands.ingest import run as ingest
-from harness.core.errors import UserError
 from harness.data.decode_pillow import decode_rgb
-from harness.data.loader import ImageReader
+from harness.data.images import ImageReader
 from harness.data.preprocess import PreprocessSpec, draw_parameters
+from models.ranges import PositiveInt
 
 MODULE = "harness.bench.loader"
 EXAMPLE = f"python -m {MODULE} --images 192 --threads 2 --json loader.json"
 BATCH = 32
 FIGURES = {"shelfmark": "shelfmark_images_per_s", "pillow": "pillow_images_per_s", "dali": "bare_dali_images_per_s"}
+RATIOS = {"speedup_vs_pillow": "pillow", "fraction_of_bare_dali": "dali"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """Reads the same JPEG files from disk by three ways in turn, after one round that does not count.
+    """Reads the same JPEG files from disk with three readers in turn, after one warm-up round.
 
-    Shelfmark: catalogue, checksums, drawn parameters, DALI. Pillow: a torch DataLoader with as many workers as threads,
+    Shelfmark: catalogue, checksums, drawn parameters, DALI. Pillow: a torch DataLoader with one worker for each thread,
     the same windows, flips and colours. Bare DALI: its own file reader, random crops and flips, without the colours.
 
     Args:
-        images: number of different JPEG files, made for the purpose in a temporary folder.
-        image_size: side of the square that comes out, in pixels.
+        images: number of different JPEG files, drawn into a temporary folder.
+        image_size: side of the resulting square, in pixels.
         source_size: long side of the files, in pixels.
         threads: decoding threads of Shelfmark and of DALI, workers of the DataLoader.
-        pairs: rounds that count; each way reads all files once a round.
+        pairs: timed rounds; each reader reads all files once a round.
     """
 
-    images: int = 192
-    image_size: int = 224
-    source_size: int = 820
-    threads: int = 2
-    pairs: int = 5
-
-    def __post_init__(self) -> None:
-        for name in ("images", "image_size", "source_size", "threads", "pairs"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}", "It must be at least 1")
+    images: PositiveInt = 192
+    image_size: PositiveInt = 224
+    source_size: PositiveInt = 820
+    threads: PositiveInt = 2
+    pairs: PositiveInt = 5
 
 
 def run(config: LoaderConfig) -> dict[str, Any]:
     """Measures, prints and returns the report (see `harness/bench/report.py`).
 
-    Headline: median images per second of each way; `speedup_vs_pillow` and `fraction_of_bare_dali`, the medians over
-    the rounds of Shelfmark's rate by theirs, with least and largest; and the mean size of a file in kB.
+    Headline: median images per second of each reader; `speedup_vs_pillow` and `fraction_of_bare_dali`, medians over the
+    rounds of Shelfmark's rate divided by theirs, with least and largest; mean size of a file in kB.
     """
     spec = PreprocessSpec(image_size=config.image_size)
     torch_threads = torch.get_num_threads()
@@ -88,26 +84,20 @@ def run(config: LoaderConfig) -> dict[str, Any]:
             try:
                 torch.set_num_threads(config.threads)  # the last step of Shelfmark's pipeline runs in torch
                 for number in tqdm(range(config.pairs + 1), desc="read", unit=" rounds"):
-                    # Who comes first alternates, so that a machine that slows down favours none.
+                    # The first reader alternates, so that a machine that slows down favours none.
                     turn = list(ways) if number % 2 else reversed(ways)
                     rate = {way: config.images / ways[way](number) for way in turn}
                     if number > 0:
                         figures = {FIGURES[way]: rate[way] for way in ways}
-                        ratios = {"speedup_vs_pillow": "pillow", "fraction_of_bare_dali": "dali"}
-                        ours = {key: rate["shelfmark"] / rate[other] for key, other in ratios.items()}
+                        ours = {key: rate["shelfmark"] / rate[other] for key, other in RATIOS.items()}
                         rows.append({"pair": number, **figures, **ours})
             finally:
                 torch.set_num_threads(torch_threads)
-    headline: dict[str, float] = {}
-    for key in [*FIGURES.values(), *ratios]:
-        values = [row[key] for row in rows]
-        headline[key] = statistics.median(values)
-        if key in ratios:
-            headline |= {f"{key}_min": min(values), f"{key}_max": max(values)}
+    headline = {key: statistics.median(row[key] for row in rows) for key in FIGURES.values()}
+    for key in RATIOS:
+        headline |= spread(key, [row[key] for row in rows])
     headline["source_kilobytes"] = kilobytes
-    report = make_report("loader", command_line(MODULE, config), headline, rows)
-    print_report(report)
-    return report
+    return finish(MODULE, config, headline, rows)
 
 
 def _draw(folder: Path, config: LoaderConfig) -> list[Path]:
@@ -118,7 +108,7 @@ def _draw(folder: Path, config: LoaderConfig) -> list[Path]:
 
 
 def _ingest(folder: Path, files: list[Path]) -> Path:
-    """A catalogue of the files in their order."""
+    """Ingests the files in their order; returns the catalogue."""
     manifest, out = folder / "manifest.tsv", folder / "catalogue"
     lines = [f"{file.stem}\tdocument\t{file.name}" for file in files]
     manifest.write_text("\n".join(["id\tkind\timage", *lines]) + "\n")
@@ -136,7 +126,7 @@ def _shelfmark(reader: ImageReader, images: int, batch: int, epoch: int) -> floa
 
 
 class _Photos(Dataset[torch.Tensor]):
-    """Images float32 [3, S, S] as training sees them; item epoch * images + i is the i-th file in that epoch."""
+    """Images float32 [3, S, S] as in training; item epoch * images + i is file i in that epoch."""
 
     def __init__(self, spec: PreprocessSpec, files: list[Path], sizes: np.ndarray) -> None:
         self.spec, self.files, self.sizes = spec, files, sizes
@@ -224,7 +214,7 @@ def _bare_dali(spec: PreprocessSpec, files: list[Path], batch: int, threads: int
 
 
 def _dali(pipeline: Pipeline, images: int, batch: int, _: int) -> float:
-    pipeline.run()  # not timed: what DALI prefetched while the others ran would be a gift
+    pipeline.run()  # not timed: DALI prefetched it while the others ran
     start = time.perf_counter()
     for _ in range(images // batch):
         pipeline.run()

@@ -1,4 +1,4 @@
-"""Made-up photos for the benchmarks that decode; needs no decoder but Pillow."""
+"""Synthetic photos for the benchmarks that decode; needs Pillow only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHAPES = ((1.0, 1.0), (1.0, 0.75), (0.75, 1.0))  # width and height as shares of
 
 
 def photo(long_side: int, number: int) -> bytes:
-    """The `number`-th made-up photo as JPEG; a pure function of both arguments.
+    """Draws the synthetic photo `number` as JPEG; a pure function of both arguments.
 
     Random waves, mostly of brightness, whose amplitude falls with frequency somewhat faster than in the average natural
     image (Field 1987, doi:10.1364/JOSAA.4.002379), as in the smoother photos of products: a decoder's work depends on
@@ -34,7 +34,7 @@ def photo(long_side: int, number: int) -> bytes:
 
 
 def photos(long_side: int, count: int) -> list[bytes]:
-    """The first `count` of them: drawn by a process for each core where they are many."""
+    """Draws the first `count` photos, with a process for each core if they are many."""
     if count < 64:
         return [photo(long_side, number) for number in range(count)]
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:

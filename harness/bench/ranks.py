@@ -1,4 +1,4 @@
-"""Fresh ranks for a measurement, and the meters they carry: peak memory and bytes communicated."""
+"""Fresh ranks for a measurement, and meters for peak memory and communicated bytes."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ import torch.distributed as dist
 from harness.core.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)
-# Imported once and not in every rank; torch's first optimizer would import the last: 180 MB that no measurement should
-# count.
+# Imported once and not in every rank. torch's first optimizer would import torch._dynamo: 180 MB that no measurement
+# should count.
 PRELOAD = ["harness.bench.report", "models.heads.row_optimizer", "torch._dynamo", __name__]
 _number = itertools.count()
 
 
 def on_ranks(ranks: int, job: Callable[..., Any], *args: Any) -> Any:
-    """job(device, *args) in fresh processes that form one process group: a measurement sees nothing of the one before.
+    """Runs job(device, *args) in fresh processes that form one process group, free of traces of earlier measurements.
 
-    Under torchrun every rank starts one process, otherwise this one starts them all. They use NCCL where every process
-    of the machine has a GPU of its own, else gloo on the CPU, the cores shared equally.
+    Under torchrun every rank starts one process, otherwise this process starts them all. They use NCCL if every process
+    of the machine has a GPU of its own, else gloo on the CPU with the cores shared equally.
 
     Args:
         ranks: size of the group; under torchrun its world size.
         job: a module-level function.
-        args: what it takes besides the device.
+        args: its arguments after the device.
 
     Returns:
-        What the first process of this machine returned.
+        Result of the first process of this machine.
 
     Raises:
         UserError: torchrun started another number of ranks, or a rank was killed.
-        RuntimeError: the job raised; with its traceback.
+        RuntimeError: the job raised; contains its traceback.
     """
     outside = "RANK" in os.environ
     if outside and int(os.environ["WORLD_SIZE"]) != ranks:
@@ -81,7 +81,7 @@ def on_ranks(ranks: int, job: Callable[..., Any], *args: Any) -> Any:
 
 
 def is_first() -> bool:
-    """True in the process that prints, of those that started ranks."""
+    """True in the one process that prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -89,9 +89,7 @@ def _receive(pipe: Connection) -> Any:
     try:
         failure, result = pipe.recv()
     except EOFError:
-        raise UserError(
-            "A rank was killed, as the system does when memory runs out", "Take a smaller --num-classes"
-        ) from None
+        raise UserError("A rank was killed, probably because memory ran out", "Take a smaller --num-classes") from None
     if failure:
         raise RuntimeError(f"a rank failed:\n{failure}")
     return result
@@ -128,7 +126,7 @@ def _serve(
 
 
 def available_memory() -> int:
-    """Bytes of main memory that programs can still get (Linux)."""
+    """Bytes of main memory available to programs (Linux)."""
     return _kilobytes("/proc/meminfo", "MemAvailable")
 
 
@@ -139,7 +137,7 @@ class Memory:
         self.device = device
 
     def start(self) -> int:
-        """Lets go of what is free, starts the peak anew, and returns the bytes held now."""
+        """Releases free memory, resets the peak, and returns the bytes held now."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -149,20 +147,20 @@ class Memory:
         return _kilobytes("/proc/self/status", "VmRSS")
 
     def peak(self) -> int:
-        """The most bytes held at a time since start()."""
+        """Largest number of bytes held at a time since start()."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return _kilobytes("/proc/self/status", "VmHWM")
 
 
 def _kilobytes(file: str, key: str) -> int:
-    """The value of `key` in a table of Linux, in bytes."""
+    """Value of `key` in a file of /proc, in bytes."""
     found = re.search(rf"{key}:\s+(\d+) kB", Path(file).read_text())
     assert found is not None
     return 1024 * int(found[1])
 
 
-# collective -> (the argument whose bytes count, how often they pass a rank in a ring)
+# collective -> (argument whose bytes count, passes of these bytes through a rank in a ring)
 _COLLECTIVES = {
     "all_reduce": ("tensor", 2),
     "reduce": ("tensor", 1),
@@ -177,8 +175,7 @@ _COLLECTIVES = {
 class Traffic:
     """Bytes that an average rank sends in the collectives called through torch.distributed inside `counted()`.
 
-    Of a ring's algorithm over n ranks: (n - 1) / n of the whole tensor, twice for an all-reduce. What a backend really
-    sends may be more.
+    Counted for a ring over n ranks: (n - 1) / n of the whole tensor, twice for an all-reduce. A backend may send more.
     """
 
     def __init__(self) -> None:
@@ -186,7 +183,7 @@ class Traffic:
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Counts while it is open."""
+        """Counts inside the block."""
         real = {name: getattr(dist, name) for name in _COLLECTIVES}
         try:
             for name, collective in real.items():

@@ -1,27 +1,28 @@
-"""The one form of every benchmark's figures, and the command line that all benchmarks share.
+"""Report of a benchmark, and the command line that all benchmarks share.
 
 A report is a JSON object:
 
     name      the benchmark
-    command   the command line that repeats it
-    commit    of the code, with '-dirty' where the working tree differed
+    command   command line that repeats it
+    commit    commit of the code, with '-dirty' if the working tree differed
     date      ISO 8601, UTC
     hardware  the machine in words
-    headline  name -> number: what a reader cites
-    rows      flat objects: what the headline was computed from
+    headline  name -> number: figures to cite
+    rows      flat objects: measurements behind the headline
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from harness.bench.ranks import is_first
 from harness.core.tables import Scalar, format_table, format_value
 from harness.core.versions import commit, hardware
 
@@ -29,13 +30,13 @@ from harness.core.versions import commit, hardware
 def make_report(
     name: str, command: str, headline: Mapping[str, float], rows: Sequence[Mapping[str, Scalar]]
 ) -> dict[str, Any]:
-    """The report of one benchmark run, with the commit, the time and the machine filled in.
+    """Makes the report of one run; fills in the commit, the time and the machine.
 
     Args:
         name: the benchmark.
-        command: the command line that repeats it (see `command_line`).
-        headline: what a reader cites; the names carry the unit.
-        rows: what the headline was computed from.
+        command: command line that repeats it (see `command_line`).
+        headline: figures to cite; their names contain the unit.
+        rows: measurements behind the headline.
     """
     return {
         "name": name,
@@ -44,12 +45,12 @@ def make_report(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
         "headline": {key: float(value) for key, value in headline.items()},
-        "rows": [dict(row) for row in rows],
+        "rows": list(map(dict, rows)),
     }
 
 
 def command_line(module: str, config: Any) -> str:
-    """`python -m module` with every field of the dataclass `config` spelt out, for defaults may change."""
+    """Returns `python -m module` with every field of the dataclass `config`, because defaults may change."""
     flags = [
         word
         for field in dataclasses.fields(config)
@@ -60,6 +61,21 @@ def command_line(module: str, config: Any) -> str:
 
 def _spelt(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Figures for a headline: the median of `values`, the least and the largest."""
+    return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+
+
+def finish(
+    module: str, config: Any, headline: Mapping[str, float], rows: Sequence[Mapping[str, Scalar]]
+) -> dict[str, Any]:
+    """Makes the report of the benchmark in `module`, prints it on the first rank and returns it."""
+    report = make_report(module.rsplit(".", 1)[-1], command_line(module, config), headline, rows)
+    if is_first():
+        print_report(report)
+    return report
 
 
 def print_report(report: Mapping[str, Any]) -> None:
@@ -77,16 +93,16 @@ def bench_main(
     """Entry point of a benchmark's module: flags from its configuration class, and --json FILE for the report.
 
     Args:
-        module: its dotted name.
+        module: dotted name of the module.
         config_class: frozen dataclass whose docstring describes every field.
-        run: takes the configuration, prints, returns the report.
-        sentence: what it measures.
+        run: takes the configuration, prints and returns the report.
+        sentence: subject of the measurement, for --help.
         example: a command line that works.
 
     Returns:
         The exit code.
     """
-    from harness.core.cli import Parser, run_command, write_figures  # here: to write a report needs no jsonargparse
+    from harness.core.cli import Parser, run_command, write_figures  # here: a report needs no jsonargparse
 
     def body() -> None:
         parser = Parser(f"python -m {module}", sentence, example)
@@ -95,7 +111,7 @@ def bench_main(
         values = parser.parse(sys.argv[1:]).as_dict()
         json_file = values.pop("json")
         report = run(config_class(**values))
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             write_figures(json_file, report)
 
     return run_command(body)

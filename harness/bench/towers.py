@@ -1,6 +1,4 @@
-"""Forward and backward passes of the towers per second, beside `transformers` and beside their plain twins, the same
-weights in all of them.
-"""
+"""Forward and backward passes of the towers per second, beside `transformers` and the plain twins."""
 
 from __future__ import annotations
 
@@ -11,20 +9,21 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from harness.bench.gpu import matrix_rate
-from harness.bench.report import bench_main, command_line, make_report, print_report
+from harness.bench.report import bench_main, finish, spread
 from harness.core.build import builder
 from harness.core.errors import UserError
-from harness.core.mesh import Mesh, MeshConfig
+from harness.core.mesh import Compile, Mesh, MeshConfig
 from harness.train.flops import peak_flops, tower_flops
 from models.merge import load_merged
 from models.plain.transformer import PlainBuilder
 from models.presets import PRESETS, TEXT, VISION
+from models.ranges import NonNegativeInt, PositiveInt
 from models.shape import TransformerBuilder
 from models.text import TextConfig, TextTower
 from models.vision import VisionConfig, VisionTower
@@ -32,12 +31,12 @@ from models.weights.convert import export_tower, save_tensors
 
 MODULE = "harness.bench.towers"
 EXAMPLE = f"python -m {MODULE} --model vit_s16,bert_small --json towers.json"
-# Beginning of a preset's name -> the layout of models.weights that transformers reads it in.
+# Prefix of a preset's name -> layout of models.weights that transformers reads it in.
 LAYOUTS = {
     "vision": {"vit_": "vit", "dinov2_": "dinov2", "siglip_": "siglip_vision_model", "siglip2_": "siglip_vision_model"},
     "text": {"bert_": "bert", "roberta_": "roberta", "xlm_roberta_": "xlm-roberta"},
 }
-HEADLINE = {"vit_s16": "vit_s"}  # names of the headline where they are not the preset's
+HEADLINE = {"vit_s16": "vit_s"}  # preset -> another name in the headline
 SIDES = ("ours", "transformers", "plain")
 AGREE = 1e-4  # largest difference of outputs in fp32, relative to their largest
 
@@ -46,41 +45,44 @@ AGREE = 1e-4  # largest difference of outputs in fp32, relative to their largest
 class TowersConfig:
     """Times forward and backward of one tower at a time; the sides take turns within a round.
 
-    Ours is what a run trains at tensor parallel 1.
-
-    All have the same random weights, no dropout, and torch's scaled_dot_product_attention; before anything is timed
-    their outputs must agree in fp32. The loss is a weighted sum of all token vectors. Texts have no padding.
+    Ours is the tower that a run trains at tensor parallel 1. All sides have the same random weights, no dropout, and
+    torch's scaled_dot_product_attention; their outputs must agree in fp32 before the first timing. The loss is a
+    weighted sum of all token vectors. Texts have no padding.
 
     Args:
-        model: presets to measure (models/presets.py): of images vit_…, dinov2_… without registers and siglip_…; of
-            texts bert_…, roberta_… and xlm_roberta_….
+        model: presets to measure (models/presets.py): vit_…, dinov2_… without registers and siglip_… for images;
+            bert_…, roberta_… and xlm_roberta_… for texts.
         batch: images or texts; 0: 8 images, 16 texts.
         tokens: length of a text.
         dtype: fp32 or bf16.
-        compile: of ours, as mesh.compile: auto, always or never. The others are never compiled.
-        pairs: rounds that count, after one that does not.
+        compile: mesh.compile of ours: auto, always or never. The others are never compiled.
+        pairs: timed rounds, after one warm-up round.
     """
 
     model: tuple[str, ...] = ("vit_s16", "bert_small")
-    batch: int = 0
-    tokens: int = 64
-    dtype: str = "fp32"
-    compile: str = "auto"
-    pairs: int = 21
+    batch: NonNegativeInt = 0
+    tokens: PositiveInt = 64
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    compile: Compile = "auto"
+    pairs: PositiveInt = 21
 
     def __post_init__(self) -> None:
         for name in self.model:
             _layout(name)
-        if self.dtype not in ("fp32", "bf16"):
-            raise UserError(f"--dtype is '{self.dtype}'", "It can be fp32 or bf16")
-        if self.batch < 0 or self.pairs < 1 or self.tokens < 1 or not self.model:
-            raise UserError("--model, --tokens and --pairs must be at least 1, --batch not negative")
+        if not self.model:
+            raise UserError("--model is empty", "Name one or more")
 
 
 @dataclass(frozen=True)
 class Sides:
-    """The modules of one tower: inputs -> token vectors [b, s, h]. `items` are images or tokens of a batch, `flops`
-    those of forward and backward.
+    """Modules of one tower: inputs -> token vectors [b, s, h].
+
+    Args:
+        modules: module of each of SIDES.
+        inputs: batch for all of them.
+        items: images or tokens of the batch.
+        unit: images or tokens.
+        flops: FLOPs of forward and backward.
     """
 
     modules: dict[str, nn.Module]
@@ -93,10 +95,14 @@ class Sides:
 def run(config: TowersConfig) -> dict[str, Any]:
     """Measures, prints and returns the report (see `harness/bench/report.py`).
 
-    Headline: `X_vs_transformers` and `X_vs_plain`, medians over the rounds of the other's time by ours (above 1: ours
-    is faster), least and largest; `X_images_per_s` or `X_tokens_per_s`, ours; `matrix_tflops`, the rate of one large
-    matrix product in the same dtype; `X_of_matrix_rate`, our model FLOPs by that; on a GPU of harness/train/flops.py's
-    table `X_model_flops_utilisation`, by the data sheet's peak.
+    Headline:
+        X_vs_transformers, X_vs_plain: medians over the rounds of the other's time divided by ours (above 1: ours is
+            faster), with least and largest.
+        X_images_per_s or X_tokens_per_s: our rate.
+        matrix_tflops: rate of one large matrix product in the same dtype.
+        X_of_matrix_rate: our model FLOPs per second divided by it.
+        X_model_flops_utilisation: the same divided by the data sheet's peak, on a GPU that harness/train/flops.py
+            knows.
     """
     with Mesh(MeshConfig(compile=config.compile)) as mesh:
         dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
@@ -109,8 +115,7 @@ def run(config: TowersConfig) -> dict[str, Any]:
             key = HEADLINE.get(name, name)
             for other in SIDES[1:]:
                 ratios = [theirs / own for theirs, own in zip(seconds[other], seconds["ours"], strict=True)]
-                named = f"{key}_vs_{other}"
-                headline |= {named: statistics.median(ratios), f"{named}_min": min(ratios), f"{named}_max": max(ratios)}
+                headline |= spread(f"{key}_vs_{other}", ratios)
             own = statistics.median(seconds["ours"])
             headline |= {
                 f"{key}_{sides.unit}_per_s": sides.items / own,
@@ -119,13 +124,11 @@ def run(config: TowersConfig) -> dict[str, Any]:
             if peak := peak_flops(mesh.device, config.dtype):
                 headline[f"{key}_model_flops_utilisation"] = sides.flops / own / peak
             rows += [_row(name, side, sides, statistics.median(seconds[side]), ceiling) for side in SIDES]
-    report = make_report("towers", command_line(MODULE, config), headline, rows)
-    print_report(report)
-    return report
+    return finish(MODULE, config, headline, rows)
 
 
 def make_sides(name: str, config: TowersConfig, mesh: Mesh) -> Sides:
-    """The three modules of the preset `name`, in fp32 with the same random weights, and their inputs."""
+    """Builds the modules of the preset `name`, in fp32 with the same random weights, and their inputs."""
     kind, _ = _layout(name)
     preset = PRESETS[kind][name]
     torch.manual_seed(0)
@@ -149,8 +152,8 @@ def make_sides(name: str, config: TowersConfig, mesh: Mesh) -> Sides:
 def build_side(
     side: str, name: str, config: VisionConfig | TextConfig, state: dict[str, Tensor], mesh: Mesh
 ) -> nn.Module:
-    """One of SIDES of the preset `name`, with the weights `state` of its plain twin: inputs -> token vectors [b, s, h];
-    on the CPU.
+    """Builds one of SIDES of the preset `name` on the CPU, with the weights `state` of its plain twin: inputs -> token
+    vectors [b, s, h].
     """
     kind, layout = _layout(name)
     if side == "transformers":
@@ -161,7 +164,7 @@ def build_side(
 
 
 def require_agreement(name: str, sides: Sides) -> None:
-    """Raises RuntimeError where the sides' outputs differ: their times would compare different things."""
+    """Raises RuntimeError if the sides' outputs differ: their times would not be comparable."""
     with torch.no_grad():
         found = {side: module(sides.inputs) for side, module in sides.modules.items()}
     largest = found["plain"].abs().max()
@@ -172,7 +175,7 @@ def require_agreement(name: str, sides: Sides) -> None:
 
 
 def measure(sides: Sides, dtype: torch.dtype, pairs: int, mesh: Mesh) -> dict[str, list[float]]:
-    """Seconds of each side in each round. Who comes first moves on, so that a machine that slows down favours none."""
+    """Seconds of each side in each round."""
     inputs = sides.inputs.to(dtype) if sides.inputs.is_floating_point() else sides.inputs
     for module in sides.modules.values():
         module.to(dtype)
@@ -180,6 +183,7 @@ def measure(sides: Sides, dtype: torch.dtype, pairs: int, mesh: Mesh) -> dict[st
         weights = torch.randn_like(sides.modules["plain"](inputs))
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     for number in range(pairs + 1):
+        # The first side rotates, so that a machine that slows down favours none.
         for side in [*SIDES[number % 3 :], *SIDES[: number % 3]]:
             module = sides.modules[side]
             module.zero_grad()
@@ -193,7 +197,7 @@ def measure(sides: Sides, dtype: torch.dtype, pairs: int, mesh: Mesh) -> dict[st
 
 
 class _Tokens(nn.Module):
-    """A tower of ours or of transformers as inputs -> token vectors [b, s, h], prefix tokens left out."""
+    """A tower of ours or of transformers: inputs -> token vectors [b, s, h] without prefix tokens."""
 
     def __init__(self, tower: nn.Module) -> None:
         super().__init__()
@@ -216,8 +220,8 @@ def _tower(config: VisionConfig | TextConfig, build: TransformerBuilder) -> nn.M
 
 
 def _transformers(config: VisionConfig | TextConfig, state: dict[str, Tensor], layout: str) -> nn.Module:
-    """The model of transformers with SDPA attention that holds `state`; without the pooling layer of its own, which our
-    towers lack.
+    """Loads `state` into the model of transformers, with SDPA attention and without the pooling layer, which our towers
+    lack.
     """
     import transformers  # here: only this benchmark needs it
 
@@ -234,10 +238,10 @@ def _transformers(config: VisionConfig | TextConfig, state: dict[str, Tensor], l
 
 
 def _layout(name: str) -> tuple[str, str]:
-    """vision or text, and the layout that transformers reads the preset `name` in.
+    """Returns vision or text, and the layout that transformers reads the preset `name` in.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such layout.
     """
     for kind, presets in (("vision", VISION), ("text", TEXT)):
         for beginning, layout in LAYOUTS[kind].items():

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import xxhash
 
 from harness.catalogue.store import RemoteStore, Store, open_store
@@ -124,7 +123,9 @@ class Catalogue:
         self.index: np.ndarray = index[: self.num_samples]
         self.sample_files = self._list_parts(self._present("samples"))
         with self._reading():
-            self._samples = ds.dataset(self.sample_files, format="parquet")
+            from pyarrow import dataset  # brings pandas: a quarter of a second
+
+            self._samples = dataset.dataset(self.sample_files, format="parquet")
         if self._samples.schema.names != [*SAMPLE_SCHEMA.names, *self.attributes]:
             self._refuse("samples/ holds other columns than catalogue.json says")
         self._store = store or open_store(self.path)

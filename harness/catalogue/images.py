@@ -1,23 +1,18 @@
-"""Check of an image file: decoded once, completely, by the readers that training has too."""
+"""Check of an image file: decoded once, completely, as training decodes it."""
 
 from __future__ import annotations
 
 import io
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import xxhash
 from PIL import Image
 
-# Only what the training decoder reads too; it also keeps Pillow's rarer, riskier readers away from foreign bytes.
-FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "JPEG2000": "jp2", "PPM": "ppm"}
-EXTENSIONS = {**FORMATS, "MPO": "jpg"}  # Pillow's name for a JPEG followed by others, as phones write them
-ORIENTATION_TAG = 0x0112
-TURNED_ORIENTATIONS = (5, 6, 7, 8)  # those that swap width and height
+from harness.catalogue.pixels import FORMATS, Unsupported, open_picture, upright, why_unknown
+
 MOST_PIXELS, MOST_BYTES = 64_000_000, 64 * 2**20  # of an image, where nothing else is asked for
 # Of a JPEG. One bit for each 8 x 8 block of each colour, the least there can be, makes a third.
 MOST_PIXELS_PER_BYTE = 1024
@@ -28,13 +23,14 @@ class Rejected(Exception):
 
 
 class LoadedImage(NamedTuple):
-    """A checked image file; width and height in pixels, upright."""
+    """A checked image file; width and height in pixels, upright; halved: whether `data` is the photo at half of both."""
 
     data: bytes
     extension: str
     checksum: int
     width: int
     height: int
+    halved: bool
 
 
 def load_image(root: Path, image: str, max_bytes: int, max_pixels: int) -> LoadedImage:
@@ -64,38 +60,51 @@ def load_image(root: Path, image: str, max_bytes: int, max_pixels: int) -> Loade
     return check_image(data, max_pixels)
 
 
-def check_image(data: bytes, max_pixels: int) -> LoadedImage:
-    """Decodes the bytes of an image file completely.
+def check_image(data: bytes, max_pixels: int, halve: bool = True) -> LoadedImage:
+    """Decodes the bytes of an image file completely, as training does (see harness.catalogue.pixels).
+
+    Args:
+        data: the file.
+        max_pixels: more are refused.
+        halve: a JPEG of up to four times as many is decoded, and kept, at half its width and height.
 
     Raises:
-        Rejected: they are damaged, too large, or no image of a known format.
+        Rejected: they are damaged, too large, of pixels without a rule, or no image of a known format.
     """
+    halved = False
     try:
-        with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as picture:
+        with open_picture(data) as picture:
+            extension = FORMATS[picture.format or ""]
             width, height = picture.size
-            if width * height > max_pixels:
-                raise Rejected(f"too many pixels: {width} x {height}")
-            if EXTENSIONS[picture.format or ""] == "jpg" and width * height > MOST_PIXELS_PER_BYTE * len(data):
+            if extension == "jpg" and width * height > MOST_PIXELS_PER_BYTE * len(data):
                 raise Rejected(f"truncated or damaged: {len(data):,} bytes cannot hold {width} x {height} pixels")
-            picture.load()
-            width, height = picture.size  # after load: Pillow turns a TIFF upright while it decodes
-            if picture.getexif().get(ORIENTATION_TAG) in TURNED_ORIENTATIONS:
-                width, height = height, width
-            extension = EXTENSIONS[picture.format or ""]
+            if width * height > max_pixels:
+                halved = halve and extension == "jpg" and _halve(picture, max_pixels)
+                if not halved:
+                    raise Rejected(f"too many pixels: {width} x {height}")
+            image = upright(picture)
+        if extension == "png":
+            with open_picture(data) as picture:
+                picture.verify()  # the checksums, which decoding leaves out
     except Image.UnidentifiedImageError:
-        raise Rejected(f"not an image of a known format: begins with {data[:16]!r}") from None
+        raise Rejected(why_unknown(data)) from None
+    except Unsupported as reason:
+        raise Rejected(str(reason)) from None
     except Rejected:
         raise
     except Exception as error:  # a decoder may raise anything on foreign bytes, and one file must not end the run
         raise Rejected(f"truncated or damaged: {error}") from None
-    return LoadedImage(data, extension, xxhash.xxh3_64_intdigest(data), width, height)
+    if halved:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=95)
+        data = file.getvalue()
+    return LoadedImage(data, extension, xxhash.xxh3_64_intdigest(data), image.width, image.height, halved)
 
 
-@contextmanager
-def own_pixel_limit() -> Iterator[None]:
-    """Lifts Pillow's own limit, which would warn or raise where --max-pixels decides."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+def _halve(picture: Image.Image, max_pixels: int) -> bool:
+    """Lets a JPEG be decoded at half its width and height, where that is enough; False where it is not."""
+    width, height = picture.size
+    if min(width, height) < 2:
+        return False
+    picture.draft(picture.mode, (width // 2, height // 2))
+    return picture.size != (width, height) and picture.width * picture.height <= max_pixels

@@ -1,19 +1,20 @@
-"""Rows of samples on their way into a catalogue: bounds of their texts, tar shards, quarantine."""
+"""Rows of samples on their way into a catalogue: their fields, bounds of their texts, tar shards."""
 
 from __future__ import annotations
 
 import io
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
 import pyarrow as pa
 
-from harness.catalogue.catalogue import SAMPLE_SCHEMA, shard_name
+from harness.catalogue.catalogue import ALL_SPLITS, SAMPLE_SCHEMA, shard_name
+from harness.catalogue.cells import MOST_TEXT
 from harness.catalogue.images import Rejected
-from harness.catalogue.table import MOST_TEXT
+from harness.core.errors import UserError
 from harness.core.files import printable
 
 KINDS = {"query": "query", "document": "document", "doc": "document"}
@@ -22,13 +23,29 @@ LENGTHS = {"item": MOST_NAME, "class_key": MOST_NAME, "split": MOST_NAME, "image
 QUARANTINE_SCHEMA = pa.schema([("row", pa.int64()), ("image", pa.string()), ("reason", pa.string())])
 
 
-def check_texts(row: Sequence[str | None], attributes: Sequence[str]) -> None:
-    """Checks the texts of a sample, values of SAMPLE_SCHEMA after sample_id and then its attributes, from whatever
-    reader.
+def sample_row(fields: Mapping[str, str], attributes: Mapping[str, str]) -> tuple[str | None, ...]:
+    """A sample's values of SAMPLE_SCHEMA after sample_id, then its attributes, from whatever reader.
+
+    Item, kind, class and split lose the spaces at their ends; texts stay as they are.
+
+    Args:
+        fields: image, item and kind; class (the item where it is absent), split, title and description if there are any.
+        attributes: value of each attribute.
 
     Raises:
-        Rejected: one holds bytes that were no UTF-8, or is too long.
+        Rejected: a needed field is empty or unknown, or a text is too long or holds bytes that were no UTF-8.
     """
+    item, kind = fields["item"].strip(), KINDS.get(fields["kind"].strip().lower())
+    if not fields["image"]:
+        raise Rejected("no image path")
+    if not item:
+        raise Rejected("no item id")
+    if kind is None:
+        raise Rejected(f"unknown kind: {fields['kind'][:40]!r}")
+    class_key = fields.get("class", item).strip() or None
+    split = fields.get("split", "").strip() or ALL_SPLITS
+    texts = fields.get("title", ""), fields.get("description", ""), fields["image"], *attributes.values()
+    row = item, kind, class_key, split, *texts
     for name, text in zip((*SAMPLE_SCHEMA.names[1:], *attributes), row, strict=True):
         if text is None:
             continue
@@ -38,6 +55,22 @@ def check_texts(row: Sequence[str | None], attributes: Sequence[str]) -> None:
             text.encode()
         except UnicodeEncodeError:
             raise Rejected(f"not UTF-8: {name}") from None
+    return row
+
+
+def attribute_names(names: str, flag: str) -> list[str]:
+    """Names of a comma-separated list.
+
+    Raises:
+        UserError: one is taken, twice there or no UTF-8; `flag` says what gave the list.
+    """
+    attributes = [name.strip() for name in names.split(",") if name.strip()]
+    for name in attributes:
+        if stored(name) != name:
+            raise UserError(f"{flag}: {name!r} is no UTF-8", "Rename it")
+        if name in SAMPLE_SCHEMA.names or attributes.count(name) > 1:
+            raise UserError(f"{flag}: {name!r} is taken", f"Rename it; taken are {', '.join(SAMPLE_SCHEMA.names)}")
+    return attributes
 
 
 def stored(text: str) -> str:

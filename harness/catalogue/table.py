@@ -1,239 +1,126 @@
-"""A table that a user hands in (TSV, CSV or Parquet by the suffix), read as a stream of text cells."""
+"""A table that a user hands in (TSV, CSV, Parquet, or a folder of parts), read as a stream of text cells."""
 
 from __future__ import annotations
 
-import csv
-from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Literal
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from harness.catalogue.catalogue import nearest_first
+from harness.catalogue.parquet_table import ParquetTable
+from harness.catalogue.text_table import Row, TextTable
 from harness.core.errors import UserError
 from harness.core.files import printable
 
 SUFFIXES = (".tsv", ".csv", ".parquet")
-MOST_TEXT = 1 << 20  # characters of a cell; a longer one costs its row
-MOST_BYTES = 4 * MOST_TEXT  # of its UTF-8
-MOST_LINE = 1 << 24  # characters of a line of a text file
-BATCH_BYTES = 1 << 26  # of a Parquet file that are read at once, where a row has fewer
-
-
-class Row(NamedTuple):
-    """One data row: the cells of the columns asked for, or what is wrong with the row ('' for nothing).
-
-    Bytes of a cell that are no UTF-8 stand there as lone surrogates, which do not encode.
-    """
-
-    cells: list[str]
-    problem: str = ""
 
 
 class Manifest:
-    """A manifest and its columns.
+    """A manifest and its columns: one file, or the files of a folder one after another.
 
-    TSV and CSV are UTF-8 with a header; a TSV has no quoting, a CSV quotes with `"`. Cells of a Parquet file become
-    text, its nulls the empty text.
+    Cells of every kind become text by one rule, see harness/catalogue/cells.py.
 
     Args:
-        path: the file.
+        path: the file or the folder; names in it that begin with a dot or an underscore are passed over.
+        delimiter, encoding, quoting: as TextTable has them; each is recognised where it is None.
 
     Attributes:
-        columns: names in the file's order.
+        files: what is read, in order.
+        columns: names in the order of the first file.
         num_rows: exact for Parquet; for text the number of lines, which serves to estimate the time left.
+        said: what was recognised beyond the rules of the suffix.
 
     Raises:
-        UserError: not a readable file of one of the three kinds, or an empty one.
+        UserError: not readable files of one of the three kinds, empty ones, or parts of different columns.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self,
+        path: Path,
+        delimiter: str | None = None,
+        encoding: str | None = None,
+        quoting: Literal["csv", "none"] | None = None,
+    ) -> None:
         self.path = path
-        if path.suffix.lower() not in SUFFIXES:
-            raise UserError(f"{path}: unknown kind of manifest {path.suffix!r}", f"Known are {', '.join(SUFFIXES)}")
-        self._is_parquet = path.suffix.lower() == ".parquet"
-        try:
-            if self._is_parquet:
-                with pq.ParquetFile(path) as file:
-                    self.columns: list[str] = list(file.schema_arrow.names)
-                    self.num_rows: int = file.metadata.num_rows
-            else:
-                header = next(self._records(), [])
-                if isinstance(header, str):
-                    raise UserError(f"the manifest {path} has no header that can be read: {header}")
-                self.columns, self.num_rows = header, self._count_lines()
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the manifest {path}: {getattr(error, 'strerror', None) or error}") from error
+        if delimiter is not None:
+            delimiter = delimiter.replace("\\t", "\t")
+            if len(delimiter) != 1 or delimiter in '"\r\n ':
+                raise UserError(f"--delimiter is {delimiter!r}", "Name one character, such as ';' or '\\t'")
+        self.files = _files(path)
+        self._parts: list[TextTable | ParquetTable] = []
+        for file in self.files:
+            try:
+                if file.suffix.lower() == ".parquet":
+                    self._parts.append(ParquetTable(file))
+                else:
+                    self._parts.append(TextTable(file, delimiter, encoding, quoting))
+            except (OSError, pa.ArrowException, UnicodeError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise UserError(f"cannot read the manifest {file}: {reason}") from error
+        first = self._parts[0]
+        self.columns = first.columns
         if not self.columns:
-            raise UserError(f"the manifest {path} has no header")
+            raise UserError(f"the manifest {first.path} has no header")
+        for part in self._parts:
+            if odd := sorted(set(part.columns) ^ set(self.columns)):
+                raise UserError(
+                    f"{part.path} and {first.path} have different columns: "
+                    f"{', '.join(printable(name, 40) for name in odd[:5])} in one of them only",
+                    "Write all parts with the same columns",
+                )
+        self.num_rows = sum(part.num_rows for part in self._parts)
+        self.said = list(dict.fromkeys(note for part in self._parts for note in part.said))
+
+    @property
+    def is_text(self) -> bool:
+        """True where an encoding decides."""
+        return isinstance(self._parts[0], TextTable)
 
     def require(self, column: str, flag: str) -> None:
-        """Raises UserError, naming `flag` and the columns there are, unless there is exactly one column `column`."""
-        count = self.columns.count(column)
-        if count != 1:
-            raise UserError(
-                f"{self.path} has {'no' if count == 0 else count} column{'s' * (count > 1)} {column!r} ({flag})",
-                "Its columns, most similar first: "
-                f"{', '.join(printable(name, 40) for name in nearest_first(column, self.columns)[:20])}",
-            )
+        """Checks that there is exactly one column `column`, and that it holds text.
+
+        Raises:
+            UserError: there is none, or more than one, or another; it names `flag` and the columns there are.
+        """
+        for part in self._parts:
+            if (count := part.columns.count(column)) != 1:
+                hint = part.hint(column)
+                raise UserError(
+                    f"{part.path} has {'no' if count == 0 else count} column{'s' * (count > 1)} {column!r} ({flag})"
+                    f"{hint and f'; {hint}'}",
+                    "Its columns, most similar first: "
+                    f"{', '.join(printable(name, 40) for name in nearest_first(column, part.columns)[:20])}",
+                )
+            part.check(column)
 
     def rows(self, columns: Sequence[str]) -> Iterator[Row]:
         """The data rows in order, each with the cells of `columns`; blank lines of a text file are no rows.
 
         Raises:
-            UserError: a Parquet file is damaged within, or a column of it holds what is no text.
+            UserError: a Parquet file is damaged within.
         """
-        return self._parquet_rows(columns) if self._is_parquet else self._text_rows(columns)
+        for part in self._parts:
+            yield from part.rows(columns)
 
-    def _text_rows(self, columns: Sequence[str]) -> Iterator[Row]:
-        places = [self.columns.index(column) for column in columns]
-        records = self._records(len(self.columns))
-        next(records)
-        for record in records:
-            if isinstance(record, str):
-                yield Row([""] * len(places), record)
-                continue
-            cells = [record[place] if place < len(record) else "" for place in places]
-            wrong = len(record) != len(self.columns)
-            yield Row(
-                cells, f"wrong number of cells: {len(record)}, the header has {len(self.columns)}" if wrong else ""
-            )
-
-    def _records(self, width: int | None = None) -> Iterator[list[str] | str]:
-        """Records as cells, or as what is wrong with one; then reading goes on with the line after the one where it
-        began.
-
-        So a quote that is never closed costs its own line, not those that it seems to hold: where a record of several
-        lines is none, or has not `width` cells, all but its first line are read anew.
-        """
-        csv.field_size_limit(MOST_TEXT)
-        # Bytes that are no UTF-8 cost their own row, not the run.
-        with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            lines = _Lines(file)
-            if self.path.suffix.lower() == ".tsv":
-                reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-            else:
-                reader = csv.reader(lines, strict=True)
-            while True:
-                lines.begin()
-                try:
-                    record = next(reader)
-                except StopIteration:
-                    return
-                except csv.Error as error:
-                    begun, several = lines.take_back()
-                    open_quote = several or str(error) == "unexpected end of data"
-                    yield f"malformed: line {begun}: {'a quote that is not closed' if open_quote else error}"
-                else:
-                    if lines.several and width not in (None, len(record)):
-                        begun, _ = lines.take_back()
-                        yield f"malformed: line {begun}: a quote that is not closed, or a wrong number of cells"
-                    elif record:
-                        yield record
-
-    def _count_lines(self) -> int:
-        with self.path.open("rb") as file:
-            return max(sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b"")) - 1, 0)
-
-    def _parquet_rows(self, columns: Sequence[str]) -> Iterator[Row]:
-        names, read = list(dict.fromkeys(columns)), 0
-        try:
-            for batch in self._batches(names):
-                texts = {name: self._texts(name, batch.column(name)) for name in names}
-                for cells in zip(*(texts[name] for name in columns), strict=True):
-                    if None in cells:
-                        column = columns[cells.index(None)]
-                        reason = f"text too long: column {column!r} has more than {MOST_TEXT:,} characters"
-                        yield Row([cell or "" for cell in cells], reason)
-                    else:
-                        yield Row(list(cells))
-                read += len(batch)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{self.path} is damaged after row {read:,} ({error})", "Write it again") from error
-
-    def _batches(self, names: list[str]) -> Iterator[pa.RecordBatch]:
-        """The columns `names`, at most BATCH_BYTES at once where a row has fewer: a dictionary holds a text once that a
-        million rows may share.
-        """
-        with pq.ParquetFile(self.path) as file:
-            coded_names = [field.name for field in file.schema_arrow if field.name in names and _is_text(field.type)]
-            with pq.ParquetFile(self.path, read_dictionary=coded_names) as coded:
-                for group in range(file.num_row_groups):
-                    sizes = file.metadata.row_group(group)
-                    longest = _longest(coded, group, coded_names)
-                    row_bytes = max(1, longest, sizes.total_byte_size // max(sizes.num_rows, 1))
-                    # No text is that long, so every row that has it is refused: it is not unpacked for each.
-                    source = coded if longest > MOST_BYTES * len(coded_names) else file
-                    yield from source.iter_batches(max(1, min(8192, BATCH_BYTES // row_bytes)), [group], names)
-
-    def _texts(self, name: str, column: pa.Array) -> list[str | None]:
-        """The cells of a column as text, those of null as '', those that are far too long as None."""
-        if pa.types.is_dictionary(column.type):
-            texts = [*self._texts(name, column.dictionary), ""]  # place -1 for null
-            return [texts[place] for place in column.indices.fill_null(-1).to_pylist()]
-        if not _is_text(column.type):
-            try:
-                column = column.cast(pa.string())
-            except pa.ArrowException as error:
-                raise UserError(f"{self.path}: column {name!r} is no text ({error})") from error
-        data = column.cast(pa.large_binary())
-        fits = pc.fill_null(pc.less_equal(pc.binary_length(data), MOST_BYTES), True)
-        cells = iter(data.filter(fits).to_pylist())
-        return [(next(cells) or b"").decode("utf-8", "surrogateescape") if fit else None for fit in fits.to_pylist()]
+    def remarks(self) -> list[str]:
+        """What was seen among the rows that were read and may not be meant."""
+        return list(dict.fromkeys(note for part in self._parts for note in part.remarks()))
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    return text or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _longest(coded: pq.ParquetFile, group: int, names: list[str]) -> int:
-    """Bytes of the longest texts in the dictionaries of the columns `names`, together: what one row may have."""
-    if not names:
-        return 0
-    batch = next(coded.iter_batches(1, [group], names), ())
-    return sum(pc.max(pc.binary_length(column.dictionary)).as_py() or 0 for column in batch)
-
-
-class _Lines:
-    """The lines of a file, of which those that a record took can be taken back, all but the first."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-        self._again: deque[str] = deque()
-        self._taken: list[str] = []
-        self._read = 0
-
-    def begin(self) -> None:
-        """Begins a record."""
-        self._taken.clear()
-
-    @property
-    def several(self) -> bool:
-        """True for a record of more than one line."""
-        return len(self._taken) > 1
-
-    def take_back(self) -> tuple[int, bool]:
-        """Number of the record's first line, counted from 1, and whether there were others; those will be read again."""
-        first, several = self._read - len(self._taken) + 1, self.several
-        self._again.extendleft(reversed(self._taken[1:]))
-        self._read = first
-        return first, several
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        line = self._again.popleft() if self._again else self._file.readline(MOST_LINE)
-        if not line:
-            raise StopIteration
-        self._read += 1
-        self._taken.append(line)
-        if len(line) == MOST_LINE and not line.endswith(("\n", "\r")):
-            while (rest := self._file.readline(MOST_LINE)) and not rest.endswith(("\n", "\r")):
-                pass
-            raise csv.Error(f"more than {MOST_LINE:,} characters")
-        return line
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        if path.suffix.lower() not in SUFFIXES:
+            raise UserError(f"{path}: unknown kind of manifest {path.suffix!r}", f"Known are {', '.join(SUFFIXES)}")
+        return [path]
+    shown = sorted(file for file in path.iterdir() if file.name[0] not in "._")
+    if folders := [file for file in shown if file.is_dir()]:
+        raise UserError(
+            f"{path} holds the folder {printable(folders[0].name)}, whose files are not read",
+            "Write the table without partition columns, or name one folder of files",
+        )
+    files = [file for file in shown if file.suffix.lower() in SUFFIXES]
+    if len({file.suffix.lower() for file in files}) != 1:
+        raise UserError(f"{path} is a folder without parts of one kind", f"Known are {', '.join(SUFFIXES)}")
+    return files

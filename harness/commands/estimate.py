@@ -1,5 +1,4 @@
-"""`shelfmark estimate`: parameters, memory, FLOPs, bytes communicated and checkpoint size of a recipe at a layout,
-without running it.
+"""`shelfmark estimate`: Say what a recipe needs: parameters, memory, FLOPs, bytes; without running it.
 
 Parameters, activations and traffic are those of a dry run (harness/train/dry_run.py), which also refuses a layout that
 does not fit. Whatever has one number for each parameter or class row follows from their counts. Memory is that of a
@@ -21,7 +20,7 @@ from harness.core.cli import check_figures, write_figures
 from harness.core.errors import UserError
 from harness.core.tables import format_table
 from harness.data.order import ClassOrder
-from harness.text.product_queries import with_keywords
+from harness.text.catalogue_facts import prepared
 from harness.text.tokenizer import Tokenizer
 from harness.train.config import RunConfig, build, check, parsed
 from harness.train.dry_run import DryRun, dry_run
@@ -30,6 +29,7 @@ from harness.train.param_groups import freeze
 from models.heads.class_parallel import ClassHeadConfig, rows_per_rank
 from models.heads.row_optimizer import RowOptimizerConfig
 from models.plain.transformer import PlainBuilder
+from models.ranges import NonNegativeInt
 from models.registry import METHODS
 
 T = TypeVar("T")
@@ -55,19 +55,14 @@ class EstimateConfig:
         text_length: tokens of a document's text that FLOPs count; 0: model.text.max_length, the most.
     """
 
-    world: int = 0
-    tensor_parallel: int = 0
-    num_classes: int = 0
-    vocab_size: int = 0
-    text_length: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 0:
-                raise UserError(f"--{name.replace('_', '-')} is {value}", "It must not be negative")
+    world: NonNegativeInt = 0
+    tensor_parallel: NonNegativeInt = 0
+    num_classes: NonNegativeInt = 0
+    vocab_size: NonNegativeInt = 0
+    text_length: NonNegativeInt = 0
 
 
-def estimate(argv: list[str]) -> dict[str, Any]:
+def main(argv: list[str]) -> dict[str, Any]:
     """Parses a recipe with the options of EstimateConfig and overrides, prints the table, writes --json, and returns
     the figures.
 
@@ -102,8 +97,9 @@ def with_sizes(config: RunConfig, asked: EstimateConfig) -> tuple[RunConfig, int
         classes = _told("--num-classes", lambda: ClassOrder.open(data.catalogue, config.seed).num_classes)
     if not vocab:
         vocab = _told("--vocab-size", lambda: Tokenizer.load(data.catalogue).vocab_size)
-    if getattr(model, "num_keywords", None) == 0:
-        model = _told("--model.num_keywords", lambda: with_keywords(config.method, model, data.catalogue))
+    unknown = [name for name in METHODS[config.method].catalogue_sizes if not getattr(model, name)]
+    if unknown:
+        model = _told(f"--model.{unknown[0]}", lambda: prepared(config.method, model, data.catalogue))
     return replace(config, model=replace(model, text=replace(model.text, vocab_size=vocab))), max(0, classes)
 
 

@@ -1,19 +1,20 @@
-"""`shelfmark eval RUN`: a run's newest checkpoint against a split of its catalogue; under torchrun the work is shared."""
+"""`shelfmark eval`: Evaluate a run's checkpoint; also under torchrun."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from harness.catalogue.catalogue import Catalogue
 from harness.catalogue.wholeness import require_whole
 from harness.core.errors import UserError
-from harness.core.mesh import Mesh, MeshConfig
+from harness.core.mesh import Device, Mesh, MeshConfig
 from harness.evaluate.evaluation import Evaluation, print_report
 from harness.text.tokenizer import Tokenizer
 from harness.train.config import RunConfig
 from harness.train.open_run import find_checkpoint, load_method, open_settings
+from models.ranges import PositiveInt
 
 EXAMPLE = "python jobs/torchrun.py --nproc-per-node 2 -m harness eval runs/grocery --split test --slices department"
 
@@ -27,7 +28,7 @@ class EvalConfig:
         checkpoint: a step folder of it; the newest complete one by default.
         catalogue: another catalogue to evaluate on; the run's own by default.
         split: split of the queries.
-        tasks: what is asked: photo, text, same_product, category; the recipe's tasks and final tasks by default.
+        tasks: evaluation tasks (harness/evaluate/tasks); the recipe's tasks and final tasks by default.
         views: what is seen of documents: both, title, image; the recipe's by default.
         slices: attribute columns whose values get figures of their own.
         distractors: other catalogues whose documents join the gallery.
@@ -36,7 +37,7 @@ class EvalConfig:
         device: cuda, cpu, or auto, the GPUs where there are any.
     """
 
-    run: Path
+    run: Path = field(kw_only=False)
     checkpoint: Path | None = None
     catalogue: Path | None = None
     split: str = "test"
@@ -44,9 +45,9 @@ class EvalConfig:
     views: tuple[str, ...] = ()
     slices: tuple[str, ...] = ()
     distractors: tuple[Path, ...] = ()
-    batch_size: int = 128
-    tensor_parallel: int = 1
-    device: str = "auto"
+    batch_size: PositiveInt = 128
+    tensor_parallel: PositiveInt = 1
+    device: Device = "auto"
 
 
 def run(config: EvalConfig) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
     Raises:
         UserError: no run or checkpoint there, an empty split, an unknown slice, a layout that does not divide.
     """
-    settings = open_settings(config.run, config.tensor_parallel, config.batch_size)
+    settings = open_settings(config.run, config.tensor_parallel)
     catalogue = Catalogue(config.catalogue or settings.data.catalogue)
     with Mesh(MeshConfig(tensor_parallel=config.tensor_parallel, device=config.device)) as mesh:
         require_whole(catalogue, mesh)

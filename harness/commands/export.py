@@ -1,5 +1,4 @@
-"""`shelfmark export RUN --out ARTEFACT`: a checkpoint and a catalogue become what a search service loads. Under
-torchrun the work is shared.
+"""`shelfmark export`: Make a run's search artefact: encoder, index, id map; also under torchrun.
 
 artefact.json             format, method and its configuration, run, checkpoint, catalogue, decoders, versions
 encoder.safetensors       weights of the query encoder, which our code builds: images [n, 3, S, S] or tokens [n, L] -> unit embeddings [n, d]
@@ -18,7 +17,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +37,20 @@ from harness.core.build import plain_query_encoder
 from harness.core.errors import UserError
 from harness.core.files import write_json
 from harness.core.manifest import MANIFEST, fingerprint, write_manifest
-from harness.core.mesh import Mesh, MeshConfig
+from harness.core.mesh import Device, Mesh, MeshConfig
 from harness.core.staged_folder import require_free, staged_folder
 from harness.core.versions import versions
 from harness.core.waiting import in_own_time, on_first_rank
-from harness.data.loader import decoding_threads, share
+from harness.data.backends import decoding_threads
 from harness.evaluate.contact_sheet import picture
 from harness.evaluate.embed import Embedder, Side, side_of
 from harness.evaluate.ranking import Embedded
 from harness.text.tokenizer import FIELDS, Tokenizer
 from harness.train.config import RunConfig
 from harness.train.open_run import find_checkpoint, load_method, open_settings
-from models.registry import METHODS
+from models.comm import share
+from models.method import MethodConfig, query_kind
+from models.ranges import NonNegativeInt, PositiveInt
 
 EXAMPLE = "python jobs/torchrun.py --nproc-per-node 2 -m harness export runs/grocery --out artefacts/grocery"
 _ROWS = 4096  # rows written at once
@@ -71,15 +72,15 @@ class ExportConfig:
         device: cuda, cpu, or auto, the GPUs where there are any.
     """
 
-    run: Path
+    run: Path = field(kw_only=False)
     out: Path
     checkpoint: Path | None = None
     catalogue: Path | None = None
     split: str | None = None
-    thumbnail: int = 160
-    batch_size: int = 128
-    tensor_parallel: int = 1
-    device: str = "auto"
+    thumbnail: NonNegativeInt = 160
+    batch_size: PositiveInt = 128
+    tensor_parallel: PositiveInt = 1
+    device: Device = "auto"
 
 
 def run(config: ExportConfig) -> dict[str, Any]:
@@ -91,10 +92,8 @@ def run(config: ExportConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     require_free(config.out)  # on every rank, and before the work
-    if config.thumbnail < 0:
-        raise UserError(f"--thumbnail is {config.thumbnail}", "It must not be negative")
     import_faiss()
-    settings = open_settings(config.run, config.tensor_parallel, config.batch_size)
+    settings = open_settings(config.run, config.tensor_parallel)
     catalogue = Catalogue(config.catalogue or settings.data.catalogue)
     tokenizer = Tokenizer.load(config.run)
     side, threads = side_of(catalogue, "document", config.split, [], None, 0), decoding_threads(settings.data.threads)
@@ -190,8 +189,8 @@ def _thumbnail(catalogue: Catalogue, sample_id: int, size: int) -> bytes | None:
 
 def _example(settings: RunConfig) -> torch.Tensor:
     """Two queries, as the encoder takes them."""
-    if METHODS[settings.method].query == "text":
-        return torch.ones(2, settings.model.query.max_length, dtype=torch.int64)
+    if (query := settings.model.query_text) is not None:
+        return torch.ones(2, query.max_length, dtype=torch.int64)
     size = settings.data.preprocess.image_size
     return torch.zeros(2, 3, size, size)
 
@@ -206,14 +205,14 @@ def _write_program(encoder: nn.Module, example: torch.Tensor, file: Path) -> Non
 
 
 def _description(
-    config: ExportConfig, settings: RunConfig, checkpoint: Path, catalogue: Catalogue, side: Side, model: Any
+    config: ExportConfig, settings: RunConfig, checkpoint: Path, catalogue: Catalogue, side: Side, model: MethodConfig
 ) -> dict[str, Any]:
     return {
         "format": ARTEFACT_FORMAT,
         "method": settings.method,
         "model": asdict(model),
-        "query": METHODS[settings.method].query,
-        "query_tokens": model.query.max_length if METHODS[settings.method].query == "text" else 0,
+        "query": query_kind(model),
+        "query_tokens": 0 if model.query_text is None else model.query_text.max_length,
         "similarity": "inner product of unit vectors",
         "embedding_dim": model.embedding_dim,
         "documents": len(side.ids),

@@ -1,10 +1,8 @@
-"""`shelfmark export-weights`: a tower, trained or imported, becomes a folder that `transformers`, timm or open_clip
-reads.
-"""
+"""`shelfmark export-weights`: Write towers for transformers, timm or open_clip."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +37,7 @@ class ExportWeightsConfig:
         checkpoint: a step folder of the run; the newest complete one by default.
     """
 
-    source: Path
+    source: Path = field(kw_only=False)
     out: Path
     tower: Literal["vision", "text", "both"]
     layout: str
@@ -81,7 +79,7 @@ def run(config: ExportWeightsConfig) -> dict[str, Any]:
 
 
 def _trained(config: ExportWeightsConfig) -> tuple[dict[str, TowerConfig], dict[str, Tensor]]:
-    settings = open_settings(config.source, tensor_parallel=1, batch_size=1)
+    settings = open_settings(config.source, tensor_parallel=1)
     path = find_checkpoint(config.source, config.checkpoint)
     with Mesh(MeshConfig(device="cpu")) as mesh:  # nothing is computed
         method, _ = load_method(settings, path, Tokenizer.load(config.source), mesh)

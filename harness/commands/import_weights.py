@@ -1,5 +1,4 @@
-"""`shelfmark import`: the weights of a model from the Hugging Face hub, timm or open_clip become the start of a
-training run.
+"""`shelfmark import`: Bring a model's weights from the hub, timm or open_clip.
 
 weights.safetensors   the towers' tensors, float32, under the names of a checkpoint
 weights.json          configuration of the towers, origin of the weights, tensors left out
@@ -12,14 +11,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from harness.core.errors import UserError
-from harness.core.files import printable
+from harness.core.files import printable, write_whole
 from harness.core.manifest import MANIFEST, fingerprint, write_manifest
 from harness.core.staged_folder import staged_folder
 from harness.train.imported_weights import LONGEST_LINE
@@ -46,7 +45,7 @@ class ImportConfig:
         allow_unused: leave out tensors that the tower has no place for, instead of an error.
     """
 
-    out: Path
+    out: Path = field(kw_only=False)
     vision: Path | None = None
     text: Path | None = None
     projection: bool = False
@@ -76,7 +75,7 @@ def run(config: ImportConfig) -> dict[str, Any]:
     with staged_folder(config.out) as stage:
         write_converted(stage, towers)
         recipe = {"model": {tower: _chosen(converted) for tower, converted in towers.items()}}
-        (stage / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        write_whole(stage / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
         copied = [] if config.text is None else _copy_tokenizer(config.text, stage / "tokenizer")
         write_manifest(stage, algorithm="sha256")
     figures: dict[str, Any] = {}

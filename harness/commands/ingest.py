@@ -1,4 +1,4 @@
-"""`shelfmark ingest`: a manifest and its image files become a catalogue of checked samples under global ids."""
+"""`shelfmark ingest`: Make a catalogue of a manifest and an image folder."""
 
 from __future__ import annotations
 
@@ -11,24 +11,31 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import pyarrow as pa
 import xxhash
 from tqdm import tqdm
 
-from harness.catalogue.append import grow, growing, part_folder, part_name, quarantine_name, write_meta
-from harness.catalogue.catalogue import ALL_SPLITS, CATALOGUE_FORMAT, INDEX_DTYPE, SAMPLE_SCHEMA
-from harness.catalogue.images import MOST_BYTES, MOST_PIXELS, LoadedImage, Rejected, load_image, own_pixel_limit
-from harness.catalogue.samples import KINDS, QUARANTINE_SCHEMA, ShardWriter, check_texts, commonest, stored
-from harness.catalogue.table import Manifest, Row
-from harness.catalogue.writers import ROW_GROUP, NpyWriter, ParquetWriter
+from harness.catalogue.append import grow, growing, part_folder, quarantine_name
+from harness.catalogue.images import (
+    MOST_BYTES,
+    MOST_PIXELS,
+    LoadedImage,
+    Rejected,
+    check_image,
+    load_image,
+)
+from harness.catalogue.paths import find_image
+from harness.catalogue.sample_writer import SampleWriter
+from harness.catalogue.samples import ShardWriter, attribute_names, commonest, sample_row
+from harness.catalogue.table import Manifest
+from harness.catalogue.text_table import Row
 from harness.core.errors import UserError
+from harness.core.files import printable
 from harness.core.staged_folder import staged_folder
+from models.ranges import PositiveInt
 
 EXAMPLE = "shelfmark ingest --manifest products.tsv --images photos/ --out catalogues/products"
 OPTIONAL_COLUMNS = {"class": "class_id", "title": "title", "description": "description", "split": "split"}
@@ -42,7 +49,8 @@ class IngestConfig:
     that cannot be used are listed with their reason in the catalogue's quarantine.parquet.
 
     Args:
-        manifest: TSV (no quoting), CSV or Parquet file with a header, by its suffix.
+        manifest: TSV, CSV or Parquet file with a header, or a folder of such files, which are its parts in the order of
+            their names. Parquet may hold the images too, as structs of bytes and path.
         images: folder that the manifest's image paths are relative to; a path out of it is quarantined.
         out: catalogue folder to create; it appears only when it is complete.
         append: add the rows to the catalogue `out` instead. Its samples keep their ids and the new ones follow. Every
@@ -60,7 +68,12 @@ class IngestConfig:
         description_column: column of the description (default: description, empty where that is absent).
         split_column: column of the split (default: split). An empty cell or 'all' puts the row into every split.
         attribute_columns: further columns to keep, comma-separated.
-        max_pixels: images of more pixels are quarantined.
+        delimiter: character between the cells of a CSV or TSV (default: recognised by the header).
+        encoding: encoding of a CSV or TSV, such as cp1252 (default: UTF-8, or UTF-16 where the file begins so).
+        quoting: 'csv' where cells may stand in quotes, 'none' where quotes are text (default: csv for .csv; none for
+            .tsv unless its header is quoted).
+        max_pixels: a JPEG of up to four times as many is kept at half its width and height; other images of more are
+            quarantined.
         max_bytes: image files of more bytes are quarantined.
         shard_size: bytes of image data after which a new tar shard begins.
         rows_per_part: rows of one Parquet file of samples/.
@@ -81,11 +94,14 @@ class IngestConfig:
     description_column: str | None = None
     split_column: str | None = None
     attribute_columns: str = ""
-    max_pixels: int = MOST_PIXELS
-    max_bytes: int = MOST_BYTES
-    shard_size: int = 2**30
-    rows_per_part: int = 262_144
-    workers: int | None = None
+    delimiter: str | None = None
+    encoding: str | None = None
+    quoting: Literal["csv", "none"] | None = None
+    max_pixels: PositiveInt = MOST_PIXELS
+    max_bytes: PositiveInt = MOST_BYTES
+    shard_size: PositiveInt = 2**30
+    rows_per_part: PositiveInt = 262_144
+    workers: PositiveInt | None = None
 
 
 class Columns:
@@ -105,17 +121,11 @@ class Columns:
                 self._fields[field] = given[field] or default
         for field, column in self._fields.items():
             manifest.require(column, f"--{field}-column")
-        self.attributes = [name.strip() for name in config.attribute_columns.split(",") if name.strip()]
+        self.attributes = attribute_names(config.attribute_columns, "--attribute-columns")
         for name in self.attributes:
             manifest.require(name, "--attribute-columns")
-            if stored(name) != name:
-                raise UserError(f"--attribute-columns: {name!r} is no UTF-8", "Rename it")
-            if name in SAMPLE_SCHEMA.names or self.attributes.count(name) > 1:
-                raise UserError(
-                    f"--attribute-columns: {name!r} is taken", f"Rename it; taken are {', '.join(SAMPLE_SCHEMA.names)}"
-                )
         self.names = [*self._fields.values(), *self.attributes]
-        self._kind = config.kind
+        self._kind = {} if config.kind is None else {"kind": config.kind}
 
     @property
     def mapping(self) -> dict[str, str]:
@@ -131,20 +141,8 @@ class Columns:
         if row.problem:
             raise Rejected(row.problem)
         cells = dict(zip(self._fields, row.cells, strict=False))
-        kind = self._kind or KINDS.get(cells["kind"].strip().lower())
-        item = cells["item"].strip()
-        if not cells["image"]:
-            raise Rejected("no image path")
-        if not item:
-            raise Rejected("no item id")
-        if kind is None:
-            raise Rejected(f"unknown kind: {cells['kind'][:40]!r}")
-        class_key = cells.get("class", item).strip() or None
-        split = cells.get("split", "").strip() or ALL_SPLITS
-        text = cells.get("title", ""), cells.get("description", "")
-        sample = item, kind, class_key, split, *text, cells["image"], *row.cells[len(self._fields) :]
-        check_texts(sample, self.attributes)
-        return sample
+        attributes = row.cells[len(self._fields) :]
+        return sample_row({**cells, **self._kind}, dict(zip(self.attributes, attributes, strict=True)))
 
     def image(self, row: Row) -> str:
         """The row's image path as it stands in the manifest."""
@@ -163,18 +161,16 @@ def run(config: IngestConfig) -> dict[str, Any]:
             disk is full, or no row can be used.
     """
     start = time.perf_counter()
-    for name in ("max_pixels", "max_bytes", "shard_size", "rows_per_part", "workers"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}", "It must be at least 1")
     if config.append and config.part is not None:
         raise UserError("--append and --part exclude each other", "Merge the parts into a catalogue of its own")
-    manifest = Manifest(config.manifest)
+    manifest = Manifest(config.manifest, config.delimiter, config.encoding, config.quoting)
+    for note in manifest.said:
+        print(f"{config.manifest}: {note}")
     columns = Columns(manifest, config)
     if not config.images.is_dir():
         raise UserError(f"no image folder {config.images} (--images)")
     if config.append:
-        out, request = config.out, _request(config)
+        out, request = config.out, _request(config, manifest)
         with growing(out, columns.attributes) as (old, holder):
             before = (old.get("appended") or [{}])[-1]
             if before.get("request") == request:
@@ -218,7 +214,7 @@ def _figures(out: Path, meta: dict[str, Any], added: int, reasons: Counter[str],
     }
 
 
-def _request(config: IngestConfig) -> str:
+def _request(config: IngestConfig, manifest: Manifest) -> str:
     """Fingerprint of the manifest's bytes and of all that decides what is made of them: a rerun of one append has the
     same.
     """
@@ -229,10 +225,14 @@ def _request(config: IngestConfig) -> str:
         "workers": None,
         "manifest": None,
     }
+    for name in ("delimiter", "encoding", "quoting"):  # catalogues of versions without them grow too
+        if options[name] is None:
+            del options[name]
     digest = xxhash.xxh3_64(json.dumps(options).encode())
-    with config.manifest.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+    for part in manifest.files:
+        with part.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
     return digest.hexdigest()
 
 
@@ -260,98 +260,71 @@ def _ingest(
         What stands in its catalogue.json, and quarantined rows by category.
     """
     rows = _part_rows(manifest, config.part)
-    with own_pixel_limit():
-        first = (old["num_samples"], old["num_shards"]) if old else (0, 0)
-        counts, reasons = _write_samples(stage, manifest, columns, config, rows, *first)
-        samples = counts["query"] + counts["document"]
-        if samples == 0 and config.part is None:
-            raise UserError(
-                f"{config.manifest}: none of its {sum(reasons.values()):,} rows can be used "
-                f"({commonest(reasons) or 'no rows'})",
-                "Check --images and the column flags",
-            )
-        splits = {key.removeprefix("split "): counts[key] for key in sorted(counts) if key.startswith("split ")}
-        meta = {
-            "format": CATALOGUE_FORMAT,
-            "name": config.out.name,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "num_samples": samples,
-            "num_shards": len(os.listdir(stage / "shards")),
-            "num_parts": len(os.listdir(stage / "samples")),
-            "attributes": columns.attributes,
-            "counts": {
-                "query": counts["query"],
-                "document": counts["document"],
-                "quarantined": sum(reasons.values()),
-                "splits": splits,
-            },
-            "source": {
-                "manifest": str(config.manifest),
-                "images": str(config.images),
-                "columns": columns.mapping,
-                "kind": config.kind,
-                **({} if config.part is None else {"rows": rows}),
-            },
-        }
-        write_meta(stage, meta)
-    return meta, reasons
-
-
-def _write_samples(
-    stage: Path,
-    manifest: Manifest,
-    columns: Columns,
-    config: IngestConfig,
-    rows: tuple[int, int | None],
-    first_sample: int,
-    first_shard: int,
-) -> tuple[Counter[str], Counter[str]]:
-    """Writes everything but catalogue.json; returns counts by kind and split, and quarantined rows by category."""
-    schema = SAMPLE_SCHEMA
-    for name in columns.attributes:
-        schema = schema.append(pa.field(name, pa.string()))
     (stage / "shards").mkdir()
-    (stage / "samples").mkdir()
-    counts: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    records: list[tuple[int, ...]] = []
+    root = Path(os.path.abspath(config.images))
+    missing: list[str] = []
+    halved = 0
     with ExitStack() as stack:
-        shards = stack.enter_context(ShardWriter(stage / "shards", config.shard_size, first_shard))
-        index = stack.enter_context(NpyWriter(stage / "index.npy", INDEX_DTYPE))
-        samples = stack.enter_context(
-            ParquetWriter(lambda part: stage / "samples" / part_name(part), schema, config.rows_per_part)
-        )
-        quarantine = stack.enter_context(
-            ParquetWriter(lambda _: stage / "quarantine.parquet", QUARANTINE_SCHEMA, rows_per_part=None)
-        )
-        for number, row, found in _examine(manifest, columns, config, rows):
+        first = (old["num_samples"], old["num_shards"]) if old else (0, 0)
+        shards = stack.enter_context(ShardWriter(stage / "shards", config.shard_size, first[1]))
+        writer = stack.enter_context(SampleWriter(stage, columns.attributes, config.rows_per_part, first[0]))
+        for number, row, found in _examine(manifest, columns, config, root, rows):
             if isinstance(found, Rejected):
-                quarantine.append((number, stored(columns.image(row)), stored(str(found))))
-                reasons[str(found).partition(": ")[0]] += 1
+                writer.reject(number, columns.image(row), str(found))
+                if str(found) == "missing file" and len(missing) < 3:
+                    missing.append(printable(str(root / columns.image(row))))
                 continue
             sample, image = found
-            sample_id = first_sample + samples.num_rows
-            shard, offset = shards.add(f"{sample_id:012d}.{image.extension}", image.data)
-            records.append((shard, offset, len(image.data), image.checksum, image.width, image.height))
-            samples.append((sample_id, *sample))
-            counts.update((str(sample[1]), f"split {sample[3]}"))
-            if len(records) == ROW_GROUP:
-                index.append(np.array(records, INDEX_DTYPE))
-                records.clear()
-        index.append(np.array(records, INDEX_DTYPE))
-    return counts, reasons
+            halved += image.halved
+            shard, offset = shards.add(f"{writer.next_id:012d}.{image.extension}", image.data)
+            writer.accept(sample, (shard, offset, len(image.data), image.checksum, image.width, image.height))
+    reasons = writer.reasons
+    seen = manifest.remarks()
+    if halved:
+        seen.append(
+            f"{halved:,} JPEGs of more than {config.max_pixels:,} pixels are kept at half their width and height"
+        )
+    if reasons["not UTF-8"] and manifest.is_text:
+        seen.append("Rows that are not UTF-8 may be text of another encoding, such as cp1252 (--encoding)")
+    if reasons["image URL"]:
+        seen.append(
+            "Image URLs are not fetched: download them into a folder, or with img2dataset into tars for `shelfmark index`"
+        )
+    if missing:
+        seen.append(f"The first files that are missing: {', '.join(missing)}")
+    if not writer.counts and config.part is None:
+        raise UserError(
+            f"{config.manifest}: none of its {sum(reasons.values()):,} rows can be used "
+            f"({commonest(reasons) or 'no rows'})",
+            ". ".join([*seen, "Check --images and the column flags"]),
+        )
+    for remark in seen:
+        print(f"{config.manifest}: {remark}")
+    source = {
+        "manifest": str(config.manifest),
+        "images": str(config.images),
+        "columns": columns.mapping,
+        "kind": config.kind,
+        **({} if config.part is None else {"rows": rows}),
+    }
+    return writer.write_meta(config.out.name, {"num_shards": len(os.listdir(stage / "shards"))}, source), reasons
 
 
 def _examine(
-    manifest: Manifest, columns: Columns, config: IngestConfig, rows: tuple[int, int | None]
+    manifest: Manifest, columns: Columns, config: IngestConfig, root: Path, rows: tuple[int, int | None]
 ) -> Iterator[tuple[int, Row, tuple[tuple[str | None, ...], LoadedImage] | Rejected]]:
     """The rows in order, examined by threads: reading waits and Pillow's decoders run without the interpreter lock."""
-    root = Path(os.path.abspath(config.images))
     workers = config.workers or len(os.sched_getaffinity(0))
 
     def examine(row: Row) -> tuple[tuple[str | None, ...], LoadedImage] | Rejected:
         try:
-            return columns.sample(row), load_image(root, columns.image(row), config.max_bytes, config.max_pixels)
+            sample = columns.sample(row)
+            if row.data is None:
+                image = find_image(root, columns.image(row))
+                return sample, load_image(root, image, config.max_bytes, config.max_pixels)
+            if len(row.data) > config.max_bytes:
+                raise Rejected(f"too many bytes: {len(row.data):,}")
+            return sample, check_image(row.data, config.max_pixels)
         except Rejected as rejected:
             return rejected
 

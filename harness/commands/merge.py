@@ -1,11 +1,11 @@
-"""`shelfmark merge`: the parts that several ingests made of one manifest become one catalogue."""
+"""`shelfmark merge`: Join the parts of an ingest in parts."""
 
 from __future__ import annotations
 
 import os
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class MergeConfig:
         catalogue: catalogue folder to create; it appears only when it is complete.
     """
 
-    catalogue: Path
+    catalogue: Path = field(kw_only=False)
 
 
 def find_parts(catalogue: Path) -> list[Catalogue]:

@@ -1,20 +1,20 @@
-"""`shelfmark search ARTEFACT PHOTO …`: the documents that a photo shows, a text asks for or another document is like,
-as table and contact sheet.
-"""
+"""`shelfmark search`: Find documents by photo, text or likeness; as a table and a contact sheet."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 
 from harness.artefact.artefact import Artefact, Hit, Photo
+from harness.catalogue.images import MOST_PIXELS
 from harness.core.errors import UserError
 from harness.core.files import printable
 from harness.evaluate.contact_sheet import draw_panel, text_picture
+from models.ranges import PositiveInt
 
 EXAMPLE = "shelfmark search artefacts/grocery photo.jpg --top 5 --sheet found.png"
 
@@ -30,16 +30,19 @@ class SearchConfig:
         item: id of a document of the artefact, to find others like it.
         top: documents to find for each query.
         box: search for this part of the photo only: x,y,width,height in pixels of the upright photo.
+        max_pixels: a JPEG of up to four times as many is decoded at half its width and height; other photos of more
+            are refused.
         sheet: picture to draw, a row for each query.
         backend: decoder of the photos; the one that the run was trained with by default.
     """
 
-    artefact: Path
-    photos: tuple[Path, ...] = ()
+    artefact: Path = field(kw_only=False)
+    photos: tuple[Path, ...] = field(default=(), kw_only=False)
     text: str = ""
     item: str = ""
-    top: int = 5
+    top: PositiveInt = 5
     box: tuple[int, ...] = ()
+    max_pixels: int = MOST_PIXELS
     sheet: Path | None = None
     backend: Literal["dali", "reference"] | None = None
 
@@ -51,15 +54,15 @@ def run(config: SearchConfig) -> dict[str, Any]:
         UserError: no query or more than one kind of it, a kind that the artefact does not take, a photo or an artefact
             that cannot be used, an empty box, a sheet that cannot be written.
     """
-    if config.top < 1:
-        raise UserError(f"--top is {config.top}", "It must be at least 1")
     if config.sheet is not None and config.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError(f"--sheet {config.sheet} is no .png or .jpg", "Name a file with one of these suffixes")
     if sum(map(bool, (config.photos, config.text, config.item))) != 1:
         raise UserError("a search takes photos, --text or --item", "Name one of the three")
     if config.box and not config.photos:
         raise UserError("--box is a part of a photo, and there is none", "Leave it out")
-    photos = [Photo.open(path, config.box) for path in config.photos]
+    if config.max_pixels < 1:
+        raise UserError(f"--max-pixels is {config.max_pixels}", "It must be at least 1")
+    photos = [Photo.open(path, config.box, config.max_pixels) for path in config.photos]
     artefact = Artefact(config.artefact, config.backend)
     _require_query(config, artefact)
     started = time.perf_counter()

@@ -1,9 +1,9 @@
-"""`shelfmark shards`: says where a catalogue's shards lie, after a look that they do."""
+"""`shelfmark shards`: Say where a catalogue's images lie: s3, http, …"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class ShardsConfig:
             'here' for the catalogue's own shards/. Never with a password: fsspec reads that from its own configuration.
     """
 
-    catalogue: Path
+    catalogue: Path = field(kw_only=False)
     at: str
 
 

@@ -1,16 +1,15 @@
-"""`shelfmark synth`: draws the demo catalogue, its photos and its click log."""
+"""`shelfmark synth`: Draw a demo catalogue: products, photos, a click log."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import repeat
 from multiprocessing import get_context, parent_process
@@ -29,6 +28,8 @@ from harness.catalogue.synth.photo import photograph
 from harness.catalogue.synth.products import MAX_PRODUCTS, Product, make_products
 from harness.catalogue.synth.shapes import cutout
 from harness.core.errors import UserError
+from harness.core.files import write_json
+from harness.core.keyed_random import SynthStream
 from harness.core.staged_folder import staged_folder
 
 EXAMPLE = "shelfmark synth demo --products 240 --photos 14"
@@ -57,7 +58,7 @@ class SynthConfig:
         workers: drawing processes; 0 = the CPU cores this process may use.
     """
 
-    out: Path
+    out: Path = field(kw_only=False)
     products: int = 240
     photos: int = 14
     held_out: int = 2
@@ -116,7 +117,7 @@ def run(config: SynthConfig) -> dict[str, Any]:
         # Without `out` and `workers`: equal settings give equal files.
         settings = {key: value for key, value in asdict(config).items() if key not in ("out", "workers")}
         meta = {"format": SYNTH_FORMAT, "config": settings, "counts": counts}
-        (stage / "synth.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        write_json(stage / "synth.json", meta)
     seconds = round(time.perf_counter() - start, 3)
     print(
         f"{config.out}: {config.products:,} products, {counts['photos']:,} photos, {clicks:,} clicks "
@@ -154,7 +155,7 @@ def _end_with_parent() -> None:
 
 
 def _draw_product(config: SynthConfig, folder: Path, number: int) -> list[dict[str, str]]:
-    """Writes a product's document and photos under `folder`; returns their manifest rows. A function of its arguments."""
+    """Writes a product's document and photos under `folder`; returns their manifest rows."""
     product = config.catalogue()[number]
     shown = [other for other in config.catalogue() if not other.unseen and other.number != number]
     picture = cutout(product, DOCUMENT_SIZE)
@@ -166,7 +167,7 @@ def _draw_product(config: SynthConfig, folder: Path, number: int) -> list[dict[s
     attributes = {name: str(getattr(product, name)) for name in ATTRIBUTES}
     rows = []
     for member, split in enumerate(["test" if product.unseen else ALL_SPLITS, *splits]):
-        rng = np.random.default_rng([config.seed, 2, number, member])
+        rng = np.random.default_rng([config.seed, SynthStream.PHOTOS, number, member])
         if member:
             # Few of them for each product, so that a process seldom draws one twice.
             others = [_neighbour(shown[int(i)]) for i in rng.choice(len(shown), 3, replace=False)]

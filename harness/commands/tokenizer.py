@@ -1,4 +1,4 @@
-"""`shelfmark tokenizer`: learns the vocabulary of a catalogue's text, or takes one that exists, and stores all tokens.
+"""`shelfmark tokenizer`: Train or take a tokenizer and encode a catalogue's text.
 
 SentencePiece (Kudo and Richardson, 2018, arXiv:1808.06226) with the unigram model by default.
 """
@@ -6,12 +6,12 @@ SentencePiece (Kudo and Richardson, 2018, arXiv:1808.06226) with the unigram mod
 from __future__ import annotations
 
 import io
-import json
 import re
+import string
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from harness.catalogue.catalogue import Catalogue
 from harness.catalogue.wholeness import require_whole
 from harness.catalogue.writers import NpyWriter
 from harness.core.errors import UserError
-from harness.core.files import printable, read_record
+from harness.core.files import printable, read_record, write_json
 from harness.core.manifest import write_manifest
 from harness.core.staged_folder import staged_folder
 from harness.text.imported_tokenizer import read_imported
@@ -41,6 +41,7 @@ from harness.text.tokenizer import (
     model_name,
     read_meta,
 )
+from models.ranges import PositiveInt
 
 EXAMPLE = "shelfmark tokenizer catalogues/products --vocab-size 8000"
 LARGEST_VOCABULARY = 10_000_000  # what a model's configuration takes
@@ -66,12 +67,12 @@ class TokenizerConfig:
             its own ids.
     """
 
-    catalogue: Path
-    vocab_size: int = 8000
+    catalogue: Path = field(kw_only=False)
+    vocab_size: PositiveInt = 8000
     model_type: Literal["unigram", "bpe"] = "unigram"
     split: str = "train"
     character_coverage: float = 0.99995
-    max_texts: int = 4_000_000
+    max_texts: PositiveInt = 4_000_000
     fold_case: bool = False
     keep_from: Path | None = None
 
@@ -84,7 +85,7 @@ def run(config: TokenizerConfig) -> dict[str, Any]:
         tokens), seconds.
 
     Raises:
-        UserError: no text in the split, a vocabulary that the text cannot fill or that cannot hold its characters, or
+        UserError: no text in the split but in others, a vocabulary that the text cannot fill or that cannot hold its characters, or
             no tokenizer to keep.
     """
     start = time.perf_counter()
@@ -95,11 +96,13 @@ def run(config: TokenizerConfig) -> dict[str, Any]:
         tokenizer = Tokenizer(model, SpecialTokens.from_meta(meta), kind(meta))
         (stage / model_name(meta)).write_bytes(model)
         tokens, unknown = _encode_catalogue(catalogue, tokenizer, stage)
-        (stage / "tokenizer.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        write_json(stage / "tokenizer.json", meta)
         write_manifest(stage)
     share = unknown / max(sum(tokens.values()), 1)
     texts = meta.get("texts", 0)
     source = f"of {printable(str(meta['source']))}" if "source" in meta else f"learned from {texts:,} texts"
+    if meta.get("model_type") == "char":
+        source = "for single characters, as no sample has a title or a description"
     print(
         f"{config.catalogue}/tokenizer: {tokenizer.vocab_size:,} pieces {source}; "
         f"{sum(tokens.values()):,} tokens stored, {share:.2%} of them unknown"
@@ -132,10 +135,15 @@ def _meta(version: int, special: SpecialTokens, origin: dict[str, Any], model: b
     return {**meta, "xxh3": checksum(meta, model)}
 
 
-def _texts(catalogue: Catalogue, split: str) -> Iterator[str]:
+def _texts(catalogue: Catalogue, split: str | None) -> Iterator[str]:
+    """Titles and descriptions that have a visible character: SentencePiece drops zero-width ones."""
     for batch in catalogue.batches(list(FIELDS), split=split):
-        for field in FIELDS:
-            yield from filter(str.strip, batch.column(field).to_pylist())
+        for name in FIELDS:
+            yield from filter(_is_visible, batch.column(name).to_pylist())
+
+
+def _is_visible(text: str) -> bool:
+    return any(character.isprintable() and not character.isspace() for character in text)
 
 
 def _train(catalogue: Catalogue, config: TokenizerConfig) -> tuple[bytes, dict[str, Any]]:
@@ -144,11 +152,11 @@ def _train(catalogue: Catalogue, config: TokenizerConfig) -> tuple[bytes, dict[s
         raise UserError(f"--vocab-size is {config.vocab_size}", f"{len(SPECIAL_IDS)} are special pieces already")
     if config.vocab_size > LARGEST_VOCABULARY:
         raise UserError(f"--vocab-size is {config.vocab_size}", f"It must be at most {LARGEST_VOCABULARY:,}")
-    if config.max_texts < 1:
-        raise UserError(f"--max-texts is {config.max_texts}", "It must be at least 1")
     if not 0.9 <= config.character_coverage <= 1:
         raise UserError(f"--character-coverage is {config.character_coverage}", "It must be between 0.9 and 1")
     found = sum(1 for _ in _texts(catalogue, config.split))
+    if found == 0 and not any(_texts(catalogue, None)):
+        return _characters(), {"model_type": "char", "split": config.split, "texts": 0}
     if found == 0:
         splits = ", ".join(catalogue.meta["counts"]["splits"])
         raise UserError(
@@ -156,9 +164,6 @@ def _train(catalogue: Catalogue, config: TokenizerConfig) -> tuple[bytes, dict[s
             f"The splits are {splits} (--split); text comes from ingest's --title-column and --description-column",
         )
     stride = -(-found // config.max_texts)
-    special: dict[str, Any] = {}
-    for name in ("pad", "unk", "bos", "eos"):
-        special |= {f"{name}_id": SPECIAL_IDS[name], f"{name}_piece": SPECIAL_PIECES[name]}
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -172,13 +177,34 @@ def _train(catalogue: Catalogue, config: TokenizerConfig) -> tuple[bytes, dict[s
             max_sentence_length=MAX_TEXT_BYTES,
             num_threads=1,  # more would make sums, and so the pieces, depend on the machine
             minloglevel=QUIET,
-            control_symbols=[SPECIAL_PIECES["mask"]],
-            **special,
+            **_special_pieces(),
         )
     except RuntimeError as error:
         raise _explain(str(error), config.vocab_size) from error
     origin = {"model_type": config.model_type, "split": config.split, "texts": -(-found // stride)}
     return model.getvalue(), origin
+
+
+def _characters() -> bytes:
+    """The model of a catalogue without any text: characters, for what a person may ask later."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(string.ascii_letters + string.digits)]),
+        model_writer=model,
+        vocab_size=len(SPECIAL_IDS) + 1 + len(string.ascii_letters + string.digits),
+        model_type="char",
+        num_threads=1,
+        minloglevel=QUIET,
+        **_special_pieces(),
+    )
+    return model.getvalue()
+
+
+def _special_pieces() -> dict[str, Any]:
+    special: dict[str, Any] = {"control_symbols": [SPECIAL_PIECES["mask"]]}
+    for name in ("pad", "unk", "bos", "eos"):
+        special |= {f"{name}_id": SPECIAL_IDS[name], f"{name}_piece": SPECIAL_PIECES[name]}
+    return special
 
 
 def _explain(message: str, vocab_size: int) -> UserError:

@@ -1,5 +1,4 @@
-"""`shelfmark verify`: reads catalogues, runs, checkpoints, artefacts and folders of weights through, and names what is
-damaged.
+"""`shelfmark verify`: Name what is damaged in catalogues, runs, checkpoints, artefacts and folders of weights.
 
 Checksums show that nothing has changed since a folder was written, not who wrote it. No code from a folder is run.
 PyTorch is loaded only for checkpoints, whose pickles are checked too.
@@ -10,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from harness.core.errors import UserError
 from harness.core.files import printable
 from harness.core.manifest import MANIFEST, verify
 from harness.text.tokenizer import Tokenizer
+from models.ranges import PositiveInt
 
 EXAMPLE = "shelfmark verify catalogues/products runs/products artefacts/products --images"
 AT_ONCE = 64  # images of a thread's task
@@ -45,9 +45,9 @@ class VerifyConfig:
         threads: images that are read at once.
     """
 
-    paths: tuple[Path, ...] = ()
+    paths: tuple[Path, ...] = field(default=(), kw_only=False)
     images: bool = False
-    threads: int = 16
+    threads: PositiveInt = 16
 
 
 def run(config: VerifyConfig) -> dict[str, Any]:
@@ -58,8 +58,6 @@ def run(config: VerifyConfig) -> dict[str, Any]:
     """
     if not config.paths:
         raise UserError("nothing to verify", f"Name folders, as in   {EXAMPLE}")
-    if config.threads < 1:
-        raise UserError(f"--threads is {config.threads}", "It must be at least 1")
     things = wrong = 0
     for path in config.paths:
         for what, problem, remedy, unchecked in _findings(path, config):
@@ -89,7 +87,7 @@ def _folder(path: Path, kind: str, remedy: str) -> Finding:
     if not (path / MANIFEST).exists() and kind == "weights":
         return Finding(f"{kind} {path}", "", "", "of an earlier version, which wrote no checksums; import them again")
     if kind == "checkpoint":
-        from harness.train.checkpoint import problem  # here: it loads PyTorch
+        from harness.train.checkpoint_files import problem  # here: it loads PyTorch
 
         return Finding(f"{kind} {path}", problem(path), remedy)
     return Finding(f"{kind} {path}", verify(path), remedy)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,15 +14,15 @@ from harness.core.errors import UserError
 from harness.core.mesh import Mesh
 from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
 from models.merge import merged_state_dict
+from models.method import Method, MethodConfig
 from models.plain.transformer import PlainBuilder
-from models.registry import METHODS, Method
+from models.registry import METHODS
 from models.shape import TransformerBuilder
-from models.transformer import MegatronBuilder
 
 
 def build(
     method: str,
-    model: Any,
+    model: MethodConfig,
     head: ClassHeadConfig,
     mesh: Mesh,
     *,
@@ -31,7 +30,7 @@ def build(
     vocab_size: int,
     seed: int,
     precision: str,
-) -> tuple[Method, Any]:
+) -> tuple[Method, MethodConfig]:
     """The tensor-parallel method on this mesh, and its configuration with vocabulary filled in.
 
     Weights depend only on `seed`, not on the layout. `num_classes` 0 builds no head (evaluation).
@@ -69,6 +68,8 @@ def builder(mesh: Mesh) -> TransformerBuilder:
     backend = "inductor" if compiles else ""
     if compiles and mesh.tp.size() == 1:
         return PlainBuilder(config.recompute, backend)
+    from models.transformer import MegatronBuilder
+
     return MegatronBuilder(
         mesh.groups,
         sequence_parallel=config.sequence_parallel,
@@ -78,7 +79,7 @@ def builder(mesh: Mesh) -> TransformerBuilder:
     )
 
 
-def plain_query_encoder(method: str, model: Any, towers: nn.Module, mesh: Mesh) -> nn.Module:
+def plain_query_encoder(method: str, model: MethodConfig, towers: nn.Module, mesh: Mesh) -> nn.Module:
     """The method's query encoder in plain torch, fp32 on the CPU, with the weights of tensor-parallel `towers`;
     collective over tp.
     """

@@ -16,14 +16,17 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, get_origin
 
 import jsonargparse
+from jsonargparse.typing import register_type
 
 from harness.core.errors import UserError
 from harness.core.files import printable, read_yaml
 from harness.core.launcher import end_with_launcher
+from models.ranges import Range
 
 USER_ERROR_CODE = 2
 LONGEST_LINE = 2000  # characters of an error that are printed
@@ -35,8 +38,27 @@ _SYSTEM = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG), ""),
 }
 _ARROW = re.compile(r"'([^']+)'\. Detail: \[errno \d+\] (.*)")
+_CLASS = re.compile(r"<class\s+'(?:\w+\.)*(\w+)'>")
 # What gloo and NCCL say when a rank at the other end is gone.
 _FOLLOWS = re.compile(r"by peer|[Rr]emote (process|server)|communicator was aborted")
+
+
+def _register_ranges() -> None:
+    """Lets jsonargparse check the types of models/ranges.py."""
+    for kind in Range.__subclasses__():
+        register_type(kind, kind.number, partial(_number, kind), type_check=lambda *_: False)
+
+
+def _number(kind: type[Range], value: Any) -> Any:
+    """`value` of the command line or a recipe, where YAML takes 1e-3 for a text, as number of that range."""
+    try:
+        value = kind.number(value) if isinstance(value, str) else value
+    except ValueError:
+        pass  # kind's own message
+    return kind(value)
+
+
+_register_ranges()
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -57,21 +79,24 @@ class Parser(jsonargparse.ArgumentParser):
             **kwargs,
         )
 
-    def parse(self, argv: list[str], recipe: Mapping[str, Any] | None = None) -> jsonargparse.Namespace:
-        """Parses `argv` on top of `recipe` (from `read_recipe`) and instantiates.
+    def parse(
+        self, argv: list[str], recipe: Mapping[str, Any] | None = None, where: str = "recipe"
+    ) -> jsonargparse.Namespace:
+        """Parses `argv` on top of `recipe`, which is from `where`, and instantiates.
 
         Raises:
             UserError: anything that is wrong with either.
         """
         argv = self._spelt_out([_underscored(arg) for arg in argv])
         known = {key for key in self.get_defaults().keys() if key != "config"}
+        _check_keys(recipe or {}, known, where)
         for key in _given_keys(argv):
             if (
                 key not in known
                 and not any(name.startswith(f"{key}.") for name in known)
                 and key not in ("help", "config")
             ):
-                raise unknown_key(key, known, "command line")
+                raise UserError(f"command line: unknown key '{key}'", nearest(key, known))
         try:
             given = self.parse_object(dict(recipe)) if recipe else None
             values = self.parse_args(argv, namespace=given)
@@ -104,36 +129,38 @@ class Parser(jsonargparse.ArgumentParser):
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """The help text, its flags spelt with dashes (the keys of a recipe, which hold dots, keep their underscores)."""
-        return re.sub(
-            r"--[a-z_]+(?![\w.])", lambda flag: flag[0].replace("_", "-"), super().format_help(*args, **kwargs)
-        )
+        text = re.sub(_CLASS, r"\1", super().format_help(*args, **kwargs))
+        return re.sub(r"--[a-z_]+(?![\w.])", lambda flag: flag[0].replace("_", "-"), text)
 
 
-def unknown_key(key: str, known: Iterable[str], where: str) -> UserError:
-    """The error for a key that does not exist, naming the nearest that does."""
-    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)
-    return UserError(f"{where}: unknown key '{key}'", f"Did you mean '{near[0]}'?" if near else "")
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The remedy for a name that is not `known`: the nearest that is."""
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)
+    return f"Did you mean '{near[0]}'?" if near else ""
 
 
-def read_recipe(path: Path, known: Iterable[str]) -> dict[str, Any]:
-    """The mapping of a YAML recipe, its keys checked against `known` (dotted).
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The mapping of a YAML recipe.
 
     Raises:
-        UserError: no such file, no YAML mapping, an unknown key, or one without a value.
+        UserError: no such file, or no YAML mapping.
     """
     recipe = read_yaml(path, f"recipe {path}", "Recipes lie in jobs/recipes")
     if not isinstance(recipe, dict):
         raise UserError(f"recipe {path} must be a YAML mapping of keys to values")
-    names = set(known)
-    for key, value in leaves(recipe):
-        section = any(name.startswith(f"{key}.") for name in names)
-        if key not in names and not section:
-            raise unknown_key(key, names, f"recipe {path}")
-        if section and value != {}:
-            raise UserError(f"recipe {path}: '{key}' must be a mapping of keys to values")
-        if value is None:
-            raise UserError(f"recipe {path}: '{key}' has no value", "Give it one, or leave the key out")
     return recipe
+
+
+def _check_keys(recipe: Mapping[str, Any], known: set[str], where: str) -> None:
+    """Raises UserError for a key of `recipe` that is not `known`, or has no value."""
+    for key, value in leaves(recipe):
+        section = any(name.startswith(f"{key}.") for name in known)
+        if key not in known and not section:
+            raise UserError(f"{where}: unknown key '{key}'", nearest(key, known))
+        if section and value != {}:
+            raise UserError(f"{where}: '{key}' must be a mapping of keys to values")
+        if value is None:
+            raise UserError(f"{where}: '{key}' has no value", "Give it one, or leave the key out")
 
 
 def leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -163,9 +190,15 @@ def _one_line(message: str) -> str:
 def _plain(message: str) -> str:
     """jsonargparse's message in one line, without the names of Python's types."""
     message = re.sub(r"Parser key \"([^\"]+)\"", r"\1", _one_line(message))
+    if found := re.match(r"(\S+): .*?Not of type \w+: (.*?)(?: - Expected|$)", message):  # of _number
+        return f"{found[1]} is {found[2]}"
     union = r"Does not validate .* Subtypes: \[(.*)\] Errors: .* Given value: "
-    message = re.sub(union, r"Expected \1. Got value: ", message)
-    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("typing.", "").replace("NoneType", "null")
+    message = re.sub(union, r"Expected a \1. Got value: ", message)
+    message = re.sub(_CLASS, r"\1", message).replace("typing.", "").replace("NoneType", "null")
+    if found := re.fullmatch(r"(\S+): Expected a (.*Literal\[.*)\. Got value: (.*)", message):
+        *others, last = re.findall(r"'(.+?)'", found[2])
+        return f"{found[1]} is {found[3]}. It can be {', '.join(others)} or {last}"
+    return message
 
 
 def check_figures(path: Path | None) -> None:

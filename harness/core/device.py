@@ -12,8 +12,6 @@ import torch
 
 from harness.core.errors import UserError
 
-DEVICES = ("auto", "cuda", "cpu")
-PRECISIONS = ("fp32", "tf32", "bf16")  # of train.precision
 DEVICE_FILES = Path("/dev")  # has nvidia0, nvidia1, … where there are GPUs
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 

@@ -50,7 +50,20 @@ def read_json(file: Path, remedy: str = "") -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML without aliases: a page of them can stand for more than a memory holds."""
+    """Reads YAML whose mappings have each key once."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """As the base class, but raises ConstructorError for a key that stands twice."""
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _WithoutAliases(_Loader):
+    """Takes no aliases either: a page of them can stand for more than a memory holds."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """As the base class, but raises ComposerError for an alias."""
@@ -76,7 +89,7 @@ def read_yaml(file: Path, what: str, remedy: str = "", aliases: bool = False) ->
             text = opened.read(LARGEST_YAML + 1)
         if len(text) > LARGEST_YAML:
             raise UserError(f"{what} has more than {LARGEST_YAML:,} bytes", remedy)
-        return yaml.load(text.decode(), yaml.SafeLoader if aliases else _Loader)
+        return yaml.load(text.decode(), _Loader if aliases else _WithoutAliases)
     except OSError as error:
         raise UserError(f"{what}: {error.strerror}", remedy) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # also bytes that are not UTF-8
@@ -84,7 +97,11 @@ def read_yaml(file: Path, what: str, remedy: str = "", aliases: bool = False) ->
 
 
 def read_record(file: Path, remedy: str = "") -> Record:
-    """Reads a JSON file that holds an object. Raises what `read_json` does, and UserError where it holds anything else."""
+    """Reads a JSON file that holds an object.
+
+    Raises:
+        UserError: as `read_json`, or the file holds anything else.
+    """
     values = read_json(file, remedy)
     if not isinstance(values, dict):
         raise UserError(f"{file} is damaged (not a JSON object)", remedy)

@@ -1,11 +1,12 @@
 """Random numbers without state: every draw is a function of a key and of the words that name it.
 
-The same words give the same number on every rank, in any order and in any batch, which is what lets the data order and
-the augmentation be recomputed from one position. Everything is vectorised and needs memory for its arguments only.
+The same words give the same number on every rank, in any order and in any batch, so that the data order and the
+augmentation can be recomputed from one position. All functions are vectorised and need memory for their arguments only.
 """
 
 from __future__ import annotations
 
+from enum import IntEnum, unique
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,37 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 # Luby and Rackoff need 4 rounds; tiny domains (a class of 3 members) need some more to reach most orders.
 _ROUNDS = 6
 _POWERS_OF_FOUR = np.array([4**half for half in range(32)], dtype=np.uint64)
+
+
+@unique
+class Stream(IntEnum):
+    """First word of every draw under a run's seed, which keeps the uses of the seed apart.
+
+    A number never changes: it would change the order and the augmentation of every run.
+    """
+
+    SLOT = 1  # harness/data/order.py
+    MEMBER = 2
+    PAIR = 3
+    AUGMENT = 4  # harness/data/preprocess.py
+    MASKED_WORDS = 16  # harness/data/masking.py
+    MASKED_PATCHES = 17
+    HEAVY_MASK = 18
+    OTHER_TITLE = 19
+    ATTRIBUTE_COUNT = 24  # harness/text/product_queries.py
+    ATTRIBUTE_ORDER = 25
+    WORDING = 26
+    CLICKED_TEXT = 27
+    PROBE_SAMPLE = 40  # harness/evaluate/category.py
+
+
+@unique
+class SynthStream(IntEnum):
+    """Second word of numpy's seeds [seed, stream, ...] in drawing a catalogue (`shelfmark synth`)."""
+
+    PRODUCTS = 0  # harness/catalogue/synth/products.py
+    CLICKS = 1  # harness/catalogue/synth/clicks.py
+    PHOTOS = 2  # harness/commands/synth.py
 
 
 def keyed_hash(key: Words, *words: Words) -> Hashes:
@@ -96,6 +128,6 @@ def _word(value: Words) -> Any:
     if isinstance(value, int):
         return np.uint64(value & _MASK)
     array = np.asarray(value)
-    if array.size and array.dtype.kind not in "iub":  # an empty list is float64
+    if array.size and array.dtype.kind not in "iub":  # an empty list has no type to complain of
         raise TypeError(f"a word is an integer, not {array.dtype}")
     return array.astype(np.uint64)

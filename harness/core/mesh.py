@@ -5,26 +5,23 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from harness.core.device import DEVICES, allow_many_files, choose_device, gpus_hidden, set_deterministic
+from harness.core.device import allow_many_files, choose_device, gpus_hidden, set_deterministic
 from harness.core.errors import UserError
 from harness.core.watch import Watch
 from models import megatron_cpu
-from models.accelerators import CHOICES, choose
-from models.compiled import CHOICES as COMPILE
-from models.recompute import RECOMPUTE
+from models.accelerators import choose
+from models.ranges import PositiveFloat, PositiveInt
 from models.sequence import COMMON_STREAM
 from models.shape import VOCAB_MULTIPLE
 
-megatron_cpu.install()
-
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+Device = Literal["auto", "cuda", "cpu"]
+Compile = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +46,14 @@ class MeshConfig:
         timeout_minutes: silence of a rank after which the run ends; so does a collective that takes a quarter longer.
     """
 
-    tensor_parallel: int = 1
+    tensor_parallel: PositiveInt = 1
     sequence_parallel: bool = False
-    recompute: str = "none"
-    device: str = "auto"
+    recompute: Literal["none", "selective", "full"] = "none"
+    device: Device = "auto"
     deterministic: bool = False
-    accelerators: str = "auto"
-    compile: str = "auto"
-    timeout_minutes: float = 10.0
+    accelerators: Literal["auto", "torch"] = "auto"
+    compile: Compile = "auto"
+    timeout_minutes: PositiveFloat = 10.0
 
 
 class Mesh:
@@ -75,6 +72,7 @@ class Mesh:
         """
         world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
         check_layout(config, world)
+        megatron_cpu.install()  # megatron-core takes seconds to import; a mistake in a recipe is told before
         self.device = choose_device(config.device)
         cuda = self.device.type == "cuda"
         megatron_cpu.use_cpu(not cuda)
@@ -120,6 +118,8 @@ class Mesh:
         tensor-parallel regions, differs over both. Inside a sequence-parallel block torch's is switched to that one;
         what has to agree there draws from COMMON_STREAM.
         """
+        from megatron.core import tensor_parallel
+
         # Modulo 2**64, all that a generator takes: odd factors keep the streams of a run apart there too.
         key = (seed * 1_000_003 + step) * 65_537 + self.dp.rank()
         torch.manual_seed(key % 2**64)
@@ -144,17 +144,22 @@ class Mesh:
 
     def close(self) -> None:
         """Ends all groups; over NCCL this waits for the other ranks to do the same."""
+        from megatron.core import parallel_state
+
         self.watch.close()
         dist.destroy_process_group()
         parallel_state.destroy_model_parallel()
 
 
-def _build_groups(tensor_parallel: int, timeout: timedelta) -> ProcessGroupCollection:
-    """megatron-core's groups, and its globals that name them; of those over the same ranks there is one.
+def _build_groups(tensor_parallel: int, timeout: timedelta) -> Any:
+    """megatron-core's ProcessGroupCollection, and its globals that name them; of those over the same ranks there is one.
 
     megatron-core itself makes every group on every rank: at 512 ranks 5,641 rounds through the store, and ten full
     meshes of gloo sockets a rank. Here a rank makes only its own groups, at most three, in the same order on all ranks.
     """
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
     made = {tuple(range(dist.get_world_size())): dist.group.WORLD}
 
     def group_of(ranks: list[int], **_: Any) -> ProcessGroup | None:
@@ -176,7 +181,7 @@ def _build_groups(tensor_parallel: int, timeout: timedelta) -> ProcessGroupColle
 
 def check_layout(config: MeshConfig, world: int) -> None:
     """Raises UserError where `world` ranks cannot be laid out."""
-    if config.tensor_parallel < 1 or world % config.tensor_parallel:
+    if world % config.tensor_parallel:
         raise UserError(
             f"mesh.tensor_parallel is {config.tensor_parallel}, but {world} rank(s) were started",
             "Start a multiple of it (torchrun --nproc-per-node) or change mesh.tensor_parallel.",
@@ -191,7 +196,3 @@ def check_layout(config: MeshConfig, world: int) -> None:
             "mesh.sequence_parallel spreads tokens over tensor-parallel ranks, but mesh.tensor_parallel is 1",
             "Raise mesh.tensor_parallel or set mesh.sequence_parallel to false",
         )
-    chosen = (("recompute", RECOMPUTE), ("device", DEVICES), ("accelerators", CHOICES), ("compile", COMPILE))
-    for key, choices in chosen:
-        if (value := getattr(config, key)) not in choices:
-            raise UserError(f"mesh.{key} is '{value}'", f"It can be {', '.join(choices)}")

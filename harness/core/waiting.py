@@ -1,7 +1,6 @@
-"""Waits for work of unbounded length on some ranks: no collective waits for it, and so no collective's timeout ends the
-run.
+"""Exchange of Python objects between ranks, and waits for work of unbounded length, which no collective's timeout ends.
 
-The ranks meet in the store of the process group. One that raises, or that stands still (`harness.core.watch`), ends the
+The ranks meet in the store of the process group. A rank that raises or stands still (`harness.core.watch`) ends the
 wait of all others with an error.
 """
 
@@ -12,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from harness.core.errors import UserError
 
@@ -22,17 +22,24 @@ T = TypeVar("T")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.5  # seconds between two looks at the store
 
 
+def gather_objects(own: T, group: ProcessGroup | None = None) -> list[T]:
+    """Gathers a small picklable object of every rank of `group` (None: the world), in rank order; collective."""
+    parts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, own, group=group)
+    return parts
+
+
 def in_own_time(work: Callable[[], T], mesh: Mesh, what: str) -> T:
-    """work() of this rank, once every rank has ended its own, however long that took it; collective.
+    """Runs work() and returns its result once every rank has finished its own, however long that takes; collective.
 
     Args:
         work: may differ between ranks, and takes part in no collective.
-        mesh: its watch bounds how long a rank may be silent, not how long it may work.
+        mesh: its watch bounds the silence of a rank, not the length of its work.
         what: the work in words, for an error: 'writing the documents'.
 
     Raises:
         UserError: work() of some rank raised one: raised on all; or a rank was not heard of for mesh.timeout_minutes.
-        RuntimeError: that of another rank raised something else.
+        RuntimeError: work() of another rank raised something else.
     """
     if mesh.world_size == 1:
         return work()
@@ -49,25 +56,22 @@ def in_own_time(work: Callable[[], T], mesh: Mesh, what: str) -> T:
 
 
 def on_first_rank(make: Callable[[], T], mesh: Mesh, what: str) -> T:
-    """make() of rank 0 for every rank, however long it takes; collective. Raises what `in_own_time` does."""
+    """Runs make() on rank 0 and gives its result to every rank; collective. Raises what `in_own_time` does."""
     made: list[Any] = [in_own_time(make if mesh.rank == 0 else lambda: None, mesh, what)]
     dist.broadcast_object_list(made)
     return made[0]
 
 
 def of_all_ranks(work: Callable[[], T], mesh: Mesh, what: str) -> list[T]:
-    """work() of every rank, in their order, for every rank, however long it takes; collective. Raises what
+    """Runs work() on every rank and gives all results, in rank order, to every rank; collective. Raises what
     `in_own_time` does.
     """
-    made = in_own_time(work, mesh, what)
-    parts: list[Any] = [None] * mesh.world_size
-    dist.all_gather_object(parts, made)
-    return parts
+    return gather_objects(in_own_time(work, mesh, what))
 
 
 class _Place:
-    """This rank in one wait. Rank 0 watches all ranks, the others watch rank 0: a look at the store costs few reads at
-    any number of ranks.
+    """State of this rank in one wait. Rank 0 watches all ranks, the others watch rank 0, so that a look at the store
+    costs few reads at any number of ranks.
     """
 
     def __init__(self, mesh: Mesh, what: str) -> None:
@@ -85,7 +89,7 @@ class _Place:
         self.store.set(f"{self.key}/{kind}", text)
 
     def wait(self) -> None:
-        """Returns when all ranks have finished: rank 0 sees it and tells the others."""
+        """Returns when all ranks have finished; rank 0 sees it and tells the others."""
         missing = [f"done/{rank}" for rank in range(1, self.mesh.world_size)] if self.mesh.rank == 0 else ["all"]
         pause, watch = _FIRST_PAUSE, self.mesh.watch
         watch.waits = True

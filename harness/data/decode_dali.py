@@ -8,14 +8,15 @@ the rate), and a batched matrix product may round differently in another batch.
 
 from __future__ import annotations
 
-import io
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
 
+from harness.catalogue.pixels import Colour, plain
 from harness.data.decode_pillow import decode_rgb
 from harness.data.nvjpeg import require_nvjpeg
 from harness.data.preprocess import Parameters, PreprocessSpec
@@ -58,6 +59,7 @@ class ImagePipeline:
         if device == "mixed":
             self.line += f", nvJPEG {require_nvjpeg()}"
         self._mixed = device == "mixed"
+        self._num_threads = num_threads
         # DALI's buffers that this call reads, and those of the call before with the event after which nothing reads
         # them.
         self._lent: list[torch.Tensor] = []
@@ -73,7 +75,7 @@ class ImagePipeline:
         of the call.
 
         Args:
-            encoded: n <= batch_size files as bytes; JPEG and PNG are fastest, anything that Pillow reads will do.
+            encoded: n <= batch_size files as bytes; 8-bit JPEG and PNG are fastest; Pillow reads all others.
             params: arrays of n rows from `draw_parameters`.
 
         Returns:
@@ -85,7 +87,7 @@ class ImagePipeline:
         if not encoded:
             size = self.spec.image_size
             return torch.zeros((0, 3, size, size), device=self._mean.device), torch.zeros(0, dtype=torch.bool)
-        safe = [_make_safe(data) for data in encoded]
+        safe = self._safe(encoded)
         windows = {name: np.array(params[name], np.int32, order="C") for name in _BLANK_WINDOW}
         hopeless = [row for row, data in enumerate(safe) if data is None]
         for name, blank in _BLANK_WINDOW.items():
@@ -104,6 +106,17 @@ class ImagePipeline:
         self._give_back(held=0)
         self._pipeline = None
 
+    def _safe(self, encoded: list[bytes]) -> list[bytes | None]:
+        """Each file as it is where DALI finds Pillow's pixels in it, else as Pillow reads it; None where it cannot."""
+        safe: list[bytes | None] = [data if plain(data) else None for data in encoded]
+        others = [row for row, data in enumerate(safe) if data is None]
+        if others:
+            with ThreadPoolExecutor(self._num_threads) as threads:
+                bitmaps = threads.map(lambda row: _bitmap(encoded[row], self.spec.background), others)
+                for row, bitmap in zip(others, bitmaps, strict=True):
+                    safe[row] = bitmap
+        return safe
+
     def _planes(self, encoded: list[bytes], windows: Parameters) -> tuple[torch.Tensor, np.ndarray]:
         """Float32 [n, 3, S, S] in 0..1 and which rows were readable. DALI loses a whole batch to one bad image, but the
         dynamic executor lives on: halving the batch finds the culprits in a few runs."""
@@ -111,14 +124,24 @@ class ImagePipeline:
             return self._run(encoded, windows), np.ones(len(encoded), dtype=bool)
         except RuntimeError:
             if len(encoded) == 1:
-                # Raises if the device is broken, which must not pass for a bad image.
-                return self._run([_BLANK], _BLANK_WINDOW), np.zeros(1, dtype=bool)
+                return self._one(encoded[0], windows)
         middle = len(encoded) // 2
         halves = [
             self._planes(encoded[part], {name: array[part] for name, array in windows.items()})
             for part in (slice(0, middle), slice(middle, None))
         ]
         return torch.cat([planes for planes, _ in halves]), np.concatenate([readable for _, readable in halves])
+
+    def _one(self, encoded: bytes, windows: Parameters) -> tuple[torch.Tensor, np.ndarray]:
+        """As `_planes`, of an image that DALI has refused. What Pillow reads is good in both backends."""
+        bitmap = None if encoded.startswith(b"P6") else _bitmap(encoded, self.spec.background)
+        if bitmap is not None:
+            try:
+                return self._run([bitmap], windows), np.ones(1, dtype=bool)
+            except RuntimeError:
+                pass
+        # Raises if the device is broken, which must not pass for a bad image.
+        return self._run([_BLANK], _BLANK_WINDOW), np.zeros(1, dtype=bool)
 
     def _run(self, encoded: list[bytes], windows: Parameters) -> torch.Tensor:
         stream = [torch.cuda.current_stream(self._mean.device)] if self._mixed else []  # else run waits for its result
@@ -193,16 +216,10 @@ def _build(size: int, batch_size: int, num_threads: int, device: str, device_id:
     return pipeline
 
 
-def _make_safe(encoded: bytes) -> bytes | None:
-    """Bytes that DALI most likely decodes: whole JPEG and PNG files as they are, all else through Pillow as a bitmap;
-    None where Pillow gives up too. A glance at both ends of a file is cheap, a lost batch is not."""
-    jpeg = encoded[:3] == b"\xff\xd8\xff" and b"\xff\xd9" in encoded[-64:]
-    png = encoded[:8] == b"\x89PNG\r\n\x1a\n" and b"IEND" in encoded[-16:]
-    if jpeg or png:
-        return encoded
+def _bitmap(encoded: bytes, background: Colour) -> bytes | None:
+    """What Pillow reads, as a file that DALI reads; None where Pillow gives up."""
     try:
-        bitmap = io.BytesIO()
-        decode_rgb(encoded).save(bitmap, "PPM")
-        return bitmap.getvalue()
+        image = decode_rgb(encoded, background)
     except ValueError:
         return None
+    return b"P6 %d %d 255\n" % image.size + image.tobytes()

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import io
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from harness.data.preprocess import Parameters, PreprocessSpec
+from harness.catalogue.pixels import Colour, on_background, open_picture, upright
+from harness.data.preprocess import WHITE, Parameters, PreprocessSpec
 
 
-def decode_rgb(encoded: bytes) -> Image.Image:
-    """The whole image, upright (EXIF orientation applied), in 8-bit RGB; transparency is dropped.
+def decode_rgb(encoded: bytes, background: Colour = WHITE) -> Image.Image:
+    """The whole image, upright, in 8-bit RGB (see `harness.catalogue.pixels.upright`).
+
+    Args:
+        encoded: an image file.
+        background: what shows through transparent pixels.
 
     Raises:
         ValueError: the bytes are no image that Pillow reads to its end.
     """
     try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
-        if image.mode.startswith("I;16"):
-            # Pillow would clip 16-bit grey at 255.
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("RGB")
+        with open_picture(encoded) as picture:
+            return on_background(upright(picture), background)
     except Exception as error:  # Pillow's readers raise all kinds of errors on hostile bytes
         raise ValueError(f"not a readable image: {error}") from error
 
@@ -68,7 +69,7 @@ class ReferencePipeline:
         self._threads.shutdown()
 
     def _one(self, encoded: bytes, params: Parameters) -> npt.NDArray[np.float32]:
-        image = decode_rgb(encoded)
+        image = decode_rgb(encoded, self.spec.background)
         (x, y), (width, height) = params["anchor"].tolist(), params["shape"].tolist()
         if x < 0 or y < 0 or x + width > image.width or y + height > image.height:
             raise ValueError(f"window {width} x {height} at {x}, {y} leaves the image {image.width} x {image.height}")

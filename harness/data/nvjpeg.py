@@ -1,5 +1,5 @@
-"""Check of the nvJPEG in use: DALI takes the one that the loader finds first, and with an old one decodes on the CPU in
-silence.
+"""Check of the loaded nvJPEG: DALI takes the first that the dynamic loader finds, and with an old one silently decodes
+on the CPU.
 """
 
 from __future__ import annotations
@@ -10,19 +10,15 @@ from pathlib import Path
 
 from harness.core.errors import UserError
 
-# nvimgcodec 0.9 refuses a window with fancy upsampling, which is what harness/data/decode_dali.py asks for, to an
-# nvJPEG before this one.
+# nvimgcodec 0.9 gives no older nvJPEG a window with fancy upsampling, which harness/data/decode_dali.py asks for.
 LEAST = (13, 2)
-NAMES = (
-    "libnvjpeg.so.13",
-    "libnvjpeg.so.12",
-    "libnvjpeg.so",
-)  # in nvimgcodec's order; a wheel holds the one of its CUDA
+# In nvimgcodec's order; a wheel contains the one of its CUDA.
+NAMES = ("libnvjpeg.so.13", "libnvjpeg.so.12", "libnvjpeg.so")
 MAPS = Path("/proc/self/maps")
 
 
 def loaded_nvjpeg() -> tuple[tuple[int, int, int], str] | None:
-    """Version and file of the nvJPEG in this process; None where no pipeline has loaded one."""
+    """Version and file of the nvJPEG in this process; None if no pipeline has loaded one."""
     for name in NAMES:
         try:
             library = ctypes.CDLL(name, os.RTLD_NOLOAD | os.RTLD_NOW)
@@ -39,29 +35,29 @@ def loaded_nvjpeg() -> tuple[tuple[int, int, int], str] | None:
 
 
 def require_nvjpeg() -> str:
-    """Version and file of the nvJPEG that the pipelines of this process use, once one has been built.
+    """Version and file of the nvJPEG that the pipelines of this process use; call it after one was built.
 
     Raises:
-        UserError: none, or one before LEAST.
+        UserError: none is loaded, or one older than LEAST.
     """
     found, least = loaded_nvjpeg(), ".".join(map(str, LEAST))
     remedy = (
-        "Let LD_LIBRARY_PATH not name an older CUDA (module unload cuda), so that the nvidia-nvjpeg that pip installed is found; where the "
-        "driver allows no CUDA 13, decode on the CPU: data.backend dali_cpu"
+        "Remove an older CUDA from LD_LIBRARY_PATH (module unload cuda), so that the nvidia-nvjpeg that pip installed "
+        "is found; if the driver does not allow CUDA 13, decode on the CPU: data.backend dali_cpu"
     )
     if found is None:
-        raise UserError("DALI has loaded no nvJPEG, so that JPEGs would be decoded on the CPU in silence", remedy)
+        raise UserError("DALI has loaded no nvJPEG: it would silently decode JPEGs on the CPU", remedy)
     version, file = found
     text = ".".join(map(str, version))
     if version < LEAST:
         raise UserError(
-            f"{file} is nvJPEG {text}; before {least} DALI decodes windows of JPEGs on the CPU in silence", remedy
+            f"{file} is nvJPEG {text}; before {least} DALI silently decodes windows of JPEGs on the CPU", remedy
         )
     return f"{text} ({file})"
 
 
 def _file(name: str) -> str:
-    """Path of a loaded library; only its name where the system does not say."""
+    """Path of a loaded library, or its name if the system does not tell."""
     try:
         paths = [
             line.split(maxsplit=5)[-1].strip() for line in MAPS.read_text().splitlines() if "/libnvjpeg.so" in line

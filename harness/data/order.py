@@ -2,8 +2,8 @@
 
     position -> (epoch, offset) -> keyed bijection of the epoch's slots -> slot -> class -> keyed rotation of members
 
-An epoch of a kind has as many positions as governance gave slots; every class fills exactly its slots in it. The slots
-exist as prefix sums only, mapped from disk, so that ten billion of them open as fast as ten.
+An epoch of a kind has one position for each slot that governance gave; every class fills exactly its slots in it. The
+slots exist as prefix sums only, mapped from disk, so that ten billion of them open as fast as ten.
 """
 
 from __future__ import annotations
@@ -18,17 +18,14 @@ from harness.catalogue.catalogue import MOST, open_array
 from harness.catalogue.classes import ARRAYS, GOVERNANCE_FORMAT, KINDS
 from harness.core.errors import UserError
 from harness.core.files import read_record
-from harness.core.keyed_random import keyed_hash, keyed_permutation
+from harness.core.keyed_random import Stream, keyed_hash, keyed_permutation
 
 Ints = npt.NDArray[np.int64]
-
-# One word per use of the seed keeps the streams apart.
-_SLOT, _MEMBER, _PAIR = 1, 2, 3
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Samples at n positions: int64 arrays [n]."""
+    """Samples at n positions; int64 arrays [n]."""
 
     sample_ids: Ints
     class_ids: Ints
@@ -45,11 +42,11 @@ class _Kind:
 
 
 class ClassOrder:
-    """The order that a governed catalogue and a seed define.
+    """Order defined by a governed catalogue and a seed.
 
     Attributes:
         seed: any integer.
-        order_id: 16 hex digits, the checksum of the governed classes: positions mean the same only under the same id.
+        order_id: 16 hex digits, checksum of the governed classes; positions are comparable only under the same id.
         num_classes: class ids are 0 .. num_classes - 1.
     """
 
@@ -61,7 +58,7 @@ class ClassOrder:
 
     @classmethod
     def open(cls, catalogue: Path, seed: int) -> ClassOrder:
-        """Map the classes of a catalogue; no array is read through, so it costs the same at any size.
+        """Maps the classes of a catalogue without reading them, at the same cost for any size.
 
         Raises:
             UserError: the catalogue has no classes, or they are incomplete.
@@ -87,7 +84,7 @@ class ClassOrder:
         return int(self._kinds[kind].slot_offsets[-1])
 
     def draw(self, kind: str, positions: npt.ArrayLike) -> Draw:
-        """Samples at the given positions; each answer depends on its own position alone.
+        """Samples at the given positions; each answer depends on its own position only.
 
         Over consecutive epochs a class walks through all its members, once each per lap, every lap in another order.
 
@@ -105,22 +102,22 @@ class ClassOrder:
         if position.size and position.min() < 0:
             raise ValueError("positions start at 0")
         epochs, offsets = np.divmod(position, slots)
-        slot = keyed_permutation(offsets, slots, keyed_hash(self.seed, _SLOT, word, epochs))
+        slot = keyed_permutation(offsets, slots, keyed_hash(self.seed, Stream.SLOT, word, epochs))
         class_ids = np.searchsorted(arrays.slot_offsets, slot, side="right") - 1
         first = arrays.slot_offsets[class_ids]
         visit = epochs * (arrays.slot_offsets[class_ids + 1] - first) + (slot - first)
         begin, size = self._members(kind, class_ids)
         lap, place = np.divmod(visit, size)
-        member = keyed_permutation(place, size, keyed_hash(self.seed, _MEMBER, word, class_ids, lap))
+        member = keyed_permutation(place, size, keyed_hash(self.seed, Stream.MEMBER, word, class_ids, lap))
         return Draw(np.asarray(arrays.members[begin + member]), class_ids, epochs)
 
     def paired(self, class_ids: npt.ArrayLike, positions: npt.ArrayLike, kind: str) -> Ints:
-        """A member of the given kind for each class, uniform and keyed by the position.
+        """Draws a member of the given kind for each class, uniform and keyed by the position.
 
         Args:
             class_ids: integers [n].
-            positions: integers [n], for contrastive training those of the queries to be paired.
-            kind: the kind of the members wanted.
+            positions: integers [n]; in contrastive training, positions of the queries to be paired.
+            kind: kind of the members.
 
         Returns:
             sample ids, int64 [n].
@@ -130,7 +127,7 @@ class ClassOrder:
         """
         classes = np.asarray(class_ids, dtype=np.int64)
         begin, size = self._members(kind, classes)
-        pick = keyed_hash(self.seed, _PAIR, KINDS[kind], classes, positions) % size.astype(np.uint64)
+        pick = keyed_hash(self.seed, Stream.PAIR, KINDS[kind], classes, positions) % size.astype(np.uint64)
         return np.asarray(self._kinds[kind].members[begin + pick.astype(np.int64)])
 
     def _members(self, kind: str, class_ids: Ints) -> tuple[Ints, Ints]:
@@ -146,9 +143,9 @@ class ClassOrder:
 
 
 def ledger(positions: npt.ArrayLike, ids: npt.ArrayLike, kind: str, key: int) -> int:
-    """Account of what was read: the sum modulo 2**64 of keyed hashes of (position, id).
+    """Sum modulo 2**64 of keyed hashes of (position, id), an account of the samples read.
 
-    The sums of disjoint parts add up (modulo 2**64) to the sum of the whole, in any order and on any number of ranks,
-    so two runs have read the same samples at the same positions if and, but for chance, only if their ledgers agree.
+    The sums of disjoint parts add up (modulo 2**64) to the sum of the whole, in any order and on any number of ranks.
+    Two runs have read the same samples at the same positions if and, but for chance, only if their ledgers agree.
     """
     return int(keyed_hash(key, KINDS[kind], positions, ids).sum(dtype=np.uint64))

@@ -16,14 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.core.errors import UserError
-from harness.core.keyed_random import keyed_uniform
+from harness.core.keyed_random import Stream, keyed_uniform
+from models.plain_values import from_plain
+from models.ranges import Byte, ClosedUnitInterval, HalfTurn, Pixels, PositiveFloat, UnitIntervalAbove0
 
 # anchor int32 [n, 2] and shape int32 [n, 2]: window (x, y) and (width, height) in pixels of the oriented image;
 # flip int32 [n]; matrix float32 [n, 3, 3] and offset float32 [n, 3]: colour = matrix @ rgb + offset for rgb in 0..1.
 Parameters = dict[str, npt.NDArray[Any]]
 
-LARGEST_IMAGE = 8192  # pixels; checked before memory is taken for it
-_AUGMENT = 4  # keeps these draws apart from those of harness/data/order.py under the same seed
+WHITE = (255, 255, 255)
 
 _LUMA = np.array([0.299, 0.587, 0.114])
 _YIQ = np.array([_LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
@@ -48,40 +49,29 @@ class PreprocessSpec:
         saturation: colours move away from their own grey by a factor in 1 -+ this; 0 = off.
         hue: hues turn by up to this share of the colour circle, both ways; 0 = off, at most 0.5.
         eval_crop: side of evaluation's centred square window as a share of the image's short side.
+        background: red, green and blue in 0..255 that show through transparent pixels.
     """
 
-    image_size: int = 224
+    image_size: Pixels = 224
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    crop_scale: tuple[float, float] = (0.35, 1.0)
-    crop_ratio: tuple[float, float] = (0.75, 1.3333)
-    flip: float = 0.5
-    brightness: float = 0.2
-    contrast: float = 0.2
-    saturation: float = 0.2
-    hue: float = 0.02
-    eval_crop: float = 0.875
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
+    crop_scale: tuple[UnitIntervalAbove0, UnitIntervalAbove0] = (0.35, 1.0)
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.3333)
+    flip: ClosedUnitInterval = 0.5
+    brightness: ClosedUnitInterval = 0.2
+    contrast: ClosedUnitInterval = 0.2
+    saturation: ClosedUnitInterval = 0.2
+    hue: HalfTurn = 0.02
+    eval_crop: UnitIntervalAbove0 = 0.875
+    background: tuple[Byte, Byte, Byte] = WHITE
 
-    def __post_init__(self) -> None:
-        least_area, most_area = self.crop_scale
-        least_ratio, most_ratio = self.crop_ratio
-        rules = {
-            f"image_size must lie in 1..{LARGEST_IMAGE}": isinstance(self.image_size, int)
-            and 1 <= self.image_size <= LARGEST_IMAGE,
-            "mean must have 3 numbers": len(self.mean) == 3 and all(map(np.isfinite, self.mean)),
-            "std must have 3 positive numbers": len(self.std) == 3 and min(self.std) > 0,
-            "crop_scale must be 0 < least <= most <= 1": 0 < least_area <= most_area <= 1,
-            "crop_ratio must be 0 < least <= most": 0 < least_ratio <= most_ratio,
-            "flip must lie in 0..1": 0 <= self.flip <= 1,
-            "brightness must lie in 0..1": 0 <= self.brightness <= 1,
-            "contrast must lie in 0..1": 0 <= self.contrast <= 1,
-            "saturation must lie in 0..1": 0 <= self.saturation <= 1,
-            "hue must lie in 0..0.5": 0 <= self.hue <= 0.5,
-            "eval_crop must be above 0 and at most 1": 0 < self.eval_crop <= 1,
-        }
-        for rule, holds in rules.items():
-            if not holds:
-                raise UserError(f"preprocess: {rule}, not {getattr(self, rule.split()[0])}")
+    def errors(self, where: str) -> list[str]:
+        """Errors for values that do not fit together; each names its key under `where`."""
+        return [
+            f"{where}.{name} is {value}; the least must not be above the most"
+            for name, value in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio))
+            if value[0] > value[1]
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """All fields by name, ready for JSON."""
@@ -95,18 +85,19 @@ class PreprocessSpec:
             UserError: a field is missing or unknown: defaults must not stand in for what a model was trained with.
         """
         names = {field.name for field in dataclasses.fields(cls)}
+        values = {"background": WHITE, **values}  # files from before it was a field have none
         if difference := names ^ values.keys():
             raise UserError(
                 f"preprocess: missing or unknown: {', '.join(sorted(difference))}",
                 "The file was written by another version of shelfmark, or by hand",
             )
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-        }
         try:
-            return cls(**fields)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"preprocess: a value of another kind ({error})", "The file was written by hand") from error
+            spec = from_plain(cls, values, "preprocess")
+        except ValueError as error:
+            raise UserError(str(error), "The file was written by hand") from error
+        if errors := spec.errors("preprocess"):
+            raise UserError(errors[0], "The file was written by hand")
+        return spec
 
 
 def draw_parameters(
@@ -143,7 +134,7 @@ def draw_parameters(
         matrix, offset = np.tile(np.eye(3), (len(ids), 1, 1)), np.zeros((len(ids), 3))
         return _pack((image - shape) // 2, shape, flip, matrix, offset)
     epoch, number, visit = (np.broadcast_to(np.asarray(word), ids.shape)[:, None] for word in (epochs, ids, variant))
-    uniform = keyed_uniform(seed, _AUGMENT, epoch, number, visit, np.arange(9)).T
+    uniform = keyed_uniform(seed, Stream.AUGMENT, epoch, number, visit, np.arange(9)).T
     shape = _window_shape(spec, image, uniform[0], uniform[1])
     anchor = np.floor(uniform[2:4].T * (image - shape + 1)).astype(np.int64)
     matrix, offset = _colour(spec, 2 * uniform[5:9] - 1)

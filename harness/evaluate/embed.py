@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,12 +16,14 @@ from tqdm import tqdm
 from harness.catalogue.catalogue import Catalogue
 from harness.core.errors import UserError
 from harness.core.mesh import Mesh
-from harness.data.loader import DataConfig, ImageReader, Pixels, share
+from harness.data.config import DataConfig
+from harness.data.images import ImageReader, Pixels
 from harness.evaluate.coded import Coded, encoded
 from harness.evaluate.ranking import Embedded
 from harness.text.tokenizer import FIELDS, Tokenizer, TokenStore
 from models.batch import Batch
-from models.registry import Method
+from models.comm import share
+from models.method import Method, MethodConfig
 
 
 @dataclass(frozen=True)
@@ -130,13 +131,15 @@ class Embedder:
 
     Args:
         data: the run's preprocessing and decoder.
-        model: the method's configuration: embedding_dim and text.max_length.
+        model: the method's configuration.
         tokenizer: the run's tokenizer.
         batch_size: images embedded at once.
         mesh: the ranks.
     """
 
-    def __init__(self, data: DataConfig, model: Any, tokenizer: Tokenizer, batch_size: int, mesh: Mesh) -> None:
+    def __init__(
+        self, data: DataConfig, model: MethodConfig, tokenizer: Tokenizer, batch_size: int, mesh: Mesh
+    ) -> None:
         self.data, self.model, self.tokenizer, self.batch_size, self.mesh = data, model, tokenizer, batch_size, mesh
 
     def embed(self, method: Method, side: Side, seen: str = "both") -> Embedded:
@@ -177,14 +180,16 @@ class Embedder:
 
     @torch.no_grad()
     def embed_texts(self, method: Method, texts: Sequence[str]) -> Embedded:
-        """This rank's share of text queries; ids and labels are their places in `texts`."""
+        """This rank's share of text queries, which the method takes; ids and labels are their places in `texts`."""
+        query = self.model.query_text
+        assert query is not None, "the method takes photos"
         size, own = self.batch_size, self._own(len(texts))
         vectors = torch.empty(len(own), self.model.embedding_dim, device=self.mesh.device)
         for start in range(own.start, own.stop, size):
             part = [*texts[start : min(start + size, own.stop)]]
             store = TokenStore.encode(self.tokenizer, {"query": part})
             full = np.minimum(np.arange(size), len(part) - 1)
-            tokens = torch.from_numpy(store.batch(full, self.model.query.max_length, ["query"]))
+            tokens = torch.from_numpy(store.batch(full, query.max_length, ["query"]))
             batch = Batch.of_texts(tokens).to(self.mesh.device, next(method.towers.parameters()).dtype)
             vectors[start - own.start : start - own.start + size] = method.embed_query(batch)[: len(part)]
         ids = torch.arange(own.start, own.stop, device=self.mesh.device)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -17,82 +16,27 @@ from harness.catalogue.wholeness import require_whole
 from harness.core.errors import UserError
 from harness.core.files import printable
 from harness.core.mesh import Mesh
-from harness.data.loader import DataConfig
-from harness.evaluate.attribute_queries import AttributeQueries
-from harness.evaluate.category import CategoryTask
+from harness.data.config import DataConfig
+from harness.evaluate.calibration import CalibrationConfig, calibrate, documents_to_fit
 from harness.evaluate.embed import ClassKeys, Embedder, Side, side_of
 from harness.evaluate.ranking import Embedded
-from harness.evaluate.tasks import (
-    Found,
-    Gallery,
-    PhotoTask,
-    SameProductTask,
-    Shown,
-    Task,
-    TextTask,
-    head_and_tail,
-    require_attributes,
-    spread,
-)
+from harness.evaluate.tasks.registry import TASKS
+from harness.evaluate.tasks.task import CommonConfig, Found, Gallery, Shown, TaskInputs, require_attributes, spread
 from harness.text.tokenizer import Tokenizer
-from models.registry import METHODS, Method
+from models.method import Calibration, Method, MethodConfig
+from models.registry import METHODS
+
+COUNTS = ("queries", "queries_without_relevant", "documents")  # figures that are no metrics
+_OF_TASKS = dict.fromkeys(task.config for task in TASKS.values() if task.config is not CommonConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """Configuration of evaluation, during training and by `shelfmark eval`.
-
-    Args:
-        split: split of the queries (and of documents that are not in every split).
-        batch_size: images embedded at once.
-        tasks: what is asked: photo, text, same_product, category; none names the method's usual one. Figures of the
-            first keep plain names.
-        final_tasks: what is asked besides once training has ended.
-        views: what is seen of documents: both, title, image; more than one is a modality drop.
-        query_attributes: attributes that the queries of the task text are made of.
-        bare_titles: attributes whose values' words are also tried without, in the titles of the task text.
-        category: attribute that the task category predicts, and by whose values MAKE's weights are reported.
-        learn_split: split of the documents that the task category learns from; those that are also in `split` do not
-            teach.
-        probe_documents: at most so many documents teach the task category, and at most so many are asked, chosen by
-            their ids: one rank holds them.
-        align_documents: at most so many documents of learn_split that a method's alignment of its views is fitted to
-            (model.aligned).
-        slices: attribute columns of the catalogue whose values get figures of their own.
-        distractors: other catalogues whose documents join the gallery, relevant to nothing.
-        panel: queries shown with their best documents in TensorBoard.
-        projector: at most so many of the catalogue's documents shown in TensorBoard's projector; 0 shows none.
-    """
-
-    split: str = "val"
-    batch_size: int = 128
-    tasks: tuple[str, ...] = ()
-    final_tasks: tuple[str, ...] = ()
-    views: tuple[str, ...] = ("both",)
-    query_attributes: tuple[str, ...] = ()
-    bare_titles: tuple[str, ...] = ()
-    category: str = ""
-    learn_split: str = "train"
-    probe_documents: int = 200_000
-    align_documents: int = 8192
-    slices: tuple[str, ...] = ()
-    distractors: tuple[Path, ...] = ()
-    panel: int = 8
-    projector: int = 1000
+class EvaluationConfig(CalibrationConfig, *_OF_TASKS):  # type: ignore[misc]
+    """Configuration of evaluation, during training and by `shelfmark eval`; tasks add keys of their own."""
 
     def errors(self, method: str) -> list[str]:
-        """Errors for values out of range and for tasks or views that the method lacks; each names its key."""
+        """Errors for tasks or views that the method lacks; each names its key."""
         errors, spec = [], METHODS[method]
-        if self.batch_size < 1:
-            errors.append("evaluation.batch_size must be at least 1")
-        errors += [
-            f"evaluation.{name} must be at least 2"
-            for name in ("align_documents", "probe_documents")
-            if getattr(self, name) < 2
-        ]
-        errors += [
-            f"evaluation.{name} must be at least 0" for name in ("panel", "projector") if getattr(self, name) < 0
-        ]
         for key, given, known in (
             ("tasks", self.tasks, spec.tasks),
             ("final_tasks", self.final_tasks, spec.tasks),
@@ -103,14 +47,13 @@ class EvaluationConfig:
                 for name in given
                 if name not in known
             ]
-        asked = {*(self.tasks or spec.tasks[:1]), *self.final_tasks}
-        if "text" in asked and not self.query_attributes:
-            errors.append("evaluation.query_attributes is empty: the task text makes its queries of attributes")
-        if "category" in asked and not self.category:
-            errors.append("evaluation.category is empty: the task category predicts an attribute")
         if not self.views:
             errors.append("evaluation.views is empty")
-        return errors
+        return errors or [error for name in self.asked(method) for error in TASKS[name].errors(self)]
+
+    def asked(self, method: str) -> list[str]:
+        """Names of all tasks, those of the end last."""
+        return [*dict.fromkeys([*(self.tasks or METHODS[method].tasks[:1]), *self.final_tasks])]
 
 
 @dataclass(frozen=True)
@@ -152,14 +95,15 @@ class Evaluation:
         config: tasks, split, slices, distractors.
         method: its name.
         data: the run's preprocessing and decoder.
-        model: the method's configuration: embedding_dim and text.max_length.
+        model: the method's configuration.
         catalogue: the catalogue with queries and documents.
         tokenizer: the run's tokenizer; it encodes distractors too.
         classes: the run's classes.parquet, for the slices seen / never trained and head / tail.
         mesh: the ranks.
+        calibration: the method's, where `calibrate` will be called.
 
     Raises:
-        UserError: the split has nothing that a task needs, or an attribute is unknown.
+        UserError: the split has nothing that a task or the calibration needs, or an attribute is unknown.
     """
 
     def __init__(
@@ -167,29 +111,44 @@ class Evaluation:
         config: EvaluationConfig,
         method: str,
         data: DataConfig,
-        model: Any,
+        model: MethodConfig,
         catalogue: Catalogue,
         tokenizer: Tokenizer,
         classes: Path,
         mesh: Mesh,
+        calibration: Calibration | None = None,
     ) -> None:
-        self.config, self.mesh, self.catalogue, self.classes = config, mesh, catalogue, classes
+        self.config, self.mesh, self.catalogue = config, mesh, catalogue
         self.embedder = Embedder(data, model, tokenizer, config.batch_size, mesh)
-        for key in ("slices", "query_attributes", "bare_titles"):
-            require_attributes(catalogue, getattr(config, key), f"evaluation.{key}")
-        require_attributes(catalogue, [config.category] if config.category else [], "evaluation.category")
         self._keys = ClassKeys()
-        named = dict.fromkeys([*config.slices, *config.query_attributes, *config.bare_titles, config.category])
-        self._columns = [name for name in named if name]
+        self._columns = self._attributes()
         self.documents = [self.side("document", config.split)]
         offset = catalogue.num_samples
-        usual = config.tasks or METHODS[method].tasks[:1]
-        self.tasks = [self._task(name) for name in usual]
-        self.final_tasks = [self._task(name) for name in config.final_tasks if name not in usual]
+        inputs = TaskInputs(
+            config=config,
+            documents=self.documents[0],
+            side=self.side,
+            classes=classes,
+            keys=self._keys,
+            embedder=self.embedder,
+            mesh=mesh,
+        )
+        made = {name: TASKS[name](inputs) for name in config.asked(method)}
+        usual = len({*config.tasks}) or 1
+        self.tasks, self.final_tasks = [*made.values()][:usual], [*made.values()][usual:]
         for path in config.distractors:
             require_whole(other := Catalogue(path), mesh)
             self.documents.append(side_of(other, "document", None, [], None, offset))
             offset += other.num_samples
+        self.fitted_to: Side | None = None
+        if calibration is not None:
+            learned = self.side("document", config.learn_split)
+            self.fitted_to = documents_to_fit(calibration, learned, config.align_documents)
+
+    def calibrate(self, method: Method) -> None:
+        """Fits the method's calibration to the weights as they are; nothing without one. Collective."""
+        if self.fitted_to is not None:
+            calibrate(method, self.fitted_to, self.embedder)
 
     def run(self, method: Method, final: bool = True) -> Report:
         """Embeds, ranks and measures; collective. `final` asks final_tasks too. The towers are left in training mode if
@@ -208,21 +167,6 @@ class Evaluation:
         finally:
             method.towers.train(training)
 
-    def _task(self, name: str) -> Task:
-        config, documents = self.config, self.documents[0]
-        if name == "photo":
-            queries, kinds = self.side("query", config.split), head_and_tail(self.classes, self._keys)
-            return PhotoTask(queries, documents, config.slices, kinds, config.panel, self.embedder, self.mesh)
-        if name == "same_product":
-            return SameProductTask(documents, config.slices, self.mesh)
-        if name == "category":
-            learned = self.side("document", config.learn_split)
-            if config.learn_split != config.split:  # documents of split 'all' are asked, so they may not teach
-                learned = learned.select(~np.isin(learned.ids, documents.ids))
-            return CategoryTask(learned, documents, config.category, self.embedder, self.mesh, config.probe_documents)
-        texts = AttributeQueries(documents, config.query_attributes)
-        return TextTask(texts, config.bare_titles, config.category, config.panel, self.embedder, self.mesh)
-
     def side(self, kind: str, split: str) -> Side:
         """The catalogue's queries or documents of a split.
 
@@ -237,6 +181,21 @@ class Evaluation:
                 f"The splits are {splits} (evaluation.split, evaluation.learn_split)",
             )
         return side
+
+    def _attributes(self) -> list[str]:
+        """Attributes that slices and tasks name, each once.
+
+        Raises:
+            UserError: the catalogue lacks one.
+        """
+        keys = dict.fromkeys(["slices", *(key for task in TASKS.values() for key in task.attributes)])
+        named: dict[str, None] = {}
+        for key in keys:
+            value = getattr(self.config, key)
+            names = [value] if isinstance(value, str) else [*value]
+            require_attributes(self.catalogue, filter(None, names), f"evaluation.{key}")
+            named |= dict.fromkeys(filter(None, names))
+        return [*named]
 
     def _sample(self, documents: Embedded) -> Embedded | None:
         """`Report.sample`, gathered from the ranks' shares; collective over dp."""
@@ -255,9 +214,7 @@ def print_report(report: Report, title: str) -> None:
     """The report as tables on standard output, one for each task."""
     print(title)
     for name, found in report.found.items():
-        metrics = [
-            m for m in found.figures if "_at_" in m or m in ("map", "mrr") or m.endswith(("accuracy", "macro_f1"))
-        ]
+        metrics = [m for m in found.figures if m not in COUNTS and not m.startswith("weight_")]
         plain = [metric for metric in metrics if not metric.startswith("bare_")]
         width = max(14, *(len(metric) + 2 for metric in plain))
         print(f"{name:<32}{'queries':>9}" + "".join(f"{metric:>{width}}" for metric in plain))

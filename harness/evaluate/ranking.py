@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harness.core.errors import UserError
+from models.comm import gather_shards, gather_to_first, shard_sizes
 
 VECTOR_BITS = 26  # vectors are whole multiples of 2**-26
 SCORE_BITS = 24  # scores are whole multiples of 2**-24
@@ -159,7 +160,7 @@ def top_k(
         ValueError: an id is out of range.
     """
     found = []
-    gallery = sum(_all_gather_ints([len(documents.ids)], queries.ids.device, group)[:, 0].tolist())
+    gallery = sum(shard_sizes(len(documents.ids), group, queries.ids.device))
     k, rank = min(k, gallery), dist.get_rank(group) if group is not None else 0
     for block in _query_blocks(queries, documents, group, query_block):
         best = torch.full((len(block.ids), k), _LAST, device=block.ids.device)
@@ -180,8 +181,8 @@ def _query_blocks(
 ) -> Iterator[_Block]:
     """Gather the queries of all ranks block by block, after a check of the input that all ranks share."""
     device = queries.ids.device
-    facts = _all_gather_ints([len(queries.ids), _fault(queries) or _fault(documents)], device, group)
-    sizes, faults = facts[:, 0].tolist(), facts[:, 1].tolist()
+    facts = torch.tensor([[len(queries.ids), _fault(queries) or _fault(documents)]], device=device)
+    sizes, faults = gather_shards(facts, group, [1] * _world(group)).T.tolist()
     for rank, fault in enumerate(faults):
         if fault == 1:
             raise UserError(
@@ -196,8 +197,8 @@ def _query_blocks(
         for start in range(0, max(sizes), step):
             counts = [min(max(size - start, 0), step) for size in sizes]
             words = torch.stack([queries.ids, queries.labels], dim=1)[start : start + step]
-            ids, labels = _all_gather_rows(words, counts, group).unbind(1)
-            vectors = _all_gather_rows(queries.vectors[start : start + step], counts, group)
+            ids, labels = gather_shards(words, group, counts).unbind(1)
+            vectors = gather_shards(queries.vectors[start : start + step], group, counts)
             yield _Block(_on_grid(vectors), ids.contiguous(), labels.contiguous(), counts)
             progress.update(sum(counts))
 
@@ -221,6 +222,10 @@ def _relevance_blocks(
         for start in range(0, len(block.ids), step):
             part = slice(start, start + step)
             yield _Block(block.vectors[part], block.ids[part], block.labels[part], [])
+
+
+def _world(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else group.size()
 
 
 def _fault(part: Embedded) -> int:
@@ -265,7 +270,7 @@ def _relevant_keys(
         other = documents.ids[rows] != block.ids[slots]
         slots, rows = slots[other], rows[other]
         found = torch.bincount(slots, minlength=size)
-    by_rank = _all_gather_rows(found[None], [1] * (1 if group is None else dist.get_world_size(group)), group)
+    by_rank = gather_shards(found[None], group, [1] * _world(group))
     held, before = by_rank.sum(0), by_rank[: 0 if group is None else dist.get_rank(group)].sum(0)
     # Every rank puts its own keys behind those of the ranks before it; where it has none it adds 0.
     rivals = torch.zeros(size, int(held.max()), dtype=torch.int64, device=device)
@@ -297,39 +302,8 @@ def _within(slots: Tensor, sizes: Tensor) -> Tensor:
 
 
 def gather_rows(rows: Tensor, group: dist.ProcessGroup, first: bool = False) -> Tensor:
-    """The rows [n, ...] of all ranks one after another, on all of them; with `first` on the group's first rank alone,
-    none elsewhere.
-    """
-    counts = _all_gather_ints([len(rows)], rows.device, group)[:, 0].tolist()
-    if not first:
-        return _all_gather_rows(rows, counts, group)
-    padded = _padded(rows, max(counts))
-    parts = [torch.empty_like(padded) for _ in counts] if group.rank() == 0 else None
-    dist.gather(padded, parts, group=group, group_dst=0)
-    return rows[:0] if parts is None else torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
-def _all_gather_ints(values: list[int], device: torch.device, group: dist.ProcessGroup | None) -> Tensor:
-    """Gather a few integers from each rank: [world, len(values)]."""
-    own = torch.tensor([values], dtype=torch.int64, device=device)
-    return own if group is None else _all_gather_rows(own, [1] * dist.get_world_size(group), group)
-
-
-def _all_gather_rows(rows: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Tensor:
-    """Gather rows [counts[rank], ...] from each rank, one after the other; padded on the way, not in the result."""
-    if group is None:
-        return rows
-    padded = _padded(rows, max(counts))
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
-def _padded(rows: Tensor, length: int) -> Tensor:
-    """`rows` [n, ...] with rows of zeros up to `length`."""
-    padded = rows.new_zeros(length, *rows.shape[1:])
-    padded[: len(rows)] = rows
-    return padded
+    """`gather_shards`, or `gather_to_first`."""
+    return gather_to_first(rows, group) if first else gather_shards(rows, group)
 
 
 def _in_id_order(ids: list[np.ndarray], counts: list[np.ndarray], ranks: list[np.ndarray]) -> RelevantRanks:

@@ -8,7 +8,6 @@ queries from attributes are ours.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import pyarrow as pa
 from harness.catalogue.catalogue import MOST, Catalogue, open_array
 from harness.core.errors import UserError
 from harness.core.files import Record, read_record
-from harness.core.keyed_random import keyed_hash, keyed_uniform
+from harness.core.keyed_random import Stream, keyed_hash, keyed_uniform
 
 QUERIES_FORMAT = 1
 # Of queries/: type and number of dimensions.
@@ -30,8 +29,8 @@ ARRAYS: dict[str, tuple[type[np.integer], int]] = {
     "text_offsets": (np.int64, 1),
     "text_clicks": (np.int64, 1),
 }
-# They keep these draws apart from those of order.py, preprocess.py and masking.py under the same seed.
-_COUNT, _ORDER, _WORDING, _TEXT = 24, 25, 26, 27
+_COUNT, _ORDER = Stream.ATTRIBUTE_COUNT, Stream.ATTRIBUTE_ORDER
+_WORDING, _TEXT = Stream.WORDING, Stream.CLICKED_TEXT
 
 Ints = npt.NDArray[np.int64]
 
@@ -42,7 +41,7 @@ def words_of(text: str) -> list[str]:
 
 
 class ProductQueries:
-    """The folder queries/ of a catalogue, memory-mapped.
+    """The queries/ of a catalogue, memory-mapped.
 
     Attributes:
         meta: content of queries.json.
@@ -79,18 +78,18 @@ class ProductQueries:
                 self._synonyms.setdefault(tuple(words_of(wording)), []).extend(words_of(own))
 
     def draw(self, sample_ids: Ints, epochs: Ints, seed: int, least: int, most: int) -> list[str]:
-        """A query for each document; empty for a document without clicks and attributes.
+        """A query for each document; empty where nothing is known of it.
 
         Args:
             sample_ids: int64 [n].
             epochs: int64 [n].
             seed: of the run.
-            least: fewest attributes of a query made of attributes; a document with fewer gives all of its own.
-            most: largest number of attributes.
+            least: fewest attributes of a query made of attributes; all of them where a document has fewer.
+            most: most of them.
         """
         key = (epochs, sample_ids)
         first, end = self._offsets[sample_ids], self._offsets[sample_ids + 1]
-        # text_clicks is cumulative over all texts: a document's texts are a range of a line, each as long as its
+        # text_clicks counts up over all texts, so that a document's texts are a stretch of a line, each as long as its
         # clicks.
         begin, total = self._upto(first), self._upto(end) - self._upto(first)
         clicked = begin + (keyed_uniform(seed, _TEXT, *key) * total).astype(np.int64)
@@ -140,7 +139,7 @@ def read_meta(catalogue: Path) -> dict[str, Any]:
     """queries.json of a catalogue.
 
     Raises:
-        UserError: the catalogue has none, or one of another format.
+        UserError: there is none, or one of another format.
     """
     file = catalogue / "queries" / "queries.json"
     if not file.is_file():
@@ -159,29 +158,5 @@ def read_meta(catalogue: Path) -> dict[str, Any]:
         attribute.get("name", str)
         for wordings in attribute.list_of("wordings", list):
             if not wordings or not all(isinstance(wording, str) for wording in wordings):
-                attribute.refuse("wordings are not lists of texts")
+                attribute.refuse("wordings are no lists of texts")
     return dict(record.values)
-
-
-def with_keywords(method: str, model: Any, catalogue: Path) -> Any:
-    """The method's configuration with the size of the catalogue's keyword table, where it has a place for that and no
-    size of its own.
-
-    Raises:
-        UserError: the catalogue has no queries (harness/commands/queries.py), or other keywords than the objective on
-            them is configured for.
-    """
-    if method != "make":
-        return model
-    meta = read_meta(catalogue)
-    found, size = len(meta["keywords"]), model.num_keywords
-    if model.weights.keywords and size not in (0, found):
-        raise UserError(
-            f"model.num_keywords is {size}, {catalogue} has {found} keywords", "Leave the key out, or set it to 0"
-        )
-    if model.weights.keywords and not found:
-        raise UserError(
-            f"{catalogue} has no keywords to train on",
-            "Lower `shelfmark queries --min-count`, or set model.weights.keywords to 0",
-        )
-    return replace(model, num_keywords=size or found, product_keywords=meta["keywords_per_product"])

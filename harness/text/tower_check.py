@@ -1,16 +1,21 @@
-"""Check of a text tower against the tokenizer's special ids."""
+"""Check of text towers against the tokenizer's special ids."""
 
 from __future__ import annotations
 
 from harness.core.errors import UserError
 from harness.text.special_tokens import SpecialTokens
-from models.item import StreamConfig
+from models.method import MethodConfig, TextInput, text_inputs
 from models.text import TextConfig
 
 
-def require_fit(special: SpecialTokens, text: TextConfig | StreamConfig, where: str) -> None:
-    """Refuses a text tower that takes other ids for special ones than its texts have; `where` is its key, e.g.
-    model.text.
+def require_texts_fit(special: SpecialTokens, model: MethodConfig) -> None:
+    """`require_fit` for every text tower of a method's configuration."""
+    for name, text in text_inputs(model).items():
+        require_fit(special, text, f"model.{name}")
+
+
+def require_fit(special: SpecialTokens, text: TextInput, where: str) -> None:
+    """Refuses a text tower whose special ids differ from the tokenizer's; `where` is its key, e.g. model.text.
 
     Raises:
         UserError: another id of padding, another end of text for pooling eos, or more ids than the tower has rows.

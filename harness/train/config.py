@@ -4,27 +4,27 @@ starts.
 
 from __future__ import annotations
 
+import argparse
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
 
 from harness.core.cli import Parser, leaves, read_recipe
-from harness.core.device import PRECISIONS
 from harness.core.errors import UserError
 from harness.core.mesh import MeshConfig, check_layout
-from harness.data.loader import DataConfig
-from harness.data.preprocess import LARGEST_IMAGE
+from harness.data.config import DataConfig
 from harness.evaluate.evaluation import EvaluationConfig
-from harness.train.optimizer import OptimizerConfig
 from harness.train.profiler import parse_window
+from harness.train.schedule import OptimizerConfig
 from models.heads.class_parallel import ClassHeadConfig
+from models.method import MethodConfig
 from models.presets import PRESETS, expand
+from models.ranges import NonNegativeInt, PositiveInt, UnitIntervalBelow1
 from models.registry import METHODS
 
 EXAMPLE = (
@@ -37,21 +37,7 @@ IDENTITY = (
     *("data.query_attributes", "data.masking"),
     *("optimizer.rows.state", "optimizer.rows.bf16_rows", "optimizer.frozen"),  # what there is state of
 )
-# Last parts of keys: numbers that must be above 0 wherever they stand.
-POSITIVE = (
-    "image_size patch_size hidden_size num_attention_heads num_layers max_length embedding_dim concept_slots fusion_heads "
-    "temperature tensor_parallel timeout_minutes lr"
-).split()
-# The largest integers of a model by the last parts of their keys, before memory is taken for it; the others may be as
-# large as a vocabulary.
-LARGEST = {
-    "num_layers": 1000,
-    "image_size": LARGEST_IMAGE,
-    "patch_size": LARGEST_IMAGE,
-    "position_grid": 1024,
-    "register_tokens": 1024,
-}
-LARGEST_OTHER = 10**7
+PRESET_KEYS = {f"model.{tower}.preset": tower for tower in PRESETS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,34 +67,24 @@ class TrainConfig:
         stop_at: stop, with a checkpoint, once this many steps are done; 0 runs all. For trying out a resume.
     """
 
-    steps: int = 1000
-    precision: str = "fp32"
-    margin_warmup: int = 0
-    log_every: int = 10
-    evaluate_every: int = 0
-    checkpoint_every: int = 0
-    keep_checkpoints: int = 2
-    resume: str = "auto"
+    steps: PositiveInt = 1000
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    margin_warmup: NonNegativeInt = 0
+    log_every: PositiveInt = 10
+    evaluate_every: NonNegativeInt = 0
+    checkpoint_every: NonNegativeInt = 0
+    keep_checkpoints: PositiveInt = 2
+    resume: Literal["auto", "never"] = "auto"
     new_phase: bool = False
     init_from: Path | None = None
-    ema_decay: float = 0.0
+    ema_decay: UnitIntervalBelow1 = 0.0
     profile_steps: str = ""
-    stop_at: int = 0
+    stop_at: NonNegativeInt = 0
 
     def errors(self) -> list[str]:
-        """Errors for values out of range; each names its key."""
-        errors = []
-        if self.precision not in PRECISIONS:
-            errors.append(f"train.precision is '{self.precision}'; it can be {', '.join(PRECISIONS)}")
-        if self.resume not in ("auto", "never"):
-            errors.append(f"train.resume is '{self.resume}'; it can be 'auto' or 'never'")
-        if self.init_from is not None and not self.init_from.is_dir():
-            errors.append(f"train.init_from {self.init_from} is no folder")
-        if not 0 <= self.ema_decay < 1:
-            errors.append(f"train.ema_decay is {self.ema_decay}; it must lie in [0, 1)")
-        if self.steps < 1 or self.log_every < 1 or self.keep_checkpoints < 1:
-            errors.append("train.steps, train.log_every and train.keep_checkpoints must be at least 1")
-        return errors
+        """Errors for folders that do not exist; each names its key."""
+        missing = self.init_from is not None and not self.init_from.is_dir()
+        return [f"train.init_from {self.init_from} is not a folder"] if missing else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +94,7 @@ class RunConfig:
     run_dir: Path
     method: str
     seed: int
-    model: Any
+    model: MethodConfig
     head: ClassHeadConfig
     data: DataConfig
     mesh: MeshConfig
@@ -143,14 +119,12 @@ def parser(method: str) -> Parser:
     p.add_argument("--run_dir", type=Path, default=Path("runs/run"), help="run folder: log, TensorBoard, checkpoints")
     p.add_argument("--json", type=Path | None, default=None, help="file for the final figures")
     p.add_argument("--method", type=str, default=method, help=f"one of {', '.join(METHODS)}")
-    p.add_argument("--seed", type=int, default=0, help="seed of weights, order, augmentation and dropout, below 2**63")
+    p.add_argument(
+        "--seed", type=NonNegativeInt, default=0, help="seed of weights, order, augmentation and dropout, below 2**63"
+    )
     for section, kind in _sections(method).items():
         p.add_class_arguments(kind, section)
     return p
-
-
-def _every_key() -> set[str]:
-    return {key for name in METHODS for key in parser(name).get_defaults().keys()}
 
 
 def _parser_of(recipe: Mapping[str, Any]) -> Parser:
@@ -194,36 +168,28 @@ def parsed(argv: list[str], more: type | None = None, prog: str = "", example: s
     Raises:
         UserError: unknown keys (with the nearest one), values of another type.
     """
-    recipe: dict[str, Any] = {}
-    if path := _given(argv, "--config"):
-        recipe = read_recipe(Path(path), _every_key())
-    if method := _given(argv, "--method"):
-        recipe["method"] = method
-    recipe = _with_presets(recipe, argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what decides on the parser's keys
+    for name in ("config", "method", *PRESET_KEYS):
+        first.add_argument(f"--{name}", nargs="?", default="")
+    given = vars(first.parse_known_args(argv)[0])
+    recipe = read_recipe(Path(given["config"])) if given["config"] else {}
+    if given["method"]:
+        recipe["method"] = given["method"]
+    recipe = _with_presets(recipe, given)
     p = _parser_of(recipe)
     if more is not None:
         p.prog, p.description, p.epilog = prog, str(more.__doc__).partition("\n")[0], f"example: {example}"
         p.add_class_arguments(more)
-    return p.parse(argv, recipe)
+    return p.parse(argv, recipe, f"recipe {given['config']}")
 
 
-def _given(argv: list[str], option: str) -> str:
-    """The value of an option that must be known before there is a parser; empty if it is not there."""
-    found = ""
-    for i, arg in enumerate(argv):
-        if arg == option and i + 1 < len(argv):
-            found = argv[i + 1]
-        elif arg.startswith(f"{option}="):
-            found = arg.split("=", 1)[1]
-    return found
-
-
-def _with_presets(recipe: Mapping[str, Any], argv: list[str]) -> dict[str, Any]:
-    """The recipe in dotted keys, with the fields of the towers' presets where it gives none of its own."""
+def _with_presets(recipe: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
+    """The recipe in dotted keys, with the fields of the towers' presets where it gives none of its own; a preset that
+    is `given` on the command line counts before the recipe's.
+    """
     flat = dict(leaves(recipe))
-    for tower in PRESETS:
-        key = f"model.{tower}.preset"
-        name = _given(argv, f"--{key}") or str(flat.get(key, ""))
+    for key, tower in PRESET_KEYS.items():
+        name = given[key] or str(flat.get(key, ""))
         if not name:
             continue
         try:
@@ -245,17 +211,14 @@ def load(run: Path) -> RunConfig:
         raise UserError(
             f"{run} is no run folder: it has no config.yaml", "Name the folder that was --run-dir in training"
         )
-    saved = read_recipe(file, _every_key())
-    config = replace(build(_parser_of(saved).parse([], saved)), run_dir=run)
-    _check_numbers(config)
-    return config
+    saved = read_recipe(file)
+    return replace(build(_parser_of(saved).parse([], saved, f"recipe {file}")), run_dir=run)
 
 
 def check(config: RunConfig, world: int) -> None:
     """Raises one UserError for the first thing that does not fit together."""
-    _check_numbers(config)  # before the parts' own checks, which divide by these
-    errors = config.model.errors(config.mesh.tensor_parallel) + config.head.errors("head")
-    errors += config.data.errors() + config.train.errors() + config.evaluation.errors(config.method)
+    errors = config.model.errors(config.mesh.tensor_parallel) + config.data.errors() + config.train.errors()
+    errors += config.evaluation.errors(config.method)
     errors += config.optimizer.errors("optimizer")
     parse_window(config.train.profile_steps)
     if config.data.preprocess.image_size != config.model.vision.image_size:
@@ -266,19 +229,6 @@ def check(config: RunConfig, world: int) -> None:
     if errors:
         raise UserError(errors[0], f"(and {len(errors) - 1} more)" if len(errors) > 1 else "")
     check_layout(config.mesh, world)
-
-
-def _check_numbers(config: RunConfig) -> None:
-    for key, value in leaves(config.to_dict()):
-        name = key.rsplit(".", 1)[-1]
-        if name in POSITIVE and value <= 0 and not key.startswith("head."):  # there 0 takes the model's
-            raise UserError(f"{key} is {value}", "It must be above 0")
-        if isinstance(value, int | float) and value < 0:
-            raise UserError(f"{key} is {value}", "It must not be negative")
-        most = LARGEST.get(name, LARGEST_OTHER) if key.startswith("model.") else math.inf
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int) and number > most:
-                raise UserError(f"{key} is {number}", f"It must be at most {most:,}")
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

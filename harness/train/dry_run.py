@@ -26,12 +26,12 @@ from torch.utils._pytree import tree_leaves
 
 from harness.core.build import builder
 from harness.core.mesh import Mesh
-from harness.data.loader import share
 from harness.data.masking import MaskConfig
 from harness.train.config import RunConfig
 from harness.train.param_groups import freeze
 from kernels.cosine_lse import CosineLse
 from models.batch import TENSORS, Batch
+from models.comm import share
 from models.heads import class_parallel
 from models.heads.class_parallel import ClassParallelHead
 from models.registry import METHODS
@@ -246,7 +246,7 @@ def made_batch(config: RunConfig, sizes: dict[str, list[int]], dtype: torch.dtyp
             host,
             query_labels=torch.zeros(queries, dtype=torch.int64),
             document_labels=torch.zeros(n, dtype=torch.int64),
-            document_tokens=torch.full((n, reads.text_length), 1 + getattr(model.text, "pad_id", 0)),
+            document_tokens=torch.full((n, reads.text_length), 1 + model.text.pad_id),
             masked_words=words,
             masked_patches=patches,
             masked_titles=torch.zeros(n, dtype=torch.bool),
@@ -257,7 +257,7 @@ def made_batch(config: RunConfig, sizes: dict[str, list[int]], dtype: torch.dtyp
 
     titles = ("document_tokens", "masked_tokens", "other_tokens")
     known: dict[str, Tensor] = {name: zeros(n, reads.text_length) for name in titles}
-    known |= {name: zeros(n, getattr(model, "product_keywords", 0)) for name in ("keywords", "query_keywords")}
+    known |= {name: zeros(n, reads.keywords) for name in ("keywords", "query_keywords")}
     known |= {name: zeros(n) for name in ("document_labels", "document_ids", "categories")}
     known |= {name: zeros(queries) for name in ("query_labels", "query_ids")}
     known |= {

@@ -1,4 +1,4 @@
-"""An exponential moving average of the towers' weights: what evaluation and export take where there is one."""
+"""Exponential moving average of the towers' weights, which evaluation and export use in their place."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """average = decay * average + (1 - decay) * weight after every step, float32, of this rank's part of every trained
-    parameter.
+    """Average of this rank's part of every trained parameter, float32: after every step
+    average = decay * average + (1 - decay) * weight.
 
-    Of bf16 towers the bf16 weights are averaged: the float32 ones behind them are spread over the data-parallel ranks.
+    Of bf16 towers the bf16 weights are averaged: their float32 copies are sharded over the data-parallel ranks.
 
     Args:
-        towers: the model, its frozen parts frozen already; the average starts from its present weights.
+        towers: the model, with frozen parts frozen; the average starts from its present weights.
         decay: in (0, 1); the average remembers about 1 / (1 - decay) steps.
+
+    Attributes:
+        state: parameter name -> average.
     """
 
     def __init__(self, towers: nn.Module, decay: float) -> None:
@@ -26,23 +29,27 @@ class Ema:
         self._weights = [p.detach() for p in trained]
         self._average = [weight.to(torch.float32, copy=True) for weight in self._weights]
         average = dict(zip(trained, self._average, strict=True))
-        names = towers.named_parameters(
-            remove_duplicate=False
-        )  # as in the towers' own state: shared ones by all their names
+        # As in the towers' own state: shared parameters by all their names.
+        names = towers.named_parameters(remove_duplicate=False)
         self.state: dict[str, Tensor] = {name: average[p] for name, p in names if p.requires_grad}
 
+    @property
+    def note(self) -> str:
+        """Note for the log."""
+        return f"evaluation takes the average of the weights (train.ema_decay {self.decay})"
+
     def restart(self) -> None:
-        """Starts the average anew, from the present weights."""
+        """Restarts the average from the present weights."""
         torch._foreach_copy_(self._average, self._weights)
 
     def update(self) -> None:
-        """Takes in the weights of one more step."""
+        """Adds the weights of one more step."""
         torch._foreach_mul_(self._average, self.decay)
         torch._foreach_add_(self._average, self._weights, alpha=1 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the towers have the average for weights."""
+        """Inside the block the towers' weights are the average."""
         kept = [weight.clone() for weight in self._weights]
         torch._foreach_copy_(self._weights, self._average)
         try:

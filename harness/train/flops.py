@@ -24,10 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from harness.data.loader import TextTokens
+from harness.data.step_data import TextTokens
 from harness.train.config import RunConfig
 from harness.train.dry_run import Shapes, fill_banks, made_batch
 from harness.train.param_groups import freeze
+from models.method import text_inputs
 from models.plain.transformer import PlainBuilder
 from models.registry import METHODS
 
@@ -143,7 +144,7 @@ def flops_per_step(config: RunConfig, num_classes: int) -> float:
 
 
 def with_length(config: RunConfig, tower: str, tokens: int) -> RunConfig:
-    """The recipe with texts of `tokens` tokens in the tower text (documents) or query (MAKE's)."""
+    """The recipe with texts of `tokens` tokens in the text input that is this field of the model."""
     model = replace(config.model, **{tower: replace(getattr(config.model, tower), max_length=tokens)})
     return replace(config, model=model)
 
@@ -162,19 +163,19 @@ class StepFlops:
 
     @classmethod
     def of(cls, config: RunConfig, num_classes: int, documents: int) -> StepFlops:
-        """For steps of so many documents over all ranks, each, in MAKE, with a text query. ITEm's other titles count as
-        long as the own.
+        """For steps of so many documents over all ranks, each with a text query where the method has these. Other titles
+        count as long as the own.
         """
         fixed = whole = flops_per_step(config, num_classes)
         factors: list[float] = []
-        for tower in ("text", "query"):
-            if n := getattr(getattr(config.model, tower, None), "max_length", 0):
-                # far apart, since masked words come in whole numbers
-                more, most = (flops_per_step(with_length(config, tower, k * n), num_classes) for k in (9, 17))
-                square = (most - 2 * more + whole) / (2 * (8 * n) ** 2)
-                linear = (more - whole) / (8 * n) - 10 * n * square
-                fixed -= linear * n + square * n**2
-                factors += [linear / documents, square / documents]
+        for tower, text in text_inputs(config.model).items():
+            n = text.max_length
+            # far apart, since masked words come in whole numbers
+            more, most = (flops_per_step(with_length(config, tower, k * n), num_classes) for k in (9, 17))
+            square = (most - 2 * more + whole) / (2 * (8 * n) ** 2)
+            linear = (more - whole) / (8 * n) - 10 * n * square
+            fixed -= linear * n + square * n**2
+            factors += [linear / documents, square / documents]
         return cls(fixed, tuple(factors))
 
     @classmethod

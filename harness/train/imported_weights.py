@@ -18,11 +18,15 @@ LONGEST_LINE = 1000  # characters of a message that names tensors
 
 
 def init_towers(towers: nn.Module, folder: Path, group: ProcessGroup) -> None:
-    """Loads an imported folder into tensor-parallel towers; `group` shares their weights. Towers that the folder lacks
-    stay as they are.
+    """Loads an imported folder into tensor-parallel towers. Towers that the folder lacks stay as they are.
+
+    Args:
+        towers: the model.
+        folder: written by `shelfmark import`.
+        group: the ranks that share the towers' weights.
 
     Raises:
-        UserError: the folder holds no weights, or those of other towers than these; what differs is named.
+        UserError: the folder holds no weights, or they do not fit these towers; the differences are named.
     """
     require_whole(folder)
     try:
@@ -33,6 +37,6 @@ def init_towers(towers: nn.Module, folder: Path, group: ProcessGroup) -> None:
 
 
 def require_whole(folder: Path) -> None:
-    """Raises UserError where a file of an imported folder is damaged, missing or too much."""
+    """Raises UserError where a file of an imported folder is damaged, missing or unknown."""
     if problem := verify(folder):
         raise UserError(f"imported weights {folder}: {problem}", "Copy them again, or run `shelfmark import` again")

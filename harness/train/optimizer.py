@@ -1,10 +1,8 @@
-"""The towers' optimizer: megatron-core's DistributedOptimizer, with clipping, norm and schedule on our side."""
+"""Optimizer of the towers: megatron-core's DistributedOptimizer, with our own gradient norm, clipping and schedule."""
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,10 +10,10 @@ from torch import Tensor, nn
 
 from harness.core.mesh import Mesh
 from harness.train.overlap import OverlappedReduction
-from harness.train.param_groups import freeze, lr_factors, split_factor
+from harness.train.param_groups import freeze, lr_factors
+from harness.train.schedule import OptimizerConfig
 from kernels.keyed import LARGE
 from models.accelerators import use_adam
-from models.heads.row_optimizer import RowOptimizerConfig
 from models.megatron_cpu import cuda_type_names
 from models.sequence import sum_partial_gradients
 from models.shape import TransformerShape
@@ -26,72 +24,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import distrib_optimizer  # isort: skip
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate  # isort: skip
 
-OVERLAP = ("auto", "always", "never")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW for the towers, warm-up and cosine decay, and clipping over towers and class rows together.
-
-    Args:
-        lr: peak learning rate of the towers.
-        min_lr_factor: the cosine ends at lr x this.
-        warmup_steps: steps of linear warm-up from 0.
-        weight_decay: decoupled weight decay of matrices; biases and norms have none.
-        betas: decay of the first and second moment.
-        eps: added to the root of the second moment.
-        clip_norm: largest global norm of the gradient; 0 never clips.
-        frozen: parts of the towers that are not trained: names of parameters as in a checkpoint, or their beginnings
-            (vision.stem, text, vision.block.layers.0); * and [0-5] as in a shell.
-        layer_decay: factor on the learning rate from each layer of a tower to the one below it; 1 trains all layers
-            alike.
-        lr_factors: factors on the learning rate by name, as query_transform=10, the names as in `frozen`; the last that
-            fits counts.
-        overlap: whether gradients are reduced while backward still runs: auto (on a GPU), always or never.
-        rows: AdamW of the class rows.
-    """
-
-    lr: float = 1e-3
-    min_lr_factor: float = 0.01
-    warmup_steps: int = 100
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-8
-    clip_norm: float = 1.0
-    frozen: tuple[str, ...] = ()
-    layer_decay: float = 1.0
-    lr_factors: tuple[str, ...] = ()
-    overlap: str = "auto"
-    rows: RowOptimizerConfig = field(default_factory=RowOptimizerConfig)
-
-    def errors(self, where: str) -> list[str]:
-        """Errors for values out of range; each names its key under `where`."""
-        errors = self.rows.errors(f"{where}.rows")
-        if not 0 < self.layer_decay <= 1:
-            errors.append(f"{where}.layer_decay is {self.layer_decay}; it must lie in (0, 1]")
-        if self.overlap not in OVERLAP:
-            errors.append(f"{where}.overlap is '{self.overlap}'; it can be {', '.join(OVERLAP)}")
-        for entry in self.lr_factors:
-            try:
-                good = split_factor(entry)[1] > 0
-            except ValueError:
-                good = False
-            if not good:
-                errors.append(f"{where}.lr_factors has '{entry}'; it must be name=factor with a factor above 0")
-        return errors
-
-
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Learning rate of update `step` (0-based) of `steps`: linear warm-up, then cosine to lr x min_lr_factor."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.lr * (config.min_lr_factor + (1 - config.min_lr_factor) * cosine)
-
 
 def sum_of_squares(x: Tensor) -> Tensor:
-    """Of a large float32 [n, d], in float64 []; in pieces, because a copy in float64 would be the peak of memory."""
+    """Sum of squares of a large float32 [n, d], in float64 []."""
+    # In pieces: a copy in float64 would be the peak of memory.
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for piece in x.split(1 << 13 if x.device.type == "cpu" else max(1, LARGE // x.shape[1])):
         total += piece.double().square_().sum()
@@ -107,11 +43,11 @@ class TowerOptimizer:
         mesh: groups and device.
 
     Raises:
-        UserError: a name in config.frozen or config.lr_factors that no parameter has.
+        UserError: no parameter has a name given in config.frozen or config.lr_factors.
     """
 
     def __init__(self, towers: nn.Module, config: OptimizerConfig, mesh: Mesh) -> None:
-        self.mesh = mesh
+        self.mesh, self.config = mesh, config
         freeze(towers, config.frozen)
         dtype = next(towers.parameters()).dtype
         overlap = config.overlap == "always" or (config.overlap == "auto" and mesh.device.type == "cuda")
@@ -147,26 +83,37 @@ class TowerOptimizer:
         names = {parameter: name for name, parameter in towers.named_parameters()}
         self._overlapped = OverlappedReduction(self.ddp.bucket_groups, names) if overlap else None
         for group in self.optimizer.param_groups:
-            group["weight_decay"] *= group["wd_mult"]  # which only megatron-core's own scheduler would heed
+            group["weight_decay"] *= group["wd_mult"]  # only megatron-core's own scheduler would do it
         self._materialise()
 
     @property
     def _parts(self) -> list[Any]:
         return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
 
+    @property
+    def notes(self) -> list[str]:
+        """Notes for the log, on frozen parameters and unequal learning rates."""
+        parameters = list(self.ddp.module.parameters())
+        frozen = sum(not parameter.requires_grad for parameter in parameters)
+        rates = sorted({group["lr_mult"] for group in self.optimizer.param_groups})
+        notes = [f"frozen: {frozen} of the towers' {len(parameters)} tensors"] if self.config.frozen else []
+        if rates != [1.0]:
+            notes.append(f"learning rates of the towers' parts: {rates[0]:.3g} to {rates[-1]:.3g} x optimizer.lr")
+        return notes
+
     def zero_grad(self) -> None:
-        """Forgets all gradients."""
+        """Sets all gradients to 0."""
         self.ddp.zero_grad_buffer()
         if self._overlapped is not None:
             self._overlapped.begin()
         self.optimizer.zero_grad()
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
-        """Context of one micro-batch: only the last may start the reduction."""
+        """Context of the backward pass of a micro-batch: only the last one starts the reduction."""
         return nullcontext() if last else self.ddp.no_sync()
 
     def reduce(self) -> None:
-        """Sums the gradients over dp, those of sequence-parallel parameters over tp too, and readies this rank's shard."""
+        """Sums the gradients over dp, those of sequence-parallel parameters also over tp, into this rank's shard."""
         if self._overlapped is not None:
             self._overlapped.finish()
         self.ddp.finish_grad_sync()
@@ -203,8 +150,8 @@ class TowerOptimizer:
             return self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
 
     def load_state_dict(self, state: Any) -> None:
-        """Takes moments, float32 weights and the count of steps that dist_checkpointing loaded; hyper-parameters stay
-        the present ones.
+        """Takes the moments, float32 weights and number of steps that dist_checkpointing loaded, and keeps the present
+        hyper-parameters.
         """
         saved = state["optimizer"]["param_groups"][0]
         count = {"step": saved["step"]} if "step" in saved else {}
@@ -219,7 +166,7 @@ class TowerOptimizer:
                     entry["step"] = entry["step"].clone()
 
     def _materialise(self) -> None:
-        """Gives torch's AdamW its state before the first step: a fresh DistributedOptimizer can otherwise be neither
+        """Makes the state of torch's AdamW before the first step. A fresh DistributedOptimizer can otherwise be neither
         saved nor loaded.
         """
         if distrib_optimizer.HAVE_APEX_OR_TE:
@@ -233,15 +180,14 @@ class TowerOptimizer:
                             "exp_avg": torch.zeros_like(p),
                             "exp_avg_sq": torch.zeros_like(p),
                         }
-            if (
-                not part.optimizer.state
-            ):  # where little is trained, a rank may have no share of it; its step is asked for all the same
+            # Where little is trained, a rank may have no share of it; megatron-core reads its step all the same.
+            if not part.optimizer.state:
                 part.optimizer.state["no share"] = {"step": torch.tensor(0.0)}
 
 
 def _overrides(settings: Any, factors: dict[nn.Parameter, float]) -> dict[Any, Any]:
-    """megatron-core's parameter groups: its own (biases and norms without weight decay), cut once more by the factor on
-    the learning rate.
+    """megatron-core's parameter groups (biases and norms without weight decay), split once more by the factor on the
+    learning rate.
     """
     overrides = dict(megatron_optimizer.get_standard_config_overrides(settings))
     for factor in sorted(set(factors.values()) - {1.0}):
@@ -251,8 +197,9 @@ def _overrides(settings: Any, factors: dict[nn.Parameter, float]) -> dict[Any, A
 
 
 def _mend_loading() -> None:
-    """Without TransformerEngine or apex, megatron-core's fully reshardable load asks the file for AdamW's `step`
-    (KeyError) and writes in place to leaves; the step is set by load_state_dict anyway.
+    """Mends megatron-core's fully reshardable load where TransformerEngine and apex are missing.
+
+    It asks the file for AdamW's `step` (KeyError) and writes in place to leaves; load_state_dict sets the step anyway.
     """
     original = distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
 

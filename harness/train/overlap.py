@@ -1,4 +1,4 @@
-"""The reduction of the towers' gradients while backward still runs, for losses that do not use every parameter."""
+"""Overlap of the gradient reduction with backward, for losses that do not use every parameter."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from torch import nn
 class OverlappedReduction:
     """Starts megatron-core's reductions in one order on every rank, and lets parameters without a gradient pass.
 
-    megatron-core 0.16 starts the reduction of a bucket group at the moment when all its parameters have got their
-    gradient, and ends the run in the second step if in the first one a parameter got none: a head whose weight is 0,
-    the text tower of a model that sees images alone. Here those parameters are left out of what a group waits for. A
-    group whose turn has come late on some rank (one without samples, say) keeps the groups behind it waiting there, for
-    NCCL pairs the collectives of ranks by their order. Source: ours; the fixed order is that of torch's
-    DistributedDataParallel (Li et al. 2020).
+    megatron-core 0.16 starts the reduction of a bucket group as soon as all its parameters have a gradient, and ends
+    the run in the second step if a parameter got none in the first: a head whose weight is 0, the text tower of a model
+    that sees only images. Here a group does not wait for those parameters. A group that is late on some rank (one
+    without samples, say) delays the groups behind it there, because NCCL pairs the collectives of ranks by their order.
+    Source: ours; the fixed order is that of torch's DistributedDataParallel (Li et al. 2020).
 
     Args:
         groups: the bucket groups of a megatron-core DistributedDataParallel with overlap_grad_reduce.
@@ -32,7 +31,9 @@ class OverlappedReduction:
             group.start_grad_sync = partial(self._start, number)
 
     def _start(self, number: int, force_all_reduce: bool = False) -> None:
-        """Called by megatron-core when a group is ready, and in the first step once more after backward."""
+        """Starts all reductions whose turn it is. Called by megatron-core when a group is ready, and in the first step
+        once more after backward.
+        """
         self._ready.add(number)
         # A group without any gradient is ready at all times.
         while self._next < len(self.groups) and (self._next in self._ready or not self.groups[self._next].params):
@@ -40,11 +41,10 @@ class OverlappedReduction:
             self._next += 1
 
     def finish(self) -> None:
-        """Starts what is still to be started; to be called after backward and before megatron-core's finish_grad_sync.
+        """Starts the remaining reductions; to be called after backward and before megatron-core's finish_grad_sync.
 
         Raises:
-            RuntimeError: a parameter that got no gradient in the first step has got one now, after the reduction of its
-                group.
+            RuntimeError: a parameter without a gradient in the first step has one now, after its group's reduction.
         """
         for number, group in enumerate(self.groups):
             got = group.per_param_grad_ready_counts.keys()
@@ -52,8 +52,8 @@ class OverlappedReduction:
                 group.params &= got
             elif late := got - group.golden_per_param_grad_ready_counts.keys():
                 raise RuntimeError(
-                    f"{', '.join(sorted(self.names[p] for p in late))}: a gradient in this step, none in the first since the start, "
-                    "so that its reduction may have been missed. Set optimizer.overlap to never"
+                    f"{', '.join(sorted(self.names[p] for p in late))}: a gradient in this step, none in the first "
+                    "since the start, so that its reduction may have been missed. Set optimizer.overlap to never"
                 )
             self._start(number)
         self._first_step = False

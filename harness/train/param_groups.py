@@ -10,19 +10,12 @@ from torch import nn
 
 from harness.core.errors import UserError
 
-# What lies below the first layer of a tower, by the first part of its name there. Beside word embeddings a `norm` is
-# theirs.
-EMBEDDINGS = frozenset(
-    "stem words position class_position word_position patch_position class_token register_token token_type modality first "
-    "embedding_norm".split()
-)
-
 
 def freeze(towers: nn.Module, patterns: Sequence[str]) -> None:
-    """Ends the training of every parameter that a pattern names; to be called before there are gradient buffers.
+    """Freezes every parameter that a pattern names; to be called before gradient buffers are made.
 
     Raises:
-        UserError: a pattern names nothing, or all together leave nothing to train.
+        UserError: a pattern names nothing, or nothing is left to train.
     """
     for pattern in patterns:
         for parameter in _named(towers, pattern, "optimizer.frozen"):
@@ -35,19 +28,19 @@ def lr_factors(towers: nn.Module, layer_decay: float, by_name: Sequence[str]) ->
     """Factor on the learning rate of every parameter.
 
     Args:
-        towers: the model. A tower in it is a module with layers (`block`) and embeddings (`stem` or `words`) of its
-            own.
+        towers: the model. A tower in it is a module with layers (`block`) that declares EMBEDDINGS, the names of its
+            parts below the first layer.
         layer_decay: factor between neighbouring layers of a tower: layer l of n (from 0) has layer_decay ** (n - l),
-            what is below the first layer_decay ** (n + 1), all else 1. Source: BEiT (Bao et al. 2021), as DINOv2 has
-            it.
-        by_name: `pattern=factor`, times that; of several patterns for one parameter the last counts.
+            the parts below the first layer_decay ** (n + 1), all others 1. Source: BEiT (Bao et al. 2021), as in
+            DINOv2.
+        by_name: entries `pattern=factor`, a further factor; of several patterns for a parameter the last counts.
 
     Raises:
         UserError: a pattern names nothing.
     """
     found = dict.fromkeys(towers.parameters(), 1.0)
     for module in towers.modules():
-        if hasattr(module, "block") and (hasattr(module, "stem") or hasattr(module, "words")):
+        if hasattr(module, "EMBEDDINGS"):
             for name, parameter in module.named_parameters():
                 found[parameter] = layer_decay ** below_top(name, module)
     named = {}
@@ -58,27 +51,26 @@ def lr_factors(towers: nn.Module, layer_decay: float, by_name: Sequence[str]) ->
 
 
 def split_factor(entry: str) -> tuple[str, float]:
-    """The pattern and the factor of `pattern=factor`.
+    """Splits `pattern=factor`.
 
     Raises:
-        ValueError: it has not that form.
+        ValueError: the entry has another form.
     """
     pattern, _, factor = entry.rpartition("=")
     return pattern, float(factor)
 
 
 def below_top(name: str, tower: nn.Module) -> int:
-    """Layers from the top of `tower` down to its parameter `name`; 0 above the last layer."""
+    """Number of layers from the top of `tower` down to its parameter `name`; 0 above the last layer."""
     depth, parts = len(tower.block.layers), name.split(".")  # type: ignore[arg-type, union-attr]
     if parts[:2] == ["block", "layers"]:
         return depth - int(parts[2])
-    below = parts[0] in EMBEDDINGS or (parts[0] == "norm" and hasattr(tower, "words"))
-    return depth + 1 if below else 0
+    return depth + 1 if parts[0] in tower.EMBEDDINGS else 0  # type: ignore[operator]
 
 
 def _named(towers: nn.Module, pattern: str, key: str) -> list[nn.Parameter]:
-    """The parameters whose name, or the beginning of whose name up to a dot, matches the shell pattern; `key` is where
-    it stands.
+    """Parameters whose name, or a beginning of it up to a dot, matches the shell pattern; `key` of the configuration
+    holds the pattern.
     """
     names = towers.named_parameters(remove_duplicate=False)  # a module in two places has two names
     found = [p for name, p in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")]

@@ -1,6 +1,4 @@
-"""A profile of a few steps by one flag: torch's profiler, into the run's TensorBoard folder; Perfetto opens the same
-file.
-"""
+"""Profile of a few steps by torch's profiler, into the run's TensorBoard folder; Perfetto opens the same file."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ def parse_window(window: str) -> tuple[int, int] | None:
     """`train.profile_steps` as (first, last) step, both 0-based, the last excluded; None where it is empty.
 
     Raises:
-        UserError: it is not FIRST:LAST with FIRST < LAST.
+        UserError: the window is not FIRST:LAST with FIRST < LAST.
     """
     if not window:
         return None
@@ -33,10 +31,10 @@ class StepProfiler:
     """Records the steps of one window.
 
     The trace is tensorboard/profile/steps-FIRST-LAST.rank-R.pt.trace.json.gz under the run folder: one file a rank. A
-    run that stops within the window, or starts within it, writes what it saw.
+    run that starts or stops within the window writes the steps that it did.
 
     Args:
-        window: `train.profile_steps`, FIRST:LAST; empty: nothing is recorded.
+        window: `train.profile_steps`, FIRST:LAST; empty records nothing.
         run_dir: the run folder.
         rank: this process's.
     """
@@ -60,7 +58,7 @@ class StepProfiler:
             self._write()
 
     def close(self) -> None:
-        """Writes what there is of a window that was cut short."""
+        """Writes the trace of a window that was cut short."""
         if self._profile is not None:
             self._write()
 

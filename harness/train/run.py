@@ -8,16 +8,20 @@ import warnings
 from contextlib import ExitStack
 from dataclasses import replace
 
+import yaml
+
 from harness.catalogue.catalogue import Catalogue
 from harness.catalogue.wholeness import FOLDERS, require_whole
 from harness.core.cli import check_figures, run_command, write_figures
+from harness.core.errors import UserError
+from harness.core.files import write_json
 from harness.core.lock import locked
 from harness.core.mesh import Mesh
 from harness.core.versions import versions
 from harness.core.waiting import on_first_rank
-from harness.text.product_queries import with_keywords
-from harness.train.config import parse
-from harness.train.trainer import Trainer, prepare_run_folder
+from harness.text.catalogue_facts import prepared
+from harness.text.tokenizer import copy_tokenizer
+from harness.train.config import RunConfig, parse
 
 LOCK = ".lock"  # in the run folder; what only reads a run does not ask for it
 
@@ -25,7 +29,10 @@ LOCK = ".lock"  # in the run folder; what only reads a run does not ask for it
 def train(argv: list[str]) -> None:
     """Parses, checks, trains. Raises UserError for what the user can mend, on every rank alike."""
     config, json_file = parse(argv)
-    model = with_keywords(config.method, config.model, config.data.catalogue)
+    # megatron-core takes seconds to import: a mistake in the recipe is told before
+    from harness.train.trainer import Trainer
+
+    model = prepared(config.method, config.model, config.data.catalogue)
     config = replace(config, model=model)
     check_figures(json_file)
     quiet_libraries()
@@ -43,6 +50,24 @@ def train(argv: list[str]) -> None:
             shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
             shown = {k: v for k, v in shown.items() if v is not None and k != "slices"}
             print(f"run {config.run_dir}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
+
+
+def prepare_run_folder(config: RunConfig, versions: dict[str, str]) -> None:
+    """Writes what explains a run folder: configuration, versions, preprocessing and tokenizer. To be called on rank 0.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        (config.run_dir / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        write_json(config.run_dir / "versions.json", versions)
+        write_json(config.run_dir / "preprocess.json", config.data.preprocess.to_dict())
+        copy_tokenizer(config.data.catalogue, config.run_dir)
+    except OSError as error:
+        raise UserError(
+            f"run folder {config.run_dir}: {error.strerror or error}", "Choose another --run-dir"
+        ) from error
 
 
 def quiet_libraries() -> None:

@@ -1,10 +1,9 @@
-"""Run logging on rank 0: JSONL, TensorBoard, progress bar; step timing."""
+"""Run logging on rank 0: JSONL, TensorBoard, progress bar."""
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -13,43 +12,6 @@ from harness.core.files import printable, write_whole
 from harness.core.mesh import Mesh
 from harness.train.tensorboard import Board
 
-_NEXT = {"data": "forward", "forward": "backward", "backward": "optimizer", "optimizer": "what follows a step"}
-
-
-class StepClock:
-    """Seconds of each part of a step. On a GPU a part is only timed truly where the device is waited for: see `exact`.
-
-    now: the part of the present moment.
-    """
-
-    def __init__(self, mesh: Mesh) -> None:
-        self.mesh = mesh
-        self.now = "the start"
-        self.exact = False
-        self.seconds: dict[str, float] = {}
-        self._charged: dict[str, float] = {}  # since `take_share`
-        self._last = time.perf_counter()
-
-    def start(self, exact: bool) -> None:
-        """Begins a step; `exact` waits for the device at every mark."""
-        self.exact, self.seconds, self.now = exact, {}, "data"
-        self._last = time.perf_counter()
-
-    def mark(self, part: str) -> None:
-        """Charges the time since the last mark to `part`."""
-        if self.exact:
-            self.mesh.synchronize()
-        now = time.perf_counter()
-        for sums in (self.seconds, self._charged):
-            sums[part] = sums.get(part, 0.0) + now - self._last
-        self._last, self.now = now, _NEXT[part]
-
-    def take_share(self, part: str) -> float:
-        """The part's share of all that was charged since the last call."""
-        share = self._charged.get(part, 0.0) / max(1e-9, sum(self._charged.values()))
-        self._charged = {}
-        return share
-
 
 class RunLog:
     """Writes a run's figures; silent on every rank but 0.
@@ -57,11 +19,13 @@ class RunLog:
     Args:
         folder: the run folder: log.jsonl and tensorboard/ in it.
         mesh: the ranks.
-        first: step at which this process starts; later lines of an earlier process are cut, they will be written again.
+        first: step at which this process starts. An earlier process's lines of later steps are removed: they will be
+            written again.
         steps: last step, for the progress bar.
-        again: whether `first` is evaluated again: the line of its evaluation is cut too.
+        again: True if step `first` is evaluated again: the line of its evaluation is removed too.
 
-    On rank 0 `board` is the run's TensorBoard; other ranks have none.
+    Attributes:
+        board: the run's TensorBoard, on rank 0 only.
     """
 
     def __init__(self, folder: Path, mesh: Mesh, first: int, steps: int, again: bool = False) -> None:
@@ -82,20 +46,20 @@ class RunLog:
         self._bar = tqdm(total=steps, initial=first, desc="training", unit=" steps", smoothing=0.05, mininterval=pace)
 
     def advance(self, shown: dict[str, str]) -> None:
-        """One step is done; `shown` stands beside the progress bar."""
+        """Counts a finished step; `shown` is displayed beside the progress bar."""
         if self.active:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update()
 
     def scalars(self, step: int, figures: dict[str, float]) -> None:
-        """A line of log.jsonl, and TensorBoard's curves; step counts finished steps."""
+        """Writes a line of log.jsonl and points of TensorBoard's curves; `step` counts finished steps."""
         if self.active:
             self._jsonl.write(json.dumps({"step": step, **figures}) + "\n")
             self._jsonl.flush()
             self.board.scalars(step, figures)
 
     def say(self, line: str) -> None:
-        """A line above the progress bar."""
+        """Prints a line above the progress bar."""
         if self.active:
             tqdm.write(printable(line, 1000))
 
@@ -108,7 +72,7 @@ class RunLog:
 
 
 def _step(line: str) -> float:
-    """The step of a line of log; infinite for one that a killed process left unfinished."""
+    """Step of a line of the log; infinite for a line that a killed process left unfinished."""
     try:
         return json.loads(line)["step"]
     except ValueError:

@@ -3,56 +3,48 @@
 from __future__ import annotations
 
 import math
-import time
-from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import yaml
 from torch import Tensor
 
 from harness.core.build import build
 from harness.core.cli import tell
-from harness.core.errors import UserError
 from harness.core.files import write_json
 from harness.core.mesh import Mesh
 from harness.core.waiting import on_first_rank
-from harness.data.loader import StepData, StepLoader, decoding_threads
-from harness.evaluate.alignment import align, documents_to_align, wants_alignment
-from harness.evaluate.contact_sheet import draw_panel, picture, text_picture
+from harness.data.backends import decoding_threads
+from harness.data.loader import StepLoader
+from harness.data.step_data import StepData
 from harness.evaluate.evaluation import Evaluation, Report
-from harness.text.tokenizer import copy_tokenizer
-from harness.text.tower_check import require_fit
-from harness.train import checkpoint
-from harness.train import data_phases as phases
-from harness.train.class_map import ClassMap, class_map, keep_classes
-from harness.train.config import RunConfig, difference, identity_changes
+from harness.text.tower_check import require_texts_fit
+from harness.train import checkpoint, guards, panels
+from harness.train.config import RunConfig
 from harness.train.ema import Ema
-from harness.train.flops import StepFlops, utilisation
-from harness.train.imported_weights import init_towers
-from harness.train.new_rows import start_new_rows
-from harness.train.optimizer import TowerOptimizer, learning_rate, sum_of_squares
+from harness.train.ledger import Ledger
+from harness.train.optimizer import TowerOptimizer, sum_of_squares
 from harness.train.profiler import StepProfiler
-from harness.train.run_log import RunLog, StepClock
-from harness.train.tensorboard import Projector
+from harness.train.resume import Resume
+from harness.train.run_log import RunLog
+from harness.train.schedule import learning_rate
+from harness.train.throughput import StepClock, Throughput
 from models.batch import rank_sizes
 from models.heads.row_optimizer import RowAdamW
 from models.registry import METHODS
 
-# So many samples must have been read before their damage can stop a run: a few at its start say nothing of the rest.
-LEAST_READ = 1000
-SHOWN_IDS = 20
-LEDGER_STEPS = 1000  # whose samples a resume recomputes and compares
-
 
 @dataclass
 class StepResult:
-    """Result of a step: global loss, metrics as [k, 2] local sums in the order of `names`, gradient norm before
-    clipping.
+    """Result of a step.
+
+    Attributes:
+        loss: over all ranks' samples.
+        names: of the metrics.
+        sums: [k, 2], this rank's [sum, weight] of each metric.
+        norm: of the gradient before clipping.
     """
 
     loss: Tensor
@@ -62,38 +54,38 @@ class StepResult:
 
 
 class Trainer:
-    """One run on this mesh, from its configuration and run folder; resumes by itself."""
+    """One run on this mesh, from its configuration and run folder; continues what the folder holds.
+
+    Attributes:
+        step: finished steps.
+        notes: lines for the log about the start of the run.
+    """
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
+        # Data
         reads = METHODS[config.method].reads(config.model)
         self.loader = StepLoader(config.data, config.seed, reads, mesh.dp.rank(), mesh.dp.size(), mesh.device, mesh.tp)
         self.tokenizer = self.loader.tokenizer
-        require_fit(self.tokenizer.special, config.model.text, "model.text")
-        if METHODS[config.method].query == "text":
-            require_fit(self.tokenizer.special, config.model.query, "model.query")
-        self._tokenizer_id = phases.tokenizer_id(config.data.catalogue)
-        self._queries_id = None if self.loader.products is None else self.loader.products.meta["id"]
-        order = self.loader.order
+        require_texts_fit(self.tokenizer.special, config.model)
+        # Model
         self.method, self.model_config = build(
             config.method,
             config.model,
             config.head,
             mesh,
-            num_classes=order.num_classes,
+            num_classes=self.loader.order.num_classes,
             vocab_size=self.tokenizer.vocab_size,
             seed=config.seed,
             precision=config.train.precision,
         )
-        self.towers = TowerOptimizer(self.method.towers, config.optimizer, mesh)
-        head = self.method.head
+        # Optimizers
+        towers, head, decay = self.method.towers, self.method.head, config.train.ema_decay
+        self.towers = TowerOptimizer(towers, config.optimizer, mesh)
         self.rows = None if head is None else RowAdamW.for_head(head, config.optimizer.rows)
-        decay = config.train.ema_decay
-        self.ema = Ema(self.method.towers, decay) if decay else None
-        self.parts = checkpoint.Trainable(
-            self.method.towers, head, self.towers, self.rows, self.ema, self.method.memory
-        )
-        self.classes = config.data.catalogue / "classes" / "classes.parquet"
+        self.ema = Ema(towers, decay) if decay else None
+        self.parts = checkpoint.Trainable(towers, head, self.towers, self.rows, self.ema, self.method.memory)
+        # Evaluation
         self.evaluation = Evaluation(
             config.evaluation,
             config.method,
@@ -101,35 +93,24 @@ class Trainer:
             config.model,
             self.loader.catalogue,
             self.tokenizer,
-            self.classes,
+            config.data.catalogue / "classes" / "classes.parquet",
             mesh,
+            self.method.calibration,
         )
-        self.align_on = None
-        if wants_alignment(self.method):
-            documents = self.evaluation.side("document", config.evaluation.learn_split)
-            self.align_on = documents_to_align(documents, config.evaluation.align_documents)
-        self._aligned_at = -1
+        self._calibrated_at = -1
         threads = decoding_threads(config.data.threads)
-        self.projector = Projector(config.run_dir / "tensorboard", self.loader.catalogue, threads)
+        self.projector = panels.Projector(config.run_dir / "tensorboard", self.loader.catalogue, threads)
+        # Meters and guards
         self.clock = StepClock(mesh)
-        sized = replace(config, model=self.model_config)
-        self._flops = StepFlops.for_meters(sized, order.num_classes, self.loader.documents_per_step, mesh.device)
-        self.step = 0
-        self._resumed_at = -1
+        self.throughput = Throughput(replace(config, model=self.model_config), self.loader, mesh)
+        self.damaged = guards.DamagedSamples(config.data, mesh)
+        self.ledger = Ledger(mesh)
         self._data: StepData | None = None  # of the present step, once it is read
-        self.ledger = 0  # of all steps up to the last checkpoint, over all ranks
-        self._own_ledger = 0  # of this rank's share since then
-        # Of the last steps, one each: this rank's share, and on the first rank the whole of those before the resume.
-        self._last_ledgers: deque[int] = deque(maxlen=LEDGER_STEPS)
-        self.bad_samples = 0  # of this rank
-        self._bad_ids: set[int] = set()  # of this rank
-        # Images, seconds and readiness of the steps since the last line of log, and what their texts cost.
-        self._reading: list[tuple[float, ...]] = []
-        self.phases: list[phases.Phase] = []
-        self._resume()
-        self.classes = on_first_rank(
-            lambda: keep_classes(config.data.catalogue, order.order_id, config.run_dir), mesh, "copying the classes"
-        )
+        # Start, or continuation
+        self.resume = Resume(config, mesh, self.loader, self.method, self.parts, self.ledger)
+        self.step = self.resume.step
+        averaged = [] if self.ema is None else [self.ema.note]
+        self.notes = [*self.towers.notes, *averaged, *self.resume.notes]
 
     def train_step(self, data: StepData) -> StepResult:
         """One optimizer step over all its micro-batches."""
@@ -178,28 +159,20 @@ class Trainer:
             head.end_step()
         clock.mark("optimizer")
         self.step += 1
-        self._own_ledger += data.ledger
-        self._last_ledgers.append(data.ledger)
+        self.ledger.add(data.ledger)
         assert sums is not None, "a step has at least one micro-batch"
         return StepResult(total, names, sums, norm)
 
     def fit(self) -> dict[str, Any]:
         """Trains to the last step (or to train.stop_at); returns the final figures."""
-        config, train = self.config, self.config.train
+        train, speed = self.config.train, self.throughput
         again = on_first_rank(self._lacks_evaluation, self.mesh, "looking for the last evaluation")
-        log = RunLog(config.run_dir, self.mesh, self.step, train.steps, again)
-        where = f"{self.mesh.line}, precision {train.precision}"
-        for line in [where, self.mesh.accelerators.line, f"images: {self.loader.images.line}", *self.notes]:
-            log.say(line)
-        if self.mesh.rank == 0:
-            classes = self.loader.order.num_classes
-            log.board.introduce(self.step, config, self.mesh, self.loader.catalogue, self.method, classes, self.notes)
+        log = self._open_log(again)
         end = min(train.steps, train.stop_at or train.steps)
-        images = self.loader.queries_per_step + self.loader.documents_per_step
-        started, first = time.perf_counter(), self.step
-        report, paused, window, logged = None, 0.0, time.perf_counter(), self.step
-        losses: list[float] = []
-        profiler = StepProfiler(train.profile_steps, config.run_dir, self.mesh.rank)
+        report: Report | None = None
+        loss: float | None = None
+        speed.start(self.step)
+        profiler = StepProfiler(train.profile_steps, self.config.run_dir, self.mesh.rank)
         self.mesh.watch.at = self._place
         try:
             if again:
@@ -209,84 +182,73 @@ class Trainer:
                 profiler.before(self.step)
                 result = self.train_step(data)
                 profiler.after(self.step - 1)
-                self._note_bad(data, log)
-                self._reading.append((data.images, data.read_seconds, data.ready, self._flops.texts(data.texts)))
+                self.damaged.note(self.step, data, log)
+                speed.add(data)
                 last = self.step == end
-                log.advance({"loss": f"{losses[-1]:.3f}" if losses else "-"})
+                log.advance({"loss": "-" if loss is None else f"{loss:.3f}"})
                 if self.step % train.log_every == 0 or last:
-                    rate = images * (self.step - logged) / (time.perf_counter() - window)
-                    figures = self._figures(result, rate)
-                    losses.append(figures["train/loss"])
-                    if len(losses) == 1:
+                    figures = self._figures(result)
+                    if loss is None:
                         decoded = figures["speed/decode_images_per_second"]
                         log.say(f"step {self.step}: a rank reads and decodes {decoded:,.0f} images a second")
+                    loss = figures["train/loss"]
                     log.scalars(self.step, figures)
-                    self._require_whole(int(figures["data/bad_samples"]), images * (self.step - first))
-                    window, logged = time.perf_counter(), self.step
-                pause = time.perf_counter()
-                if (train.checkpoint_every and self.step % train.checkpoint_every == 0) or last:
-                    self.save()
-                if self._evaluates():
-                    report = self.evaluate(log)
-                paused += time.perf_counter() - pause
-                window += time.perf_counter() - pause
+                    self.damaged.require_few(self.step, int(figures["data/bad_samples"]), speed.images(self.step))
+                    speed.start_window(self.step)
+                with speed.paused():
+                    if (train.checkpoint_every and self.step % train.checkpoint_every == 0) or last:
+                        self.save()
+                    if self._evaluates():
+                        report = self.evaluate(log)
+                # The steps that end in a line of the log are timed exactly.
                 self.clock.start(exact=self.step % train.log_every == train.log_every - 1)
             if self.mesh.rank == 0 and self.step == train.steps:
                 log.board.finish()
         except Exception as error:
-            if self.mesh.world_size > 1:  # at once, for what follows may wait for a read
+            if self.mesh.world_size > 1:  # at once: what follows may wait for a read
                 tell(error)
             raise
         finally:
             profiler.close()
             self.loader.close()
             log.close()
-        seconds = time.perf_counter() - started
-        return {
-            "steps": self.step,
-            "loss": losses[-1] if losses else None,
-            "seconds": round(seconds, 1),
-            "images_per_second": round(images * (self.step - first) / max(1e-9, seconds - paused), 1),
-            **({} if report is None else {**report.figures, "slices": report.rows}),
-        }
+        evaluated = {} if report is None else {**report.figures, "slices": report.rows}
+        return {"steps": self.step, "loss": loss, **speed.summary(self.step), **evaluated}
 
     def save(self) -> Path:
         """Writes a checkpoint of the present step; collective."""
-        self._align()
-        own = [number % 2**64 for number in (self._own_ledger, sum(self._last_ledgers))]
-        halves = [[number >> 32, number & 0xFFFFFFFF] for number in own]  # a sum of 64-bit words would not fit int64
-        summed = torch.tensor(halves, dtype=torch.int64, device=self.mesh.device)
-        dist.all_reduce(summed, group=self.mesh.dp)
-        new, last = ((high << 32) + low for high, low in summed.tolist())
-        self.ledger = (self.ledger + new) % 2**64
-        self._own_ledger = 0
-        state = {
-            "ledger": f"{self.ledger:016x}",
-            "ledger_before": {
-                "step": self.step - len(self._last_ledgers),
-                "ledger": f"{(self.ledger - last) % 2**64:016x}",
-            },
-            "order_id": self.loader.order.order_id,
-            "phases": phases.as_state(self.phases),
-            "positions": {
-                "query": (self.step - self.loader.first_step) * self.loader.queries_per_step,
-                "document": (self.step - self.loader.first_step) * self.loader.documents_per_step,
-            },
-            "tokenizer": self._tokenizer_id,
-            "queries": self._queries_id,
-            "config": self.config.to_dict(),
-            "world_size": self.mesh.world_size,
-            "tensor_parallel": self.mesh.tp.size(),
-        }
-        return checkpoint.save(
-            self.config.run_dir / "checkpoints",
-            self.step,
-            self.parts,
-            state,
-            self.classes,
-            self.mesh,
-            self.config.train.keep_checkpoints,
-        )
+        self._calibrate()
+        folder, keep = self.config.run_dir / "checkpoints", self.config.train.keep_checkpoints
+        state = self.resume.state(self.step)
+        return checkpoint.save(folder, self.step, self.parts, state, self.resume.classes, self.mesh, keep)
+
+    def evaluate(self, log: RunLog) -> Report:
+        """Evaluates the present weights, or their average if there is one, and logs figures and pictures; collective."""
+        self._calibrate()
+        with self._evaluated():
+            report = self.evaluation.run(self.method, final=self.step == self.config.train.steps)
+        named = {name if "/" in name else f"retrieval/{name}": value for name, value in report.figures.items()}
+        log.scalars(self.step, named)
+
+        def show() -> None:
+            panels.show(report, self.step, log.board, self.projector)
+            # Last, for its presence tells that the evaluation is complete.
+            write_json(self._figures_file(), {**report.figures, "slices": report.rows})
+
+        on_first_rank(show, self.mesh, "drawing the panel")
+        return report
+
+    def _calibrate(self) -> None:
+        """Fits the method's calibration, if it has one, to the weights that are evaluated; once a step; collective."""
+        if self.method.calibration is None or self._calibrated_at == self.step:
+            return
+        with self._evaluated():
+            self.evaluation.calibrate(self.method)
+        self._calibrated_at = self.step
+
+    def _evaluated(self) -> AbstractContextManager[None]:
+        """Inside the block the towers' weights are those that are evaluated: the average, if there is one."""
+        return nullcontext() if self.ema is None else self.ema.applied()
 
     def _evaluates(self) -> bool:
         """True where an evaluation belongs to the present step."""
@@ -294,7 +256,7 @@ class Trainer:
         return (train.evaluate_every > 0 and self.step % train.evaluate_every == 0) or self.step == train.steps
 
     def _lacks_evaluation(self) -> bool:
-        """True where the process before saved this step and ended amid its evaluation; and at the last step, whose
+        """True where the previous process saved this step and ended amid its evaluation; and at the last step, whose
         figures `fit` returns.
         """
         done = self._figures_file().exists() and self.step < self.config.train.steps
@@ -303,250 +265,48 @@ class Trainer:
     def _figures_file(self) -> Path:
         return self.config.run_dir / f"eval-{self.step:08d}.json"
 
-    def evaluate(self, log: RunLog) -> Report:
-        """Evaluates the present weights, or their average if there is one; logs metrics, retrieval panel and projector;
-        collective.
-        """
-        self._align()
-        with self._evaluated():
-            report = self.evaluation.run(self.method, final=self.step == self.config.train.steps)
-        named = {name if "/" in name else f"retrieval/{name}": value for name, value in report.figures.items()}
-        log.scalars(self.step, named)
-        on_first_rank(lambda: self._show(report, log), self.mesh, "drawing the panel")
-        return report
+    def _open_log(self, again: bool) -> RunLog:
+        """Opens the log and writes the start of this process into it; `again`: see `RunLog`."""
+        config, mesh = self.config, self.mesh
+        log = RunLog(config.run_dir, mesh, self.step, config.train.steps, again)
+        device = f"{mesh.line}, precision {config.train.precision}"
+        for line in [device, mesh.accelerators.line, f"images: {self.loader.images.line}", *self.notes]:
+            log.say(line)
+        if mesh.rank == 0:
+            classes = self.loader.order.num_classes
+            log.board.introduce(self.step, config, mesh, self.loader.catalogue, self.method, classes, self.notes)
+        return log
 
-    def _show(self, report: Report, log: RunLog) -> None:
-        log.board.image("retrieval/panel", draw_panel(self._panel_rows(report)), self.step)
-        if report.sample is not None and len(report.sample.ids):
-            self.projector.write(self.step, report.sample)
-        write_json(self._figures_file(), {**report.figures, "slices": report.rows})
-
-    def _evaluated(self) -> AbstractContextManager[None]:
-        """Inside, the towers have the weights that are evaluated: their average, if there is one."""
-        return nullcontext() if self.ema is None else self.ema.applied()
-
-    def _align(self) -> None:
-        """Fits the method's alignment, if it has one, to the weights that are evaluated; once a step; collective."""
-        if self.align_on is None or self._aligned_at == self.step:
-            return
-        with self._evaluated():
-            align(self.method, self.align_on, self.evaluation.embedder)
-        self._aligned_at = self.step
-
-    def _figures(self, result: StepResult, rate: float) -> dict[str, float]:
-        """Logged figures of a step; collective."""
-        images, seconds, ready, texts = (sum(column) for column in zip(*self._reading, strict=True))
-        steps, self._reading = len(self._reading), []
-        local = [[images, seconds], [ready, steps], [texts, steps], [self.bad_samples, 0]]
+    def _figures(self, result: StepResult) -> dict[str, float]:
+        """Figures of a step, for the log; collective."""
+        rate = self.throughput.rate(self.step)
+        local = [*self.throughput.local_sums(), [self.damaged.count, 0]]
         # Over the world: tensor-parallel ranks read different samples of the same step; what they have in common
         # cancels out.
         sums = self.mesh.sum(torch.cat([result.sums.double(), result.sums.new_tensor(local, dtype=torch.float64)]))
-        bad = sums[-1, 0]
-        *means, decode_rate, fill, texts = (sums[:-1, 0] / sums[:-1, 1].clamp_min(1e-12)).tolist()
-        flops = self._flops.fixed + texts * self.mesh.dp.size()
-        images_per_step = self.loader.queries_per_step + self.loader.documents_per_step
-        precision = self.config.train.precision
-        wait = sums.new_tensor(self.clock.take_share("data"))
-        dist.all_reduce(wait, op=dist.ReduceOp.MAX)  # the others wait for the rank that waits longest
+        means = (sums[:-1, 0] / sums[:-1, 1].clamp_min(1e-12)).tolist()
+        names = [f"train/{name}" for name in result.names]
+        metrics = dict(zip(names, means, strict=False))  # the means of the speed follow those of the metrics
+        seconds = {f"step_seconds/{part}": value for part, value in self.clock.seconds.items()}
         return {
             "train/loss": result.loss.item(),
-            **{f"train/{name}": value for name, value in zip(result.names, means, strict=True)},
+            **metrics,
             "train/gradient_norm": result.norm,
             "train/learning_rate": learning_rate(self.config.optimizer, self.step - 1, self.config.train.steps),
-            "speed/images_per_second": rate,
-            **utilisation(flops, images_per_step / rate, self.mesh.world_size, self.mesh.device, precision),
-            "speed/data_wait_share": wait.item(),
-            "data/bad_samples": bad.item(),
-            "speed/read_ahead_fill": fill,
-            "speed/decode_images_per_second": decode_rate,  # of one rank's reader: all images by all seconds
-            **{f"step_seconds/{part}": seconds for part, seconds in self.clock.seconds.items()},
+            **self.throughput.figures(rate, means[len(names) :], self.clock.take_share("data")),
+            "data/bad_samples": sums[-1, 0].item(),
+            **seconds,
         }
 
     def _require_finite(self, loss: float, norm: float, data: StepData) -> None:
-        """Ends the run before a loss or gradient that is not finite reaches the weights; the newest checkpoint stays
-        good.
-        """
-        if math.isfinite(norm) and math.isfinite(loss):
-            return
-        ids = _sample_ids(data)
-        file = self.config.run_dir / f"nonfinite-step-{self.step}-rank-{self.mesh.rank}.json"
-        write_json(file, {"step": self.step, "loss": str(loss), "gradient_norm": str(norm), "sample_ids": ids})
-        again = "the run resumes"
-        if self.step == self._resumed_at:
-            again += (
-                f", or move step-{self.step:08d} elsewhere, if it is ruined itself, to resume the checkpoint before it"
-            )
-        raise UserError(
-            f"step {self.step}: loss {loss} or gradient norm {norm} is not finite; nothing was updated",
-            f"The samples are in {file}. Lower optimizer.lr or the margin, then start again: {again}",
-        )
+        """Ends the run before a loss or gradient that is not finite reaches the weights and the next checkpoint."""
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            resumed = self.resume.checkpoint is not None and self.step == self.resume.step
+            raise guards.not_finite(self.step, loss, norm, data, self.config.run_dir, self.mesh.rank, resumed)
 
     def _place(self) -> str:
-        """Place of this rank, told by the others where it stands still: step, part of it, and the samples that it has
-        read for it.
-        """
+        """Step, part of it and samples of this rank, for the error of the others if it stands still."""
+        place = f"step {self.step}, {self.clock.now}"
         if self.clock.now == "data" or self._data is None:
-            return f"step {self.step}, {self.clock.now}"
-        ids = _sample_ids(self._data)
-        more = f" and {len(ids) - SHOWN_IDS} more" if len(ids) > SHOWN_IDS else ""
-        return f"step {self.step}, {self.clock.now}, samples {', '.join(map(str, ids[:SHOWN_IDS]))}{more}"
-
-    def _note_bad(self, data: StepData, log: RunLog) -> None:
-        if data.bad_ids:
-            self.bad_samples += len(data.bad_ids)
-            self._bad_ids.update(data.bad_ids)
-            log.say(f"step {self.step}: samples {data.bad_ids} are damaged; they have weight 0")
-
-    def _require_whole(self, bad: int, read: int) -> None:
-        """Ends the run where too many of the samples `read` since it was started, over all ranks, were damaged; all
-        ranks alike.
-        """
-        most = self.config.data.max_bad_fraction
-        if read < LEAST_READ or bad <= most * read:
-            return
-        of_ranks: list[Any] = [None] * self.mesh.world_size
-        dist.all_gather_object(of_ranks, self._bad_ids)
-        ids = sorted(set().union(*of_ranks))
-        more = f" and {len(ids) - SHOWN_IDS} more" if len(ids) > SHOWN_IDS else ""
-        raise UserError(
-            f"step {self.step}: {bad} of the {read} samples read since this start were damaged, more than data.max_bad_fraction = "
-            f"{most:g} allows: samples {', '.join(map(str, ids[:SHOWN_IDS]))}{more}",
-            f"Restore the shards of {self.config.data.catalogue} or raise data.max_bad_fraction, then start again: "
-            "the run resumes from its last checkpoint",
-        )
-
-    def _panel_rows(self, report: Report) -> list[Any]:
-        catalogue = self.loader.catalogue
-        found = sorted({i for _, best, _ in report.panel for i in best if i < catalogue.num_samples})
-        titles = {row["sample_id"]: row["title"] for row in catalogue.rows(found, ["title"])}
-        rows = []
-        for query, best, relevant in report.panel:
-            shown = text_picture(query) if isinstance(query, str) else picture(catalogue, query)
-            # Distractors' pictures lie in other catalogues.
-            known = [(i, right) for i, right in zip(best, relevant, strict=True) if i in titles]
-            rows.append((shown, [(picture(catalogue, i), titles[i], right) for i, right in known]))
-        return rows
-
-    def _resume(self) -> None:
-        """Continues the newest complete checkpoint; without one starts from train.init_from, or anew. Says what it did."""
-        config, order = self.config, self.loader.order
-        path, passed_over = checkpoint.newest(config.run_dir / "checkpoints", self.mesh)
-        self.notes = [*self._notes_on_training(), *(f"passed over checkpoint {line}" for line in passed_over)]
-        if path is None:
-            self.phases = [phases.first(order) if config.train.init_from is None else self._warm_start()]
-            if self.ema is not None:
-                self.ema.restart()
-            return
-        if config.train.resume == "never":
-            raise UserError(
-                f"{config.run_dir} holds checkpoints and train.resume is 'never'", "Choose another --run-dir"
-            )
-        state = checkpoint.read_state(path)
-        phases.require_queries(
-            path, state, self._queries_id, config.data.catalogue
-        )  # before the keywords they give the model
-        changes = difference(state["config"], config.to_dict())
-        if forbidden := identity_changes(changes):
-            key = forbidden[0]
-            raise UserError(
-                f"{config.run_dir} was trained with {key} = {changes[key][0]}, not {changes[key][1]}",
-                "That makes another run: choose another --run-dir, or set the key back",
-            )
-        self.phases = phases.saved(path, state)
-        moved, allowed = self.phases[-1].order_id != order.order_id, config.train.new_phase
-        classes = None if moved and not allowed else class_map(path / "classes.parquet", self.classes, self.mesh)
-        begins = moved or classes is not None
-        if begins and not allowed:
-            raise phases.another_order(config, self.phases[-1], order)
-        phases.require_tokenizer(path, state, config.data.catalogue)
-        self.step = self._resumed_at = state["step"]
-        self.ledger = int(state["ledger"], 16)
-        if begins:
-            self.phases.append(phases.begin(self.step, order, classes))
-        self.loader.first_step = self.phases[-1].first_step
-        if not begins:
-            self._check_ledger(path, state.get("ledger_before"))
-        # Embeddings in a memory bank are labelled with class ids, which a new phase gives anew.
-        self._load(path, replace(self.parts, memory=None) if begins else self.parts, classes)
-        checkpoint.tidy(path.parent, config.train.keep_checkpoints, path, self.mesh)
-        if self.ema is not None and not checkpoint.has_average(path):
-            self.notes.append(f"{path.name} holds no average of the weights: it starts from its weights")
-        self.notes.append(f"resumed {path.name} (saved by {state['world_size']} ranks, now {self.mesh.world_size})")
-        if len(self.phases) > 1:
-            self.notes.append(f"data phase {len(self.phases)} {'begins' if begins else 'goes on'}: {self.phases[-1]}")
-        self.notes += [f"changed since: {key} {old} -> {new}" for key, (old, new) in changes.items()]
-        if config.train.init_from is not None:
-            self.notes.append("train.init_from has no effect: the run has a checkpoint of its own")
-
-    def _warm_start(self) -> phases.Phase:
-        """Takes towers and rows of train.init_from, or imported towers; optimizer and step are new."""
-        imported = self.config.train.init_from
-        if imported is not None and (imported / "weights.json").is_file():
-            init_towers(self.method.towers, imported, self.mesh.tp)
-            self.towers.optimizer.reload_model_params()
-            self.notes.append(f"started from the weights in {imported}")
-            return phases.first(self.loader.order)
-        path, state = phases.open_start(self.config, self.mesh)
-        classes = class_map(path / "classes.parquet", self.classes, self.mesh)
-        self._load(path, replace(self.parts, tower_optimizer=None, row_optimizer=None, ema=None, memory=None), classes)
-        self.towers.optimizer.reload_model_params()
-        if self.rows is not None and self.method.head is not None and "master" in self.rows.row_state():
-            self.rows.row_state()["master"].copy_(self.method.head.rows)
-        phase = phases.begin(0, self.loader.order, classes)
-        average = ", the average of its weights" if checkpoint.has_average(path) else ""
-        self.notes.append(f"started from {path} (its step {state['step']}{average}): {phase}")
-        return phase
-
-    def _notes_on_training(self) -> list[str]:
-        """Notes on frozen parameters, unequal learning rates and the average, for the log."""
-        parameters, groups = list(self.method.towers.parameters()), self.towers.optimizer.param_groups
-        frozen = sum(not parameter.requires_grad for parameter in parameters)
-        rates = sorted({group["lr_mult"] for group in groups})
-        notes = [f"frozen: {frozen} of the towers' {len(parameters)} tensors"] if self.config.optimizer.frozen else []
-        if rates != [1.0]:
-            notes.append(f"learning rates of the towers' parts: {rates[0]:.3g} to {rates[-1]:.3g} x optimizer.lr")
-        if self.ema is not None:
-            notes.append(f"evaluation takes the average of the weights (train.ema_decay {self.ema.decay})")
-        return notes
-
-    def _load(self, path: Path, parts: checkpoint.Trainable, classes: ClassMap | None) -> None:
-        """Loads a checkpoint; the rows of classes that it does not know start from their samples."""
-        checkpoint.load(path, parts, self.mesh, classes)
-        if classes is not None and classes.new and self.rows is not None:
-            start_new_rows(self.method, self.rows, classes, self.loader, self.config.evaluation.batch_size, self.mesh)
-
-    def _check_ledger(self, path: Path, before: dict[str, Any] | None) -> None:
-        """Compares the samples of the last steps with those that the order gives now; every rank all of them."""
-        if before is None:
-            self.notes.append(f"{path.name} was saved by an earlier version: its last samples are not compared")
-            return
-        ledgers = self.loader.ledgers(before["step"], self.step)
-        if (int(before["ledger"], 16) + sum(ledgers)) % 2**64 != self.ledger:
-            raise UserError(
-                f"{path}: the samples of its steps {before['step']} to {self.step - 1} are not those that "
-                f"{self.config.data.catalogue} gives now: the order is not the one that was trained on",
-                "Restore classes/ and the version of shelfmark that trained, or choose another --run-dir",
-            )
-        self._last_ledgers.extend(ledgers if self.mesh.dp.rank() == 0 else [0] * len(ledgers))
-
-
-def _sample_ids(data: StepData) -> list[int]:
-    return torch.cat([torch.cat([b.query_ids, b.document_ids]) for b in data.batches]).tolist()
-
-
-def prepare_run_folder(config: RunConfig, versions: dict[str, str]) -> None:
-    """Makes the run folder explain itself: configuration, versions, and what is needed to embed a photo. Rank 0 only.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        (config.run_dir / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
-        write_json(config.run_dir / "versions.json", versions)
-        write_json(config.run_dir / "preprocess.json", config.data.preprocess.to_dict())
-        copy_tokenizer(config.data.catalogue, config.run_dir)
-    except OSError as error:
-        raise UserError(
-            f"run folder {config.run_dir}: {error.strerror or error}", "Choose another --run-dir"
-        ) from error
+            return place
+        return f"{place}, {guards.listed(guards.sample_ids(self._data))}"

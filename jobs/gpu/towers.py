@@ -25,7 +25,8 @@ from harness.core.build import build as make_method
 from harness.core.mesh import Mesh, MeshConfig
 from harness.train.config import parse
 from harness.train.flops import peak_flops, tower_flops
-from harness.train.optimizer import OptimizerConfig, TowerOptimizer
+from harness.train.optimizer import TowerOptimizer
+from harness.train.schedule import OptimizerConfig
 from models.heads.class_parallel import ClassHeadConfig
 from models.merge import load_merged
 from models.plain.transformer import PlainBuilder, PlainLayer

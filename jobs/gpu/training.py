@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from harness.bench.gpu import Program, empty_folder
+from harness.core.files import write_whole
 
 SAVED, STEPS = 4, 6  # the checkpoint is of the fourth step
 WAIT = 300.0  # seconds for the other side's checkpoint
@@ -144,14 +145,14 @@ class Side:
     def trainer(self, recipe: Mapping[str, Any], run: Path) -> Any:
         """The loop's Trainer, which resumes by itself what lies in `run`."""
         from harness.core.mesh import Mesh
-        from harness.text.product_queries import with_keywords
+        from harness.text.catalogue_facts import prepared
         from harness.train.config import parse
         from harness.train.trainer import Trainer
 
         values = {**recipe, "data.catalogue": self.catalogue, "run_dir": run}
         flags = [f"--{key}={x if isinstance(x, str | Path) else json.dumps(x)}" for key, x in values.items()]
         config, _ = parse(flags, 1)
-        config = replace(config, model=with_keywords(config.method, config.model, config.data.catalogue))
+        config = replace(config, model=prepared(config.method, config.model, config.data.catalogue))
         if self.mesh is None or self.mesh.config != config.mesh:
             if self.mesh is not None:
                 self.mesh.close()
@@ -225,9 +226,7 @@ class Side:
 
     def write(self) -> None:
         """All that was found so far, for the process that compares."""
-        file = self.work / f"{self.name}.json"
-        file.with_suffix(".tmp").write_text(json.dumps(self.found))
-        file.with_suffix(".tmp").replace(file)
+        write_whole(self.work / f"{self.name}.json", json.dumps(self.found))
 
 
 def take_rows_of_a_cpu(trainer: Any) -> None:
@@ -242,13 +241,11 @@ def take_rows_of_a_cpu(trainer: Any) -> None:
 def export(trainer: Any, run: Path) -> None:
     """Writes the run's query encoder for serving, and the towers' own vectors of the same queries."""
     from harness.core.build import plain_query_encoder
-    from models.registry import METHODS
 
     method, config, mesh = trainer.method, trainer.config, trainer.mesh
     method.towers.eval()
     batch = trainer.loader.load(0).batches[0].to(mesh.device, torch.float32)
-    text = METHODS[config.method].query == "text"
-    queries = (batch.query_tokens if text else batch.document_images).cpu()
+    queries = (batch.document_images if config.model.query_text is None else batch.query_tokens).cpu()
     with torch.no_grad():
         found = method.embed_query(replace(batch, query_images=batch.document_images)).cpu()
         encoder = plain_query_encoder(config.method, trainer.model_config, method.towers, mesh)

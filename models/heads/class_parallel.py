@@ -11,7 +11,7 @@ dp and never average.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from kernels.keyed import fill_normal
 from models.comm import gather_shards, own_slice, scatter_sum, shard_sizes
 from models.heads.margin import Margin, margin_cosine, scaled_margin
 from models.heads.sampling import ID_BLOCK, sampled_classes
+from models.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UnitIntervalAbove0
 from models.transfer import send
 
 IGNORED = -1
@@ -49,30 +50,17 @@ class ClassHeadConfig:
         seed: seed of new rows and of sampling.
     """
 
-    num_classes: int = 0
-    embedding_dim: int = 0
+    num_classes: NonNegativeInt = 0
+    embedding_dim: NonNegativeInt = 0
     margin: Margin = (1.0, 0.0, 0.4)
-    scale: float = 64.0
-    sample_rate: float = 1.0
-    gradient: str = "exact"
-    filter_above: float = 1.0
-    row_dtype: str = "fp32"
-    tile: int = TILE
-    init_std: float = 0.05
-    seed: int = 0
-
-    def errors(self, where: str) -> list[str]:
-        """Errors for values out of range; each names its key under `where`."""
-        errors = []
-        if not 0 < self.sample_rate <= 1:
-            errors.append(f"{where}.sample_rate is {self.sample_rate}; it must lie in (0, 1]")
-        if self.gradient not in ("exact", "straight_through"):
-            errors.append(f"{where}.gradient is '{self.gradient}'; it can be 'exact' or 'straight_through'")
-        if self.row_dtype not in ROW_DTYPES:
-            errors.append(f"{where}.row_dtype is '{self.row_dtype}'; it can be 'fp32' or 'bf16'")
-        if self.scale <= 0 or self.tile < 1:
-            errors.append(f"{where}.scale and {where}.tile must be positive")
-        return errors
+    scale: PositiveFloat = 64.0
+    sample_rate: UnitIntervalAbove0 = 1.0
+    gradient: Literal["exact", "straight_through"] = "exact"
+    filter_above: NonNegativeFloat = 1.0
+    row_dtype: Literal["fp32", "bf16"] = "fp32"
+    tile: PositiveInt = TILE
+    init_std: NonNegativeFloat = 0.05
+    seed: NonNegativeInt = 0
 
 
 def rows_per_rank(num_classes: int, ranks: int) -> int:

@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 from models.comm import gather_shards, gather_with_grad, own_slice, shard_sizes
 from models.heads.mean import global_mean
 from models.heads.memory_bank import MemoryBank
+from models.ranges import NonNegativeFloat, PositiveFloat
 
 Related = Callable[[Tensor, Tensor], Tensor]
 
@@ -35,13 +36,9 @@ class ContrastiveConfig:
         symmetric: the mean of both directions, query to documents and document to queries; false is only the first.
     """
 
-    temperature: float = 0.07
-    margin: float = 0.0
+    temperature: PositiveFloat = 0.07
+    margin: NonNegativeFloat = 0.0
     symmetric: bool = True
-
-    def errors(self, where: str) -> list[str]:
-        """Errors for values out of range; each names its key under `where`."""
-        return [] if self.temperature > 0 else [f"{where}.temperature is {self.temperature}; it must be positive"]
 
 
 def same_product(query_labels: Tensor, document_labels: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from kernels import row_update as twin
 from kernels.keyed import mix
 from kernels.row_update import RowTable, row_state
 from models.heads.class_parallel import ClassParallelHead
+from models.ranges import NonNegativeFloat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,21 +32,12 @@ class RowOptimizerConfig:
             or down at random.
     """
 
-    lr_factor: float = 1.0
+    lr_factor: NonNegativeFloat = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    state: str = "fp32"
-    bf16_rows: str = "master"
-
-    def errors(self, where: str) -> list[str]:
-        """Errors for values out of range; each names its key under `where`."""
-        errors = []
-        if self.state not in ("fp32", "8bit"):
-            errors.append(f"{where}.state is '{self.state}'; it can be 'fp32' or '8bit'")
-        if self.bf16_rows not in ("master", "stochastic"):
-            errors.append(f"{where}.bf16_rows is '{self.bf16_rows}'; it can be 'master' or 'stochastic'")
-        return errors
+    eps: NonNegativeFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    state: Literal["fp32", "8bit"] = "fp32"
+    bf16_rows: Literal["master", "stochastic"] = "master"
 
 
 class RowAdamW:

@@ -73,7 +73,7 @@ class Source:
         self.config, self.kind = _description(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._stored: dict[str, tuple[Path, str]] = {}
-        for file in _safetensors(folder):
+        for file in _safetensors(folder, self.kind):
             try:
                 with safe_open(file, "pt") as tensors:
                     for name in tensors.keys():
@@ -123,6 +123,8 @@ def import_tower(source: Source, tower: str, projection: bool = False, allow_unu
         )
     state = load_all(rules, source.tensors(name for rule in rules for name in rule.theirs))
     _check_shapes({name: tuple(t.shape) for name, t in state.items()}, tower_shapes(config), str(source.folder))
+    if odd := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
+        raise WeightsError(f"{source.folder} holds NaN or infinity in {len(odd)} tensor(s) of ours: {listed(odd)}")
     return Converted(config, state, left_out + unmatched, origin)
 
 
@@ -377,8 +379,12 @@ def _description(folder: Path) -> tuple[Json, str]:
     raise WeightsError(f"{folder} has neither a config.json nor an open_clip_config.json")
 
 
-def _safetensors(folder: Path) -> list[Path]:
+def _safetensors(folder: Path, kind: str) -> list[Path]:
+    """The files with the tensors that the description of that kind describes."""
     files = sorted(file.name for file in folder.glob("*.safetensors"))
+    own = "open_clip_model.safetensors" if kind == "open_clip" else "model.safetensors"
+    if len(files) > 1 and own in files:  # a folder of the hub may hold a model in the layouts of two libraries
+        return [own_file(folder, own)]
     if index := sorted(folder.glob("*.safetensors.index.json")):
         named = read_object(own_file(folder, index[0].name)).get("weight_map")
         if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
@@ -396,5 +402,7 @@ def _safetensors(folder: Path) -> list[Path]:
             "AutoModel.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     if len(files) != 1:
-        raise WeightsError(f"{folder} has {len(files)} files *.safetensors and no index; one is needed")
+        raise WeightsError(
+            f"{folder} has {len(files)} files *.safetensors, no index and none named {own}, as {kind} names its own"
+        )
     return [own_file(folder, files[0])]

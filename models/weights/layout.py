@@ -33,6 +33,7 @@ _SHORT = (
         "block.final_layernorm.": "final_norm.",
     }
 )
+_SQUARES = ("image_size", "img_size", "patch_size")
 _LAYER = re.compile(r"(?:vision|text)\.(?:block\.layers\.(\d+)\.)?(.+)")
 
 
@@ -99,6 +100,7 @@ class Layout:
         Raises:
             WeightsError: a value that our towers do not know.
         """
+        said = {key: _side(key, value) for key, value in said.items()}
         for key, default in self.defaults.items():
             _require_like(key, said[key], default)
         said = self.unfold(said)
@@ -183,6 +185,15 @@ class Layout:
                 before, parts, after = re.fullmatch(r"([^(]*)\(?([^)]*)\)?(.*)", self.names[key]).groups()  # type: ignore[union-attr]
                 return tuple(f"{before}{one}{after}{end}" for one in parts.split("|"))
         raise WeightsError(f"{self.name} has no place for {part}")
+
+
+def _side(key: str, value: Any) -> Any:
+    """The one side of a square that is given as height and width."""
+    if key not in _SQUARES or not isinstance(value, list) or [type(side) for side in value] != [int, int]:
+        return value
+    if value[0] != value[1]:
+        raise WeightsError(f"{key} is {value[0]} x {value[1]}; towers of square images and patches can be imported")
+    return value[0]
 
 
 def _require_like(key: str, value: Any, default: Any) -> None:

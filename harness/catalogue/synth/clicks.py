@@ -1,13 +1,15 @@
-"""The demo's click log: what shoppers saw for each training photo and what they clicked, wrong clicks included."""
+"""Click log of the demo: documents shown and clicked for each training photo, wrong clicks included."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from harness.catalogue.synth.products import Product
+from harness.core.keyed_random import SynthStream
 
 SCHEMA = pa.schema(
     [
@@ -26,20 +28,24 @@ ZIPF = 0.8  # exponent of the products' traffic
 def click_log(
     photos: Sequence[tuple[str, Product]], documents: Sequence[tuple[str, Product]], seed: int
 ) -> tuple[pa.Table, int]:
-    """Rows of SCHEMA, one for each (photo, document) that was seen at all; and how many clicks went wrong.
+    """Draws a click log.
 
-    Each photo has one result list: its own product near the top, the others the likelier the more alike they are.
+    Each photo has one result list: its own product near the top, others with a probability that grows with likeness.
     Impressions follow the product's traffic (Zipf) and fall with the position.
 
     Args:
         photos: id and product of the training photos.
         documents: id and product of the documents that may be listed.
-        seed: of every draw.
+        seed: seed of every draw.
+
+    Returns:
+        Rows of SCHEMA, one for each (photo, document) that was seen, and the number of wrong clicks.
     """
-    rng = np.random.default_rng([seed, 1])
+    rng = np.random.default_rng([seed, SynthStream.CLICKS])
     place = {product.number: index for index, (_, product) in enumerate(documents)}
     traffic = 30.0 / (1 + rng.permutation(len(documents))) ** ZIPF
-    alike = np.array([[_likeness(a, b) for _, b in documents] for _, a in documents])
+    pairs = itertools.product([product for _, product in documents], repeat=2)
+    alike = np.array(list(itertools.starmap(_likeness, pairs))).reshape(len(documents), -1)
     rows: list[tuple[int, int, int, int, bool]] = []
     for photo, (_, product) in enumerate(photos):
         own = place[product.number]
@@ -58,17 +64,13 @@ def click_log(
     wrong = min(round(int(clicks.sum()) * WRONG_SHARE / (1 - WRONG_SHARE)), len(shown))
     weight = alike[[place[photos[photo][1].number] for photo in photo_of[shown]], document_of[shown]]
     np.add.at(clicks, rng.choice(shown, wrong, replace=False, p=weight / weight.sum()), 1)
-    columns = [
-        [photos[photo][0] for photo in photo_of],
-        [documents[document][0] for document in document_of],
-        position_of,
-        impressions,
-        clicks,
-    ]
+    photo_ids = [photos[photo][0] for photo in photo_of]
+    document_ids = [documents[document][0] for document in document_of]
+    columns = (photo_ids, document_ids, position_of, impressions, clicks)
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA), wrong
 
 
 def _likeness(a: Product, b: Product) -> float:
-    """Weight with which `b` is listed and wrongly clicked for `a`."""
+    """Weight of `b` in the result list, and for wrong clicks, of a photo of `a`."""
     alike = 8 * (a.category == b.category) + 8 * (a.kind == b.kind) + 2 * (a.colour == b.colour)
     return float(1 + alike + 30 * (a.twin == b.number))

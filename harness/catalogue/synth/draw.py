@@ -1,4 +1,4 @@
-"""Drawing of a product's clean picture: shaded parts of the unit square, twice as large as needed, then reduced."""
+"""Drawing of a product's clean picture: shaded parts of the unit square, at twice the size, then reduced."""
 
 from __future__ import annotations
 
@@ -45,9 +45,14 @@ def box(x0: float, y0: float, x1: float, y1: float, radius: float = 0.02) -> Poi
     return [point for arc in arcs for point in arc]
 
 
+def mirrored(half: Sequence[tuple[float, float]]) -> Points:
+    """An outline symmetric about x = 0, from its right half, top to bottom."""
+    return [*half, *[(-x, y) for x, y in reversed(half)]]
+
+
 def profile(*half: tuple[float, float]) -> Points:
     """A symmetric outline from (half width, y) pairs, top to bottom."""
-    return [(0.5 + w, y) for w, y in half] + [(0.5 - w, y) for w, y in reversed(half)]
+    return [(0.5 + x, y) for x, y in mirrored(half)]
 
 
 def smooth(points: Points, rounds: int = 3) -> Points:
@@ -91,7 +96,7 @@ class Canvas:
     """A picture of one product in the making.
 
     Args:
-        product: what is drawn.
+        product: the product.
         size: side of the finished picture in pixels.
     """
 
@@ -185,7 +190,7 @@ class Canvas:
         self._alpha[at] = np.maximum(self._alpha[at], cover)
 
     def finish(self) -> Image.Image:
-        """RGBA of the requested size, cut to what is drawn."""
+        """Returns the RGBA picture of the requested size, cut to its drawn part."""
         rgba = np.dstack([self._rgb, self._alpha * 255]).clip(0, 255).astype(np.uint8)
         image = Image.fromarray(rgba).reduce(SUPERSAMPLE)
         return image.crop(image.getbbox())

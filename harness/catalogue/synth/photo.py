@@ -1,4 +1,4 @@
-"""From a clean picture to a photo: ground, neighbours, perspective, light, what covers it, blur and noise."""
+"""Photos made from clean pictures: ground, neighbours, perspective, light, occlusion, blur and noise."""
 
 from __future__ import annotations
 
@@ -99,11 +99,8 @@ def _hand(photo: Image.Image, rng: np.random.Generator) -> None:
             (tip + half, top),
             (left + half, height + 9),
         ]
-        draw.polygon(
-            smooth(outline, 2),
-            tuple(int(v) for v in skin.clip(0, 255)),
-            tuple(int(v) for v in (skin * 0.7).clip(0, 255)),
-        )
+        fill, edge = (tuple(map(int, colour.clip(0, 255))) for colour in (skin, skin * 0.7))
+        draw.polygon(smooth(outline, 2), fill, edge)
 
 
 def _sticker(photo: Image.Image, centre: tuple[float, float], rng: np.random.Generator) -> None:

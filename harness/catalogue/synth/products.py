@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+
+from harness.core.keyed_random import SynthStream
 
 COLOURS = {
     "red": (206, 38, 44),
@@ -99,8 +102,8 @@ class Product:
         pattern: one of PATTERNS, for fruit one of ARRANGEMENTS.
         brand: key of BRANDS.
         variant: the word in small print, a flavour or a size.
-        unseen: whether it occurs in no training photo, no shared split and no click.
-        twin: the number of the product that it differs from in small print or colour alone.
+        unseen: True if it occurs in no training photo, no shared split and no click.
+        twin: number of the product that differs in small print or colour only.
     """
 
     number: int
@@ -125,7 +128,7 @@ class Product:
 
     @property
     def description(self) -> str:
-        """Three sentences on how it looks."""
+        """Three sentences on its look."""
         if self.category == "fruit":
             shown = {"single": "A single fruit", "trio": "Three fruits", "tray": f"Fruits in a {self.accent} tray"}
             return (
@@ -142,11 +145,11 @@ class Product:
 
 @cache
 def make_products(count: int, near_duplicates: float, unseen: float, seed: int) -> tuple[Product, ...]:
-    """The catalogue: `near_duplicates` of `count` products belong to pairs, `unseen` of them are never trained on.
+    """Draws the products: `near_duplicates` of `count` belong to pairs, `unseen` of them are never trained on.
 
-    All others of one kind differ in at least two of colour, pattern and brand while there is room, else in one.
+    Other products of one kind differ in at least two of colour, pattern and brand while there is room, else in one.
     """
-    rng = np.random.default_rng([seed, 0])
+    rng = np.random.default_rng([seed, SynthStream.PRODUCTS])
     pairs = round(count * near_duplicates / 2)
     products: list[Product] = []
     looks: list[tuple[str, ...]] = []
@@ -162,7 +165,7 @@ def make_products(count: int, near_duplicates: float, unseen: float, seed: int) 
         look = (name, colour, pattern, brand)
         room = 2 if tries < 20 * count else 3
         tries += 1
-        alike = (sum(a == b for a, b in zip(look, other, strict=True)) for other in looks if other[0] == name)
+        alike = (sum(map(operator.eq, look, other)) for other in looks if other[0] == name)
         if max(alike, default=0) > room:
             continue
         looks.append(look)

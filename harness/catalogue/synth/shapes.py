@@ -7,12 +7,25 @@ from math import cos, pi, sin
 
 from PIL import Image
 
-from harness.catalogue.synth.draw import CREAM, GLASS, INK, METAL, STALK, Canvas, box, darker, oval, profile, smooth
+from harness.catalogue.synth.draw import (
+    CREAM,
+    GLASS,
+    INK,
+    METAL,
+    STALK,
+    Canvas,
+    box,
+    darker,
+    mirrored,
+    oval,
+    profile,
+    smooth,
+)
 from harness.catalogue.synth.products import Product
 
 
 def cutout(product: Product, size: int) -> Image.Image:
-    """The product alone: RGBA, within `size` x `size` pixels and cut to its bounds."""
+    """Draws the product without a ground: RGBA, within `size` x `size` pixels and cut to its bounds."""
     canvas = Canvas(product, size)
     SHAPES[product.kind](canvas)
     return canvas.finish()
@@ -107,7 +120,8 @@ def _t_shirt(c: Canvas) -> None:
            light=0.9, shade="cloth")
     c.part(smooth([(0.7, 0.12), (0.78, 0.14), (0.98, 0.34), (0.87, 0.46), (0.72, 0.35), (0.7, 0.5)], 1),
            light=0.9, shade="cloth")
-    c.part(smooth(profile((0.11, 0.1), (0.24, 0.13), (0.25, 0.3), (0.25, 0.9), (0.25, 0.94), (0.2, 0.94)), 1), shade="cloth")
+    c.part(smooth(profile((0.11, 0.1), (0.24, 0.13), (0.25, 0.3), (0.25, 0.9), (0.25, 0.94), (0.2, 0.94)), 1),
+           shade="cloth")
     c.line([(0.05, 0.36), (0.14, 0.44)], 0.022, c.accent)
     c.line([(0.95, 0.36), (0.86, 0.44)], 0.022, c.accent)
     c.part(oval(0.5, 0.11, 0.115, 0.08), (120, 116, 112))
@@ -184,8 +198,8 @@ def _sneaker(c: Canvas) -> None:
 
 def _boot(c: Canvas) -> None:
     c.emblem = (0.6, 0.3, 0.11)
-    c.part(smooth([(0.42, 0.06), (0.8, 0.06), (0.78, 0.5), (0.82, 0.82), (0.82, 0.9), (0.1, 0.88), (0.08, 0.72), (0.2, 0.62),
-           (0.4, 0.54)], 2), None, "cloth")
+    c.part(smooth([(0.42, 0.06), (0.8, 0.06), (0.78, 0.5), (0.82, 0.82), (0.82, 0.9), (0.1, 0.88), (0.08, 0.72),
+           (0.2, 0.62), (0.4, 0.54)], 2), None, "cloth")
     c.part(smooth([(0.08, 0.84), (0.84, 0.83), (0.85, 0.95), (0.62, 0.95), (0.58, 0.9), (0.08, 0.92)], 1), INK)
     c.part(box(0.42, 0.05, 0.8, 0.13, 0.02), c.accent)
     c.line(oval(0.82, 0.1, 0.04, 0.06), 0.012, c.accent)
@@ -293,7 +307,7 @@ def _fruit(outline: Callable[[Canvas, float, float, float], None]) -> Callable[[
 
 def _apple(c: Canvas, x: float, y: float, r: float) -> None:
     half = ((0.0, -0.72), (0.45, -0.95), (0.95, -0.6), (0.95, 0.1), (0.6, 0.9), (0.25, 0.98), (0.0, 0.86))
-    outline = [(x + r * a, y + r * b) for a, b in half] + [(x - r * a, y + r * b) for a, b in half[::-1]]
+    outline = [(x + r * a, y + r * b) for a, b in mirrored(half)]
     c.part(smooth(outline, 2), c.base, "ball")
     c.line([(x, y - 0.65 * r), (x + 0.12 * r, y - 1.08 * r)], 0.09 * r, STALK)
     c.part(smooth([(x + 0.1 * r, y - 0.85 * r), (x + 0.5 * r, y - 1.15 * r), (x + 0.7 * r, y - 0.9 * r)], 2),
@@ -301,7 +315,7 @@ def _apple(c: Canvas, x: float, y: float, r: float) -> None:
 
 def _pear(c: Canvas, x: float, y: float, r: float) -> None:
     half = ((0.0, -1.0), (0.35, -0.95), (0.4, -0.4), (0.85, 0.1), (0.85, 0.75), (0.4, 1.05), (0.0, 1.05))
-    outline = [(x + r * a, y + r * b) for a, b in half] + [(x - r * a, y + r * b) for a, b in half[::-1]]
+    outline = [(x + r * a, y + r * b) for a, b in mirrored(half)]
     c.part(smooth(outline, 2), c.base, "ball")
     c.line([(x, y - 0.9 * r), (x + 0.1 * r, y - 1.2 * r)], 0.09 * r, STALK)
 
@@ -322,8 +336,9 @@ def _orange(c: Canvas, x: float, y: float, r: float) -> None:
 
 def _lemon(c: Canvas, x: float, y: float, r: float) -> None:
     half = ((1.12, -0.08), (0.95, -0.2), (0.6, -0.65), (0.0, -0.78))
-    top = [*half, *[(-a, b) for a, b in half[::-1]]]
-    c.part(smooth([(x + r * a, y + r * b) for a, b in [*top, *[(a, -b) for a, b in top[::-1]]]], 2), c.base, "ball")
+    top = mirrored(half)
+    outline = [*top, *[(a, -b) for a, b in reversed(top)]]
+    c.part(smooth([(x + r * a, y + r * b) for a, b in outline], 2), c.base, "ball")
 
 # fmt: on
 

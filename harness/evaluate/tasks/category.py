@@ -4,41 +4,54 @@ neighbours.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from harness.core.errors import UserError
-from harness.core.keyed_random import keyed_hash
-from harness.core.mesh import Mesh
+from harness.core.keyed_random import Stream, keyed_hash
 from harness.core.waiting import on_first_rank
-from harness.evaluate.embed import Embedder, Side
+from harness.evaluate.embed import Side
 from harness.evaluate.ranking import Embedded, gather_rows
-from harness.evaluate.tasks import Found, Gallery
-from models.registry import Method
+from harness.evaluate.tasks.task import CommonConfig, Found, Gallery, Task, TaskInputs
+from models.method import Method
+from models.ranges import AtLeastTwo
 
 NEIGHBOURS = 10
 ROUNDS = 2000  # of the probe's solver at most
-_CHOICE = 40  # keeps this draw apart from others under the same seed
+_CHOICE = Stream.PROBE_SAMPLE
 
 
-class CategoryTask:
+@dataclass(frozen=True, kw_only=True)
+class CategoryTaskConfig(CommonConfig):
+    """Keys of the task category.
+
+    Args:
+        probe_documents: at most so many documents teach, and at most so many are asked, chosen by their ids: one rank
+            holds them.
+    """
+
+    probe_documents: AtLeastTwo = 200_000
+
+
+class CategoryTask(Task):
     """Documents of one split teach the categories, those of the evaluation are asked; scikit-learn on the first rank,
     the others wait as long.
 
-    Args:
-        learned: documents that teach, of another split.
-        documents: documents that are asked; those of a category that `learned` does not show count as wrong.
-        category: the attribute.
-        embedder: embeds them.
-        mesh: the ranks.
-        limit: at most so many documents teach, and are asked.
+    Documents that are asked may not teach; those of a category that no document teaches count as wrong.
     """
 
     name = "category"
+    config = CategoryTaskConfig
+    attributes = ("category",)
 
-    def __init__(
-        self, learned: Side, documents: Side, category: str, embedder: Embedder, mesh: Mesh, limit: int
-    ) -> None:
+    def __init__(self, inputs: TaskInputs) -> None:
+        config: CategoryTaskConfig = inputs.config
+        documents, category, limit = inputs.documents, config.category, config.probe_documents
+        learned = inputs.side("document", config.learn_split)
+        if config.learn_split != config.split:  # documents of split 'all' are asked, so they may not teach
+            learned = learned.select(~np.isin(learned.ids, documents.ids))
         teaching = learned.columns[category].used()
         if len(teaching) < 2:
             raise UserError(
@@ -53,11 +66,17 @@ class CategoryTask:
         if len(some := chosen(learned, category, limit)) < learned.columns[category].filled().sum():
             learned = learned.select(np.isin(np.arange(len(learned.ids)), some))  # the others need not be embedded
         self.learned, self.documents, self.category, self.limit = learned, documents, category, limit
-        self.embedder, self.mesh = embedder, mesh
+        self.embedder, self.mesh = inputs.embedder, inputs.mesh
         self.names = sorted({*teaching, *documents.columns[category].used()})
 
+    @staticmethod
+    def errors(config: CategoryTaskConfig) -> list[str]:
+        """See Task."""
+        empty = "evaluation.category is empty: the task category predicts an attribute"
+        return [] if config.category else [empty]
+
     def run(self, method: Method, gallery: Gallery, seen: str) -> Found:
-        """See harness.evaluate.tasks.Task."""
+        """See Task."""
         learned = self._table(self.learned, self.embedder.embed(method, self.learned, seen))
         asked = self._table(self.documents, gallery.own(seen))
         return Found(on_first_rank(lambda: predicted(*learned, *asked), self.mesh, "fitting the probe"))

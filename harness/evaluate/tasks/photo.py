@@ -1,0 +1,71 @@
+"""Photo search: query photos find the documents of their class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from harness.evaluate.coded import Coded
+from harness.evaluate.embed import ClassKeys
+from harness.evaluate.metrics import slices, summarise
+from harness.evaluate.ranking import relevant_ranks, top_k
+from harness.evaluate.tasks.task import (
+    SHOWN,
+    Found,
+    Gallery,
+    Shown,
+    Task,
+    TaskInputs,
+    gathered,
+    groups_of,
+    ordered,
+    spread,
+    total,
+)
+from models.method import Method
+
+KINDS = ("head", "never trained", "tail")
+HEAD, NEVER, TAIL = range(3)
+
+
+class PhotoTask(Task):
+    """Query photos find the documents of their class; the slice `class` tells trained classes from others."""
+
+    name = "photo"
+
+    def __init__(self, inputs: TaskInputs) -> None:
+        config, self.documents = inputs.config, inputs.documents
+        self.queries, self.panel = inputs.side("query", config.split), config.panel
+        self.embedder, self.mesh = inputs.embedder, inputs.mesh
+        self.groups = groups_of(self.queries, config.slices)
+        self.groups["class"] = Coded(
+            head_and_tail(inputs.classes, inputs.keys)[self.queries.labels], pa.array(KINDS, pa.large_string())
+        )
+
+    def run(self, method: Method, gallery: Gallery, seen: str) -> Found:
+        """See Task."""
+        documents, queries = gallery.whole(seen), self.embedder.embed(method, self.queries)
+        ranks = relevant_ranks(queries, documents, self.mesh.dp)
+        shown = spread(queries, self.queries.ids, self.panel)
+        best, _ = top_k(shown, documents, SHOWN, self.mesh.dp)
+        place, wanted = self.documents.rows_of(best.cpu().numpy()), shown.labels.cpu().numpy()[:, None]
+        right = (place >= 0) & (self.documents.labels[place] == wanted) & (wanted != -1)
+        own: list[Shown] = list(zip(shown.ids.tolist(), best.tolist(), right.tolist(), strict=True))
+        figures = {**summarise(ranks.ranks, ranks.offsets), "documents": float(total(documents, self.mesh))}
+        rows = slices(ranks.ranks, ranks.offsets, ordered(self.groups, self.queries.ids, ranks))
+        return Found(figures, rows, gathered(own, self.mesh))
+
+
+def head_and_tail(classes: Path, keys: ClassKeys) -> np.ndarray:
+    """Place in KINDS of each number of `keys`, and at last of -1: int32, from a run's classes.parquet."""
+    table = pq.read_table(classes, columns=["class_key", "tail"])
+    number = pc.index_in(table["class_key"].cast(pa.large_string()), value_set=keys.keys)
+    number, tail = number.fill_null(-1).to_numpy(), table["tail"].to_numpy()
+    kinds = np.full(len(keys.keys) + 1, NEVER, np.int32)
+    kinds[number] = np.where(tail, TAIL, HEAD)
+    kinds[-1] = NEVER
+    return kinds

@@ -1,0 +1,97 @@
+"""Pictures of an evaluation in TensorBoard: queries with their best documents, and the projector. Only on rank 0."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from tensorboard.plugins import projector as plugin  # type: ignore[import-untyped]
+
+from harness.catalogue.catalogue import Catalogue
+from harness.evaluate.contact_sheet import LONGEST, draw_panel, picture, text_picture
+from harness.evaluate.evaluation import Report
+from harness.evaluate.ranking import Embedded
+from harness.train.tensorboard import Board, one_line
+
+THUMBNAIL = 64  # pixels
+LARGEST_SPRITE = 8192  # pixels; what WebGL takes as one texture
+
+
+class Projector:
+    """Document embeddings of the newest evaluation, with thumbnails, in TensorBoard's PROJECTOR.
+
+    SummaryWriter.add_embedding would list every evaluation and draw the same thumbnails each time. TensorBoard reads
+    these files once: to show new ones it must be started again.
+
+    Args:
+        folder: the run's tensorboard/.
+        catalogue: of the documents.
+        threads: number of threads that decode pictures.
+    """
+
+    def __init__(self, folder: Path, catalogue: Catalogue, threads: int) -> None:
+        self.folder, self.catalogue, self.threads = folder, catalogue, threads
+        self._drawn: list[int] = []
+        self._edge = THUMBNAIL
+
+    def write(self, step: int, documents: Embedded) -> None:
+        """Replaces the shown documents; their ids are sample ids of the catalogue, ascending."""
+        ids = documents.ids.tolist()
+        (self.folder / "projector").mkdir(exist_ok=True)
+        if ids != self._drawn:
+            self._draw(ids)
+            self._drawn = ids
+        new = self.folder / "projector" / "vectors.new"
+        np.savetxt(new, documents.vectors.numpy(), fmt="%.9g", delimiter="\t")  # 9 digits give float32 back exactly
+        new.replace(new.with_suffix(".tsv"))  # TensorBoard may be reading
+        info = plugin.EmbeddingInfo(
+            tensor_name=f"documents at step {step}",
+            tensor_path="projector/vectors.tsv",
+            metadata_path="projector/metadata.tsv",
+        )
+        info.sprite.image_path = "projector/sprite.png"
+        info.sprite.single_image_dim.extend([self._edge, self._edge])
+        plugin.visualize_embeddings(str(self.folder), plugin.ProjectorConfig(embeddings=[info]))
+
+    def _draw(self, ids: list[int]) -> None:
+        """Writes thumbnails, row by row in a square, and a table of the documents' texts and attributes."""
+        columns = ["title", "class_key", "item", *self.catalogue.attributes]
+        rows = self.catalogue.rows(ids, columns)
+        names = ["sample_id", *columns]
+        lines = ["\t".join(names)]
+        for row in rows:
+            lines.append("\t".join(one_line(row[name])[:LONGEST] for name in names))
+        (self.folder / "projector" / "metadata.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+        side = math.ceil(math.sqrt(len(ids)))
+        edge = self._edge = min(THUMBNAIL, LARGEST_SPRITE // side)
+        sprite = Image.new("RGB", (side * edge, side * edge), "white")
+        with ThreadPoolExecutor(self.threads) as pool:
+            small = pool.map(lambda i: ImageOps.fit(picture(self.catalogue, i), (edge, edge)), ids)
+            for place, image in enumerate(small):
+                sprite.paste(image, (place % side * edge, place // side * edge))
+        sprite.save(self.folder / "projector" / "sprite.png")
+
+
+def show(report: Report, step: int, board: Board, projector: Projector) -> None:
+    """Shows an evaluation after `step` finished steps."""
+    board.image("retrieval/panel", draw_panel(panel_rows(report, projector.catalogue)), step)
+    if report.sample is not None and len(report.sample.ids):
+        projector.write(step, report.sample)
+
+
+def panel_rows(report: Report, catalogue: Catalogue) -> list[Any]:
+    """The report's panel for `draw_panel`: a row for each query, its documents as (picture, title, relevant)."""
+    found = sorted({i for _, best, _ in report.panel for i in best if i < catalogue.num_samples})
+    titles = {row["sample_id"]: row["title"] for row in catalogue.rows(found, ["title"])}
+    rows = []
+    for query, best, relevant in report.panel:
+        shown = text_picture(query) if isinstance(query, str) else picture(catalogue, query)
+        # Distractors are left out: their pictures lie in other catalogues.
+        known = [(i, right) for i, right in zip(best, relevant, strict=True) if i in titles]
+        rows.append((shown, [(picture(catalogue, i), titles[i], right) for i, right in known]))
+    return rows

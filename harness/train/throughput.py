@@ -1,0 +1,138 @@
+"""Speed of a run: seconds of each part of a step, images a second, FLOPs utilisation, read-ahead."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from harness.core.mesh import Mesh
+from harness.data.loader import StepLoader
+from harness.data.step_data import StepData
+from harness.train.config import RunConfig
+from harness.train.flops import StepFlops, utilisation
+
+_NEXT = {"data": "forward", "forward": "backward", "backward": "optimizer", "optimizer": "what follows a step"}
+
+
+class StepClock:
+    """Seconds of each part of a step. On a GPU they are true only where every mark waits for the device: see `exact`.
+
+    Attributes:
+        now: the present part.
+        seconds: part -> seconds, of the present step.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.now = "the start"
+        self.exact = False
+        self.seconds: dict[str, float] = {}
+        self._charged: dict[str, float] = {}  # since `take_share`
+        self._last = time.perf_counter()
+
+    def start(self, exact: bool) -> None:
+        """Begins a step; `exact` waits for the device at every mark."""
+        self.exact, self.seconds, self.now = exact, {}, "data"
+        self._last = time.perf_counter()
+
+    def mark(self, part: str) -> None:
+        """Charges the time since the last mark to `part`."""
+        if self.exact:
+            self.mesh.synchronize()
+        now = time.perf_counter()
+        for sums in (self.seconds, self._charged):
+            sums[part] = sums.get(part, 0.0) + now - self._last
+        self._last, self.now = now, _NEXT[part]
+
+    def take_share(self, part: str) -> float:
+        """The part's share of all time charged since the last call."""
+        share = self._charged.get(part, 0.0) / max(1e-9, sum(self._charged.values()))
+        self._charged = {}
+        return share
+
+
+class Throughput:
+    """Speed of a run, for the lines of its log and for its final figures.
+
+    Args:
+        config: of the run, with the model as it was built.
+        loader: of the run.
+        mesh: the ranks.
+    """
+
+    def __init__(self, config: RunConfig, loader: StepLoader, mesh: Mesh) -> None:
+        self.mesh, self.precision = mesh, config.train.precision
+        self.images_per_step = loader.queries_per_step + loader.documents_per_step  # over all ranks
+        self.flops = StepFlops.for_meters(config, loader.order.num_classes, loader.documents_per_step, mesh.device)
+        # (images read, seconds of reading, share of the read-ahead that was ready, FLOPs of the texts) of each step
+        # since the last `local_sums`.
+        self._steps: list[tuple[float, ...]] = []
+
+    def start(self, step: int) -> None:
+        """Begins the run, or its continuation, after `step` finished steps."""
+        self._first, self._started, self._paused = step, time.perf_counter(), 0.0
+        self.start_window(step)
+
+    def start_window(self, step: int) -> None:
+        """Begins the window that `rate` looks at."""
+        self._window_first, self._window_started = step, time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Does not count the time of the block: a checkpoint, an evaluation."""
+        begin = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - begin
+        self._paused += seconds
+        self._window_started += seconds
+
+    def add(self, data: StepData) -> None:
+        """Adds a step."""
+        self._steps.append((data.images, data.read_seconds, data.ready, self.flops.texts(data.texts)))
+
+    def images(self, step: int) -> int:
+        """Images over all ranks since `start`."""
+        return self.images_per_step * (step - self._first)
+
+    def rate(self, step: int) -> float:
+        """Images a second over all ranks in the present window."""
+        return self.images_per_step * (step - self._window_first) / (time.perf_counter() - self._window_started)
+
+    def local_sums(self) -> list[list[float]]:
+        """This rank's sums since the last call, [3, 2]: summed over the world, each row's first by its second are the
+        `means` of `figures`.
+        """
+        images, seconds, ready, texts = (sum(column) for column in zip(*self._steps, strict=True))
+        steps, self._steps = len(self._steps), []
+        return [[images, seconds], [ready, steps], [texts, steps]]
+
+    def figures(self, rate: float, means: list[float], wait: float) -> dict[str, float]:
+        """Figures of a line of the log; collective.
+
+        Args:
+            rate: see `rate`.
+            means: see `local_sums`.
+            wait: the share of its time in which this rank waited for data.
+        """
+        decode_rate, fill, texts = means
+        flops = self.flops.fixed + texts * self.mesh.dp.size()
+        seconds = self.images_per_step / rate
+        longest = torch.tensor(wait, dtype=torch.float64, device=self.mesh.device)
+        dist.all_reduce(longest, op=dist.ReduceOp.MAX)  # the others wait for the rank that waits longest
+        return {
+            "speed/images_per_second": rate,
+            **utilisation(flops, seconds, self.mesh.world_size, self.mesh.device, self.precision),
+            "speed/data_wait_share": longest.item(),
+            "speed/read_ahead_fill": fill,
+            "speed/decode_images_per_second": decode_rate,  # of one rank's reader: all images by all seconds
+        }
+
+    def summary(self, step: int) -> dict[str, float]:
+        """Seconds since `start`, and images a second, pauses left out."""
+        seconds = time.perf_counter() - self._started
+        rate = self.images(step) / max(1e-9, seconds - self._paused)
+        return {"seconds": round(seconds, 1), "images_per_second": round(rate, 1)}
