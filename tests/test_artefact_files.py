@@ -219,7 +219,7 @@ def test_odd_values_are_one_line(made: dict[str, Path], tmp_path: Path, method: 
         (("model", "vision", "num_layers"), 10**9, "num_layers is 1000000000; at most 1000"),
         (("model", "vision", "stem_blocks"), [10**9], "stem_blocks"),
         (("model", "vision", "hidden_size"), 2**30, "encoder.safetensors does not fit|describes no model"),
-        (("model", "vision", "layernorm_eps"), float("nan"), "layernorm_eps is nan, not between 0"),
+        (("model", "vision", "layernorm_eps"), float("nan"), "layernorm_eps is nan. It must be a float, at least 0"),
         (("model", "embedding_dim"), 9, "embedding_dim is not the model's 9"),
         (("model", "vision", "pooling"), "os", "pooling is 'os'; it can be"),
         (("model", "vision", "more"), 1, "has 'more', which this version does not know"),

@@ -296,11 +296,9 @@ def test_padding_is_not_seen() -> None:
 def test_configuration_errors_name_the_key() -> None:
     assert not AM_SOFTMAX.errors(2)
     bad = {
-        "model.modalities": replace(AM_SOFTMAX, modalities="both"),
         "model.mpm_patches": replace(AM_SOFTMAX, mpm_patches=17),
         "model.weights are all 0": replace(AM_SOFTMAX, weights=MakeWeights(**dict.fromkeys(vars(MakeWeights()), 0.0))),
         "model.query.pooling": replace(AM_SOFTMAX, query=replace(AM_SOFTMAX.query, pooling="none")),
-        "model.weights.qim": replace(AM_SOFTMAX, weights=MakeWeights(qim=-1.0)),
         "model.fusion.num_attention_heads": replace(
             AM_SOFTMAX, fusion=TransformerShape(hidden_size=24, num_attention_heads=3)
         ),

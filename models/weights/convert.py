@@ -299,8 +299,6 @@ def _checked(tower: str, given: Any) -> TowerConfig:
         errors = config.errors(tower) + shape_errors(config, 1, tower)
     except ValueError as error:
         errors = [str(error)]
-    except ZeroDivisionError:
-        errors = [f"a size of the {tower} tower is 0"]
     if errors:
         raise WeightsError(errors[0])
     return config
