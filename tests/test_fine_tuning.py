@@ -14,7 +14,7 @@ from harness.core.errors import UserError
 from harness.text.tokenizer import Tokenizer
 from harness.train import checkpoint, checkpoint_files
 from harness.train.open_run import load_method
-from models.merge import merge_shards, merged_state_dict
+from models.tp_state import merge_shards, merged_state_dict
 from tests.pool import layout, ranks
 from tests.runs import tiny_config, trainer
 from tests.test_class_life import Catalogues, catalogues, train  # noqa: F401  (a fixture)

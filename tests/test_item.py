@@ -13,9 +13,9 @@ from torch import Tensor
 from harness.data.masking import MaskConfig
 from models.batch import Batch
 from models.item import Item, ItemConfig, ItemQuery, ItemTowers, ItemWeights, PatchConfig, StreamConfig
-from models.merge import merged_state_dict
 from models.plain.transformer import PlainBuilder
 from models.shape import TransformerBuilder
+from models.tp_state import merged_state_dict
 from tests.pool import layout, ranks
 from tests.twins import (
     IMAGE,

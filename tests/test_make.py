@@ -13,11 +13,11 @@ from torch import Tensor
 from models.batch import Batch
 from models.heads.contrastive import ContrastiveConfig
 from models.make import Make, MakeConfig, MakeQuery, MakeTowers, MakeWeights
-from models.masking import hide_patches
-from models.merge import merged_state_dict
+from models.masked_modelling import hide_patches
 from models.plain.transformer import PlainBuilder
 from models.shape import TransformerBuilder, TransformerShape
 from models.text import TextConfig
+from models.tp_state import merged_state_dict
 from models.vision import VisionConfig
 from tests.pool import layout, ranks
 from tests.twins import IMAGE, PATCH, VOCAB, half_precision, losses, part, products, require_equal_gradients

@@ -1,4 +1,6 @@
-"""Tars as other tools write them: webdataset's names, sidecars that stay with their image, and samples that cost themselves."""
+"""Tars as other tools write them: webdataset's names, sidecars that stay with their image, and samples that cost
+themselves.
+"""
 
 from __future__ import annotations
 

@@ -16,12 +16,12 @@ from models.batch import TENSORS, Batch
 from models.branch import BranchEnd
 from models.fusion import ConceptFusion
 from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
-from models.merge import merged_state_dict
 from models.oclear import Oclear, OclearConfig, OclearTowers
 from models.plain.transformer import PlainBlock, PlainBuilder
 from models.positions import rotary_angles, sine_cosine
 from models.shape import TransformerShape, shape_errors
 from models.text import TextConfig
+from models.tp_state import merged_state_dict
 from models.vision import VisionConfig, VisionTower
 from tests.dense import dense_loss
 from tests.pool import layout, ranks

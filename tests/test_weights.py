@@ -30,12 +30,12 @@ from harness.commands.import_weights import run as run_import
 from harness.core.errors import UserError
 from harness.core.manifest import verify, write_manifest
 from harness.train.imported_weights import init_towers
-from models.merge import load_merged, merge_shards, merged_state_dict
 from models.oclear import OclearConfig, OclearTowers
 from models.plain.transformer import PlainBuilder
 from models.presets import PRESETS, expand
 from models.shape import shape_errors
 from models.text import TextConfig, TextTower
+from models.tp_state import load_merged, merge_shards, merged_state_dict
 from models.vision import VisionConfig, VisionTower
 from models.weights.convert import Converted, Source, _differences, export_tower, import_tower, write_exported
 from models.weights.huggingface import FAMILIES, family_of
