@@ -433,7 +433,7 @@ def test_everything_is_synced_before_the_rename(drawn, tmp_path, monkeypatch):
     events.remove(f"{out}.tmp/lock")
     before = {event.removeprefix(stage).lstrip("/") for event in events[: events.index("rename")]}
     paths = {str(path.relative_to(out)) for path in out.rglob("*")}
-    assert paths | {""} == before
+    assert paths | {"", "catalogue.json.tmp"} == before  # written beside, synced and renamed
     assert events[-1] == str(tmp_path)
 
 
