@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +23,7 @@ from harness.data.order import ClassOrder
 from harness.text.catalogue_facts import prepared
 from harness.text.tokenizer import Tokenizer
 from harness.train.config import RunConfig, build, check, parsed
-from harness.train.dry_run import DryRun, dry_run
+from harness.train.dry_run import DryRun, dry_run, samples
 from harness.train.flops import active_rows, step_parts, with_length
 from harness.train.param_groups import freeze
 from models.heads.class_parallel import ClassHeadConfig, rows_per_rank
@@ -110,11 +110,7 @@ def figures_of(config: RunConfig, num_classes: int, world: int, text_length: int
     On GPUs, whatever this machine has, unless mesh.device is cpu.
     """
     model, cuda = config.model, config.mesh.device != "cpu"
-    active = active_rows(
-        num_classes,
-        config.head.sample_rate,
-        sum(METHODS[config.method].reads(model).samples(config.data.queries_per_step, config.data.documents_per_step)),
-    )
+    active = active_rows(num_classes, config.head.sample_rate, sum(samples(config)))
     try:
         run = dry_run(config, world, active, cuda)
     except Exception as error:
@@ -139,7 +135,7 @@ def figures_of(config: RunConfig, num_classes: int, world: int, text_length: int
         "memory_per_rank": memory,
         "peak_memory_per_rank": sum(memory.values()),
         "saving_memory": float(_SAVING * run.trained),
-        "flops_per_step": {name: {"forward": part.forward, "backward": part.backward} for name, part in parts.items()},
+        "flops_per_step": {name: asdict(part) for name, part in parts.items()},
         "flops_per_step_total": sum(part.total for part in parts.values()),
         "sent_per_step_and_rank": sent(config, world, run),
         "checkpoint_bytes": checkpoint_bytes(config, num_classes, towers, trained, run.bank),
@@ -165,15 +161,7 @@ def memory_per_rank(config: RunConfig, world: int, own: int, active: float, run:
     denominators = FP32 * (run.trained if cuda else 2 * run.largest) / ranks
     peak = max(run.peak, FP32 * config.model.embedding_dim * active + max(reduced, denominators))
     # The images of a step, and those read ahead, on the device that decodes; tensor-parallel ranks share the reading.
-    images = (
-        sum(
-            METHODS[config.method]
-            .reads(config.model)
-            .samples(config.data.queries_per_step, config.data.documents_per_step)
-        )
-        / ranks
-    )
-    images *= 3 * config.model.vision.image_size**2
+    images = sum(samples(config)) / ranks * 3 * config.model.vision.image_size**2
     read = FP32 * images / config.mesh.tensor_parallel
     return {
         "weights": float(size * run.parameters),
@@ -186,9 +174,7 @@ def memory_per_rank(config: RunConfig, world: int, own: int, active: float, run:
         "images": size * images,
         "read_ahead": min(config.data.read_ahead * read, max(config.data.read_ahead_bytes, read)),
         "activations": float(run.kept),
-        "working": float(
-            peak - run.kept
-        ),  # what else the moment of the peak holds, which may be one without activations
+        "working": float(peak - run.kept),  # of the moment of the peak, which may be one without activations
     }
 
 
@@ -225,34 +211,31 @@ def sent(config: RunConfig, world: int, run: DryRun) -> dict[str, float]:
 
 def table(figures: Mapping[str, Any]) -> str:
     """The figures as a reader wants them."""
-    rows: list[dict[str, Any]] = [
-        {"what": "parameters: towers", "figure": f"{figures['parameters_towers']:,}"},
-        {"what": "parameters: class rows", "figure": f"{figures['parameters_rows']:,}"},
-        {"what": "parameters of a rank", "figure": f"{figures['parameters_per_rank']:,}"},
-    ]
-    rows += [
-        {"what": f"memory of a rank: {k.replace('_', ' ')}", "figure": _bytes(v)}
-        for k, v in figures["memory_per_rank"].items()
-    ]
-    rows.append({"what": "memory of a rank: peak of a step", "figure": _bytes(figures["peak_memory_per_rank"])})
-    rows.append(
-        {"what": "main memory of the first rank while it saves, beside", "figure": _bytes(figures["saving_memory"])}
+
+    def terms(title: str, key: str) -> dict[str, str]:
+        return {f"{title}: {name.replace('_', ' ')}": _bytes(size) for name, size in figures[key].items()}
+
+    said = {
+        "parameters: towers": f"{figures['parameters_towers']:,}",
+        "parameters: class rows": f"{figures['parameters_rows']:,}",
+        "parameters of a rank": f"{figures['parameters_per_rank']:,}",
+        **terms("memory of a rank", "memory_per_rank"),
+        "memory of a rank: peak of a step": _bytes(figures["peak_memory_per_rank"]),
+        "main memory of the first rank while it saves, beside": _bytes(figures["saving_memory"]),
+    }
+    for name, part in figures["flops_per_step"].items():
+        said[f"FLOPs of a step: {name}"] = f"{sum(part.values()) / 1e9:,.3f} G"
+    said |= {
+        "FLOPs of a step, all ranks": f"{figures['flops_per_step_total'] / 1e9:,.3f} G",
+        **terms("sent by a rank in a step", "sent_per_step_and_rank"),
+        "checkpoint": _bytes(figures["checkpoint_bytes"]),
+    }
+    head = (
+        f"{figures['world']} rank(s) on {figures['device']}, tensor_parallel {figures['tensor_parallel']}, "
+        f"{figures['num_classes']:,} classes, {figures['vocab_size']:,} word pieces, "
+        f"FLOPs with texts of {figures['text_length']} tokens"
     )
-    rows += [
-        {"what": f"FLOPs of a step: {name}", "figure": f"{(part['forward'] + part['backward']) / 1e9:,.3f} G"}
-        for name, part in figures["flops_per_step"].items()
-    ]
-    total = f"{figures['flops_per_step_total'] / 1e9:,.3f} G"
-    rows.append({"what": "FLOPs of a step, all ranks", "figure": total})
-    rows += [
-        {"what": f"sent by a rank in a step: {k.replace('_', ' ')}", "figure": _bytes(v)}
-        for k, v in figures["sent_per_step_and_rank"].items()
-    ]
-    rows.append({"what": "checkpoint", "figure": _bytes(figures["checkpoint_bytes"])})
-    ranks = f"{figures['world']} rank(s) on {figures['device']}, tensor_parallel {figures['tensor_parallel']}"
-    head = f"{ranks}, {figures['num_classes']:,} classes, {figures['vocab_size']:,} word pieces"
-    head += f", FLOPs with texts of {figures['text_length']} tokens"
-    return f"{head}\n{format_table(rows)}"
+    return f"{head}\n{format_table([{'what': what, 'figure': figure} for what, figure in said.items()])}"
 
 
 def number_bytes(config: RunConfig) -> int:

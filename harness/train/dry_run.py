@@ -301,6 +301,12 @@ def _first(rows: int, count: float, room: int) -> Tensor:
     return torch.arange(room) < (ends[1:] - ends[:-1])[:, None]
 
 
+def samples(config: RunConfig) -> tuple[int, int]:
+    """Query photos and documents of a step, over all ranks."""
+    reads = METHODS[config.method].reads(config.model)
+    return reads.samples(config.data.queries_per_step, config.data.documents_per_step)
+
+
 def _sizes(config: RunConfig, ranks: int, micro: int) -> dict[str, list[int]]:
     """Samples of each of `ranks` in a micro-batch, the largest first."""
     reads, pieces = METHODS[config.method].reads(config.model), ranks * config.data.micro_batches

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 from harness.data.step_data import TextTokens
 from harness.train.config import RunConfig
-from harness.train.dry_run import Shapes, fill_banks, made_batch
+from harness.train.dry_run import Shapes, fill_banks, made_batch, samples
 from harness.train.param_groups import freeze
 from models.method import text_inputs
 from models.plain.transformer import PlainBuilder
@@ -116,7 +116,7 @@ def step_parts(config: RunConfig, num_classes: int) -> dict[str, Work]:
     spec, model = METHODS[config.method], config.model
     reads = spec.reads(model)
     per_step = config.data.queries_per_step, config.data.documents_per_step
-    counts = reads.samples(*per_step)
+    counts = samples(config)
     # A loss of photos is one over all of the step; others compare the samples of a micro-batch.
     pieces = 1 if counts[0] else config.data.micro_batches
     sizes = {side: [-(-count // pieces)] for side, count in reads.rows(*per_step).items()}
