@@ -24,7 +24,7 @@ from models.batch import Batch, Reads, rank_sizes
 from models.fields import TRAINING_ONLY
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss
 from models.heads.mean import averaged, global_mean, weight_errors, weighted_sum
-from models.masking import WordHead, hide_patches, patch_pixels, word_terms
+from models.masked_modelling import WordHead, hide_patches, patch_pixels, word_terms
 from models.method import Calibration, Method, MethodSpec
 from models.ranges import NonNegativeFloat, OptionalSize, Pixels, Size
 from models.shape import TransformerBuilder, TransformerShape, padded_vocab, shape_errors

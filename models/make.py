@@ -27,7 +27,7 @@ from models.fields import TRAINING_ONLY
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss, same_product
 from models.heads.mean import averaged, global_mean, weight_errors, weighted_sum
 from models.heads.memory_bank import MemoryBank
-from models.masking import WordHead, hide_patches, patch_pixels, word_terms
+from models.masked_modelling import WordHead, hide_patches, patch_pixels, word_terms
 from models.method import CatalogueFacts, Method, MethodSpec
 from models.ranges import NonNegativeFloat, OptionalSize, Size
 from models.shape import TransformerBuilder, TransformerShape, shape_errors

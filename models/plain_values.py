@@ -13,8 +13,8 @@ LARGEST = 1 << 31  # any number of a configuration; sizes that cost memory have 
 
 
 def from_plain(kind: type[T], values: Any, where: str) -> T:
-    """An instance of the dataclass `kind`, with fields of bool, int, float, str, the types of models/ranges.py, Literal,
-    tuples, and other such dataclasses.
+    """An instance of the dataclass `kind`, with fields of bool, int, float, str, the types of models/ranges.py,
+    Literal, tuples, and other such dataclasses.
 
     Args:
         kind: the dataclass.

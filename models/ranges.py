@@ -1,7 +1,7 @@
 """Ranges of a configuration's numbers as types: `image_size: Pixels = 224`.
 
-What reads a configuration holds the values to them (harness/core/cli.py, models/plain_values.py); a field's value itself
-is a plain int or float.
+What reads a configuration holds the values to them (harness/core/cli.py, models/plain_values.py); a field's value
+itself is a plain int or float.
 """
 
 from __future__ import annotations

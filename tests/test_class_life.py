@@ -27,8 +27,8 @@ from harness.text import tokenizer as text_tokenizer
 from harness.train import checkpoint_files, class_rows
 from harness.train.class_rows import NEW, ClassMap, move_rows
 from models.comm import gather_shards
-from models.merge import merged_state_dict
 from models.oclear import Oclear
+from models.tp_state import merged_state_dict
 from tests.catalogues import draw_rows, write_manifest
 from tests.pool import layout, ranks
 from tests.runs import tiny_config, trainer

@@ -14,7 +14,7 @@ from harness.core.errors import UserError
 from harness.text.tokenizer import Tokenizer
 from harness.train import checkpoint, checkpoint_files
 from harness.train.open_run import load_method
-from models.merge import merge_shards, merged_state_dict
+from models.tp_state import merge_shards, merged_state_dict
 from tests.pool import layout, ranks
 from tests.runs import tiny_config, trainer
 from tests.test_class_life import Catalogues, catalogues, train  # noqa: F401  (a fixture)
@@ -287,8 +287,8 @@ def test_ranks_without_a_share_of_what_is_trained(catalogue: Path, tmp_path: Pat
         ("optimizer.lr_factors", ["querytransform=10"], r"lr_factors: .* Did you mean query_transform"),
         ("optimizer.lr_factors", ["query_transform"], r"has 'query_transform'; it must be name=factor"),
         ("optimizer.lr_factors", ["query_transform=0"], "a factor above 0"),
-        ("optimizer.layer_decay", 1.5, r"layer_decay is 1\.5; it must lie in \(0, 1\]"),
-        ("train.ema_decay", 1.0, r"ema_decay is 1\.0; it must lie in \[0, 1\)"),
+        ("optimizer.layer_decay", 1.5, r"layer_decay is 1\.5. It must be a float in \(0, 1\]"),
+        ("train.ema_decay", 1.0, r"ema_decay is 1\.0. It must be a float in \[0, 1\)"),
     ],
 )
 def test_mistakes_are_named(catalogue: Path, tmp_path: Path, key: str, value: Any, message: str) -> None:

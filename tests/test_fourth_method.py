@@ -1,4 +1,6 @@
-"""A method and an evaluation task written here, registered by a line each, through every command: no generic code knows one by name."""
+"""A method and an evaluation task written here, registered by a line each, through every command: no generic code knows
+one by name.
+"""
 
 from __future__ import annotations
 

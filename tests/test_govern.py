@@ -201,20 +201,6 @@ def test_a_catalogue_without_splits_is_all_of_every_split(skewed, tmp_path):
     assert arrays["document.members"].tolist() == [] and arrays["document.member_offsets"].tolist() == [0, 0]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"min_queries": -1}, "--min-queries is -1. It must be at least 0"),
-        ({"query_power": 1.5}, "--query-power is 1.5. It must be between 0 and 1"),
-        ({"document_ratio": 0.0}, "--document-ratio is 0.0. It must be above 0"),
-    ],
-)
-def test_options_out_of_range(skewed, options, message):
-    with pytest.raises(UserError) as raised:
-        govern(skewed, **options)
-    assert str(raised.value) == message
-
-
 def test_a_path_with_odd_characters(skewed, tmp_path):
     place = tmp_path / "it's [v2] *"
     shutil.copytree(skewed, place)

@@ -369,8 +369,6 @@ def test_mistakes_in_the_request_are_named(drawn, tmp_path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=message):
             run(IngestConfig(manifest=tmp_path / name, images=folder, out=tmp_path / "cat"))
-    with pytest.raises(UserError, match="--workers is 0"):
-        run(IngestConfig(manifest=good, images=folder, out=tmp_path / "cat", workers=0))
     with pytest.raises(UserError, match="cannot create"):
         run(IngestConfig(manifest=good, images=tmp_path / "x", out=good / "below-a-file"))
 

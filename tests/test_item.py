@@ -13,9 +13,9 @@ from torch import Tensor
 from harness.data.masking import MaskConfig
 from models.batch import Batch
 from models.item import Item, ItemConfig, ItemQuery, ItemTowers, ItemWeights, PatchConfig, StreamConfig
-from models.merge import merged_state_dict
 from models.plain.transformer import PlainBuilder
 from models.shape import TransformerBuilder
+from models.tp_state import merged_state_dict
 from tests.pool import layout, ranks
 from tests.twins import (
     IMAGE,
@@ -270,8 +270,6 @@ def test_configuration_errors_name_the_key() -> None:
     none = ItemWeights(**dict.fromkeys(vars(PATCHED.weights), 0.0))
     bad = {
         "model.weights": replace(PATCHED, weights=none),
-        "model.weights.gmim": replace(PATCHED, weights=ItemWeights(gmim=-1)),
-        "model.global_targets": replace(PATCHED, global_targets="none"),
         "model.vision.patch_size": replace(PATCHED, vision=PatchConfig(image_size=IMAGE, patch_size=5)),
         "model.text.num_attention_heads": replace(PATCHED, text=replace(PATCHED.text, num_attention_heads=1)),
     }

@@ -294,7 +294,6 @@ def test_the_bench_refuses_what_it_cannot_compile(process: Callable[..., None]) 
     for flags, named in [
         ({"dtype": ("fp16",)}, "--dtype"),
         ({"capability": (70,)}, "--capability"),
-        ({"dim": (0,)}, "--dim"),
     ]:
         with pytest.raises(UserError, match=named):
             KernelsConfig(**flags)

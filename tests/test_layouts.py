@@ -15,7 +15,7 @@ import torch
 from harness.core.errors import UserError
 from harness.train import checkpoint_files
 from harness.train.config import parse
-from models.merge import merged_state_dict
+from models.tp_state import merged_state_dict
 from tests.pool import ranks
 from tests.runs import arguments, tiny_config, trainer
 

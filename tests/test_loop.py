@@ -94,11 +94,13 @@ def test_the_log_has_every_figure_of_every_step(finished: tuple[Path, dict[str, 
         assert all(0 <= line[f"retrieval/{name}"] <= 1 for line in evaluations)
 
 
-def train_by_a_clock_of_its_own(config: RunConfig) -> None:
-    """Trains where only waiting for data (3 s on rank 0, 6 s on rank 1) and the forward pass (1 s) take time."""
+def train_by_a_clock_of_its_own(config: RunConfig) -> dict[str, Any]:
+    """Trains where only waiting for data (3 s on rank 0, 6 s on rank 1), the forward pass (1 s) and evaluations (50 s)
+    take time.
+    """
     now = 0.0
     with trainer(config) as t:
-        steps, losses = t.loader.steps, t.method.losses
+        steps, losses, run = t.loader.steps, t.method.losses, t.evaluation.run
 
         def slow_steps(first: int, end: int) -> Iterator[StepData]:
             nonlocal now
@@ -112,21 +114,30 @@ def train_by_a_clock_of_its_own(config: RunConfig) -> None:
                 now += 1.0
                 yield loss
 
+        def slow_run(*args: Any, **options: Any) -> Any:
+            nonlocal now
+            now += 50.0
+            return run(*args, **options)
+
         with (
             mock.patch.object(throughput, "time", SimpleNamespace(perf_counter=lambda: now)),
             mock.patch.object(t.loader, "steps", slow_steps),
             mock.patch.object(t.method, "losses", slow_losses),
+            mock.patch.object(t.evaluation, "run", slow_run),
         ):
             t.clock = throughput.StepClock(t.mesh)
-            t.fit()
+            return t.fit()
 
 
 def test_the_share_of_waiting_is_that_of_the_slowest_rank(catalogue: Path, tmp_path: Path) -> None:
     config = tiny_config(catalogue, tmp_path / "run", **{"train.log_every": 2, "train.evaluate_every": 2})
-    ranks(2).run(train_by_a_clock_of_its_own, config)
+    figures, _ = ranks(2).run(train_by_a_clock_of_its_own, config)
     training = [line for line in log_lines(tmp_path / "run") if "train/loss" in line]
     assert [line["speed/data_wait_share"] for line in training] == pytest.approx([6 / 7, 6 / 7])
     assert [line["step_seconds/data"] for line in training] == [3.0, 3.0]  # of rank 0 in that step
+    # 12 images in 4 s: evaluations do not count.
+    assert [line["speed/images_per_second"] for line in training] == [3.0, 3.0] and figures["images_per_second"] == 3.0
+    assert figures["seconds"] == 116.0
 
 
 def test_a_run_stopped_before_its_last_evaluation_is_evaluated(

@@ -13,11 +13,11 @@ from torch import Tensor
 from models.batch import Batch
 from models.heads.contrastive import ContrastiveConfig
 from models.make import Make, MakeConfig, MakeQuery, MakeTowers, MakeWeights
-from models.masking import hide_patches
-from models.merge import merged_state_dict
+from models.masked_modelling import hide_patches
 from models.plain.transformer import PlainBuilder
 from models.shape import TransformerBuilder, TransformerShape
 from models.text import TextConfig
+from models.tp_state import merged_state_dict
 from models.vision import VisionConfig
 from tests.pool import layout, ranks
 from tests.twins import IMAGE, PATCH, VOCAB, half_precision, losses, part, products, require_equal_gradients
@@ -296,11 +296,9 @@ def test_padding_is_not_seen() -> None:
 def test_configuration_errors_name_the_key() -> None:
     assert not AM_SOFTMAX.errors(2)
     bad = {
-        "model.modalities": replace(AM_SOFTMAX, modalities="both"),
         "model.mpm_patches": replace(AM_SOFTMAX, mpm_patches=17),
         "model.weights are all 0": replace(AM_SOFTMAX, weights=MakeWeights(**dict.fromkeys(vars(MakeWeights()), 0.0))),
         "model.query.pooling": replace(AM_SOFTMAX, query=replace(AM_SOFTMAX.query, pooling="none")),
-        "model.weights.qim": replace(AM_SOFTMAX, weights=MakeWeights(qim=-1.0)),
         "model.fusion.num_attention_heads": replace(
             AM_SOFTMAX, fusion=TransformerShape(hidden_size=24, num_attention_heads=3)
         ),

@@ -198,8 +198,6 @@ def test_never_the_cpu_in_silence_nor_a_gpu_that_is_not_there(machine: Callable[
     for wanted in ("auto", "cuda"):
         says(machine(wanted, gpus=1), "driver 550.54.15", "CUDA 13.0", "driver 580", "--mesh.device cpu")
     says(machine("cuda", gpus=1, CUDA_VISIBLE_DEVICES=""), "CUDA_VISIBLE_DEVICES='' hides")
-    with pytest.raises(UserError, match=r"mesh.device is 'gpu'. It can be auto, cuda, cpu"):
-        check_layout(MeshConfig(device="gpu"), 1)
 
 
 def test_deterministic_kernels_and_precision_are_switched_on_and_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +281,7 @@ def test_any_seed_below_two_to_the_63_runs(seed: int, catalogue: Path) -> None:
 
 @pytest.mark.parametrize("key", ["seed", "head.seed"])
 def test_a_seed_that_is_negative_or_too_large_is_refused(key: str, catalogue: Path) -> None:
-    with pytest.raises(UserError, match=rf"^{key} is -1. It must not be negative"):
+    with pytest.raises(UserError, match=rf"^{key} is -1. It must be an int, at least 0"):
         tiny_config(catalogue, UNUSED, **{key: -1})
     with pytest.raises(UserError, match=rf"^{key} is 9223372036854775808. It must be at most 2\*\*63 - 1"):
         tiny_config(catalogue, UNUSED, **{key: 2**63})

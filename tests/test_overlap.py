@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 from harness.core.cli import leaves
-from harness.core.errors import UserError
 from harness.train import optimizer
 from harness.train.config import parse
 from harness.train.overlap import OverlappedReduction
 from jobs import ablate
-from tests.measured import config_of, step_of, trainer
+from tests.measured import step_of, trainer
 from tests.pool import layout, ranks
 
 ROOT = Path(__file__).parents[1]
@@ -179,8 +178,3 @@ def test_a_gradient_that_comes_after_its_reduction_ends_the_run(driven: Any, lat
     groups[late // 2].got(p[late])
     with pytest.raises(RuntimeError, match=f"^p{late}: .*optimizer.overlap to never"):
         reduction.finish()
-
-
-def test_an_unknown_overlap_is_refused() -> None:
-    with pytest.raises(UserError, match=r"optimizer\.overlap is 'on'; it can be auto, always, never"):
-        config_of({"optimizer.overlap": "on"}, 1)

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.merge import merge_shards, merged_state_dict
 from models.plain.transformer import PlainBuilder
 from models.sequence import sum_partial_gradients
 from models.shape import TransformerBuilder
 from models.text import TextConfig, TextTower
+from models.tp_state import merge_shards, merged_state_dict
 from models.vision import VisionConfig, VisionTower
 from tests.pool import layout, ranks
 

@@ -153,21 +153,6 @@ def test_specification_survives_json_and_refuses_nonsense():
     assert PreprocessSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
     with pytest.raises(UserError, match="missing or unknown: sharpness"):
         PreprocessSpec.from_dict({**spec.to_dict(), "sharpness": 1})
-    for field, value in {
-        "image_size": 0,
-        "mean": (0.0,),
-        "std": (1.0, 0.0, 1.0),
-        "crop_scale": (0.5, 1.5),
-        "crop_ratio": (2.0, 1.0),
-        "flip": 1.5,
-        "brightness": -0.1,
-        "contrast": 2.0,
-        "saturation": float("nan"),
-        "hue": 0.6,
-        "eval_crop": 0.0,
-    }.items():
-        with pytest.raises(UserError, match=f"preprocess: {field} must"):
-            PreprocessSpec(**{field: value})
 
 
 # ---------------------------------------------------------------- DALI against the twin

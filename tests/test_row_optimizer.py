@@ -237,11 +237,6 @@ def test_eight_bit_moments_follow_the_exact_ones() -> None:
     assert float((rounded - exact).norm() / exact.norm()) < 0.15  # each update is 7 % off, without bias
 
 
-def test_wrong_formats_are_named() -> None:
-    assert "optimizer.rows.state is '4bit'" in RowOptimizerConfig(state="4bit").errors("optimizer.rows")[0]
-    assert "head.row_dtype is 'fp8'" in ClassHeadConfig(row_dtype="fp8").errors("head")[0]
-
-
 def triton_kernel() -> Any:
     """The kernel; the interpreter's FMA (numpy's product and sum) and root give way to torch's: bits then do not hang
     on this processor.

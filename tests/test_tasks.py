@@ -286,7 +286,6 @@ def test_documents_that_are_asked_do_not_teach(catalogue: Path) -> None:
         ("item", {"views": ()}, "evaluation.views is empty"),
         ("make", {}, "evaluation.query_attributes is empty"),
         ("item", {"final_tasks": ("category",)}, "evaluation.category is empty"),
-        ("item", {"tasks": ("photo",), "batch_size": 0, "panel": -1}, "evaluation.batch_size must be at least 1"),
     ],
 )
 def test_configuration_errors_name_the_key(method: str, settings: dict[str, Any], message: str) -> None:

@@ -171,7 +171,6 @@ def test_too_small_a_vocabulary_names_the_least(catalogue):
         run(TokenizerConfig(catalogue=catalogue, vocab_size=VOCAB))
     for options, message in (
         ({"vocab_size": 5}, "--vocab-size is 5. 5 are special pieces already"),
-        ({"max_texts": 0}, "--max-texts is 0. It must be at least 1"),
         ({"character_coverage": 2.0}, "--character-coverage is 2.0. It must be between 0.9 and 1"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):

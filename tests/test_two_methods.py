@@ -25,8 +25,8 @@ from harness.text.catalogue_facts import prepared
 from harness.train import run as train
 from harness.train.config import RunConfig, parse
 from models.batch import TENSORS, Batch
-from models.merge import merged_state_dict
 from models.registry import METHODS
+from models.tp_state import merged_state_dict
 from tests.pool import ranks
 from tests.runs import UNUSED, trainer
 from tests.test_layouts import same

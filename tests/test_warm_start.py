@@ -18,7 +18,7 @@ from harness.commands.import_weights import run as import_weights
 from harness.core.cli import leaves
 from harness.core.errors import UserError
 from harness.train.config import parse
-from models.merge import merged_state_dict
+from models.tp_state import merged_state_dict
 from tests.pool import ranks
 from tests.runs import arguments, tiny_config, trainer
 

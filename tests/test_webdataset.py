@@ -106,7 +106,6 @@ def test_mistakes_are_told(tars: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "c").exists()
 
     refused(r"no \.tar file", tars=tmp_path)
-    refused("--kind is 'advert'", kind="advert")
     refused("no sample of .* can be used", kind=None)
     (tars / "cut.tar").write_bytes((tars / "data-0.tar").read_bytes()[:3000])
     refused(r"cut\.tar cannot be read as an uncompressed tar")

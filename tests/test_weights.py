@@ -30,12 +30,12 @@ from harness.commands.import_weights import run as run_import
 from harness.core.errors import UserError
 from harness.core.manifest import verify, write_manifest
 from harness.train.imported_weights import init_towers
-from models.merge import load_merged, merge_shards, merged_state_dict
 from models.oclear import OclearConfig, OclearTowers
 from models.plain.transformer import PlainBuilder
 from models.presets import PRESETS, expand
 from models.shape import shape_errors
 from models.text import TextConfig, TextTower
+from models.tp_state import load_merged, merge_shards, merged_state_dict
 from models.vision import VisionConfig, VisionTower
 from models.weights.convert import Converted, Source, _differences, export_tower, import_tower, write_exported
 from models.weights.huggingface import FAMILIES, family_of
@@ -645,13 +645,14 @@ def test_what_a_folder_claims_is_compared_before_memory_is_taken(folders: dict[s
     bert = Source(folders["bert"])
     tensors = bert.tensors(list(bert.shapes))
     for change, message in (
-        ({"num_hidden_layers": 10**8}, "text.num_layers is 100000000; at most 1000"),
+        ({"num_hidden_layers": 10**8}, "text.num_layers is 100000000. It must be an int from 1 to 1,000"),
         ({"num_hidden_layers": 999}, "has 39 tensors, too few for 999 layers"),
-        ({"vocab_size": 2**31}, "word_embeddings.weight has 100 rows, but the description says 2147483648"),
-        ({"max_position_embeddings": 2**31}, r"text.position is \[12, 32\]"),
-        ({"hidden_size": 2**31 - 4}, "does not fit|odd values"),
+        ({"vocab_size": 2**31}, "text.vocab_size is 2147483648. It must be an int from 0 to 10,000,000"),
+        ({"vocab_size": 10**7}, "word_embeddings.weight has 100 rows, but the description says 10000000"),
+        ({"max_position_embeddings": 10**7}, r"text.position is \[12, 32\]"),
+        ({"hidden_size": 10**7}, "does not fit|odd values"),
         ({"hidden_size": "32"}, "hidden_size is '32', not of type int"),
-        ({"num_attention_heads": 0}, "0"),
+        ({"num_attention_heads": 0}, "text.num_attention_heads is 0. It must be an int from 1"),
         ({"hidden_act": ["gelu"]}, "hidden_act is .* not of type str"),
     ):
         with pytest.raises(WeightsError, match=message):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from harness.data.masking import MaskConfig, draw_masks
 from harness.text.special_tokens import SpecialTokens
 from models.batch import Batch
-from models.merge import merge_shards
+from models.tp_state import merge_shards
 from tests.catalogues import draw_rows, write_manifest
 from tests.pool import layout
 

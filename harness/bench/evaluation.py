@@ -55,10 +55,10 @@ class EvaluationBenchConfig:
     Args:
         documents: sizes of the catalogues.
         ranks: numbers of processes that share each of them.
-        queries: number of query photos.
+        queries: photos that are asked.
         embedding_dim: width of the vectors.
         probe_documents: as evaluation.probe_documents.
-        bare_titles: also search by text without the colours' words, which encodes every title again.
+        bare_titles: also search by text without the colours' words, for which every title is encoded anew.
     """
 
     documents: tuple[PositiveInt, ...] = (500_000, 1_000_000)
@@ -78,9 +78,9 @@ class EvaluationBenchConfig:
 def run(config: EvaluationBenchConfig) -> dict[str, Any]:
     """Measures, prints and returns the report (see `harness/bench/report.py`).
 
-    Rows: the peak memory of a rank in each stage, libraries and mapped files included. Headline: the largest peak; and,
-    where sizes and ranks allow it, by least squares: bytes per document on every rank, further bytes on its own rank,
-    and the memory for 10 million documents on 8 ranks.
+    Rows: the most memory that a rank held in each stage, libraries and mapped files included. Headline: the largest of
+    all; and, where sizes and ranks allow it, the bytes that each document costs every rank, those that it costs its own
+    rank besides, and what that gives for 10 million documents on 8 ranks, by least squares.
     """
     rows: list[dict[str, Any]] = []
     for documents in config.documents:

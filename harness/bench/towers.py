@@ -20,12 +20,12 @@ from harness.core.build import builder
 from harness.core.errors import UserError
 from harness.core.mesh import Compile, Mesh, MeshConfig
 from harness.train.flops import peak_flops, tower_flops
-from models.merge import load_merged
 from models.plain.transformer import PlainBuilder
 from models.presets import PRESETS, TEXT, VISION
 from models.ranges import NonNegativeInt, PositiveInt
 from models.shape import TransformerBuilder
 from models.text import TextConfig, TextTower
+from models.tp_state import load_merged
 from models.vision import VisionConfig, VisionTower
 from models.weights.convert import export_tower, save_tensors
 

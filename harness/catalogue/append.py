@@ -7,7 +7,6 @@ others.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -22,6 +21,7 @@ from harness.catalogue.catalogue import INDEX_DTYPE, Catalogue, part_name, quara
 from harness.catalogue.store import PLACE_FILE
 from harness.catalogue.wholeness import with_checksums
 from harness.core.errors import UserError
+from harness.core.files import write_json
 from harness.core.staged_folder import Holder, held, sync, sync_tree
 
 RECORDS_AT_ONCE = 1 << 20
@@ -48,19 +48,15 @@ def add_up(metas: list[dict[str, Any]]) -> dict[str, Any]:
     return {**totals, "counts": {**counts, "splits": dict(sorted(splits.items()))}}
 
 
-def write_meta(catalogue: Path, meta: dict[str, Any], name: str = "catalogue.json") -> Path:
+def write_meta(catalogue: Path, meta: dict[str, Any]) -> None:
     """Writes the catalogue.json of a folder that is still staged; checksums of what `meta` counts are added where it
     has none.
     """
-    file = catalogue / name
-    file.write_text(json.dumps(with_checksums(catalogue, meta), indent=2) + "\n", encoding="utf-8")
-    return file
+    write_json(catalogue / "catalogue.json", with_checksums(catalogue, meta))
 
 
 def _replace_meta(catalogue: Path, meta: dict[str, Any]) -> None:
-    file = write_meta(catalogue, meta, "catalogue.json.new")
-    sync(file)
-    os.replace(file, catalogue / "catalogue.json")
+    write_meta(catalogue, meta)
     sync(catalogue)
 
 

@@ -108,7 +108,9 @@ def run(config: ExportConfig) -> dict[str, Any]:
         path = find_checkpoint(config.run, config.checkpoint, mesh)
         method, model = load_method(settings, path, tokenizer, mesh)
         decoders = compare_decoders(method, settings, catalogue, config.split, tokenizer, mesh)
-        own = Embedder(settings.data, model, tokenizer, config.batch_size, mesh).embed(method, side)
+        embedder = Embedder(settings.data, model, tokenizer, config.batch_size, mesh)
+        own = embedder.embed(method, side)
+        side = side.select(~embedder.missing(side))
         encoder = plain_query_encoder(settings.method, model, method.towers, mesh)
         part = stage / "documents" / f"part-{mesh.rank:05d}.parquet"
         in_own_time(

@@ -16,7 +16,7 @@ from harness.core.staged_folder import staged_folder
 from harness.text.tokenizer import Tokenizer
 from harness.train.imported_weights import require_whole
 from harness.train.open_run import find_checkpoint, load_method, open_settings
-from models.merge import merged_state_dict
+from models.tp_state import merged_state_dict
 from models.weights.convert import export_open_clip_pair, export_tower, read_converted, write_exported
 from models.weights.layout import TowerConfig
 from models.weights.rules import WeightsError

@@ -85,8 +85,8 @@ def run(config: TokenizerConfig) -> dict[str, Any]:
         tokens), seconds.
 
     Raises:
-        UserError: no text in the split but in others, a vocabulary that the text cannot fill or that cannot hold its characters, or
-            no tokenizer to keep.
+        UserError: no text in the split but in others, a vocabulary that the text cannot fill or that cannot hold its
+            characters, or no tokenizer to keep.
     """
     start = time.perf_counter()
     catalogue = Catalogue(config.catalogue)

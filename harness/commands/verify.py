@@ -27,7 +27,7 @@ EXAMPLE = "shelfmark verify catalogues/products runs/products artefacts/products
 AT_ONCE = 64  # images of a thread's task
 NAMED = 10  # damaged images that are named one by one
 # File of a folder -> its kind, and the remedy for damage.
-KINDS = {
+MARKS = {
     "artefact.json": ("artefact", "Copy it again, or export again"),
     "state.json": ("checkpoint", "Copy it again; training goes on from the newest one that is whole"),
     "weights.json": ("weights", "Import them again"),
@@ -71,13 +71,13 @@ def run(config: VerifyConfig) -> dict[str, Any]:
 
 
 def _findings(path: Path, config: VerifyConfig) -> Iterator[Finding]:
-    kind = next((name for name in KINDS if (path / name).exists()), None)
+    kind = next((name for name in MARKS if (path / name).exists()), None)
     if (path / "catalogue.json").exists() or (path / "index.npy").exists():
         yield from _catalogue(path, config)
     elif (path / "config.yaml").exists() or (path / "checkpoints").exists():
         yield from _run(path)
     elif kind is not None:
-        yield _folder(path, *KINDS[kind])
+        yield _folder(path, *MARKS[kind])
     else:
         what = "no catalogue, run, checkpoint, artefact or folder of weights" if path.is_dir() else "no such folder"
         raise UserError(f"{path}: {what}")
@@ -99,7 +99,7 @@ def _run(path: Path) -> Iterator[Finding]:
         if step.suffix:
             print(f"{printable(str(step))}: never finished, or set aside; no command reads it")
         else:
-            yield _folder(step, *KINDS["state.json"])
+            yield _folder(step, *MARKS["state.json"])
     if not steps:
         yield Finding(f"run {path}", "it has no checkpoint", "")
     try:

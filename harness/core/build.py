@@ -13,11 +13,11 @@ from harness.core.device import set_precision
 from harness.core.errors import UserError
 from harness.core.mesh import Mesh
 from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
-from models.merge import merged_state_dict
 from models.method import Method, MethodConfig
 from models.plain.transformer import PlainBuilder
 from models.registry import METHODS
 from models.shape import TransformerBuilder
+from models.tp_state import merged_state_dict
 
 
 def build(

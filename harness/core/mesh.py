@@ -152,7 +152,8 @@ class Mesh:
 
 
 def _build_groups(tensor_parallel: int, timeout: timedelta) -> Any:
-    """megatron-core's ProcessGroupCollection, and its globals that name them; of those over the same ranks there is one.
+    """megatron-core's ProcessGroupCollection, and its globals that name them; of those over the same ranks there is
+    one.
 
     megatron-core itself makes every group on every rank: at 512 ranks 5,641 rounds through the store, and ten full
     meshes of gloo sockets a rank. Here a rank makes only its own groups, at most three, in the same order on all ranks.

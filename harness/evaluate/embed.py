@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from harness.catalogue.catalogue import Catalogue
 from harness.core.errors import UserError
+from harness.core.files import printable
 from harness.core.mesh import Mesh
 from harness.data.config import DataConfig
 from harness.data.images import ImageReader, Pixels
@@ -84,6 +88,7 @@ class Side:
 
 
 _AT_ONCE = 8192
+NAMED = 10  # samples in a message
 
 
 class ClassKeys:
@@ -141,26 +146,38 @@ class Embedder:
         self, data: DataConfig, model: MethodConfig, tokenizer: Tokenizer, batch_size: int, mesh: Mesh
     ) -> None:
         self.data, self.model, self.tokenizer, self.batch_size, self.mesh = data, model, tokenizer, batch_size, mesh
+        self._bad: dict[Path, set[int]] = {}  # samples of each catalogue that could not be decoded, of all ranks
+
+    def missing(self, side: Side) -> np.ndarray:
+        """bool [n]: rows of a side that has been embedded whose images could not be decoded."""
+        return np.isin(side.sample_ids, [*self._bad.get(side.catalogue.path, ())])
 
     def embed(self, method: Method, side: Side, seen: str = "both") -> Embedded:
-        """This rank's share of a side, consecutive rows; `method` is used as it is (call eval() on its towers first).
+        """This rank's share of a side, consecutive rows but for those whose images cannot be decoded; `method` is used
+        as it is (call eval() on its towers first). Collective.
 
         Args:
             method: with trained towers.
             side: queries or documents.
             seen: what the method sees of documents, one of its views.
+
+        Raises:
+            UserError: more images than data.max_bad_fraction allows cannot be decoded.
         """
         embed = method.embed_query if side.kind == "query" else partial(method.embed_document, seen=seen)
         vectors, own = self.apply(method, side, embed, self.model.embedding_dim)
-        numbers = (torch.from_numpy(a[own.start : own.stop]).to(self.mesh.device) for a in (side.ids, side.labels))
-        return Embedded(vectors, *numbers)
+        good = ~self.missing(side)[own.start : own.stop]
+        numbers = (torch.from_numpy(a[own.start : own.stop][good]) for a in (side.ids, side.labels))
+        if not good.all():
+            vectors = vectors[torch.from_numpy(good).to(vectors.device)]
+        return Embedded(vectors, *(number.to(self.mesh.device) for number in numbers))
 
     @torch.no_grad()
     def apply(
         self, method: Method, side: Side, function: Callable[[Batch], Tensor], width: int
     ) -> tuple[Tensor, range]:
         """`function` (a batch to [n, width]) of the method's for this rank's share of a side, float32, and the numbers
-        of its rows.
+        of its rows; collective. Rows of images that cannot be decoded hold a number for a grey picture (see `missing`).
 
         Blocks of batch_size rows, always full, so that a vector does not depend on the number of ranks.
         """
@@ -172,11 +189,41 @@ class Embedder:
         shown = tqdm(starts, f"embedding {side.kind}", unit=" batches", leave=False, delay=5, disable=silent)
         blocks = [np.minimum(np.arange(start, start + size), own.stop - 1) for start in starts]
         pixels = reader.stream(side.sample_ids[rows] for rows in blocks)
+        bad: set[int] = set()
         for start, rows, images, text in zip(shown, blocks, pixels, self._tokens(side, own), strict=True):
             vectors = function(self._batch(side, rows, images, text[rows - start]).to(self.mesh.device, dtype))
             found[start - own.start : start - own.start + size] = vectors[: len(text)]
+            bad.update(side.sample_ids[rows[~images.ok.cpu().numpy()]].tolist())
         reader.close()
+        self._note_bad(side, bad)
         return found, own
+
+    def _note_bad(self, side: Side, own: set[int]) -> None:
+        """Remembers and names images of all ranks that could not be decoded; collective.
+
+        Raises:
+            UserError: more than one, and more than data.max_bad_fraction allows; on all ranks.
+        """
+        of_ranks: list[Any] = [None] * self.mesh.dp.size()
+        dist.all_gather_object(of_ranks, own, group=self.mesh.dp)
+        known = self._bad.setdefault(side.catalogue.path, set())
+        bad, total = set().union(*of_ranks), len(side.ids)
+        new = sorted(bad - known)
+        known |= bad
+        if not new:
+            return
+        named = side.catalogue.rows(new[:NAMED], ["image"])
+        names = ", ".join(f"{row['sample_id']} ({printable(row['image'])})" for row in named)
+        what = f"{len(bad):,} of {total:,} {side.kind} images of {side.catalogue.path} cannot be decoded"
+        which = f"samples {names}{f' and {len(new) - NAMED:,} more' if len(new) > NAMED else ''}"
+        if len(bad) > 1 and len(bad) > self.data.max_bad_fraction * total:
+            raise UserError(
+                f"{what}, more than data.max_bad_fraction = {self.data.max_bad_fraction:g} allows: {which}",
+                "Name damaged shards with `shelfmark verify` and restore them, ingest without these images, or raise "
+                "data.max_bad_fraction",
+            )
+        if self.mesh.rank == 0:
+            print(f"{what} and are left out: {which}")
 
     @torch.no_grad()
     def embed_texts(self, method: Method, texts: Sequence[str]) -> Embedded:

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from harness.catalogue.catalogue import Catalogue
 from harness.catalogue.wholeness import require_whole
 from harness.core.errors import UserError
@@ -23,6 +20,7 @@ from harness.evaluate.ranking import Embedded
 from harness.evaluate.tasks.registry import TASKS
 from harness.evaluate.tasks.task import CommonConfig, Found, Gallery, Shown, TaskInputs, require_attributes, spread
 from harness.text.tokenizer import Tokenizer
+from models.comm import gather_to_first
 from models.method import Calibration, Method, MethodConfig
 from models.registry import METHODS
 
@@ -200,12 +198,10 @@ class Evaluation:
     def _sample(self, documents: Embedded) -> Embedded | None:
         """`Report.sample`, gathered from the ranks' shares; collective over dp."""
         mine, dp = spread(documents, self.documents[0].ids, self.config.projector), self.mesh.dp
-        own = (mine.vectors.float().cpu(), mine.ids.cpu(), mine.labels.cpu())
-        parts: list[Any] | None = [None] * dp.size() if dp.rank() == 0 else None
-        dist.gather_object(own, parts, group=dp, group_dst=0)
-        if parts is None:
+        columns = (mine.vectors.float(), mine.ids, mine.labels)
+        vectors, ids, labels = (gather_to_first(column, dp).cpu() for column in columns)
+        if dp.rank() != 0:
             return None
-        vectors, ids, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         order = ids.argsort()
         return Embedded(vectors[order], ids[order], labels[order])
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harness.core.errors import UserError
-from models.comm import gather_shards, gather_to_first, shard_sizes
+from models.comm import gather_shards, shard_sizes
 
 VECTOR_BITS = 26  # vectors are whole multiples of 2**-26
 SCORE_BITS = 24  # scores are whole multiples of 2**-24
@@ -299,11 +299,6 @@ def _range_of(labels: Tensor, label_of: Tensor) -> tuple[Tensor, Tensor]:
 def _within(slots: Tensor, sizes: Tensor) -> Tensor:
     """The number of each element within its slot; `slots` ascend, each as often as `sizes` says."""
     return torch.arange(len(slots), device=slots.device) - (sizes.cumsum(0) - sizes)[slots]
-
-
-def gather_rows(rows: Tensor, group: dist.ProcessGroup, first: bool = False) -> Tensor:
-    """`gather_shards`, or `gather_to_first`."""
-    return gather_to_first(rows, group) if first else gather_shards(rows, group)
 
 
 def _in_id_order(ids: list[np.ndarray], counts: list[np.ndarray], ranks: list[np.ndarray]) -> RelevantRanks:

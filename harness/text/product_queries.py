@@ -158,5 +158,5 @@ def read_meta(catalogue: Path) -> dict[str, Any]:
         attribute.get("name", str)
         for wordings in attribute.list_of("wordings", list):
             if not wordings or not all(isinstance(wording, str) for wording in wordings):
-                attribute.refuse("wordings are no lists of texts")
+                attribute.refuse("wordings are not lists of texts")
     return dict(record.values)

@@ -93,7 +93,7 @@ class RunConfig:
 
     run_dir: Path
     method: str
-    seed: int
+    seed: NonNegativeInt
     model: MethodConfig
     head: ClassHeadConfig
     data: DataConfig

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 from harness.core.errors import UserError
 from harness.core.files import printable
 from harness.core.manifest import verify
-from models.merge import load_merged
+from models.tp_state import load_merged
 from models.weights.convert import fitted
 from models.weights.rules import WeightsError
 

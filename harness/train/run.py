@@ -14,7 +14,7 @@ from harness.catalogue.catalogue import Catalogue
 from harness.catalogue.wholeness import FOLDERS, require_whole
 from harness.core.cli import check_figures, run_command, write_figures
 from harness.core.errors import UserError
-from harness.core.files import write_json
+from harness.core.files import write_json, write_whole
 from harness.core.lock import locked
 from harness.core.mesh import Mesh
 from harness.core.versions import versions
@@ -60,7 +60,7 @@ def prepare_run_folder(config: RunConfig, versions: dict[str, str]) -> None:
     """
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        (config.run_dir / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        write_whole(config.run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
         write_json(config.run_dir / "versions.json", versions)
         write_json(config.run_dir / "preprocess.json", config.data.preprocess.to_dict())
         copy_tokenizer(config.data.catalogue, config.run_dir)

@@ -28,9 +28,9 @@ from harness.train.flops import peak_flops, tower_flops
 from harness.train.optimizer import TowerOptimizer
 from harness.train.schedule import OptimizerConfig
 from models.heads.class_parallel import ClassHeadConfig
-from models.merge import load_merged
 from models.plain.transformer import PlainBuilder, PlainLayer
 from models.presets import VISION
+from models.tp_state import load_merged
 from models.vision import VisionConfig, VisionTower
 
 MODELS = ["vit_s16", "vit_b16", "vit_l14", "siglip2_so400m_patch14_224"]

@@ -249,7 +249,7 @@ def read_converted(folder: Path) -> tuple[dict[str, TowerConfig], dict[str, Tens
 def fitted(folder: Path, towers: nn.Module) -> dict[str, Tensor]:
     """The tensors of a converted folder for `towers` (with parts vision and text), checked against what the towers are.
 
-    Of a longer table of text positions the first rows are taken. Load them with models.merge.load_merged.
+    Of a longer table of text positions the first rows are taken. Load them with models.tp_state.load_merged.
 
     Raises:
         WeightsError: a tower that is another one than the weights were made with; what differs is named.
@@ -299,8 +299,6 @@ def _checked(tower: str, given: Any) -> TowerConfig:
         errors = config.errors(tower) + shape_errors(config, 1, tower)
     except ValueError as error:
         errors = [str(error)]
-    except ZeroDivisionError:
-        errors = [f"a size of the {tower} tower is 0"]
     if errors:
         raise WeightsError(errors[0])
     return config

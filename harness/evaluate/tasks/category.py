@@ -13,8 +13,9 @@ from harness.core.errors import UserError
 from harness.core.keyed_random import Stream, keyed_hash
 from harness.core.waiting import on_first_rank
 from harness.evaluate.embed import Side
-from harness.evaluate.ranking import Embedded, gather_rows
+from harness.evaluate.ranking import Embedded
 from harness.evaluate.tasks.task import CommonConfig, Found, Gallery, Task, TaskInputs
+from models.comm import gather_to_first
 from models.method import Method
 from models.ranges import AtLeastTwo
 
@@ -86,8 +87,9 @@ class CategoryTask(Task):
         collective.
         """
         rows = chosen(side, self.category, self.limit)
+        rows = rows[~self.embedder.missing(side)[rows]]
         mine = torch.isin(own.ids, torch.from_numpy(side.ids[rows]).to(own.ids.device))
-        vectors = gather_rows(own.vectors[mine], self.mesh.dp, first=True)
+        vectors = gather_to_first(own.vectors[mine], self.mesh.dp)
         return vectors.double().cpu().numpy(), side.columns[self.category].take(rows).in_list(self.names)
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from harness.core.errors import UserError
 from harness.core.mesh import Mesh
+from harness.core.waiting import gather_objects
 from harness.evaluate.coded import Coded
 from harness.evaluate.embed import ClassKeys, Embedder, Side
 from harness.evaluate.ranking import Embedded, RelevantRanks
@@ -172,8 +173,7 @@ def require_attributes(side_of_catalogue: Any, names: Iterable[str], key: str) -
 
 def gathered(own: list[Row], mesh: Mesh) -> list[Row]:
     """The few rows of all ranks, sorted; collective."""
-    parts: list[Any] = [None] * mesh.dp.size()
-    dist.all_gather_object(parts, own, group=mesh.dp)
+    parts: list[Any] = gather_objects(own, mesh.dp)
     return sorted(row for part in parts for row in part)
 
 

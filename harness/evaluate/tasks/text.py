@@ -10,7 +10,7 @@ import torch
 
 from harness.evaluate.attribute_queries import DEPTH, GRADED, AttributeQueries, without_words
 from harness.evaluate.metrics import summarise
-from harness.evaluate.ranking import Embedded, gather_rows, relevant_ranks, top_k
+from harness.evaluate.ranking import Embedded, relevant_ranks, top_k
 from harness.evaluate.tasks.task import (
     SHOWN,
     CommonConfig,
@@ -23,6 +23,7 @@ from harness.evaluate.tasks.task import (
     joined,
     total,
 )
+from models.comm import gather_shards
 from models.method import Method
 
 
@@ -95,7 +96,7 @@ class TextTask(Task):
         ]
         graded = torch.from_numpy(queries.graded_ndcg(own, top)).to(best.device)
         figures = summarise(ranks.ranks, ranks.offsets) | {
-            GRADED: float(gather_rows(graded, self.mesh.dp).cpu().numpy().mean()),
+            GRADED: float(gather_shards(graded, self.mesh.dp).cpu().numpy().mean()),
             "documents": float(total(documents, self.mesh)),
         }
         return Found(figures, [], gathered(panel, self.mesh))
@@ -104,19 +105,20 @@ class TextTask(Task):
         """Mean modal weights by category, and of all documents last."""
         names = [f"weight_{name}" for name in method.modalities]
         own, _ = self.embedder.apply(method, self.documents, method.modal_weights, len(names))
-        table = gather_rows(own, self.mesh.dp).double().cpu().numpy()
+        table = gather_shards(own, self.mesh.dp).double().cpu().numpy()
         groups = {}
         if self.category:
             values = self.documents.columns[self.category].used()
             number = self.documents.columns[self.category].in_list(values)
             groups = {value: number == place for place, value in enumerate(values)}
         groups["all"] = np.ones(len(table), bool)
+        good = ~self.embedder.missing(self.documents)
         return [
             {
                 "slice": self.category or "all",
                 "value": value,
-                "documents": int(rows.sum()),
-                "weights": dict(zip(names, table[rows].mean(0).tolist(), strict=True)),
+                "documents": int((rows & good).sum()),
+                "weights": dict(zip(names, table[rows & good].mean(0).tolist(), strict=True)),
             }
             for value, rows in groups.items()
         ]
