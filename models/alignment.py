@@ -49,7 +49,7 @@ class Alignment(nn.Module):
         return self.correlation.sqrt() * expected
 
     @torch.no_grad()
-    def fit(self, count: Tensor, total: Tensor, products: Tensor, ridge: float) -> None:
+    def fit(self, count: Tensor, total: Tensor, products: Tensor, ridge: float = RIDGE) -> None:
         """Fits to the moments of n products' vectors v = [image, title], of 2 width.
 
         Args:

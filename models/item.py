@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import torch
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from models.alignment import RIDGE, Alignment
+from models.alignment import Alignment
 from models.batch import Batch, Reads, rank_sizes
 from models.fields import TRAINING_ONLY
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss
@@ -367,7 +366,7 @@ class Item(Method):
             module=alignment,
             vectors=self.both_views,
             width=2 * self.config.embedding_dim,
-            fit=partial(alignment.fit, ridge=RIDGE),
+            fit=alignment.fit,
         )
 
     def both_views(self, batch: Batch) -> Tensor:
