@@ -337,7 +337,7 @@ def test_a_run_starts_from_the_weights_of_another(
             train(grown, tmp_path / "refused", {**settings, **more}, 0)
 
     refused(r"with model\.text\.hidden_size = 32, not 64: its weights do not fit", **{"model.text.hidden_size": 64})
-    refused("is no folder", **{"train.init_from": tmp_path / "absent"})
+    refused("is not a folder", **{"train.init_from": tmp_path / "absent"})
     refused("manifest.json is missing", **{"train.init_from": grown})
 
 
