@@ -100,7 +100,7 @@ def upright(picture: Image.Image) -> Image.Image:
         raise Unsupported(f"unsupported pixels: {kind} (save it with 8 or 16 bits a channel, grey or RGB)")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-    if image.mode != "RGBA" or image.getextrema()[3] == (255, 255):
+    if image.mode != "RGB" and (image.mode != "RGBA" or image.getextrema()[3] == (255, 255)):
         image = image.convert("RGB")
     return image if turn is None else image.transpose(turn)
 
