@@ -151,6 +151,8 @@ def test_colour_keeps_what_each_change_must_keep():
 def test_specification_survives_json_and_refuses_nonsense():
     spec = PreprocessSpec(image_size=96, hue=0.1, crop_scale=(0.2, 0.9))
     assert PreprocessSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    older = {key: value for key, value in spec.to_dict().items() if key != "background"}
+    assert PreprocessSpec.from_dict(older) == spec, "files from before it was a field"
     with pytest.raises(UserError, match="missing or unknown: sharpness"):
         PreprocessSpec.from_dict({**spec.to_dict(), "sharpness": 1})
 

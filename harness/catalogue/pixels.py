@@ -100,7 +100,7 @@ def upright(picture: Image.Image) -> Image.Image:
         raise Unsupported(f"unsupported pixels: {kind} (save it with 8 or 16 bits a channel, grey or RGB)")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-    if image.mode != "RGBA" or image.getextrema()[3] == (255, 255):
+    if image.mode != "RGB" and (image.mode != "RGBA" or image.getextrema()[3] == (255, 255)):
         image = image.convert("RGB")
     return image if turn is None else image.transpose(turn)
 
@@ -172,7 +172,7 @@ def _plain_jpeg(data: bytes) -> bool:
             frame = body[:1] == b"\x08" and (
                 body[5:6] == b"\1" or (body[5:6] == b"\3" and _plain_components(body[6:15]))
             )
-        elif 0xC0 <= marker <= 0xCF and marker != 0xC4:
+        elif marker not in (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE):  # tables, restarts, APPn, comment
             return False
         elif marker == 0xE1 and body.startswith(b"Exif\0\0"):
             exif, seen = -1 if seen or frame else _exif_orientation(body[6:]), True
