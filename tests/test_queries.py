@@ -215,8 +215,6 @@ def of(**files: Any) -> Any:
     [
         (of(attributes="colour,shap"), r"no attribute 'shap'\. It has shape, colour"),
         (of(category="kind"), "no attribute 'kind'"),
-        (of(min_count=0), "--min-count"),
-        (of(max_share=0.0), "--max-share"),
         (of(split="nowhere", attributes="shape"), "has no split 'nowhere'"),
         (of(clicks=[("text", "document"), ("red", "d0")]), r"no column 'clicks' \(--clicks\)"),
         (of(clicks=[*CLICKS, ("red", "d0", "many")]), "row 9: clicks is 'many', not a whole number"),
