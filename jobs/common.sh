@@ -94,6 +94,6 @@ export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 # The names before torch 2.9, if you have set them: the newer ones would win.
 [[ -n ${TORCH_NCCL_TRACE_BUFFER_SIZE:-} ]] || export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 [[ -n ${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-} ]] ||
-    export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$PWD/${SLURM_JOB_NAME:-shelfmark}-$SLURM_JOB_ID.nccl-}
+    export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$PWD/${SLURM_JOB_NAME:-shelfmark}-${SLURM_JOB_ID:-$$}.nccl-}
 [[ -x $VENV/bin/python ]] ||
     fail "no virtual environment at $VENV. Make one there (docs/clusters.md), or name yours in jobs/cluster.env"

@@ -178,3 +178,8 @@ class Reads:
     def samples(self, queries: int, documents: int) -> tuple[int, int]:
         """Query photos and documents of a step, of data.queries_per_step and data.documents_per_step."""
         return queries if self.kind in ("photos", "pairs") else 0, queries if self.kind == "pairs" else documents
+
+    def rows(self, queries: int, documents: int) -> dict[str, int]:
+        """Queries (photos or texts) and documents of a step by the sides of `Batch.sizes`; arguments as `samples`."""
+        photos, documents = self.samples(queries, documents)
+        return {"query": documents if self.kind == "texts" else photos, "document": documents}

@@ -143,7 +143,7 @@ def test_mistakes_of_the_command_are_told(
     (tmp_path / "torn.yaml").write_text("cells: {")
     assert "is not YAML" in says(file=tmp_path / "torn.yaml") and "No such file" in says(file=tmp_path / "no")
     assert "--part is '5/4'" in says("--part", "5/4")
-    assert "--ranks is 0" in says("--ranks", 0)
+    assert "ranks is 0" in says("--ranks", 0)
     (tmp_path / "taken").write_text("")
     assert "taken" in says(out=tmp_path / "taken")
     # Figures of another budget, or without a metric, are not part of a table.

@@ -37,6 +37,7 @@ from harness.core.manifest import write_manifest
 from harness.data.preprocess import PreprocessSpec
 from harness.text.tokenizer import copy_tokenizer
 from models.make import MakeConfig
+from models.method import query_kind
 from models.oclear import OclearConfig
 from models.plain.transformer import PlainBuilder
 from models.registry import METHODS
@@ -126,7 +127,13 @@ def made(tmp_path_factory: pytest.TempPathFactory, catalogue: Path) -> dict[str,
         write_index(folder, WIDTH)
         copy_tokenizer(catalogue, folder)
         (folder / "preprocess.json").write_text(json.dumps(PreprocessSpec(image_size=16).to_dict()))
-        meta = {"format": 3, "method": method, "model": asdict(model), "query": spec.query, "embedding_dim": WIDTH}
+        meta = {
+            "format": 3,
+            "method": method,
+            "model": asdict(model),
+            "query": query_kind(model),
+            "embedding_dim": WIDTH,
+        }
         meta |= {"documents": ROWS, "backend": "reference", "run": "a run"}
         (folder / "artefact.json").write_text(json.dumps(meta))
         assert len(Artefact(seal(folder)).documents) == ROWS
@@ -216,9 +223,9 @@ def test_odd_values_are_one_line(made: dict[str, Path], tmp_path: Path, method: 
 @pytest.mark.parametrize(
     ("at", "value", "what"),
     [
-        (("model", "vision", "num_layers"), 10**9, "num_layers is 1000000000; at most 1000"),
+        (("model", "vision", "num_layers"), 10**9, "num_layers is 1000000000. It must be an int from 1 to 1,000"),
         (("model", "vision", "stem_blocks"), [10**9], "stem_blocks"),
-        (("model", "vision", "hidden_size"), 2**30, "encoder.safetensors does not fit|describes no model"),
+        (("model", "vision", "hidden_size"), 10**7, "encoder.safetensors does not fit|describes no model"),
         (("model", "vision", "layernorm_eps"), float("nan"), "layernorm_eps is nan. It must be a float, at least 0"),
         (("model", "embedding_dim"), 9, "embedding_dim is not the model's 9"),
         (("model", "vision", "pooling"), "os", "pooling is 'os'; it can be"),

@@ -111,7 +111,7 @@ def test_help_names_defaults_and_an_example(capsys, monkeypatch):
     assert "default: 224" in text and decode.EXAMPLE in text and "--image-size" in text
 
 
-@pytest.mark.parametrize(("flags", "named"), [(["--pairs", "0"], "--pairs is 0"), (["--image", "3"], "'images'")])
+@pytest.mark.parametrize(("flags", "named"), [(["--pairs", "0"], "pairs is 0"), (["--image", "3"], "'images'")])
 def test_a_mistake_is_one_line(flags, named, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["decode", *flags])
     assert decode.main() == 2

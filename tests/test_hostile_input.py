@@ -346,6 +346,26 @@ def test_a_text_that_many_rows_share_is_not_unpacked_for_all_at_once(tmp_path: P
     assert peak(READ, manifest) < 600
 
 
+READ_IMAGES = """
+import sys
+from pathlib import Path
+from harness.catalogue.table import Manifest
+rows = Manifest(Path(sys.argv[1])).rows(["image"])
+assert sum(len(row.cells[0]) + len(row.data or b"") for row in rows) >= 8000 * 200_000
+"""
+
+
+@pytest.mark.parametrize("child", ["path", "bytes"])
+def test_an_image_that_many_rows_share_is_not_unpacked_for_all_at_once(child: str, tmp_path: Path) -> None:
+    """As above, in the parts of an image struct."""
+    long = pa.DictionaryArray.from_arrays(pa.array([0] * 8000, pa.int32()), pa.array([b"y" * 200_000]))
+    parts = {"path": pa.array(["a.jpg"] * 8000), "bytes": pa.array([None] * 8000, pa.binary()), child: long}
+    images = pa.StructArray.from_arrays(list(parts.values()), list(parts))
+    pq.write_table(pa.table({"image": images}), tmp_path / "m.parquet", compression="zstd", store_schema=False)
+    assert (tmp_path / "m.parquet").stat().st_size < 200_000
+    assert peak(READ_IMAGES, tmp_path / "m.parquet") < 600
+
+
 # --- tars ---
 
 

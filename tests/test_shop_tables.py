@@ -379,26 +379,31 @@ def fuzz(count: int) -> settings:
     )
 
 
-def run_fuzz(count: int, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    @fuzz(count // 2)
+def run_text_tables(count: int, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    @fuzz(count)
     @given(TABLE, st.sampled_from(["csv", "tsv"]), st.integers(0, 6))
     def text_tables(rows: list[list[str]], suffix: str, where: int) -> None:
         any_text_table(rows, suffix, where, photos, tmp_path_factory.mktemp("t"))
 
-    @fuzz(count - count // 2)
+    text_tables()
+
+
+def run_parquet_tables(count: int, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    @fuzz(count)
     @given(COLUMN, COLUMN)
     def parquet_tables(titles: list[Any], classes: list[Any]) -> None:
         columns = {"id": [f"good{n}" for n in range(4)] + ["x"], "image": ["a.jpg"] * 5}
         any_parquet({**columns, "title": titles, "class_id": classes}, photos, tmp_path_factory.mktemp("p"))
 
-    text_tables()
     parquet_tables()
 
 
-def test_any_table_gives_its_rows(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    run_fuzz(50, photos, tmp_path_factory)
+@pytest.mark.parametrize("kind", [run_text_tables, run_parquet_tables])
+def test_any_table_gives_its_rows(kind: Any, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    kind(20, photos, tmp_path_factory)
 
 
 @pytest.mark.full
-def test_many_tables_give_their_rows(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    run_fuzz(1400, photos, tmp_path_factory)
+@pytest.mark.parametrize("kind", [run_text_tables, run_parquet_tables])
+def test_many_tables_give_their_rows(kind: Any, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    kind(700, photos, tmp_path_factory)

@@ -124,7 +124,7 @@ def test_a_rank_that_stands_still_is_named(
 ) -> None:
     script, errors = tmp_path / "stopping.py", tmp_path / "errors"
     script.write_text(SCRIPT)
-    settings = {"train.steps": 100, "mesh.timeout_minutes": 0.1}
+    settings = {"train.steps": 100, "mesh.timeout_minutes": 0.2}
     program = [str(script), *arguments(catalogue, tmp_path / "run", **settings)]
     environment = {"STOPPED": str(stopped), "CALL": str(call)}
     with launched("ours", world, program, errors, **environment) as process:

@@ -83,7 +83,7 @@ class ParquetTable:
         million rows may share.
         """
         with pq.ParquetFile(self.path) as file:
-            coded_names = [field.name for field in file.schema_arrow if field.name in names and is_text(field.type)]
+            coded_names = [leaf for name in names for leaf in _texts_of(file.schema_arrow.field(name))]
             with pq.ParquetFile(self.path, read_dictionary=coded_names) as coded:
                 for group in range(file.num_row_groups):
                     sizes = file.metadata.row_group(group)
@@ -116,14 +116,28 @@ def _is_image(kind: pa.DataType) -> bool:
     return pa.types.is_struct(kind) and {"path", "bytes"} == {kind.field(n).name for n in range(kind.num_fields)}
 
 
+def _texts_of(field: pa.Field) -> list[str]:
+    """Paths of what a dictionary may hold of a column: the column, or the parts of an image struct."""
+    if not _is_image(field.type):
+        return [field.name] * is_text(field.type)
+    children = [field.type.field(number) for number in range(field.type.num_fields)]
+    return [f"{field.name}.{child.name}" for child in children if is_text(child.type)]
+
+
 def _bytes(column: pa.Array) -> list[bytes | None]:
-    found: list[bytes | None] = pc.struct_field(column, "bytes").cast(pa.large_binary()).to_pylist()
-    return found
+    data = pc.struct_field(column, "bytes")
+    if not pa.types.is_dictionary(data.type):
+        return list(data.cast(pa.large_binary()).to_pylist())
+    values = [*data.dictionary.cast(pa.large_binary()).to_pylist(), None]  # place -1 for null
+    return [values[place] for place in data.indices.fill_null(-1).to_pylist()]
 
 
 def _longest(coded: pq.ParquetFile, group: int, names: list[str]) -> int:
     """Bytes of the longest texts in the dictionaries of the columns `names`, together: what one row may have."""
     if not names:
         return 0
-    batch = next(coded.iter_batches(1, [group], names), ())
-    return sum(pc.max(pc.binary_length(column.dictionary)).as_py() or 0 for column in batch)
+    batch = next(coded.iter_batches(1, [group], names), None)
+    columns = [] if batch is None else batch.columns
+    leaves = [leaf for column in columns for leaf in (column.flatten() if _is_image(column.type) else [column])]
+    found = [leaf.dictionary for leaf in leaves if pa.types.is_dictionary(leaf.type)]
+    return sum(pc.max(pc.binary_length(dictionary)).as_py() or 0 for dictionary in found)

@@ -75,8 +75,8 @@ class TextTable:
         if delimiter is not None:
             self._delimiter = delimiter
         elif len(self._header(self._delimiter)) < 2:
-            best = max(DELIMITERS, key=lambda other: len(self._header(other)))
-            if len(self._header(best)) > 1:
+            best = max(DELIMITERS, key=lambda other: len(self._tried(other)))
+            if len(self._tried(best)) > 1:
                 self._delimiter = best
                 self.said.append(f"its cells are separated by {DELIMITERS[best]}")
         header = self._header(self._delimiter)
@@ -98,7 +98,7 @@ class TextTable:
     def hint(self, column: str) -> str:
         """The flag with which there would be a column of that name, or ''."""
         for other, name in DELIMITERS.items():
-            if other != self._delimiter and column in [cell.strip() for cell in self._header(other)]:
+            if other != self._delimiter and column in [cell.strip() for cell in self._tried(other)]:
                 return f"with cells separated by {name} there is one (--delimiter)"
         return ""
 
@@ -132,6 +132,10 @@ class TextTable:
         if self._quoting is not None:
             return self._quoting == "csv"
         return not (self._tabs and delimiter == "\t")
+
+    def _tried(self, delimiter: str) -> list[str]:
+        header = next(self._records(delimiter), [])
+        return [] if isinstance(header, str) else header
 
     def _header(self, delimiter: str) -> list[str]:
         header = next(self._records(delimiter), [])

@@ -86,10 +86,6 @@ class Photos:
         queries: dict[str, Any] = {"query_images": images[:n], "query_weights": ok[:n].float()}
         return replace(batch, **queries, document_images=images[n:], document_weights=ok[n:].float())
 
-    def rows(self, queries: int, documents: int) -> dict[str, int]:
-        """Queries and documents of a step that shows so many query photos and documents."""
-        return {"query": queries, "document": documents}
-
     def fields(self, d: Draw, tokens: Tensor) -> dict[str, Any]:
         """Further fields of the batch of documents `d` with `tokens` [d, L]: masks, if the method reads any."""
         s = self.sources
@@ -138,10 +134,6 @@ class Texts(Photos):
         """Adds images and weights of the documents; a text query has no image."""
         images, ok = pixels
         return replace(batch, query_images=images[:0], document_images=images, document_weights=ok.float())
-
-    def rows(self, queries: int, documents: int) -> dict[str, int]:
-        """As the base class, with a query for each document."""
-        return {"query": documents, "document": documents}
 
     def fields(self, d: Draw, tokens: Tensor) -> dict[str, Any]:
         """Text queries, facts and masks."""

@@ -172,7 +172,7 @@ class StepLoader:
     def _sizes(self, micro: int) -> dict[str, list[int]]:
         """Queries and documents of every rank in a micro-batch, as in `Batch.sizes`."""
         places = range(micro * self.world_size, (micro + 1) * self.world_size)
-        rows = self._content.rows(self.queries_per_step, self.documents_per_step)
+        rows = self.reads.rows(self.config.queries_per_step, self.config.documents_per_step)
         return {side: [len(share(count, self._pieces, place)) for place in places] for side, count in rows.items()}
 
 

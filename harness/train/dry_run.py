@@ -304,8 +304,7 @@ def _first(rows: int, count: float, room: int) -> Tensor:
 def _sizes(config: RunConfig, ranks: int, micro: int) -> dict[str, list[int]]:
     """Samples of each of `ranks` in a micro-batch, the largest first."""
     reads, pieces = METHODS[config.method].reads(config.model), ranks * config.data.micro_batches
-    queries, documents = reads.samples(config.data.queries_per_step, config.data.documents_per_step)
-    per_step = {"query": documents if reads.kind == "texts" else queries, "document": documents}
+    per_step = reads.rows(config.data.queries_per_step, config.data.documents_per_step)
     places = range(pieces - 1 - micro * ranks, pieces - 1 - (micro + 1) * ranks, -1)
     return {side: [len(share(size, pieces, place)) for place in places] for side, size in per_step.items()}
 

@@ -115,11 +115,11 @@ def step_parts(config: RunConfig, num_classes: int) -> dict[str, Work]:
     """
     spec, model = METHODS[config.method], config.model
     reads = spec.reads(model)
-    counts = reads.samples(config.data.queries_per_step, config.data.documents_per_step)
+    per_step = config.data.queries_per_step, config.data.documents_per_step
+    counts = reads.samples(*per_step)
     # A loss of photos is one over all of the step; others compare the samples of a micro-batch.
     pieces = 1 if counts[0] else config.data.micro_batches
-    queries, documents = (-(-count // pieces) for count in counts)
-    sizes = {"query": [documents if reads.kind == "texts" else queries], "document": [documents]}
+    sizes = {side: [-(-count // pieces)] for side, count in reads.rows(*per_step).items()}
     head: Any = (lambda embeddings, *_: (embeddings.sum(), {})) if spec.classifies(model) else None
     with torch.random.fork_rng(devices=[]), Shapes(), sdpa_kernel(SDPBackend.MATH):
         towers = spec.towers(model, PlainBuilder())
@@ -129,7 +129,7 @@ def step_parts(config: RunConfig, num_classes: int) -> dict[str, Work]:
         with _Counter(towers) as counter:
             for loss, _ in method.losses([made_batch(config, sizes)]):
                 loss.backward()
-    times = counts[1] / documents
+    times = counts[1] / sizes["document"][0]
     parts = {part: Work(work.forward * times, work.backward * times) for part, work in counter.work.items()}
     if head is not None:  # cosines of all samples with all active rows
         rows = active_rows(num_classes, config.head.sample_rate, sum(counts))
