@@ -1,8 +1,11 @@
-"""Trains the cells of an ablation with equal budgets and writes one table: `bash jobs/ablate.sh FILE …`, `sbatch --array=1-n jobs/ablate.sh FILE …`.
+"""Trains the cells of an ablation with equal budgets and writes one table.
 
-A cell is a recipe with some settings changed, trained once for each seed, for the same number of steps. A cell whose figures are there is not
-trained again, one that was stopped goes on from its last checkpoint, one that fails does not keep the others from being trained. Every task
-writes the table of what is finished by then.
+bash jobs/ablate.sh FILE …
+sbatch --array=1-n jobs/ablate.sh FILE …
+
+A cell is a recipe with changed settings, trained once for each seed, for the same number of steps. A finished cell is
+not trained again, a stopped one resumes, a failed one does not stop the others. Every task writes the table of the
+cells that are finished by then.
 """
 
 from __future__ import annotations
@@ -30,13 +33,13 @@ class AblationConfig:
     """An ablation.
 
     Args:
-        file: YAML with `recipe` (path relative to the file), `metrics` (names of final figures), `seeds`, `settings` (for all cells), and `cells`
-            (name -> settings, dotted keys as on the command line).
+        file: YAML with `recipe` (path relative to the file), `metrics` (names of final figures), `seeds`, `settings`
+            (for all cells), and `cells` (name -> settings, dotted keys as on the command line).
         catalogue: the catalogue to train on; its name may be replaced in a cell by data.catalogue.
         out: folder with a run folder for each cell and seed, and table.md.
         ranks: processes that train one cell.
         part: 'i/n' trains every n-th cell from the i-th (from 1) on; all of them by default.
-        steps: steps of every cell, instead of the file's; for trying it out.
+        steps: steps of every cell, in place of the file's; for a trial.
     """
 
     file: Path
@@ -78,10 +81,10 @@ class Ablation:
             raise UserError(f"{file}: 'settings' must be a mapping of keys to values and 'metrics' a list")
         names = [run_name(str(cell), seed) for cell in cells for seed in seeds]
         if len(set(names)) < len(names) or any("/" in name for name in names):
-            raise UserError(f"{file}: two runs have one name, or a cell's name holds a slash", "Name them otherwise")
+            raise UserError(f"{file}: two runs have one name, or a cell's name holds a slash", "Rename them")
         recipe = (file.parent / str(content["recipe"])).resolve()
         if not recipe.is_file():
-            raise UserError(f"{file} names the recipe {content['recipe']}, which is no file there")
+            raise UserError(f"{file} names the recipe {content['recipe']}, which does not exist there")
         named = {str(name): changed for name, changed in cells.items()}
         return cls(recipe, content["metrics"], seeds, content["settings"], named)
 
@@ -124,7 +127,7 @@ def ablate(config: AblationConfig) -> None:
 
 
 def figures_file(out: Path, cell: str, seed: int) -> Path:
-    """Where a finished run's figures lie."""
+    """File of a finished run's figures."""
     return out / f"{run_name(cell, seed)}.json"
 
 
@@ -151,7 +154,7 @@ def command(config: AblationConfig, ablation: Ablation, cell: str, seed: int) ->
 
 
 def settings_of(config: AblationConfig, ablation: Ablation, cell: str) -> dict[str, Any]:
-    """What a cell changes in the recipe."""
+    """Settings of a cell that differ from the recipe."""
     settings = {"data.catalogue": config.catalogue, **ablation.settings, **ablation.cells[cell]}
     return settings if config.steps is None else settings | {"train.steps": config.steps}
 
@@ -178,7 +181,7 @@ def finished(config: AblationConfig, ablation: Ablation, cell: str) -> list[dict
 
 
 def table(config: AblationConfig, ablation: Ablation, rows: Sequence[tuple[str, list[dict[str, float]]]]) -> str:
-    """Markdown: a row for each cell, of each metric the mean over the seeds and, with more than one, least and largest."""
+    """Markdown: a row for each cell; of each metric the mean over the seeds and, with several, least and largest."""
     columns = [*ablation.metrics, "steps", "seconds"]
     lines = [
         f"`bash jobs/ablate.sh {config.file} --catalogue {config.catalogue} --out {config.out} --ranks {config.ranks}`",
@@ -187,7 +190,9 @@ def table(config: AblationConfig, ablation: Ablation, rows: Sequence[tuple[str, 
         "|---" * (len(columns) + 2) + "|",
     ]
     for cell, found in rows:
-        values = [_value([figures[name] for figures in found], name in ablation.metrics) for name in columns]
+        values = []
+        for name in columns:
+            values.append(_value([figures[name] for figures in found], name in ablation.metrics))
         lines.append(f"| {cell} | {len(found)} | " + " | ".join(values) + " |")
     return "\n".join(lines) + "\n"
 

@@ -20,5 +20,5 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 }
 source jobs/common.sh
 
-[[ -f ${1:-}/config.yaml ]] || fail "'${1:-}' is no run folder. Name the one that the training's log names: sbatch jobs/eval.sh RUN"
+[[ -f ${1:-}/config.yaml ]] || fail "'${1:-}' is not a run folder. Name the one that the training's log names: sbatch jobs/eval.sh RUN"
 launch "$1" harness eval "$@"

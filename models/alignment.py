@@ -1,10 +1,10 @@
-"""Two views of a product, each embedded alone, in one space: probabilistic canonical correlation analysis (Bach &
-Jordan 2005), in closed form.
+"""Alignment of two separately embedded views of a product: probabilistic canonical correlation analysis (Bach & Jordan
+2005), in closed form.
 
 One latent vector y ~ N(0, I) explains both views: in whitened coordinates along the canonical directions a view is
-sqrt(rho) y plus noise of variance 1 - rho, rho being the direction's canonical correlation. An embedding is what y is
-expected to be, given the views that are there: a photo alone, a title alone, or both. No labels are needed. Ours; no
-part of ITEm.
+sqrt(rho) y plus noise of variance 1 - rho, rho being the direction's canonical correlation. An embedding is the
+expectation of y given the views that exist: only a photo, only a title, or both. No labels are needed. Ours; not part
+of ITEm.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ RIDGE = 1e-3  # of `Alignment.fit`
 
 
 class Alignment(nn.Module):
-    """Vectors of the two views to the latent's expectation. Before `fit` views are taken as they are, and two are
+    """Vectors of the two views to the latent's expectation. Before `fit` a view is returned unchanged, and two are
     averaged.
 
     Its parameters are fitted, never trained, and stay float32.
@@ -32,9 +32,9 @@ class Alignment(nn.Module):
         self.correlation = nn.Parameter(torch.ones(width), requires_grad=False)
 
     def forward(self, image: Tensor | None, title: Tensor | None, titled: Tensor | None = None) -> Tensor:
-        """Vectors [n, width] of the views that are there, at least one -> [n, width].
+        """Vectors [n, width] of one view or both -> [n, width].
 
-        Where both are given, the title of a product with `titled` false (bool [n]) is not counted.
+        With both, the title of a product with `titled` false (bool [n]) does not count.
         """
         whitened = [
             (vectors.to(self.mean) - self.mean[view]) @ self.map[view]

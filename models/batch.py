@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.transfer import send
 
-WIDTH = 8  # trimmed texts are a multiple of it wide: what tensor cores and attention kernels like, and few shapes for torch.compile
+WIDTH = 8  # trimmed texts are multiples of it wide: for tensor cores, attention kernels, and few shapes to compile
 
 
 def _no_ids() -> Tensor:
@@ -34,18 +34,18 @@ class Batch:
     document_images [d, 3, S, S], document_tokens int64 [d, L], document_labels [d], document_weights [d], document_ids
     [d].
 
-    What only some methods read is empty, [0, 0], where it is not given: query_tokens int64 [q, L]: text of the queries;
-    MAKE's are text alone and its query_images [0, 3, S, S]; categories int64 [d]: category of the documents, -1 =
+    Fields of only some methods are empty, [0, 0], if not given: query_tokens int64 [q, L]: text of the queries; MAKE's
+    are only text, and its query_images [0, 3, S, S]; categories int64 [d]: category of the documents, -1 =
     unknown; keywords int64 [d, K]: keywords of the documents, each once, -1 behind the last; query_keywords int64 [q,
     K]: those that the query names; masked_tokens int64 [d, L]: the titles with their masked words replaced, and
-    masked_words bool [d, L]: which those are; masked_patches bool [d, P]: patches to be hidden, row-major;
+    masked_words bool [d, L]: the mask of those; masked_patches bool [d, P]: patches to be hidden, row-major;
     masked_titles bool [d]: titles that are masked as a whole; other_tokens int64 [d, L]: for each document its own
     title or that of another document.
 
-    Beside them, so that nobody has to ask the device for it: query_lengths int64 [q], document_lengths [d],
-    masked_lengths [d] (0 for a title that is masked as a whole), other_lengths [d]: tokens of the texts before padding,
-    always on the host (with_lengths); [0] if not given; sizes: "query" and "document" to how many of them each rank
-    brings that has other samples, in rank order; None: to be exchanged; origin: the batch that this one was moved from.
+    On the host, so that nothing waits for the device: query_lengths int64 [q], document_lengths [d],
+    masked_lengths [d] (0 for a title that is masked as a whole), other_lengths [d]: tokens of the texts before padding
+    (with_lengths); [0] if not given; sizes: "query" and "document" to their numbers on each rank with other samples, in
+    rank order; None: to be exchanged; origin: the batch that this one was moved from.
     """
 
     query_images: Tensor
@@ -75,7 +75,7 @@ class Batch:
 
     @classmethod
     def of_texts(cls, tokens: Tensor) -> Batch:
-        """Text queries alone: tokens int64 [q, L]."""
+        """Only text queries: tokens int64 [q, L]."""
         none, no_images = torch.empty(0, dtype=torch.int64), torch.empty(0, 3, 1, 1)
         labels = torch.full((len(tokens),), -1)
         weights = torch.ones(len(tokens))
@@ -99,9 +99,7 @@ class Batch:
         return self if self.origin is None else self.origin
 
     def with_lengths(self, pad: int) -> Batch:
-        """The same batch, which lies on the host, with the lengths of its texts; `pad` stands behind a text and nowhere
-        else.
-        """
+        """This batch, which is on the host, with the lengths of its texts; `pad` occurs only behind a text."""
         found = {
             name: (tokens != pad).sum(1)
             for name in ("query", "document", "masked", "other")
@@ -131,9 +129,7 @@ class Batch:
         return replace(self, **cut)
 
     def padded(self, name: str) -> bool:
-        """True where the texts of `name` (query, document, masked or other) have padding that attention must be told
-        of, or no known lengths.
-        """
+        """True if the texts of `name` (query, document, masked or other) have padding to mask, or unknown lengths."""
         lengths, width = getattr(self, f"{name}_lengths"), self._tokens(name).shape[1]
         return not lengths.numel() or bool((lengths.numpy() < width).any())
 
@@ -165,11 +161,11 @@ class Reads:
 
     Args:
         kind: photos: query photos and documents, each by their own slots; pairs: query photos and a document of each
-            one's class; texts: documents and a text query for each; documents: documents alone, each with its own title
+            one's class; texts: documents and a text query for each; documents: only documents, each with its own title
             or another one's.
         text_length: tokens of a document's text.
         query_length: tokens of a text query.
-        num_patches: patches of a document's image where words and patches are to be masked; 0 masks nothing.
+        num_patches: patches of a document's image, with masked words and patches; 0 masks nothing.
         keywords: with texts, keywords of a document, and those that its query names, at most.
     """
 

@@ -2,10 +2,10 @@
 et al., arXiv 2311.02084).
 
 Known: one single-stream transformer, no regions of interest; five objectives: image-text matching (ITM), masked
-language modelling (MLM), masked image modelling (MIM), and GMLM and GMIM, in which the global representation alone
-predicts the masked words and builds the masked patches. Ours: every form that these take below, and which modality is
-hidden (one_heavy in harness/data/masking.py). Ours too, and no part of ITEm: `aligned` embeddings, and `contrast`, the
-baseline on the same towers.
+language modelling (MLM), masked image modelling (MIM), and GMLM and GMIM, in which only the global representation
+predicts the masked words and builds the masked patches. Ours: the form of each of these, and the choice of the hidden
+modality (one_heavy in harness/data/masking.py). Ours too, and not part of ITEm: `aligned` embeddings, and `contrast`,
+the baseline on the same towers.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class ItemWeights:
     """Weight of each term of ITEm's loss; 0 leaves the term out.
 
     Args:
-        itm: whether title and image belong together.
+        itm: image-text matching.
         mlm: masked words, each from its own final state.
         mim: masked patches, each from its own final state.
         gmlm: masked words from the global vector and their position.
         gmim: masked patches from the global vector and their position.
-        contrast: InfoNCE between the product seen as title alone and as image alone; no part of ITEm, the baseline on
+        contrast: InfoNCE between the product seen as title only and as image only; not part of ITEm: the baseline on
             the same towers.
     """
 
@@ -100,11 +100,11 @@ class ItemConfig:
         vision: patches of the image.
         text: the transformer over title and patches.
         weights: weights of the terms.
-        aligned: what embeds a product: false, the global vector of all that is seen of it; true, the global vectors of
-            its image alone and of its title alone, brought into one space (models/alignment.py).
-        global_targets: what the global vector must tell: masked (the masked words and patches, as published) or all
-            (every word and patch; ours: so that the global vector of a whole product, where nothing is masked, tells
-            what is in it).
+        aligned: embedding of a product: false, the global vector of title and image together; true, the global vectors
+            of only its image and only its title, brought into one space (models/alignment.py).
+        global_targets: targets of the global vector: masked (the masked words and patches, as published) or all (every
+            word and patch; ours: so that the global vector of a whole product, where nothing is masked, holds its
+            content).
         contrast: the loss of the baseline.
     """
 
@@ -208,7 +208,7 @@ class ItemTowers(nn.Module):
 
 
 class GlobalHead(nn.Module):
-    """Predicts what stands at a position from the global vector and that position alone; its two layers are ours."""
+    """Predicts the content of a position from only the global vector and that position; its two layers are ours."""
 
     def __init__(self, hidden_size: int, positions: int, outputs: int) -> None:
         super().__init__()
@@ -243,7 +243,7 @@ class ItemQuery(nn.Module):
 
 
 class Item(Method):
-    """The method as the loop sees it. It is trained on documents alone; queries are products too.
+    """The method. It is trained only on documents; queries are products too.
 
     Args:
         config: the method's configuration.
@@ -370,7 +370,7 @@ class Item(Method):
         )
 
     def both_views(self, batch: Batch) -> Tensor:
-        """Image and title of each document, each alone: [n, 2 h] float32."""
+        """Views of each document, only its image and only its title: [n, 2 h] float32."""
         batch = batch.trimmed("document")
         padded = batch.padded("document")
         views = (

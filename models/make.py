@@ -4,9 +4,9 @@ follow-up 2304.04377).
 Known: separate encoders for query, title and image; Modal Adaptation, a cross-modal module that gives title and image
 weights of the product's own; Keyword Enhancement, also against false negatives; the objectives' names: query-item
 classification (QIC) by AM-softmax, query-item matching (QIM), query-image matching, masked language modelling (MLM),
-masked patch modelling (MPM) as contrastive; negatives of all devices and of a memory bank. Ours: every form that these
-take below. Pre-training and fine-tuning differ by `model.weights` alone; with all weights but QIC's at 0, no margin, no
-bank, no hidden words and no false-negative mask it is plain in-batch InfoNCE on the same towers.
+masked patch modelling (MPM) as contrastive; negatives of all devices and of a memory bank. Ours: the form of each of
+these. Pre-training and fine-tuning differ only in `model.weights`; with all weights but QIC's at 0, no margin, no bank,
+no hidden words and no false-negative mask it is plain in-batch InfoNCE on the same towers.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class MakeWeights:
     Args:
         qic: query-item classification.
         qim: query-item matching.
-        query_image: query-image matching: QIC's loss with the image vector alone in the product's place.
-        keywords: keywords of the product from the query alone.
+        query_image: query-image matching: QIC's loss with only the image vector in the product's place.
+        keywords: keywords of the product from the query.
         mlm: masked words of the title.
         mpm: masked patches of the image.
     """
@@ -68,14 +68,14 @@ class MakeConfig:
         fusion: the transformer over title and patches together.
         embedding_dim: width of the embeddings.
         hide_words: in training a product's title lacks the words that masked modelling hides (data.masking), so that
-            the image must tell what a title does not say.
-        modalities: weights of title, image and fused vector: learned (of the product's own), equal, or title or image
-            alone (ablations).
+            the image must supply them.
+        modalities: weights of title, image and fused vector: learned (of the product's own), equal, or only title or
+            image (ablations).
         num_keywords: size of the keyword table; 0 takes the catalogue's.
         product_keywords: keywords of one product, and of one query, at most.
-        related_keywords: a product that has so many of the keywords that a query names, or all of them, is none of its
+        related_keywords: a product with so many of the keywords that a query names, or all of them, is not among its
             negatives; 0: keywords do not matter.
-        related_category: nor is one of the category of the query's product.
+        related_category: leave out products of the category of the query's product, too.
         qic: the loss of query-item classification.
         memory_bank: embeddings of earlier steps that are negatives too; 0: none.
         memory_after: embeddings that go into the bank before it takes part. While weights move fast, all new embeddings
@@ -182,7 +182,7 @@ class MakeTowers(nn.Module):
     def forward(
         self, query_tokens: Tensor, images: Tensor, tokens: Tensor, padded: tuple[bool, bool] = (True, True)
     ) -> tuple[Tensor, Products]:
-        """Queries [q, d], not normalised, and products; padded: whether there may be padding in queries, and in titles."""
+        """Queries [q, d], not normalised, and products; padded: True if queries, and titles, may have padding."""
         queries = self.query(query_tokens, padded[0])
         return queries, self.products(images, tokens, self.config.modalities, padded[1])
 
@@ -205,8 +205,7 @@ class MakeQuery(nn.Module):
 
 
 class Make(Method):
-    """The method as the loop sees it. Row i of the batch's queries and documents is a pair: a query and the product
-    that it led to.
+    """The method. Row i of the batch's queries and documents is a pair: a query and the product that it led to.
 
     Args:
         config: the method's configuration.
@@ -216,7 +215,7 @@ class Make(Method):
 
     Attributes:
         banks: the memory banks, of documents and, with a symmetric loss, of queries.
-        memory: the same, for the checkpoint; None where there are none.
+        memory: the same, for the checkpoint; None without banks.
     """
 
     towers: MakeTowers
@@ -282,7 +281,7 @@ class Make(Method):
         return total, metrics
 
     def related(self, queries: Tensor, documents: Tensor) -> Tensor:
-        """bool [a, b]: documents that are no negatives of which queries. Ours.
+        """bool [a, b]: True where the document is not a negative of the query. Ours.
 
         Labels [a or b, 1 product + 1 category + K keywords of the product + K keywords that its query names].
         """
@@ -345,7 +344,7 @@ class Make(Method):
 
     def _keywords(self, queries: Tensor, keywords: Tensor, weights: Tensor) -> Tensor:
         """Keyword Enhancement: softmax over the keyword table against all keywords of the product alike (Mahajan et al.
-        2018), from the query vector alone. A product without keywords counts nothing.
+        2018), from the query vector. A product without keywords does not count.
         """
         assert self.towers.keywords is not None, "the catalogue has no keywords"
         logits = self.towers.keywords(queries)
@@ -368,11 +367,11 @@ class Make(Method):
         return global_mean(terms, batch.document_weights[rows], self.data_group)
 
     def _mpm(self, products: Products, batch: Batch) -> Tensor:
-        """Masked patches of the image, from the rest of it and the title: which of the patches of all images is it?
+        """Masked patches of the image, from the rest of it and the title, by a contrast with the patches of all images.
 
         Ours: the candidates are `mpm_patches` masked patches of every image of all ranks, evenly spaced among its
-        masked ones, each a linear map of its normalised pixels: nothing in them tells their place. An image with fewer
-        masked patches takes no part.
+        masked ones, each a linear map of its normalised pixels without its position. An image with fewer masked patches
+        takes no part.
         """
         k, size, group = self.config.mpm_patches, self.config.vision.patch_size, self.data_group
         patches, _ = self.towers.vision(hide_patches(batch.document_images, batch.masked_patches, size))

@@ -3,7 +3,7 @@
 Known: one image encoder shared by query and document, separate transformation networks behind it, concept-aware fusion
 of a document's text and image, queries and documents as equivalent samples of a class, data-parallel encoders with a
 class-parallel classifier. Ours: everything else (docs/methods.md). The same `OclearTowers` runs on megatron-core
-(training) and in plain torch (oracle, serving): the builder decides.
+(training) and in plain torch (oracle, serving), by the choice of the builder.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class OclearConfig:
             text): ablations.
         concept_slots: memory slots of the concept-aware fusion.
         fusion_heads: attention heads of the fusion.
-        gate_init: gate of the fusion at the start, in (0, 1): 0 is the image alone, 1 the text's concepts alone.
+        gate_init: gate of the fusion at the start, in (0, 1): 0 is only the image, 1 only the text's concepts.
         text_dropout: share of documents whose text is left out in training.
         separate_transforms: a transformation network each for queries and documents; false shares one (ablation).
         transform_dropout: dropout inside the transformation networks.
@@ -69,13 +69,15 @@ class OclearConfig:
         errors = self.vision.errors("model.vision") + self.text.errors("model.text")
         if self.vision.projection_dim:
             errors.append(
-                f"model.vision.projection_dim is {self.vision.projection_dim}; OCLEAR's fusion takes the tower's own width: 0"
+                f"model.vision.projection_dim is {self.vision.projection_dim}; "
+                "OCLEAR's fusion takes the tower's own width: 0"
             )
         errors += shape_errors(self.vision, tensor_parallel, "model.vision")
         errors += shape_errors(self.text, tensor_parallel, "model.text")
         if self.vision.hidden_size % self.fusion_heads:
             errors.append(
-                f"model.vision.hidden_size {self.vision.hidden_size} is no multiple of model.fusion_heads {self.fusion_heads}"
+                f"model.vision.hidden_size {self.vision.hidden_size} is not a multiple of "
+                f"model.fusion_heads {self.fusion_heads}"
             )
         return errors
 
@@ -113,7 +115,7 @@ class OclearTowers(nn.Module):
         return self.query_transform(self.vision(images)[1])
 
     def document(self, images: Tensor, tokens: Tensor, padded: bool = True) -> tuple[Tensor, Tensor]:
-        """images [n, 3, S, S], tokens [n, L] -> (embeddings [n, d], not normalised; gates [n]); padded: see TextTower."""
+        """images [n, 3, S, S], tokens [n, L] -> (embeddings [n, d], not normalised; gates [n]); padded as TextTower."""
         patches, pooled = self.vision(images)
         return self._fuse(patches, pooled, tokens, padded)
 
@@ -148,12 +150,12 @@ class OclearQuery(nn.Module):
 
 
 class Oclear(Method):
-    """The method as the loop sees it: losses(batches), embed_query(batch), embed_document(batch).
+    """The method: losses(batches), embed_query(batch), embed_document(batch).
 
     Args:
         config: the method's configuration.
         towers: OclearTowers, plain or tensor-parallel.
-        head: the class-parallel head; None with the contrastive objective, or where nothing is trained.
+        head: the class-parallel head; None with the contrastive objective, or without training.
         data_group: ranks that bring different samples.
     """
 
@@ -168,7 +170,7 @@ class Oclear(Method):
         """Loss (the same on every rank) of each micro-batch and metrics as local [sum, weight]: positive_cosine,
         accuracy, gate.
 
-        They add up to the step's. Call backward on each loss before the next is asked for.
+        They add up to the step's. Call backward on each loss before asking for the next.
         """
         if self.head is None:
             labels = torch.cat([b.query_labels for b in batches])

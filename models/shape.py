@@ -99,7 +99,8 @@ def shape_errors(shape: TransformerShape, tensor_parallel: int, where: str) -> l
     errors = []
     if shape.hidden_size % shape.num_attention_heads:
         errors.append(
-            f"{where}.hidden_size {shape.hidden_size} is no multiple of {where}.num_attention_heads {shape.num_attention_heads}"
+            f"{where}.hidden_size {shape.hidden_size} is not a multiple of "
+            f"{where}.num_attention_heads {shape.num_attention_heads}"
         )
     for name, value in (("num_attention_heads", shape.num_attention_heads), ("ffn_hidden_size", shape.mlp_size)):
         if value % tensor_parallel:

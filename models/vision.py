@@ -86,7 +86,7 @@ class VisionConfig(TransformerShape):
         errors = []
         if self.image_size % self.patch_size:
             errors.append(
-                f"{where}.image_size {self.image_size} is no multiple of {where}.patch_size {self.patch_size}"
+                f"{where}.image_size {self.image_size} is not a multiple of {where}.patch_size {self.patch_size}"
             )
         if self.stem_channels and 2 ** len(self.stem_channels) != self.patch_size:
             errors.append(

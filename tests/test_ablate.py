@@ -113,7 +113,7 @@ def test_a_table_of_one_run_and_of_none(written: Callable[..., ablate.AblationCo
     [
         ({"metrics": "left out"}, "must have the keys cells, metrics, recipe, seeds, settings; it has"),
         ({"cell": {}}, "it has recipe, seeds, settings"),
-        ({"recipe": "none.yaml"}, "names the recipe none.yaml, which is no file there"),
+        ({"recipe": "none.yaml"}, "names the recipe none.yaml, which does not exist there"),
         ({"cells": ["plain"]}, "'cells' must give each cell a mapping"),
         ({"cells": {"plain": None}}, "'cells' must give each cell a mapping"),
         ({"seeds": 3}, "'seeds' must be a list"),

@@ -353,7 +353,7 @@ def test_a_resume_says_what_changed(shelfmark: Shelfmark, catalogue: Path, run: 
 
 def test_eval_refuses_with_one_line(shelfmark: Shelfmark, run: Path, tmp_path: Path) -> None:
     refused(shelfmark("eval"), "required", "run")
-    refused(shelfmark("eval", tmp_path), "is no run folder", "config.yaml")
+    refused(shelfmark("eval", tmp_path), "is not a run folder", "config.yaml")
     refused(shelfmark("eval", run, "--split", "tset"), "split 'tset'", "all, test, train, val")
     refused(shelfmark("eval", run, "--slices", "color"), "'color'", "colour, shape")
     refused(shelfmark("eval", run, "--distractors", tmp_path), str(tmp_path), "no catalogue.json")

@@ -78,7 +78,8 @@ def test_appends_equal_one_ingest(drawn: Drawn, tmp_path: Path, capsys: pytest.C
     assert f"{out}: +20 samples (18 queries, 2 documents) in " in printed
     assert "1 rows in quarantine-00002.parquet: 1 x unknown kind" in printed
     assert (
-        f"now 34 samples; classes/ and tokenizer/ of before do not fit them. Next: shelfmark govern {out}; " in printed
+        f"now 34 samples; the previous classes/ and tokenizer/ do not fit them. Next: shelfmark govern {out}; "
+        in printed
     )
     assert snapshot(out) == snapshot(tmp_path / "whole")
     after = files(out)

@@ -228,9 +228,12 @@ def test_a_row_group_larger_than_the_number_of_classes(seeded: tuple[Path, Path]
             "model.vision.num_attention_heads 2 does not divide over mesh.tensor",
         ),
         ({"model.text.num_attention_heads": 2}, "model.text.num_attention_heads 2 does not divide over mesh.tensor"),
-        ({"model.vision.hidden_size": 34}, "model.vision.hidden_size 34 is no multiple of model.vision.num_attention"),
-        ({"model.text.hidden_size": 30}, "model.text.hidden_size 30 is no multiple of model.text.num_attention"),
-        ({"model.fusion_heads": 5}, "model.vision.hidden_size 32 is no multiple of model.fusion_heads 5"),
+        (
+            {"model.vision.hidden_size": 34},
+            "model.vision.hidden_size 34 is not a multiple of model.vision.num_attention",
+        ),
+        ({"model.text.hidden_size": 30}, "model.text.hidden_size 30 is not a multiple of model.text.num_attention"),
+        ({"model.fusion_heads": 5}, "model.vision.hidden_size 32 is not a multiple of model.fusion_heads 5"),
         ({"model.vision.ffn_hidden_size": 66}, "model.vision.ffn_hidden_size 66 does not divide over mesh.tensor"),
         (
             {"model.text.activation": "swiglu", "model.text.ffn_hidden_size": 66},

@@ -362,7 +362,7 @@ def test_mistakes_are_told(artefact: Path, trained: Path, tmp_path: Path) -> Non
     assert "is empty" in message(box=(5, 5, 0, 9))
     assert "leaves the photo" in message(box=(40, 5, 9, 9))
     assert "Give four" in message(box=(1, 2, 3))
-    assert "no .png or .jpg" in message(sheet=tmp_path / "sheet.txt")
+    assert "not a .png or .jpg" in message(sheet=tmp_path / "sheet.txt")
     assert "contact sheet" in message(sheet=tmp_path / "no" / "sheet.png")
     with pytest.raises(UserError, match="exists already"):
         export.run(export.ExportConfig(run=trained, out=artefact))

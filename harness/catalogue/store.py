@@ -181,7 +181,7 @@ def open_store(catalogue: Path, at: str | None = None) -> Store:
     """
     file = catalogue / PLACE_FILE
     if at is None and file.exists():
-        place = read_record(file, f"Write it anew: shelfmark shards {catalogue} --at URL")
+        place = read_record(file, f"Write it again: shelfmark shards {catalogue} --at URL")
         if place.values.get("cache"):
             _say_ignored(file)
         at = place.get("url", str)
@@ -205,7 +205,7 @@ def cache_of_environment() -> ReadCache | None:
     """The cache that SHELFMARK_CACHE names (a folder), of SHELFMARK_CACHE_GIB GiB (50); None where it names none.
 
     Raises:
-        UserError: the bound is no number above 0, or the folder cannot be used.
+        UserError: the bound is not a number above 0, or the folder cannot be used.
     """
     folder, bound = os.environ.get(CACHE_PLACE), os.environ.get(CACHE_BOUND, "50")
     if not folder:
@@ -285,7 +285,7 @@ class ReadCache:
                 self._make_room()
 
     def _make_room(self) -> None:
-        """Down to nine tenths, so that not every read has to; counts anew, for other processes write too."""
+        """Evicts down to nine tenths, so that not every read has to; counts again, since other processes write too."""
         entries = sorted(self._entries())
         self._used = sum(size for _, size, _ in entries)
         for _, size, file in entries:

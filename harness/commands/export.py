@@ -1,8 +1,8 @@
 """`shelfmark export`: Make a run's search artefact: encoder, index, id map; also under torchrun.
 
 artefact.json             format, method and its configuration, run, checkpoint, catalogue, decoders, versions
-encoder.safetensors       weights of the query encoder, which our code builds: images [n, 3, S, S] or tokens [n, L] -> unit embeddings [n, d]
-encoder.pt2               the same as a program (torch.export) for services that have torch alone; Shelfmark never loads it
+encoder.safetensors       weights of the query encoder: images [n, 3, S, S] or tokens [n, L] -> unit embeddings [n, d]
+encoder.pt2               the same as a program (torch.export) for services with only torch; Shelfmark never loads it
 preprocess.json           from a photo to the encoder's input
 tokenizer/                the run's tokenizer
 documents/part-*.parquet  id map and embeddings: row i of all parts together is document i of the index

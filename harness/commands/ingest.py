@@ -196,7 +196,7 @@ def run(config: IngestConfig) -> dict[str, Any]:
         print(f"{counts['quarantined']:,} rows in {quarantine_name(meta)}: {commonest(reasons)}")
     if config.append:
         print(
-            f"now {meta['num_samples']:,} samples; classes/ and tokenizer/ of before do not fit them. "
+            f"now {meta['num_samples']:,} samples; the previous classes/ and tokenizer/ do not fit them. "
             f"Next: shelfmark govern {out}; shelfmark tokenizer {out}"
         )
     return figures

@@ -64,7 +64,8 @@ def find_parts(catalogue: Path) -> list[Catalogue]:
     for part in parts:
         if _request(part) != first or part.meta["source"]["rows"][0] != end:
             raise UserError(
-                f"{part.path} and the parts before it are not of one manifest and one request (see their catalogue.json)",
+                f"{part.path} and the parts before it are not of one manifest and one request "
+                "(see their catalogue.json)",
                 "Ingest the odd ones again",
             )
         end = part.meta["source"]["rows"][1]

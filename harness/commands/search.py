@@ -55,7 +55,7 @@ def run(config: SearchConfig) -> dict[str, Any]:
             that cannot be used, an empty box, a sheet that cannot be written.
     """
     if config.sheet is not None and config.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise UserError(f"--sheet {config.sheet} is no .png or .jpg", "Name a file with one of these suffixes")
+        raise UserError(f"--sheet {config.sheet} is not a .png or .jpg", "Name a file with one of these suffixes")
     if sum(map(bool, (config.photos, config.text, config.item))) != 1:
         raise UserError("a search takes photos, --text or --item", "Name one of the three")
     if config.box and not config.photos:

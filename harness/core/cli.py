@@ -112,7 +112,7 @@ class Parser(jsonargparse.ArgumentParser):
         return self.instantiate(values)
 
     def _spelt_out(self, argv: list[str]) -> list[str]:
-        """`--slices colour,shape` means `--slices [colour,shape]`, `--append` alone `--append true`."""
+        """`--slices colour,shape` means `--slices [colour,shape]`, `--append` without a value `--append true`."""
         kinds = {f"--{action.dest}": getattr(action, "_typehint", None) for action in self._actions}
         result, previous = [], ""
         for arg, following in zip(argv, [*argv[1:], "--"], strict=False):
@@ -128,7 +128,7 @@ class Parser(jsonargparse.ArgumentParser):
         return result
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
-        """The help text, its flags spelt with dashes (the keys of a recipe, which hold dots, keep their underscores)."""
+        """The help text, its flags spelt with dashes (a recipe's keys, which have dots, keep their underscores)."""
         text = re.sub(_CLASS, r"\1", super().format_help(*args, **kwargs))
         return re.sub(r"--[a-z_]+(?![\w.])", lambda flag: flag[0].replace("_", "-"), text)
 
@@ -275,7 +275,7 @@ class _Output(io.FileIO):
 
 
 def _output(stream: Any, original: Any, name: str) -> Any:
-    """sys.stdout or sys.stderr on an `_Output`; as it is where somebody has put another in the place of the `original`."""
+    """sys.stdout or sys.stderr on an `_Output`; unchanged where another object has replaced the `original`."""
     if stream is None:  # closed by the shell
         return open(os.devnull, "w")
     if stream is not original:
@@ -335,7 +335,7 @@ def _mistake(error: Exception) -> UserError | None:
 
 def _has_peers() -> bool:
     """True in a group of ranks that a launcher has started; not for those of multiprocessing, as in tests."""
-    dist: Any = sys.modules.get("torch.distributed")  # imported by those commands alone that make groups
+    dist: Any = sys.modules.get("torch.distributed")  # imported only by commands that make groups
     grouped = dist is not None and dist.is_initialized() and dist.get_world_size() > 1
     return grouped and multiprocessing.parent_process() is None
 

@@ -189,7 +189,8 @@ def check_layout(config: MeshConfig, world: int) -> None:
         )
     if VOCAB_MULTIPLE % config.tensor_parallel:
         raise UserError(
-            f"mesh.tensor_parallel is {config.tensor_parallel}; word tables, padded to a multiple of {VOCAB_MULTIPLE}, do not divide by it",
+            f"mesh.tensor_parallel is {config.tensor_parallel}; "
+            f"word tables, padded to a multiple of {VOCAB_MULTIPLE}, do not divide by it",
             f"It must divide {VOCAB_MULTIPLE}",
         )
     if config.sequence_parallel and config.tensor_parallel == 1:

@@ -5,7 +5,7 @@ every rank and meet its documents tile by tile; no n x n matrix exists anywhere.
 numbers, to the last bit: vectors are put on a grid of 2**-26 first. For vectors of unit length every product and every
 partial sum is then a whole number of 2**-52 below 2**53, which float64 holds exactly, so that neither the shape of a
 tile nor the order of a summation can change a score or break a tie in another way. Rounding a finished dot product
-alone would not do: two orders of summation can fall on either side of a rounding boundary.
+would not be enough: two orders of summation can fall on either side of a rounding boundary.
 """
 
 from collections.abc import Iterator

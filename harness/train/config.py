@@ -53,9 +53,9 @@ class TrainConfig:
         evaluate_every: steps between two evaluations; 0 evaluates at the end only.
         checkpoint_every: steps between two checkpoints; 0 saves at the end only.
         keep_checkpoints: newest checkpoints to keep.
-        resume: auto continues the newest checkpoint in the run folder if there is one; never starts anew and refuses a
-            used folder.
-        new_phase: a resume on a catalogue that was governed anew goes on with its classes and order, as a new data
+        resume: auto continues the newest checkpoint in the run folder if there is one; never starts from scratch and
+            refuses a used folder.
+        new_phase: a resume on a catalogue that was governed again continues with its classes and order, as a new data
             phase; false refuses it.
         init_from: start from the towers and rows of this run folder's newest checkpoint, or of this step folder, with a
             fresh optimizer at step 0; rows follow their class keys. Or from a folder of `shelfmark import`. Without
@@ -209,7 +209,7 @@ def load(run: Path) -> RunConfig:
     file = run / "config.yaml"
     if not file.is_file():
         raise UserError(
-            f"{run} is no run folder: it has no config.yaml", "Name the folder that was --run-dir in training"
+            f"{run} is not a run folder: it has no config.yaml", "Name the folder that was --run-dir in training"
         )
     saved = read_recipe(file)
     return replace(build(_parser_of(saved).parse([], saved, f"recipe {file}")), run_dir=run)

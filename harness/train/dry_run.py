@@ -317,7 +317,7 @@ def _sizes(config: RunConfig, ranks: int, micro: int) -> dict[str, list[int]]:
 
 @contextmanager
 def _mesh_of(config: RunConfig, world: int) -> Iterator[Mesh]:
-    """The groups of the first of `world` ranks, of which there is no other."""
+    """The groups of the first of `world` ranks, the only one that exists."""
     logging.getLogger("megatron").setLevel(logging.ERROR)
     hook = sys.excepthook  # torch puts the rank before what it prints
     with warnings.catch_warnings(action="ignore"):

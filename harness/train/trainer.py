@@ -223,7 +223,7 @@ class Trainer:
         return checkpoint.save(folder, self.step, self.parts, state, self.resume.classes, self.mesh, keep)
 
     def evaluate(self, log: RunLog) -> Report:
-        """Evaluates the present weights, or their average if there is one, and logs figures and pictures; collective."""
+        """Evaluates the present weights, or their average if it exists, and logs figures and pictures; collective."""
         self._calibrate()
         with self._evaluated():
             report = self.evaluation.run(self.method, final=self.step == self.config.train.steps)

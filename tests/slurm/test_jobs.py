@@ -222,7 +222,7 @@ def test_mistakes_end_a_job_in_one_line(slurm: Cluster, project: Path, recipe: P
     assert "no recipe typo.yaml" in says("typo.yaml", "--train.steps", 3)
     assert "no virtual environment at nowhere" in says(recipe, VENV="nowhere")
     assert f"{tmp_path} is not Shelfmark's folder" in says(recipe, folder=tmp_path)
-    assert "'runs/none' is no run folder" in says("runs/none", name="eval")
+    assert "'runs/none' is not a run folder" in says("runs/none", name="eval")
 
 
 def test_cluster_env_names_what_exists() -> None:
