@@ -21,7 +21,7 @@ from harness.core import waiting, watch
 from harness.core.errors import UserError
 from harness.core.manifest import shared_out, verify, write_manifest
 from harness.core.mesh import Mesh, MeshConfig
-from harness.evaluate import category as probe
+from harness.evaluate.tasks import category as probe
 from harness.train import checkpoint_files
 from tests.pool import layout, ranks
 from tests.runs import tiny_config, trainer
