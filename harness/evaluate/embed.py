@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,6 +18,7 @@ from harness.catalogue.catalogue import Catalogue
 from harness.core.errors import UserError
 from harness.core.files import printable
 from harness.core.mesh import Mesh
+from harness.core.waiting import gather_objects
 from harness.data.config import DataConfig
 from harness.data.images import ImageReader, Pixels
 from harness.evaluate.coded import Coded, encoded
@@ -204,10 +203,8 @@ class Embedder:
         Raises:
             UserError: more than one, and more than data.max_bad_fraction allows; on all ranks.
         """
-        of_ranks: list[Any] = [None] * self.mesh.dp.size()
-        dist.all_gather_object(of_ranks, own, group=self.mesh.dp)
         known = self._bad.setdefault(side.catalogue.path, set())
-        bad, total = set().union(*of_ranks), len(side.ids)
+        bad, total = set().union(*gather_objects(own, self.mesh.dp)), len(side.ids)
         new = sorted(bad - known)
         known |= bad
         if not new:
