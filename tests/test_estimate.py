@@ -382,7 +382,7 @@ def test_a_rank_holds_and_sends_what_the_estimate_says(recipe, tensor_parallel):
     ("words", "named"),
     [
         (["--world", "none"], "world"),
-        (["--world", "-1"], "--world is -1"),
+        (["--world", "-1"], "^world is -1"),
         (["--world", "6", "--tensor-parallel", "3"], "mesh.tensor_parallel"),
         (["--world", "3", "--tensor-parallel", "2"], "mesh.tensor_parallel is 2, but 3"),
         (["--num-classes", "9"], "--vocab-size"),
