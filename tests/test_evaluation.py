@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from harness.catalogue.catalogue import Catalogue
 from harness.core.errors import UserError
 from harness.evaluate.evaluation import Evaluation, Report
 from harness.train.panels import panel_rows
@@ -124,6 +125,9 @@ def test_distractors_join_the_gallery_and_answer_nothing(catalogue: Path, noise:
     # Ids are unique over all galleries, in the order in which they were named.
     seen = {i for _, best, _ in among.panel for i in best}
     assert seen <= {*range(36), *range(36, 36 + 30), *range(66, 66 + 36)} and max(seen) >= 36
+    # The panel draws only what lies in the catalogue itself.
+    drawn = [len(documents) for _, documents in panel_rows(among, Catalogue(catalogue))]
+    assert drawn == [sum(i < 36 for i in best) for _, best, _ in among.panel]
 
 
 def test_text_of_distractors_is_read_by_the_runs_tokenizer(catalogue: Path, noise: Path) -> None:
