@@ -109,7 +109,8 @@ def test_a_mistake_in_a_recipe_is_told_before_megatron_core_is_imported(tmp_path
     (tmp_path / "recipe.yaml").write_text("train: {stpes: 3}")
     code = (
         "import sys; from harness.train.run import main; code = main(['--config', sys.argv[1]]); "
-        "print(code, *sorted({name.split('.')[0] for name in sys.modules} & {'megatron', 'pandas', 'tensorboard', 'ibis'}))"
+        "heavy = {'megatron', 'pandas', 'tensorboard', 'ibis'}\n"
+        "print(code, *sorted({name.split('.')[0] for name in sys.modules} & heavy))"
     )
     answer = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "recipe.yaml"], cwd=ROOT, capture_output=True, text=True

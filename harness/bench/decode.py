@@ -1,4 +1,4 @@
-"""Images decoded per second: the DALI pipeline beside its Pillow twin, on the same files and with the same parameters."""
+"""Images decoded per second: the DALI pipeline beside its Pillow twin, on the same files with the same parameters."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Rejected(Exception):
 
 
 class LoadedImage(NamedTuple):
-    """A checked image file; width and height in pixels, upright; halved: whether `data` is the photo at half of both."""
+    """A checked image file; width and height in pixels, upright; halved: `data` is the photo at half of both."""
 
     data: bytes
     extension: str

@@ -190,7 +190,7 @@ def _plain_components(components: bytes) -> bool:
 
 
 def _exif_orientation(tiff: bytes) -> int:
-    """1..8, 0 where there is none, -1 where readers may differ: DALI's dies of a value that lies outside of the block."""
+    """1..8, 0 where there is none, -1 where readers may differ: DALI's dies of a value outside of the block."""
     orders: dict[bytes, Literal["little", "big"]] = {b"II*\0": "little", b"MM\0*": "big"}
     order = orders.get(tiff[:4])
     if order is None:

@@ -1,4 +1,4 @@
-"""A catalogue's folder as `shelfmark ingest` and `shelfmark index` fill it: samples, index, quarantine, catalogue.json."""
+"""Writer of a catalogue's folder for `ingest` and `index`: samples, index, quarantine, catalogue.json."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class SampleWriter:
         return self._first + self._samples.num_rows
 
     def accept(self, row: Sequence[str | None], record: tuple[int, ...]) -> None:
-        """Adds a sample: its values of SAMPLE_SCHEMA after sample_id with its attributes, and its INDEX_DTYPE record."""
+        """Adds a sample: its values of SAMPLE_SCHEMA after sample_id, its attributes, and its INDEX_DTYPE record."""
         self._samples.append((self.next_id, *row))
         self.counts.update((str(row[1]), f"split {row[3]}"))
         self._records.append(record)

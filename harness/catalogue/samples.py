@@ -29,7 +29,7 @@ def sample_row(fields: Mapping[str, str], attributes: Mapping[str, str]) -> tupl
     Item, kind, class and split lose the spaces at their ends; texts stay as they are.
 
     Args:
-        fields: image, item and kind; class (the item where it is absent), split, title and description if there are any.
+        fields: image, item and kind; class (the item where it is absent), split, title and description if they exist.
         attributes: value of each attribute.
 
     Raises:

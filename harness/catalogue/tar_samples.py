@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 # Extensions of the member that is the sample's image, the preferred first; those of formats that may be refused last.
 IMAGES = tuple(
-    "jpg jpeg png webp bmp tif tiff jpe jfif mpo dib jp2 j2k jpf jpx j2c jpc ppm pgm pbm pnm pfm gif avif heic heif".split()
+    "jpg jpeg png webp bmp tif tiff jpe jfif mpo dib jp2 j2k jpf jpx j2c jpc ppm pgm pbm pnm pfm gif avif heic "
+    "heif".split()
 )
 SHOWN = 5  # names of members in a reason
 

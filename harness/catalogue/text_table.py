@@ -220,7 +220,7 @@ class _Lines:
         return len(self._taken)
 
     def take_back(self) -> tuple[int, bool]:
-        """Number of the record's first line, counted from 1, and whether there were others; those will be read again."""
+        """Number of the record's first line, from 1, and whether there were others; those will be read again."""
         first, several = self._read - len(self._taken) + 1, self.taken > 1
         self._again.extendleft(reversed(self._taken[1:]))
         self._read = first

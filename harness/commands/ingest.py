@@ -288,7 +288,8 @@ def _ingest(
         seen.append("Rows that are not UTF-8 may be text of another encoding, such as cp1252 (--encoding)")
     if reasons["image URL"]:
         seen.append(
-            "Image URLs are not fetched: download them into a folder, or with img2dataset into tars for `shelfmark index`"
+            "Image URLs are not fetched: download them into a folder, or with img2dataset into tars for "
+            "`shelfmark index`"
         )
     if missing:
         seen.append(f"The first files that are missing: {', '.join(missing)}")

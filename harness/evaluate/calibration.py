@@ -38,7 +38,8 @@ def documents_to_fit(calibration: Calibration, documents: Side, limit: int) -> S
     if len(filled) < 2:
         key = f"model.{calibration.key}"
         raise UserError(
-            f"{documents.catalogue.path}: {key} needs documents with a {calibration.needs}, and there are {len(filled)}",
+            f"{documents.catalogue.path}: {key} needs documents with a {calibration.needs}, "
+            f"and there are {len(filled)}",
             f"Set {key} to false, or choose another evaluation.learn_split",
         )
     chosen = np.zeros(len(documents.ids), dtype=bool)

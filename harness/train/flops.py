@@ -163,8 +163,8 @@ class StepFlops:
 
     @classmethod
     def of(cls, config: RunConfig, num_classes: int, documents: int) -> StepFlops:
-        """For steps of so many documents over all ranks, each with a text query where the method has these. Other titles
-        count as long as the own.
+        """For steps of so many documents over all ranks, each with a text query where the method has these. Other
+        titles count as long as the own.
         """
         fixed = whole = flops_per_step(config, num_classes)
         factors: list[float] = []

@@ -67,8 +67,8 @@ class DamagedSamples:
         raise UserError(
             f"step {step}: {bad} of the {read} samples read since this start were damaged, more than "
             f"data.max_bad_fraction = {most:g} allows: {listed(ids)}",
-            f"Name damaged shards with `shelfmark verify {self.config.catalogue}` and restore them, ingest without what "
-            "was never decodable, or raise data.max_bad_fraction; then start again: the run resumes from its last "
+            f"Name damaged shards with `shelfmark verify {self.config.catalogue}` and restore them, ingest without "
+            "what was never decodable, or raise data.max_bad_fraction; then start again: the run resumes from its last "
             "checkpoint",
         )
 

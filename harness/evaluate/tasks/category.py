@@ -61,7 +61,8 @@ class CategoryTask(Task):
             )
         if not documents.columns[category].filled().any():
             raise UserError(
-                f"no document of {documents.catalogue.path} that is asked has a value of evaluation.category '{category}'",
+                f"no document of {documents.catalogue.path} that is asked has a value of evaluation.category "
+                f"'{category}'",
                 "Choose another attribute, or another evaluation.split",
             )
         if len(some := chosen(learned, category, limit)) < learned.columns[category].filled().sum():
