@@ -103,7 +103,7 @@ def _serve(rank: int, world_size: int, pipe: Any) -> None:
     import torch
     import torch.distributed as dist
 
-    from harness.train.run import quiet_libraries
+    from harness.core.mesh import quiet_libraries
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)

@@ -192,7 +192,7 @@ def test_peak_memory_is_seen_and_starts_anew():
     ("flags", "named"),
     [
         ({"num_classes": 11}, "does not divide"),
-        ({"batch": 20}, "no multiple"),
+        ({"batch": 20}, "not a multiple"),
         ({"partial_fc": "nowhere.py"}, "is not a Python file"),
         ({"partial_fc": __file__}, "does not define PartialFC_V2"),
     ],

@@ -210,7 +210,7 @@ RECIPES = {
     "empty": ("", ("must be a YAML mapping",)),
     "unknown key": ("train: {stepz: 4}", ("unknown key 'train.stepz'", "Did you mean 'train.steps'")),
     "unknown section": ("optimiser: {lr: 1}", ("unknown key 'optimiser.lr'", "Did you mean 'optimizer.lr'")),
-    "unknown method": ("method: clip", ("method is 'clip'", "oclear")),
+    "unknown method": ("method: clap", ("method is 'clap'", "oclear")),
     "method of a wrong type": ("method: [oclear]", ("method is",)),
     "wrong type": ("train: {steps: many}", ("train.steps", "int", "many")),
     "wrong type, deep": ("data: {preprocess: {image_size: big}}", ("data.preprocess.image_size", "int", "big")),

@@ -123,7 +123,10 @@ def trained(catalogue: Path, run: Path, tensor_parallel: int, settings: dict[str
 
 
 def test_damage_counts_once_whoever_reads_it(damaged: tuple[Path, list[int]], tmp_path: Path) -> None:
-    settings = {"data.queries_per_step": 9, "data.documents_per_step": 4, "train.steps": 4}
+    settings = {
+        **{"data.queries_per_step": 9, "data.documents_per_step": 4, "train.steps": 4},
+        "data.max_bad_fraction": 1.0,  # evaluation meets the damage too
+    }
     alone = ranks(1).run(trained, damaged[0], tmp_path / "alone", 1, settings)
     shared = ranks(2).run(trained, damaged[0], tmp_path / "shared", 2, settings)
     assert 0 < sum(shared) == sum(alone) and min(shared) > 0

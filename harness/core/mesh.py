@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -56,6 +58,14 @@ class MeshConfig:
     timeout_minutes: PositiveFloat = 10.0
 
 
+def quiet_libraries() -> None:
+    """Silences what megatron-core and torch.distributed say of their own internals: a log is for what a user can act
+    on.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\..*|torch\.distributed\..*")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
 class Mesh:
     """Process groups and this rank's place in them; in a `with` block they end with it.
 
@@ -72,6 +82,7 @@ class Mesh:
         """
         world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
         check_layout(config, world)
+        quiet_libraries()
         megatron_cpu.install()  # megatron-core takes seconds to import; a mistake in a recipe is told before
         self.device = choose_device(config.device)
         cuda = self.device.type == "cuda"

@@ -120,6 +120,7 @@ class StepLoader:
         """Ends the threads and closes the catalogue's files."""
         if self._ahead is not None:
             self._ahead.close()
+            self._ahead = None  # it holds this loader: a cycle that would keep the catalogue's files open
         self.images.close()
         self.catalogue.close()
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -35,7 +33,6 @@ def train(argv: list[str]) -> None:
     model = prepared(config.method, config.model, config.data.catalogue)
     config = replace(config, model=model)
     check_figures(json_file)
-    quiet_libraries()
     with Mesh(config.mesh) as mesh, ExitStack() as stack:
         lock = locked(config.run_dir / LOCK, f"run folder {config.run_dir}")
         on_first_rank(lambda: stack.enter_context(lock), mesh, "locking the run folder")
@@ -68,12 +65,6 @@ def prepare_run_folder(config: RunConfig, versions: dict[str, str]) -> None:
         raise UserError(
             f"run folder {config.run_dir}: {error.strerror or error}", "Choose another --run-dir"
         ) from error
-
-
-def quiet_libraries() -> None:
-    """megatron-core and DCP warn about their own internals at every save; a run's log is for what a user can act on."""
-    warnings.filterwarnings("ignore", module=r"megatron\..*|torch\.distributed\..*")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
 def main(argv: list[str] | None = None) -> int:
