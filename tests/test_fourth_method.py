@@ -284,6 +284,7 @@ def trained(config: RunConfig, tensor_parallel: int) -> list[float]:
         return losses
 
 
+@pytest.mark.full
 def test_two_ranks_train_it(run: Path, catalogue: Path, tmp_path: Path) -> None:
     config = config_of(catalogue, tmp_path / "run")
     one, other = ranks(2).run(trained, config, 2)
