@@ -20,6 +20,7 @@ from harness.evaluate.ranking import Embedded
 from harness.train.tensorboard import Board, one_line
 
 THUMBNAIL = 64  # pixels
+_ANGLES = str.maketrans("<>", "\u2039\u203a")  # a title is no markup, wherever it is shown
 LARGEST_SPRITE = 8192  # pixels; what WebGL takes as one texture
 
 
@@ -67,7 +68,7 @@ class Projector:
         names = ["sample_id", *columns]
         lines = ["\t".join(names)]
         for row in rows:
-            lines.append("\t".join(one_line(row[name])[:LONGEST] for name in names))
+            lines.append("\t".join(one_line(row[name])[:LONGEST].translate(_ANGLES) for name in names))
         (self.folder / "projector" / "metadata.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
         side = math.ceil(math.sqrt(len(ids)))
