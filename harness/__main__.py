@@ -1,6 +1,13 @@
 """`shelfmark COMMAND …` (= `python -m harness`): each module of harness/commands is a command."""
 
+# ruff: noqa: E402
 from __future__ import annotations
+
+import signal
+
+_interrupt = signal.getsignal(signal.SIGINT)
+if _interrupt is signal.default_int_handler:  # Ctrl-C while the rest is imported ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import ast
 import importlib
@@ -19,6 +26,7 @@ from harness import commands
 from harness.core.cli import Parser, check_figures, nearest, run_command, write_figures
 from harness.core.errors import UserError
 
+signal.signal(signal.SIGINT, _interrupt)
 RENAMED = {"evaluate": "eval", "import_weights": "import"}  # module -> command; `import` can be no module's name
 COMMANDS = {
     RENAMED.get(module.name, module.name.replace("_", "-")): f"harness.commands.{module.name}"

@@ -9,6 +9,7 @@ import errno
 import io
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -40,7 +41,7 @@ from harness.core.files import printable
 from harness.data.preprocess import PreprocessSpec
 from harness.evaluate import evaluation as evaluate
 from harness.evaluate.contact_sheet import CELL, LONGEST, draw_panel, text_picture
-from harness.train import config
+from harness.train import config, panels
 from harness.train import tensorboard as board
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\r\n  1.  0.9999  forged\x9b"
@@ -412,6 +413,15 @@ def test_nothing_that_controls_a_terminal_is_printed() -> None:
     assert len(printable("x" * 10_000)) == 200 and len(printable("\x1b" * 10_000, 40)) == 40
 
 
+def test_what_no_command_has_escaped_is_escaped_on_its_way_out() -> None:
+    body = "import sys; from harness.core.cli import run_command; run_command(lambda: print(sys.argv[1], end='\\t\\n'))"
+    answer = subprocess.run([sys.executable, "-c", body, f"靴 é{ESCAPES}"], capture_output=True)
+    assert (
+        answer.stdout.decode() == "靴 é\\x1b]0;owned\\x07\\x1b[2J\r\n  1.  0.9999  forged\\x9b\t\n"
+        and not answer.stderr
+    )
+
+
 def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert tell(UserError(f"no column {ESCAPES} in caf\udce9", "x" * 100_000)) == 2
     text = capsys.readouterr().err
@@ -438,6 +448,23 @@ def test_markup_in_a_recipe_is_no_markup_in_tensorboard() -> None:
     evil = "<script>alert(1)</script><img src=x onerror=alert(1)> | more"
     shown = plugin_util.markdown_to_safe_html(board._markdown({"Start": {"note": evil}}, {"run_dir": evil}))
     assert "<script" not in shown and "onerror=alert(1)>" not in shown.replace("&gt;", "") and "<table" in shown
+    named = {f"{evil} ![x](http://x/y) [here](http://x) \x1b[2J `a`": 3, "plain_name-1, 50%": 4}
+    shown = plugin_util.markdown_to_safe_html(board._markdown({"Catalogue": {"in splits": named}}, {}))
+    assert not re.search("<img|<a ", shown)
+    assert "\x1b" not in shown and "plain_name-1, 50%" in shown and "&#60;script&#62;" in shown
+
+
+def test_markup_in_a_title_is_no_markup_in_the_projector(tmp_path: Path, catalogue: Path) -> None:
+    evil = "<img src=x onerror=alert(1)>\tmore\n\x1b[2J"
+
+    class Evil(Catalogue):
+        def rows(self, *_: Any) -> list[dict[str, Any]]:
+            return [dict.fromkeys(["title", "class_key", "item", *self.attributes], evil) | {"sample_id": 0}]
+
+    (tmp_path / "projector").mkdir()
+    panels.Projector(tmp_path, Evil(catalogue), 1, (255, 255, 255))._draw([0])
+    head, row = (tmp_path / "projector/metadata.tsv").read_text().splitlines()
+    assert head.count("\t") == row.count("\t") and not set(row) & set("<>\x1b")
 
 
 # --- what the system refuses ---

@@ -159,7 +159,7 @@ def test_bad_rows_are_quarantined_with_a_reason(drawn, tmp_path, capsys):
         ("c", "query", "cut.png", "truncated or damaged: "),
         ("d", "query", "empty.jpg", "empty file"),
         ("e", "query", "page.jpg", "not an image of a known format: begins with b'<!DOCTYPE html><'"),
-        ("f", "query", "small.ico", "not an image of a known format: ICO"),
+        ("f", "query", "small.ico", "ICO files are not read: save them as JPEG, PNG or WebP"),
         ("g", "query", "many-pixels.png", "too many pixels: 9000 x 9000"),
         ("h", "query", "bomb.png", "too many pixels: 60000 x 60000"),
         ("i", "query", "many-bytes.jpg", "too many bytes: "),

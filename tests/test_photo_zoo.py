@@ -297,7 +297,7 @@ def accepted():
 def refused():
     """name -> (file, how the reason begins)."""
     jpeg, whole = save(PICTURE, "JPEG", quality=95), png(PIXELS, 2)
-    damaged, unknown, unsupported = "truncated or damaged", "not an image of a known format", "unsupported pixels"
+    damaged, unsupported = "truncated or damaged", "unsupported pixels"
     zoo = {}
     for form in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "JPEG2000", "BMP", "PPM"):
         data = save(PICTURE, form)
@@ -330,7 +330,7 @@ def refused():
         "JPEG XL": b"\xff\x0a" + bytes(30),
         "MP4": b"\0\0\0\x18ftypisom" + bytes(30),
     }.items():
-        zoo[name.lower()] = data, f"{unknown}: {name}"
+        zoo[name.lower()] = data, f"{name} files are not read"
     return zoo
 
 

@@ -9,27 +9,38 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
-from harness.commands import govern, ingest, tokenizer
+from harness.artefact.artefact import Artefact
+from harness.commands import export, govern, ingest, search, tokenizer
 from harness.commands.govern import GovernConfig
 from harness.commands.import_weights import ImportConfig
 from harness.commands.import_weights import run as run_import
 from harness.commands.ingest import IngestConfig
 from harness.commands.tokenizer import TokenizerConfig
 from harness.core.errors import UserError
+from harness.evaluate.contact_sheet import CELL, GAP
 from harness.text.tokenizer import Tokenizer, TokenStore
+from harness.train.panels import panel_rows
 from models.weights.convert import Source
 from models.weights.rules import WeightsError
 from tests.catalogues import COLUMNS, draw_rows, write_manifest
 from tests.runs import tiny_config, trainer
 
+BACKGROUND = (10, 200, 30)
 IMAGES_ONLY = ("id", "kind", "split", "image", "class_id")
 
 
-def catalogue_of(folder: Path, columns: tuple[str, ...] = COLUMNS, **changes: Any) -> Path:
-    """A catalogue with some columns only; `changes` to each row."""
+def catalogue_of(folder: Path, columns: tuple[str, ...] = COLUMNS, cut_out: Any = False, **changes: Any) -> Path:
+    """A catalogue with some columns only; `changes` to each row; `cut_out`: all of every picture is transparent."""
     rows = [{**row, **changes} for row in draw_rows(folder / "drawn", classes=6, queries=5, size=32, seed=0)]
+    for row in rows if cut_out else ():
+        file = folder / "drawn" / row["image"]
+        picture = Image.open(file).convert("RGBA")
+        picture.putalpha(0)
+        row["image"] = str(Path(row["image"]).with_suffix(".png"))
+        picture.save(folder / "drawn" / row["image"])
     manifest = write_manifest(folder / "m.tsv", rows, columns)
     ingest.run(IngestConfig(manifest=manifest, images=folder / "drawn", out=folder / "c", workers=1))
     return folder / "c"
@@ -51,6 +62,15 @@ def test_a_catalogue_without_text_gets_a_tokenizer(
     assert [[token for token in ids if token != own.special.pad] for ids in row.tolist()] == [expected] * 2
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("mean", [123.7, 116.3, 103.5]), ("mean", [-0.1, 0, 0]), ("std", [58, 57, 57])]
+)
+def test_means_of_0_to_255_are_refused(key: str, value: list[float], tmp_path: Path) -> None:
+    message = rf"data\.preprocess\.{key} is .*; it must lie in 0\.\.1: divide values of 0\.\.255 by 255"
+    with pytest.raises(UserError, match=message):
+        tiny_config(tmp_path, tmp_path, **{f"data.preprocess.{key}": value})
+
+
 def test_text_in_another_split_is_a_mistake(tmp_path: Path) -> None:
     catalogue = catalogue_of(tmp_path, split="val", title="a lamp")
     with pytest.raises(UserError, match=r"no sample of split 'train' of .* has a title"):
@@ -58,19 +78,34 @@ def test_text_in_another_split_is_a_mistake(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_a_catalogue_without_text_trains_and_evaluates(tmp_path: Path) -> None:
-    catalogue = catalogue_of(tmp_path, IMAGES_ONLY)
+def test_cut_outs_without_text_are_trained_exported_and_found_on_the_background_of_the_recipe(tmp_path: Path) -> None:
+    """Panel, projector, thumbnails and contact sheets show the colours that the towers see."""
+    catalogue = catalogue_of(tmp_path, IMAGES_ONLY, cut_out=True)
     govern.run(GovernConfig(catalogue=catalogue))
     tokenizer.run(TokenizerConfig(catalogue=catalogue))
-    with trainer(tiny_config(catalogue, tmp_path / "run")) as run:
-        report = run.fit()
-    assert report["steps"] == 4
+    settings = {"data.preprocess.background": BACKGROUND, "train.steps": 1}
+    with trainer(tiny_config(catalogue, tmp_path / "run", **settings)) as run:
+        assert run.fit()["steps"] == 1
+        rows = panel_rows(run.evaluation.run(run.method), run.loader.catalogue, run.projector.background)
+    shown = [rows[0][0], rows[0][1][0][0], Image.open(tmp_path / "run/tensorboard/projector/sprite.png")]
+    export.run(export.ExportConfig(run=tmp_path / "run", out=tmp_path / "artefact"))
+    photo, sheet = next((tmp_path / "drawn").rglob("*.png")), tmp_path / "sheet.png"
+    search.run(search.SearchConfig(artefact=tmp_path / "artefact", photos=(photo,), sheet=sheet, top=1))
+    shown += [Artefact(tmp_path / "artefact").thumbnail(0)]
+    # Of the sheet its cells: the query, then the best document, each in the middle of a cell.
+    shown += [Image.open(sheet).crop((x, 60, x + 20, 80)) for x in (GAP + CELL // 2, 3 * GAP + CELL + CELL // 2)]
+    for picture in shown:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)[2:5, 2:5]
+        assert np.abs(pixels - np.array(BACKGROUND)).max() <= 6
 
 
 def test_one_class_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     catalogue = catalogue_of(tmp_path, class_id="lamp")
     govern.run(GovernConfig(catalogue=catalogue))
     assert "one class only" in capsys.readouterr().out
+    tokenizer.run(TokenizerConfig(catalogue=catalogue, vocab_size=48))
+    with trainer(tiny_config(catalogue, tmp_path / "run"), ready=False) as run:
+        assert any("one class only" in note for note in run.notes)
 
 
 # --- weights ---

@@ -16,13 +16,14 @@ from harness.artefact.documents import read_documents
 from harness.artefact.flat_index import read_index
 from harness.artefact.query_encoder import read_model, read_query_encoder
 from harness.catalogue.images import MOST_BYTES, MOST_PIXELS, Rejected, check_image, load_image
+from harness.catalogue.pixels import Colour
 from harness.core.errors import UserError
 from harness.core.files import Record, printable, read_record
 from harness.core.manifest import verify
 from harness.data.backends import open_pipeline
 from harness.data.config import BACKENDS
 from harness.data.decode_pillow import decode_rgb
-from harness.data.preprocess import PreprocessSpec, draw_parameters
+from harness.data.preprocess import WHITE, PreprocessSpec, draw_parameters
 from harness.evaluate.ranking import Embedded, top_k
 from harness.text.tokenizer import Tokenizer, TokenStore
 from harness.text.tower_check import require_fit
@@ -71,10 +72,10 @@ class Photo:
             raise UserError(f"--box {','.join(map(str, box))} leaves the photo", size[0].upper() + size[1:])
         return cls(image.data, (x // scale, y // scale, max(1, width // scale), max(1, height // scale)))
 
-    def picture(self) -> Image.Image:
-        """The window in RGB, on white."""
+    def picture(self, background: Colour = WHITE) -> Image.Image:
+        """The window in RGB; `background` shows through transparent pixels."""
         x, y, width, height = self.window
-        return decode_rgb(self.data).crop((x, y, x + width, y + height))
+        return decode_rgb(self.data, background).crop((x, y, x + width, y + height))
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ class Artefact:
         """The thumbnail of a document; grey if none was exported, or it is not a picture."""
         data = self.documents.column("thumbnail")[row].as_py()
         try:
-            return decode_rgb(check_image(data or b"", _THUMBNAIL_PIXELS).data)
+            return decode_rgb(check_image(data or b"", _THUMBNAIL_PIXELS).data, self.spec.background)
         except Rejected:
             return Image.new("RGB", (64, 64), (127, 127, 127))
 

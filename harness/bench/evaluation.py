@@ -30,6 +30,7 @@ from harness.core.mesh import Mesh, MeshConfig
 from harness.core.waiting import in_own_time, on_first_rank
 from harness.data.config import DataConfig
 from harness.data.images import Pixels
+from harness.data.preprocess import WHITE
 from harness.evaluate.embed import side_of
 from harness.evaluate.evaluation import Evaluation, EvaluationConfig
 from harness.text.tokenizer import FIELDS, Tokenizer, copy_tokenizer
@@ -277,7 +278,7 @@ def measure(device: torch.device, folder: Path, config: EvaluationBenchConfig) -
         side = side_of(catalogue, "document", None, [], None, 0)
         own = embedder.embed(method, side)
         part = out / "documents" / f"part-{mesh.rank:05d}.parquet"
-        in_own_time(lambda: write_documents(part, side, own, 0, 1), mesh, "writing the documents")
+        in_own_time(lambda: write_documents(part, side, own, 0, 1, WHITE), mesh, "writing the documents")
         on_first_rank(lambda: write_index(out, config.embedding_dim), mesh, "writing the index")
         write_manifest(out, mesh)
 

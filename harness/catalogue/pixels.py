@@ -118,7 +118,9 @@ def why_unknown(data: bytes) -> str:
     """Why `open_picture` did not know a file, by its first bytes, as 'category: detail'."""
     if data.startswith(_KNOWN) or data[4:11] == b"ftypavi":
         return "truncated or damaged: its header, or of a kind that Pillow does not read"
-    return f"not an image of a known format: {_other_format(data) or f'begins with {data[:16]!r}'}"
+    if name := _other_format(data):
+        return f"{name} files are not read: save them as JPEG, PNG or WebP"
+    return f"not an image of a known format: begins with {data[:16]!r}"
 
 
 def _other_format(data: bytes) -> str:

@@ -32,6 +32,7 @@ from harness.artefact.decoder_check import compare_decoders
 from harness.artefact.flat_index import import_faiss, write_index
 from harness.artefact.query_encoder import write_query_encoder
 from harness.catalogue.catalogue import Catalogue
+from harness.catalogue.pixels import Colour
 from harness.catalogue.wholeness import require_whole
 from harness.core.build import plain_query_encoder
 from harness.core.errors import UserError
@@ -112,9 +113,10 @@ def run(config: ExportConfig) -> dict[str, Any]:
         own = embedder.embed(method, side)
         side = side.select(~embedder.missing(side))
         encoder = plain_query_encoder(settings.method, model, method.towers, mesh)
+        background = settings.data.preprocess.background
         part = stage / "documents" / f"part-{mesh.rank:05d}.parquet"
         in_own_time(
-            lambda: write_documents(part, side, _shared_with(own, mesh), config.thumbnail, threads),
+            lambda: write_documents(part, side, _shared_with(own, mesh), config.thumbnail, threads, background),
             mesh,
             "writing the documents",
         )
@@ -154,7 +156,7 @@ def _shared_with(own: Embedded, mesh: Mesh) -> Embedded:
     return Embedded(*(column[mine.start : mine.stop] for column in (own.vectors, own.ids, own.labels)))
 
 
-def write_documents(file: Path, side: Side, own: Embedded, thumbnail: int, threads: int) -> None:
+def write_documents(file: Path, side: Side, own: Embedded, thumbnail: int, threads: int, background: Colour) -> None:
     """This rank's rows, in the order of the side: consecutive ones, so that the parts follow each other."""
     width, catalogue = own.vectors.shape[1], side.catalogue
     texts = ["class_key", "item", *FIELDS, *catalogue.attributes]
@@ -172,17 +174,17 @@ def write_documents(file: Path, side: Side, own: Embedded, thumbnail: int, threa
         for number, table in enumerate(tqdm(tables, desc="documents", unit=" x 4,096", leave=False, delay=5)):
             start = number * _ROWS
             vectors = own.vectors[start : start + len(table)].float().cpu().numpy()
-            small = pool.map(lambda i: _thumbnail(catalogue, i, thumbnail), table["sample_id"].to_pylist())
+            small = pool.map(lambda i: _thumbnail(catalogue, i, thumbnail, background), table["sample_id"].to_pylist())
             thumbnails = pa.array([*small], pa.binary())
             flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), width)
             columns = [*table.combine_chunks().columns, thumbnails, flat]
             writer.write_table(pa.Table.from_arrays([*columns], schema=schema))
 
 
-def _thumbnail(catalogue: Catalogue, sample_id: int, size: int) -> bytes | None:
+def _thumbnail(catalogue: Catalogue, sample_id: int, size: int, background: Colour) -> bytes | None:
     if not size:
         return None
-    image = picture(catalogue, sample_id)
+    image = picture(catalogue, sample_id, background)
     image.thumbnail((size, size))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)

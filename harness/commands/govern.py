@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import ibis
 import numpy as np
 import pyarrow.parquet as pq
@@ -123,20 +124,12 @@ def run(config: GovernConfig) -> dict[str, Any]:
     catalogue = Catalogue(config.catalogue)
     require_whole(catalogue)
     _check_split(catalogue, config.split)
-    with staged_folder(catalogue.path / "classes", replace=True) as stage:
-        spill = stage / "spill"
-        spill.mkdir()
-        engine = ibis.duckdb.connect(temp_directory=str(spill))
-        try:
-            summary = _write_classes(engine, catalogue, config, stage, spill)
-        finally:
-            engine.disconnect()
-        shutil.rmtree(spill)
-        summary["order_id"] = order_id(stage)
-        options = {name: value for name, value in asdict(config).items() if name != "catalogue"}
-        governance = {"format": GOVERNANCE_FORMAT, **summary, "options": options}
-        write_json(stage / "governance.json", governance)
-        write_manifest(stage)
+    try:
+        with staged_folder(catalogue.path / "classes", replace=True) as stage:
+            summary = _govern(catalogue, config, stage)
+    except duckdb.Error as error:  # a file that it cannot read or write, or too little memory
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{catalogue.path} cannot be governed: {reason}", "Its previous classes are kept") from error
     largest = summary["largest_class"]
     print(
         f"{config.catalogue}/classes: {summary['num_classes']:,} classes ({summary['tail_classes']:,} tail) of "
@@ -147,6 +140,24 @@ def run(config: GovernConfig) -> dict[str, Any]:
     )
     if summary["num_classes"] == 1:
         print("There is one class only: training has nothing to tell apart. Check ingest's --class-column")
+    return summary
+
+
+def _govern(catalogue: Catalogue, config: GovernConfig, stage: Path) -> dict[str, Any]:
+    """Writes the files of classes/ into `stage`; returns the summary."""
+    spill = stage / "spill"
+    spill.mkdir()
+    engine = ibis.duckdb.connect(temp_directory=str(spill))
+    try:
+        summary = _write_classes(engine, catalogue, config, stage, spill)
+    finally:
+        engine.disconnect()
+    shutil.rmtree(spill)
+    summary["order_id"] = order_id(stage)
+    options = {name: value for name, value in asdict(config).items() if name != "catalogue"}
+    governance = {"format": GOVERNANCE_FORMAT, **summary, "options": options}
+    write_json(stage / "governance.json", governance)
+    write_manifest(stage)
     return summary
 
 

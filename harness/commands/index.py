@@ -99,7 +99,7 @@ def run(config: IndexConfig) -> dict[str, Any]:
             used.
     """
     started = time.perf_counter()
-    names = sorted(path.name for path in config.tars.glob("*.tar")) if config.tars.is_dir() else []
+    names = sorted(name for name in os.listdir(config.tars) if name.endswith(".tar")) if config.tars.is_dir() else []
     if not names:
         raise UserError(f"there is no .tar file in {config.tars}", "Name the folder that holds them")
     attributes = attribute_names(config.attribute_fields, "--attribute-fields")
@@ -167,7 +167,8 @@ def _read_tar(path: Path, config: IndexConfig, attributes: list[str]) -> tuple[l
         OverflowError,
         MemoryError,
     ) as error:  # odd headers raise all of these
-        raise UserError(f"{path} cannot be read as an uncompressed tar: {error}", "Unpack or remove it") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read as an uncompressed tar: {reason}", "Unpack or remove it") from error
 
 
 def _checked(tar: tarfile.TarFile, sample: TarSample, config: IndexConfig, attributes: list[str]) -> Found:

@@ -169,6 +169,8 @@ def run(config: IngestConfig) -> dict[str, Any]:
     columns = Columns(manifest, config)
     if not config.images.is_dir():
         raise UserError(f"no image folder {config.images} (--images)")
+    if not os.access(config.images, os.X_OK):
+        raise UserError(f"--images {config.images}: Permission denied", "Files in it cannot be opened")
     if config.append:
         out, request = config.out, _request(config, manifest)
         with growing(out, columns.attributes) as (old, holder):

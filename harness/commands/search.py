@@ -107,8 +107,8 @@ def _search(
         title = artefact.documents.column("title")[row].as_py()
         others = [hit for hit in near if hit.row != row][: config.top]
         return [f"{config.item}  {title}"], [artefact.thumbnail(row)], [others]
-    names = [str(path) for path in config.photos]
-    return names, [photo.picture() for photo in photos], artefact.search(artefact.embed(photos), config.top)
+    names, background = [str(path) for path in config.photos], artefact.spec.background
+    return names, [photo.picture(background) for photo in photos], artefact.search(artefact.embed(photos), config.top)
 
 
 def save_sheet(rows: list[tuple[Image.Image, list[tuple[Image.Image, str, bool | None]]]], file: Path) -> None:

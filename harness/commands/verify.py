@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from harness.catalogue.catalogue import Catalogue, CorruptSample
 from harness.catalogue.wholeness import FOLDERS, Finding, inspect
+from harness.core.cli import LONGEST_LINE
 from harness.core.errors import UserError
 from harness.core.files import printable
 from harness.core.manifest import MANIFEST, verify
@@ -61,8 +62,8 @@ def run(config: VerifyConfig) -> dict[str, Any]:
     things = wrong = 0
     for path in config.paths:
         for what, problem, remedy, unchecked in _findings(path, config):
-            said = f"{problem}. {remedy}" if problem else f"not checked: {unchecked}" if unchecked else "whole"
-            print(f"{printable(what)}: {said}", flush=True)
+            said = f"{problem}. {remedy}".rstrip() if problem else f"not checked: {unchecked}" if unchecked else "whole"
+            print(f"{printable(what)}: {printable(said, LONGEST_LINE)}", flush=True)
             things += 1
             wrong += bool(problem or unchecked)
     if wrong:

@@ -37,6 +37,8 @@ _SYSTEM = {
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Allow more open files (ulimit -n)"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG), ""),
 }
+# C0 and C1 but for \t, \n and \r; and what changes the direction of a text.
+_CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _ARROW = re.compile(r"'([^']+)'\. Detail: \[errno \d+\] (.*)")
 _CLASS = re.compile(r"<class\s+'(?:\w+\.)*(\w+)'>")
 # What gloo and NCCL say when a rank at the other end is gone.
@@ -274,6 +276,19 @@ class _Output(io.FileIO):
             raise
 
 
+class _Printed(io.TextIOWrapper):
+    """Standard output: control characters are escaped (\\x1b), except tabs, line ends and returns.
+
+    Not for standard error, where progress bars move the cursor and `printable` escapes errors.
+    """
+
+    def write(self, text: str) -> int:
+        """As the base class."""
+        if not text.isprintable():
+            text = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+        return super().write(text)
+
+
 def _output(stream: Any, original: Any, name: str) -> Any:
     """sys.stdout or sys.stderr on an `_Output`; unchanged where another object has replaced the `original`."""
     if stream is None:  # closed by the shell
@@ -281,7 +296,7 @@ def _output(stream: Any, original: Any, name: str) -> Any:
     if stream is not original:
         return stream
     stream.flush()
-    return io.TextIOWrapper(
+    return (_Printed if stream is sys.__stdout__ else io.TextIOWrapper)(
         io.BufferedWriter(_Output(stream.fileno(), name)),
         stream.encoding,
         errors="backslashreplace",

@@ -67,11 +67,15 @@ class PreprocessSpec:
 
     def errors(self, where: str) -> list[str]:
         """Errors for values that do not fit together; each names its key under `where`."""
-        return [
+        errors = [
             f"{where}.{name} is {value}; the least must not be above the most"
             for name, value in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio))
             if value[0] > value[1]
         ]
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if min(values) < 0 or max(values) > 1:
+                errors.append(f"{where}.{name} is {values}; it must lie in 0..1: divide values of 0..255 by 255")
+        return errors
 
     def to_dict(self) -> dict[str, Any]:
         """All fields by name, ready for JSON."""

@@ -9,7 +9,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from harness.catalogue.catalogue import Catalogue, CorruptSample
+from harness.catalogue.pixels import Colour
 from harness.data.decode_pillow import decode_rgb
+from harness.data.preprocess import WHITE
 
 CELL, GAP, FRAME = 128, 12, 4  # pixels
 LINES, LINE = 2, 14  # of a caption
@@ -73,9 +75,9 @@ def text_picture(text: str) -> Image.Image:
     return image
 
 
-def picture(catalogue: Catalogue, sample_id: int) -> Image.Image:
-    """A sample's upright picture; a grey one if its bytes are damaged."""
+def picture(catalogue: Catalogue, sample_id: int, background: Colour = WHITE) -> Image.Image:
+    """A sample's upright picture, as the towers see its colours; a grey one if its bytes are damaged."""
     try:
-        return decode_rgb(catalogue.read_bytes(sample_id))
+        return decode_rgb(catalogue.read_bytes(sample_id), background)
     except (CorruptSample, ValueError):
         return Image.new("RGB", (CELL, CELL), (127, 127, 127))

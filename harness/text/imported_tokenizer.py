@@ -9,6 +9,8 @@ from harness.core.errors import UserError
 from harness.core.files import printable, read_record
 from harness.text.special_tokens import SpecialTokens
 from harness.text.vocabularies import Kind, LibraryPieces, Pieces, XlmRobertaPieces, open_pieces
+from models.weights.convert import own_file
+from models.weights.rules import WeightsError
 
 # In order of preference. SentencePiece's kinds differ in their file names, as in transformers.
 FILES: dict[str, Kind] = {
@@ -64,9 +66,11 @@ def read_imported(folder: Path) -> Imported:
     if kind == "sentencepiece" and config.get("tokenizer_class") == "SiglipTokenizer":
         kind = "siglip"
     try:
-        model = file.read_bytes()
+        model = own_file(folder, file.name).read_bytes()
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from error
+    except WeightsError as error:
+        raise UserError(str(error), "Replace the link by the file, if you trust it") from error
     try:
         pieces = open_pieces(kind, model)
     except ValueError as error:

@@ -12,12 +12,15 @@ from PIL import Image, ImageOps
 from tensorboard.plugins import projector as plugin  # type: ignore[import-untyped]
 
 from harness.catalogue.catalogue import Catalogue
+from harness.catalogue.pixels import Colour
+from harness.data.preprocess import WHITE
 from harness.evaluate.contact_sheet import LONGEST, draw_panel, picture, text_picture
 from harness.evaluate.evaluation import Report
 from harness.evaluate.ranking import Embedded
 from harness.train.tensorboard import Board, one_line
 
 THUMBNAIL = 64  # pixels
+_ANGLES = str.maketrans("<>", "\u2039\u203a")  # a title is no markup, wherever it is shown
 LARGEST_SPRITE = 8192  # pixels; what WebGL takes as one texture
 
 
@@ -31,10 +34,11 @@ class Projector:
         folder: the run's tensorboard/.
         catalogue: of the documents.
         threads: number of threads that decode pictures.
+        background: colour behind transparent pixels.
     """
 
-    def __init__(self, folder: Path, catalogue: Catalogue, threads: int) -> None:
-        self.folder, self.catalogue, self.threads = folder, catalogue, threads
+    def __init__(self, folder: Path, catalogue: Catalogue, threads: int, background: Colour) -> None:
+        self.folder, self.catalogue, self.threads, self.background = folder, catalogue, threads, background
         self._drawn: list[int] = []
         self._edge = THUMBNAIL
 
@@ -64,14 +68,14 @@ class Projector:
         names = ["sample_id", *columns]
         lines = ["\t".join(names)]
         for row in rows:
-            lines.append("\t".join(one_line(row[name])[:LONGEST] for name in names))
+            lines.append("\t".join(one_line(row[name])[:LONGEST].translate(_ANGLES) for name in names))
         (self.folder / "projector" / "metadata.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
         side = math.ceil(math.sqrt(len(ids)))
         edge = self._edge = min(THUMBNAIL, LARGEST_SPRITE // side)
         sprite = Image.new("RGB", (side * edge, side * edge), "white")
         with ThreadPoolExecutor(self.threads) as pool:
-            small = pool.map(lambda i: ImageOps.fit(picture(self.catalogue, i), (edge, edge)), ids)
+            small = pool.map(lambda i: ImageOps.fit(picture(self.catalogue, i, self.background), (edge, edge)), ids)
             for place, image in enumerate(small):
                 sprite.paste(image, (place % side * edge, place // side * edge))
         sprite.save(self.folder / "projector" / "sprite.png")
@@ -79,19 +83,19 @@ class Projector:
 
 def show(report: Report, step: int, board: Board, projector: Projector) -> None:
     """Shows an evaluation after `step` finished steps."""
-    board.image("retrieval/panel", draw_panel(panel_rows(report, projector.catalogue)), step)
+    board.image("retrieval/panel", draw_panel(panel_rows(report, projector.catalogue, projector.background)), step)
     if report.sample is not None and len(report.sample.ids):
         projector.write(step, report.sample)
 
 
-def panel_rows(report: Report, catalogue: Catalogue) -> list[Any]:
+def panel_rows(report: Report, catalogue: Catalogue, background: Colour = WHITE) -> list[Any]:
     """The report's panel for `draw_panel`: a row for each query, its documents as (picture, title, relevant)."""
     found = sorted({i for _, best, _ in report.panel for i in best if i < catalogue.num_samples})
     titles = {row["sample_id"]: row["title"] for row in catalogue.rows(found, ["title"])}
     rows = []
     for query, best, relevant in report.panel:
-        shown = text_picture(query) if isinstance(query, str) else picture(catalogue, query)
+        shown = text_picture(query) if isinstance(query, str) else picture(catalogue, query, background)
         # Distractors are left out: their pictures lie in other catalogues.
         known = [(i, right) for i, right in zip(best, relevant, strict=True) if i in titles]
-        rows.append((shown, [(picture(catalogue, i), titles[i], right) for i, right in known]))
+        rows.append((shown, [(picture(catalogue, i, background), titles[i], right) for i, right in known]))
     return rows

@@ -92,6 +92,8 @@ class Resume:
         self.phases: list[Phase] = []
         self.checkpoint, passed_over = checkpoint_files.newest(config.run_dir / "checkpoints", mesh)
         self.notes = [f"passed over checkpoint {line}" for line in passed_over]
+        if method.head is not None and loader.order.num_classes == 1:
+            self.notes.append(f"{self.catalogue} has one class only: the loss falls to 0 and teaches nothing")
         if self.checkpoint is not None:
             self._continue(self.checkpoint)
         else:

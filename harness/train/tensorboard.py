@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from harness.catalogue.catalogue import Catalogue
+from harness.core.files import printable
 from harness.core.mesh import Mesh
 from harness.train.config import RunConfig
 from models.method import Method
 
+LONGEST = 2000  # characters of a value
 # TensorBoard sorts groups, and the curves in a group, by name. "health" comes before retrieval, step_seconds and train,
 # and numbers order its curves, so that the first screen tells whether the run is well.
 _FIRST = (
@@ -119,16 +122,21 @@ def _markdown(tables: Mapping[str, Mapping[str, Any]], settings: Mapping[str, An
     """A table for each heading, then the whole configuration as YAML, indented as code."""
     parts = []
     for heading, rows in tables.items():
-        lines = [f"| {name} | {one_line(value).replace('|', '&#124;')} |" for name, value in rows.items()]
+        lines = [f"| {name} | {_plain(value)} |" for name, value in rows.items()]
         parts.append("\n".join([f"| **{heading}** | |", "|---|---|", *lines]))
     text = yaml.safe_dump(dict(settings), sort_keys=False)
     parts += ["**Configuration**", "".join(f"    {line}\n" for line in text.splitlines())]
     return "\n\n".join(parts)
 
 
+def _plain(value: Any) -> str:
+    """One line of Markdown that shows a value and is no markup: TensorBoard loads the pictures that a text links to."""
+    return re.sub(r"[^\w\s.,:;/%=+()-]", lambda sign: f"&#{ord(sign[0])};", one_line(value))
+
+
 def one_line(value: Any) -> str:
-    """Text of a value without line breaks; empty for None."""
-    return "" if value is None else " ".join(str(value).split())
+    """Text of a value as one line without control characters; empty for None."""
+    return "" if value is None else printable(" ".join(str(value).split()), LONGEST)
 
 
 def _at(settings: Mapping[str, Any], key: str) -> Any:

@@ -99,7 +99,8 @@ class Trainer:
         )
         self._calibrated_at = -1
         threads = decoding_threads(config.data.threads)
-        self.projector = panels.Projector(config.run_dir / "tensorboard", self.loader.catalogue, threads)
+        background = config.data.preprocess.background
+        self.projector = panels.Projector(config.run_dir / "tensorboard", self.loader.catalogue, threads, background)
         # Meters and guards
         self.clock = StepClock(mesh)
         self.throughput = Throughput(replace(config, model=self.model_config), self.loader, mesh)
