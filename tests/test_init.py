@@ -136,6 +136,10 @@ def test_every_form_becomes_a_catalogue(kind: str, tmp_path: Path, capsys: pytes
     assert (counts["document"], counts["query"], counts["quarantined"]) == (6, 18, 0)
     assert set(found["splits"]) == {"train", "val", "test"}
     assert len(set(catalogue.table(["class_key"])["class_key"].to_pylist())) == 6
+    if kind == "hub parquet":  # the names of its files say the splits
+        rows = catalogue.table(["class_key", "split"]).to_pylist()
+        assert {row["split"] for row in rows if row["class_key"] in "345"} == {"test"}
+        assert "test" not in {row["split"] for row in rows if row["class_key"] in "012"}
     told = capsys.readouterr().out
     assert "1 rows are left out: 1 x malformed: line 25" in told if kind == "jsonl" else "left out" not in told
     assert f"product = '{found['columns']['product']}'" in told
