@@ -43,7 +43,7 @@ from harness.text.tokenizer import (
 )
 from models.ranges import PositiveInt
 
-EXAMPLE = "shelfmark tokenizer catalogues/products"
+EXAMPLE = "shelfmark tokenizer catalogues/products --vocab-size 8000"
 LARGEST_VOCABULARY = 10_000_000  # what a model's configuration takes
 # SentencePiece skips longer texts in silence, 4,192 bytes by default.
 MAX_TEXT_BYTES = 1 << 20
