@@ -119,6 +119,7 @@ def written_as(kind: str, folder: Path) -> list[Path]:
     for name, part in (("train", table[:12]), ("test", table[12:])):
         images = [{"bytes": (photos / row["photo"]).read_bytes(), "path": None} for row in part]
         columns: dict[str, Any] = {"image": images, "label": [int(row["sku"][1:]) for row in part]}
+        columns |= {"height": [24, 25] * 6, "colour": ["red", "blue", ""] * 4, "note": [row["photo"] for row in part]}
         pq.write_table(pa.table(columns), folder / "hub" / "data" / f"{name}-00000-of-00001.parquet")
     return [folder / "hub"]
 
@@ -136,6 +137,7 @@ def test_every_form_becomes_a_catalogue(kind: str, tmp_path: Path, capsys: pytes
     assert (counts["document"], counts["query"], counts["quarantined"]) == (6, 18, 0)
     assert set(found["splits"]) == {"train", "val", "test"}
     assert len(set(catalogue.table(["class_key"])["class_key"].to_pylist())) == 6
+    assert found["attributes"] == (["colour"] if kind == "hub parquet" else [])  # not measures, nor texts of one row
     if kind == "hub parquet":  # the names of its files say the splits
         rows = catalogue.table(["class_key", "split"]).to_pylist()
         assert {row["split"] for row in rows if row["class_key"] in "345"} == {"test"}

@@ -146,7 +146,8 @@ def _write_table(
     if not photos:
         raise UserError(f"{config.sources[0]}: no row names an image", "Check --image-column")
     places = place(photos, config.seed)
-    attributes = sorted((n for n in others if 2 <= len(values[n]) <= MOST_VALUES), key=lambda n: (len(values[n]), n))
+    named = [n for n in others if 2 <= len(values[n]) <= MOST_VALUES and not all(map(_is_number, values[n]))]
+    attributes = sorted(named, key=lambda name: (len(values[name]), name))
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())]) if has_data else pa.string()
     text = [(name, pa.string()) for name in (*_FIELDS, *attributes)]
     schema = pa.schema([("image", image), *text])
@@ -160,6 +161,11 @@ def _write_table(
             writer.write_table(pa.Table.from_pylist(lines, schema))
     temporary.replace(table)
     return table, attributes, [(photo.product, *at) for photo, at in zip(photos, places, strict=True)]
+
+
+def _is_number(text: str) -> bool:
+    """True for a measure, by which nobody groups; and for an empty cell."""
+    return text.strip() == "" or text.strip().replace(".", "", 1).isdecimal()
 
 
 def _rows(shop: Shop, columns: dict[str, str], others: Sequence[str]) -> Iterator[tuple[Any, dict[str, str]]]:

@@ -120,7 +120,7 @@ def written(changes: Mapping[str, tuple[Any, str]], head: str) -> str:
             key = ".".join(section)
             lines.append(_line(key, *changes[key]) if key in changes else line)
             lines += [_line(new, *changes[new]) for new in changes if new not in present and _above(new) == key]
-        else:
+        elif not line.lstrip().startswith("#"):  # a reason for values that may not be these
             lines.append(line)
     return "\n".join([*lines, ""])
 
