@@ -174,7 +174,6 @@ def test_govern_refuses_with_one_line(shelfmark: Shelfmark, catalogue: Path, tmp
 
 def test_tokenizer_refuses_with_one_line(shelfmark: Shelfmark, catalogue: Path, tmp_path: Path) -> None:
     before = sorted((f, f.stat().st_mtime_ns) for f in catalogue.rglob("*"))
-    refused(shelfmark("tokenizer", catalogue, "--vocab-size", "5000"), "more than the text can fill", "--vocab-size 5")
     refused(shelfmark("tokenizer", catalogue, "--vocab-size", "9"), "cannot hold", "The least is --vocab-size")
     refused(shelfmark("tokenizer", catalogue, "--model-type", "words"), "model_type", "unigram", "words")
     refused(shelfmark("tokenizer", tmp_path), "no catalogue.json")

@@ -51,7 +51,7 @@ def test_demo_runs_to_its_table(tmp_path: Path) -> None:
     table = Catalogue(out / "catalogue").table(["image", "split"], kind="query").to_pydict()
     split = {Path(image).name: s for image, s in zip(table["image"], table["split"], strict=True)}
     assert len(searched) == demo.PHOTOS and {split[name] for name in searched} == {"test"}
-    failed = run_demo("--out", str(out), "--products", "14", "--vocab-size", "100000")
+    failed = run_demo("--out", str(out), "--products", "14", "--vocab-size", "5")
     assert failed.returncode == 2 and "stopped in stage 'tokenizer'" in failed.stderr
     assert not (out / "summary.json").exists(), "the table of an earlier demo must not stand for this one"
 

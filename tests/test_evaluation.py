@@ -203,9 +203,13 @@ def refusal(catalogue: Path, **settings: Any) -> str:
     return str(error.value)
 
 
-def test_a_slice_that_is_no_attribute_is_refused_with_those_there_are(catalogue: Path) -> None:
-    message = refusal(catalogue, slices=["shape", "color"])
-    assert "evaluation.slices names 'color'" in message and "It has colour, shape" in message
+def test_a_slice_that_is_not_an_attribute_is_a_warning(catalogue: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"evaluation.slices": ["shape", "color"]}
+    with trainer(tiny_config(catalogue, UNUSED, **settings), ready=False) as t:
+        rows = t.evaluation.run(t.method).rows
+    assert {row["slice"] for row in rows} == {"shape", "class"}
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(told) == 1 and "by color (evaluation.slices)" in told[0] and "It has colour, shape" in told[0]
 
 
 def test_an_empty_split_is_refused_with_those_there_are(catalogue: Path, tmp_path: Path) -> None:

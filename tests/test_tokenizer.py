@@ -134,28 +134,33 @@ def test_training_is_deterministic_and_replaces(catalogue):
 
 
 @pytest.mark.parametrize("model_type", ["unigram", "bpe"])
-def test_too_large_a_vocabulary_names_the_largest(catalogue, capfd, model_type):
-    before = (catalogue / "tokenizer/tokenizer.json").read_bytes()
+def test_too_large_a_vocabulary_is_capped_and_said(catalogue, capfd, model_type):
     capfd.readouterr()
-    with pytest.raises(UserError) as raised:
-        run(TokenizerConfig(catalogue=catalogue, vocab_size=5000, model_type=model_type))
-    message = str(raised.value)
-    match = re.fullmatch(
-        r"--vocab-size 5000 is more than the text can fill\. The largest possible is --vocab-size (\d+)", message
-    )
-    assert match is not None, message
-    assert capfd.readouterr().err == ""  # SentencePiece's own chatter stays out of it
-    assert (catalogue / "tokenizer/tokenizer.json").read_bytes() == before
-    assert not list(catalogue.glob("tokenizer.tmp*"))
-    # What the message proposes works, and one more does not.
-    largest = int(match[1])
     try:
-        summary = run(TokenizerConfig(catalogue=catalogue, vocab_size=largest, model_type=model_type))
-        assert summary["vocab_size"] == largest
-        with pytest.raises(UserError, match=f"The largest possible is --vocab-size {largest}"):
-            run(TokenizerConfig(catalogue=catalogue, vocab_size=largest + 1, model_type=model_type))
+        summary = run(TokenizerConfig(catalogue=catalogue, vocab_size=8000, model_type=model_type))
+        largest, told = summary["vocab_size"], capfd.readouterr()
+        assert f"the text fills {largest:,} pieces, not --vocab-size 8,000" in told.out
+        assert "SentencePiece" not in told.err and "trainer" not in told.err  # its own chatter
+        files = {path.name: path.read_bytes() for path in (catalogue / "tokenizer").iterdir()}
+        # The same as if the largest had been asked for, and one more is too many.
+        assert (
+            run(TokenizerConfig(catalogue=catalogue, vocab_size=largest, model_type=model_type))["vocab_size"]
+            == largest
+        )
+        assert "fills" not in capfd.readouterr().out
+        assert {path.name: path.read_bytes() for path in (catalogue / "tokenizer").iterdir()} == files
+        more = run(TokenizerConfig(catalogue=catalogue, vocab_size=largest + 1, model_type=model_type))
+        assert more["vocab_size"] == largest
     finally:
         run(TokenizerConfig(catalogue=catalogue, vocab_size=VOCAB))
+
+
+@pytest.mark.parametrize("title", ["office chair", "a", "椅子", "7", "-- ~~"])
+def test_the_default_vocabulary_fits_any_text(tmp_path, title):
+    folder = write_catalogue(tmp_path, [("document", "all", title, "")] * 3)
+    run(TokenizerConfig(catalogue=folder))
+    own = Tokenizer.load(folder)
+    assert own.decode(own.encode(title)) == title
 
 
 def test_too_small_a_vocabulary_names_the_least(catalogue):

@@ -1,4 +1,4 @@
-"""A table that a user hands in (TSV, CSV, Parquet, or a folder of parts), read as a stream of text cells."""
+"""A table that a user hands in (TSV, CSV, Parquet, JSONL, or a folder of parts), read as a stream of text cells."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Literal
 import pyarrow as pa
 
 from harness.catalogue.catalogue import nearest_first
+from harness.catalogue.json_table import JsonTable
 from harness.catalogue.parquet_table import ParquetTable
 from harness.catalogue.text_table import Row, TextTable
 from harness.core.errors import UserError
 from harness.core.files import printable
 
-SUFFIXES = (".tsv", ".csv", ".parquet")
+SUFFIXES = (".tsv", ".csv", ".parquet", ".jsonl")
 
 
 class Manifest:
@@ -33,7 +34,7 @@ class Manifest:
         said: what was recognised beyond the rules of the suffix.
 
     Raises:
-        UserError: not readable files of one of the three kinds, empty ones, or parts of different columns.
+        UserError: not readable files of one of the four kinds, empty ones, or parts of different columns.
     """
 
     def __init__(
@@ -49,11 +50,13 @@ class Manifest:
             if len(delimiter) != 1 or delimiter in '"\r\n ':
                 raise UserError(f"--delimiter is {delimiter!r}", "Name one character, such as ';' or '\\t'")
         self.files = _files(path)
-        self._parts: list[TextTable | ParquetTable] = []
+        self._parts: list[TextTable | ParquetTable | JsonTable] = []
         for file in self.files:
             try:
                 if file.suffix.lower() == ".parquet":
                     self._parts.append(ParquetTable(file))
+                elif file.suffix.lower() == ".jsonl":
+                    self._parts.append(JsonTable(file))
                 else:
                     self._parts.append(TextTable(file, delimiter, encoding, quoting))
             except (OSError, pa.ArrowException, UnicodeError) as error:

@@ -34,7 +34,7 @@ from models.registry import METHODS
 
 T = TypeVar("T")
 EXAMPLE = (
-    "shelfmark estimate --config jobs/recipes/oclear_grocery.yaml --world 8 --tensor-parallel 2 --num-classes 1000000"
+    "shelfmark estimate --config jobs/recipes/oclear_small.yaml --world 8 --tensor-parallel 2 --num-classes 1000000"
 )
 FP32 = 4
 # Bytes for each trained number that the first rank of a copy needs beside all else while it writes a checkpoint:

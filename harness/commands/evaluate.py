@@ -11,6 +11,7 @@ from harness.catalogue.wholeness import require_whole
 from harness.core.errors import UserError
 from harness.core.mesh import Device, Mesh, MeshConfig
 from harness.evaluate.evaluation import Evaluation, print_report
+from harness.evaluate.tasks.task import require_attributes
 from harness.text.tokenizer import Tokenizer
 from harness.train.config import RunConfig
 from harness.train.open_run import find_checkpoint, load_method, open_settings
@@ -81,6 +82,7 @@ def _evaluate(config: EvalConfig, settings: RunConfig, path: Path, catalogue: Ca
         distractors=config.distractors,
         batch_size=config.batch_size,
     )
+    require_attributes(catalogue, config.slices, "--slices")
     if errors := task.errors(settings.method):
         raise UserError(errors[0])
     classes = path / "classes.parquet"

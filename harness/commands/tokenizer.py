@@ -11,7 +11,7 @@ import string
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -56,7 +56,7 @@ class TokenizerConfig:
 
     Args:
         catalogue: the catalogue folder; an existing tokenizer/ in it is replaced.
-        vocab_size: pieces of the vocabulary, the five special ones included.
+        vocab_size: pieces of the vocabulary, the five special ones included; fewer where the text cannot fill it.
         model_type: SentencePiece's algorithm.
         split: the split whose text is learned from; samples of split 'all' belong to it.
         character_coverage: share of the text's characters that get a piece; the rarest others become [UNK].
@@ -85,8 +85,8 @@ def run(config: TokenizerConfig) -> dict[str, Any]:
         tokens), seconds.
 
     Raises:
-        UserError: no text in the split but in others, a vocabulary that the text cannot fill or that cannot hold its
-            characters, or no tokenizer to keep.
+        UserError: no text in the split but in others, a vocabulary that cannot hold its characters, or no tokenizer to
+            keep.
     """
     start = time.perf_counter()
     catalogue = Catalogue(config.catalogue)
@@ -164,6 +164,12 @@ def _train(catalogue: Catalogue, config: TokenizerConfig) -> tuple[bytes, dict[s
             f"The splits are {splits} (--split); text comes from ingest's --title-column and --description-column",
         )
     stride = -(-found // config.max_texts)
+    origin = {"model_type": config.model_type, "split": config.split, "texts": -(-found // stride)}
+    return _learn(catalogue, config, stride), origin
+
+
+def _learn(catalogue: Catalogue, config: TokenizerConfig, stride: int) -> bytes:
+    """The model learned from every `stride`-th text, of fewer pieces than asked for where the text has no more."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -180,9 +186,12 @@ def _train(catalogue: Catalogue, config: TokenizerConfig) -> tuple[bytes, dict[s
             **_special_pieces(),
         )
     except RuntimeError as error:
-        raise _explain(str(error), config.vocab_size) from error
-    origin = {"model_type": config.model_type, "split": config.split, "texts": -(-found // stride)}
-    return model.getvalue(), origin
+        largest = re.search(r"set it to a value <= (\d+)", str(error))
+        if largest is None or int(largest[1]) >= config.vocab_size:
+            raise _explain(str(error), config.vocab_size) from error
+        print(f"{config.catalogue}: the text fills {int(largest[1]):,} pieces, not --vocab-size {config.vocab_size:,}")
+        return _learn(catalogue, replace(config, vocab_size=int(largest[1])), stride)
+    return model.getvalue()
 
 
 def _characters() -> bytes:
@@ -209,8 +218,6 @@ def _special_pieces() -> dict[str, Any]:
 
 def _explain(message: str, vocab_size: int) -> UserError:
     what = f"--vocab-size {vocab_size}"
-    if largest := re.search(r"set it to a value <= (\d+)", message):
-        return UserError(f"{what} is more than the text can fill", f"The largest possible is --vocab-size {largest[1]}")
     if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         fix = f"The least is --vocab-size {smallest[1]}, or lower --character-coverage"
         return UserError(f"{what} cannot hold the text's characters", fix)

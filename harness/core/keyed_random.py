@@ -42,6 +42,7 @@ class Stream(IntEnum):
     WORDING = 26
     CLICKED_TEXT = 27
     PROBE_SAMPLE = 40  # harness/evaluate/category.py
+    SPLIT = 48  # harness/catalogue/splits.py
 
 
 @unique

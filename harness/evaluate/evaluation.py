@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ class Evaluation:
         calibration: the method's, where `calibrate` will be called.
 
     Raises:
-        UserError: the split has nothing that a task or the calibration needs, or an attribute is unknown.
+        UserError: the split has nothing that a task or the calibration needs, or an attribute that a task needs is unknown.
     """
 
     def __init__(
@@ -116,6 +116,7 @@ class Evaluation:
         mesh: Mesh,
         calibration: Calibration | None = None,
     ) -> None:
+        config = replace(config, slices=_present(config.slices, catalogue, mesh))
         self.config, self.mesh, self.catalogue = config, mesh, catalogue
         self.embedder = Embedder(data, model, tokenizer, config.batch_size, mesh)
         self._keys = ClassKeys()
@@ -184,7 +185,7 @@ class Evaluation:
         """Attributes that slices and tasks name, each once.
 
         Raises:
-            UserError: the catalogue lacks one.
+            UserError: the catalogue lacks one that a task needs.
         """
         keys = dict.fromkeys(["slices", *(key for task in TASKS.values() for key in task.attributes)])
         named: dict[str, None] = {}
@@ -204,6 +205,17 @@ class Evaluation:
             return None
         order = ids.argsort()
         return Embedded(vectors[order], ids[order], labels[order])
+
+
+def _present(slices: tuple[str, ...], catalogue: Catalogue, mesh: Mesh) -> tuple[str, ...]:
+    """The slices that the catalogue has; the first rank names the others."""
+    if mesh.rank == 0 and (absent := [name for name in slices if name not in catalogue.attributes]):
+        there = ", ".join(printable(name, 40) for name in catalogue.attributes) or "none"
+        print(
+            f"warning: no figures by {', '.join(absent)} (evaluation.slices), no attribute of {catalogue.path}. It has "
+            f"{there} (ingest --attribute-columns)"
+        )
+    return tuple(name for name in slices if name in catalogue.attributes)
 
 
 def print_report(report: Report, title: str) -> None:

@@ -28,8 +28,8 @@ from models.ranges import NonNegativeInt, PositiveInt, UnitIntervalBelow1
 from models.registry import METHODS
 
 EXAMPLE = (
-    "python jobs/torchrun.py --nproc-per-node 2 -m harness.train --config jobs/recipes/oclear_grocery.yaml "
-    "--data.catalogue catalogues/grocery --run-dir runs/grocery"
+    "python jobs/torchrun.py --nproc-per-node 2 -m harness.train --config jobs/recipes/oclear_small.yaml "
+    "--data.catalogue catalogues/products --run-dir runs/products"
 )
 # What may not change when a run resumes: with another value it would be another run.
 IDENTITY = (

@@ -1,0 +1,277 @@
+"""`shelfmark init`: Make a catalogue and a recipe of a table and photos, and print the commands that come next.
+
+The rules that choose the recipe: docs/recipes.md.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+import harness
+from harness.catalogue.catalogue import SAMPLE_SCHEMA, Catalogue
+from harness.catalogue.shop import Shop
+from harness.catalogue.splits import Photo, Place, place
+from harness.commands import govern, ingest, tokenizer
+from harness.commands.estimate import EstimateConfig, figures_of, with_sizes
+from harness.core.errors import UserError
+from harness.core.files import printable, write_whole
+from harness.core.lock import locked
+from harness.train.config import parse
+from harness.train.first_recipe import LEAST_EPOCHS, Facts, length, shape, written
+from models.ranges import NonNegativeInt, PositiveFloat
+
+EXAMPLE = "shelfmark init products.tsv photos/ --out shop"
+MOST_VALUES = 20  # of a column that becomes an attribute
+MOST_CORES = 8  # that train, where there is no GPU
+TABLE, CATALOGUE, RECIPE, LOCK = "manifest.parquet", "catalogue", "recipe.yaml", ".lock"
+PROCESS_BYTES = 1.2e9  # of a process beside the step: libraries and decoder, measured
+_FIELDS = ("id", "kind", "class_id", "split", "title", "description")  # of TABLE, beside the image and attributes
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Makes a catalogue with splits, classes, vocabulary and a commented recipe of what a shop has.
+
+    The sources are a table (TSV, CSV, Parquet or JSONL) with a row for each image and the folder of the images; or one
+    folder, of a folder of images for each product, or a data set folder of the hub. Without a column `kind`, the first
+    image of a product is its catalogue picture, and the others are photos that search for it.
+
+    Args:
+        sources: the table and the folder of its images, or one folder.
+        out: folder to create: manifest.parquet, catalogue/ and recipe.yaml.
+        image_column: column of the image path (default: the first of a usual name, or that holds names of files).
+        product_column: column of the product that the image shows (default: the first of a usual name).
+        title_column: column of the title (default: the first of a usual name).
+        description_column: column of the description (default: the first of a usual name).
+        split_column: column of the split (default: the first of a usual name; splits are made where it lacks val or
+            test).
+        kind_column: column that says query or document (default: kind).
+        minutes: time to train.
+        seed: of the splits.
+    """
+
+    sources: tuple[Path, ...] = field(kw_only=False)
+    out: Path
+    image_column: str | None = None
+    product_column: str | None = None
+    title_column: str | None = None
+    description_column: str | None = None
+    split_column: str | None = None
+    kind_column: str | None = None
+    minutes: PositiveFloat = 20.0
+    seed: NonNegativeInt = 0
+
+
+def run(config: InitConfig) -> dict[str, Any]:
+    """Makes the folder and prints what was taken and the next commands.
+
+    Returns:
+        columns (field -> column), attributes, splits (photos of each), held_out (products), classes, vocab_size,
+        steps, seconds (estimate of the training), memory (bytes of all processes, estimate).
+
+    Raises:
+        UserError: a source or a column is not there, the photos cannot be split, or `out` holds something else.
+    """
+    shop = Shop(config.sources)
+    given = {name: getattr(config, f"{name}_column") for name in ("image", "product", "title", "description", "split")}
+    columns = shop.choose({**given, "kind": config.kind_column})
+    out = config.out
+    _require_own(out)
+    with locked(out / LOCK, f"init {out}"):
+        table, attributes, placed = _write_table(shop, columns, config)
+        _say_columns(columns, attributes)
+        catalogue = out / CATALOGUE
+        shutil.rmtree(catalogue, ignore_errors=True)
+        ingest.run(
+            ingest.IngestConfig(
+                manifest=table, images=shop.images, out=catalogue, attribute_columns=",".join(attributes)
+            )
+        )
+        classes = govern.run(govern.GovernConfig(catalogue=catalogue))
+        words = tokenizer.run(tokenizer.TokenizerConfig(catalogue=catalogue))
+        _say_splits(placed)
+        figures = _write_recipe(config, classes, tuple(attributes[:1]))
+    return {
+        "columns": columns,
+        "attributes": attributes,
+        "splits": dict(Counter(split for _, kind, split in placed if kind == "query")),
+        "held_out": _held_out(placed),
+        "classes": classes["num_classes"],
+        "vocab_size": words["vocab_size"],
+        **figures,
+    }
+
+
+def _require_own(out: Path) -> None:
+    """Raises UserError unless `out` is new, or was left by an init that did not end."""
+    there = set(os.listdir(out)) - {LOCK} if out.is_dir() else set()
+    if (out / RECIPE).exists() or (there and TABLE not in there) or (out.exists() and not out.is_dir()):
+        raise UserError(f"{out} exists already", "Choose another --out, or remove it; nothing was written")
+
+
+def _write_table(
+    shop: Shop, columns: dict[str, str], config: InitConfig
+) -> tuple[Path, list[str], list[tuple[str, str, str]]]:
+    """The shop's rows as a manifest for ingest.
+
+    Returns:
+        Its file, the attributes in it, those of fewest values first, and product, kind and split of each image.
+    """
+    others = [n for n in shop.columns if n not in columns.values() and n not in SAMPLE_SCHEMA.names and "," not in n]
+    values: dict[str, set[str]] = defaultdict(set)
+    photos, wrong, has_data = list[Photo](), Counter[str](), False
+    for row, cells in _rows(shop, columns, others):
+        if row.problem or not cells["image"]:
+            wrong[row.problem or "no image path"] += 1
+            continue
+        has_data |= row.data is not None
+        photos.append(Photo(*(cells.get(name, "") for name in ("image", "product", "split", "kind"))))
+        for name in others:
+            if len(values[name]) <= MOST_VALUES:
+                values[name].add(cells[f"={name}"])
+    if wrong:
+        why, count = wrong.most_common(1)[0]
+        print(f"{sum(wrong.values()):,} rows are left out: {count:,} x {printable(why)}")
+    if not photos:
+        raise UserError(f"{config.sources[0]}: no row names an image", "Check --image-column")
+    places = place(photos, config.seed)
+    named = [n for n in others if 2 <= len(values[n]) <= MOST_VALUES and not all(map(_is_number, values[n]))]
+    attributes = sorted(named, key=lambda name: (len(values[name]), name))
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())]) if has_data else pa.string()
+    text = [(name, pa.string()) for name in (*_FIELDS, *attributes)]
+    schema = pa.schema([("image", image), *text])
+    config.out.mkdir(parents=True, exist_ok=True)
+    table, temporary = config.out / TABLE, config.out / f"{TABLE}.tmp"
+    rows = ((row, cells) for row, cells in _rows(shop, columns, attributes) if not row.problem and cells["image"])
+    with pq.ParquetWriter(temporary, schema) as writer:
+        pairs = zip(rows, places, strict=True)
+        while batch := list(islice(pairs, 256)):
+            lines = [_line(row, cells, at, attributes, has_data) for (row, cells), at in batch]
+            writer.write_table(pa.Table.from_pylist(lines, schema))
+    temporary.replace(table)
+    return table, attributes, [(photo.product, *at) for photo, at in zip(photos, places, strict=True)]
+
+
+def _is_number(text: str) -> bool:
+    """True for a measure, by which nobody groups; and for an empty cell."""
+    return text.strip() == "" or text.strip().replace(".", "", 1).isdecimal()
+
+
+def _rows(shop: Shop, columns: dict[str, str], others: Sequence[str]) -> Iterator[tuple[Any, dict[str, str]]]:
+    """The rows with their cells by field, and by =name for the columns `others`."""
+    names = [*columns, *(f"={name}" for name in others)]
+    for row, split, folder in shop.rows([*columns.values(), *others]):
+        cells = dict(zip(names, row.cells, strict=True))
+        cells["product"] = cells.get("product", "").strip()
+        cells["split"] = split or cells.get("split", "")
+        if folder and cells["image"]:
+            cells["image"] = f"{folder}/{cells['image']}"
+        yield row, cells
+
+
+def _line(row: Any, cells: dict[str, str], at: Place, attributes: Sequence[str], has_data: bool) -> dict[str, Any]:
+    """A row of the manifest."""
+    image: Any = {"bytes": row.data, "path": cells["image"]} if has_data else cells["image"]
+    texts = {
+        "id": cells["product"] or cells["image"],
+        "class_id": cells["product"],
+        "kind": at.kind,
+        "split": at.split,
+        "title": cells.get("title", ""),
+        "description": cells.get("description", ""),
+        **{name: cells[f"={name}"] for name in attributes},
+    }
+    # Lone surrogates stand for bytes that are not text; Parquet takes none.
+    return {"image": image, **{name: value.encode("utf-8", "replace").decode() for name, value in texts.items()}}
+
+
+def _say_columns(columns: dict[str, str], attributes: Sequence[str]) -> None:
+    taken = ", ".join(f"{name} = {printable(column, 40)!r}" for name, column in columns.items())
+    more = ", ".join(printable(name, 40) for name in attributes) or "none"
+    print(f"columns: {taken}; attributes: {more} (--image-column, --product-column and so on choose others)")
+
+
+def _held_out(placed: Sequence[tuple[str, str, str]]) -> int:
+    """Products whose photos are all in val or test."""
+    splits: dict[str, set[str]] = defaultdict(set)
+    for product, kind, split in placed:
+        if kind == "query" and product:
+            splits[product].add(split)
+    return sum("train" not in found and "all" not in found for found in splits.values())
+
+
+def _say_splits(placed: Sequence[tuple[str, str, str]]) -> None:
+    counts = Counter(split for _, kind, split in placed if kind == "query")
+    photos = ", ".join(f"{name} {counts[name]:,}" for name in sorted(counts, key=counts.__getitem__, reverse=True))
+    documents = sum(kind == "document" for _, kind, _ in placed)
+    print(f"photos: {photos}; documents: {documents:,}; products held out from training: {_held_out(placed):,}")
+
+
+def _write_recipe(config: InitConfig, classes: dict[str, Any], slices: tuple[str, ...]) -> dict[str, Any]:
+    """Writes the recipe and prints the next commands; its steps, and estimates of seconds and bytes."""
+    out, gpus = config.out, torch.cuda.device_count()
+    ranks = gpus or min(len(os.sched_getaffinity(0)), MOST_CORES)
+    facts = Facts(
+        classes=classes["num_classes"],
+        photos=classes["queries"],
+        gpus=gpus,
+        ranks=ranks,
+        minutes=config.minutes,
+        slices=slices,
+        **_titles(Catalogue(out / CATALOGUE)),
+    )
+    changes = {**shape(facts), "data.catalogue": (out / CATALOGUE, "made by `shelfmark init`")}
+    recipe = out / RECIPE
+    launch = f"python {_launcher()} --nproc-per-node {ranks} -m"
+    head = (
+        f"OCLEAR on {facts.classes:,} classes with {facts.photos:,} train photos, by `shelfmark init`.\n\n"
+        f"Command:  {launch} harness.train --config {recipe} --run-dir {out}/run\n\n"
+        "A reason stands behind each value that was chosen; the rules: docs/recipes.md."
+    )
+    draft = out / f"draft-{RECIPE}"  # its step says how many steps fit the time
+    write_whole(draft, written(changes, head))
+    made, _ = parse(["--config", str(draft), *([] if gpus else ["--mesh.device", "cpu"])], ranks)
+    figures = figures_of(*with_sizes(made, EstimateConfig()), ranks)
+    more, seconds = length(facts, figures["flops_per_step_total"], made.data.queries_per_step)
+    write_whole(recipe, written({**changes, **more}, head))
+    draft.unlink()
+    steps = int(more["train.steps"][0])
+    memory = ranks * (figures["peak_memory_per_rank"] + PROCESS_BYTES)
+    if (epochs := steps * made.data.queries_per_step / facts.photos) < LEAST_EPOCHS:
+        print(f"warning: {config.minutes:g} minutes are {epochs:.1f} epochs only; give more time with --minutes")
+    print(
+        f"{recipe}: {made.model.objective}, {steps:,} steps, about {max(1, round(seconds / 60)):,} min on {ranks} "  # type: ignore[attr-defined]
+        f"{'GPU' if gpus else 'core'}{'s' * (ranks > 1)} and {memory / 1e9:.1f} GB (estimates)\n\nnext:\n"
+        f"  {launch} harness.train --config {recipe} --run-dir {out}/run\n"
+        f"  {launch} harness eval {out}/run --split test\n"
+        f"  {launch} harness export {out}/run --out {out}/artefact\n"
+        f"  shelfmark search {out}/artefact photo.jpg --top 5 --sheet found.png"
+    )
+    return {"steps": steps, "seconds": seconds, "memory": memory}
+
+
+def _titles(catalogue: Catalogue) -> dict[str, Any]:
+    """titles_apart and has_text of the documents (Facts)."""
+    titles: Counter[str] = Counter()
+    text = False
+    for batch in catalogue.batches(["title", "description"], kind="document"):
+        titles.update(title.strip() for title in batch.column("title").to_pylist())
+        text = text or any(cell.strip() for name in ("title", "description") for cell in batch.column(name).to_pylist())
+    alone = sum(count == 1 for title, count in titles.items() if title)
+    return {"titles_apart": alone / max(1, titles.total()), "has_text": text}
+
+
+def _launcher() -> str:
+    here = Path("jobs/torchrun.py")
+    return str(here) if here.is_file() else os.path.relpath(Path(harness.__file__).parents[1] / here)

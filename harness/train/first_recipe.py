@@ -1,0 +1,140 @@
+"""First recipe of a catalogue: jobs/recipes/oclear_small.yaml with values that fit it, each with its reason.
+
+docs/recipes.md has the rules.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.core.cli import leaves, read_recipe
+
+BASE = Path(__file__).parents[2] / "jobs" / "recipes" / "oclear_small.yaml"
+MANY_PHOTOS = 16  # train photos of a class in the middle: between the two catalogues of docs/results.md
+TELLING = 0.9  # share of documents whose title no other has
+MOST_EPOCHS, FEWEST_STEPS, LEAST_EPOCHS = 100, 100, 10
+# Useful FLOPs a second: of a core with 64-pixel images, measured on two; of a GPU, a guess.
+CORE_FLOPS, GPU_FLOPS = 30e9, 20e12
+TRAINING_SHARE = 0.8  # of the time budget; the rest is for evaluation, checkpoints and export
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the rules look at.
+
+    Args:
+        classes: classes that are trained.
+        photos: train photos.
+        titles_apart: share of the documents whose title no other document has; 0 without any text.
+        has_text: whether any document has a title or a description.
+        gpus: GPUs of this machine; 0: it trains on its cores.
+        ranks: processes that train.
+        minutes: time to train.
+        slices: attributes that evaluation gives figures for.
+    """
+
+    classes: int
+    photos: int
+    titles_apart: float
+    has_text: bool
+    gpus: int
+    ranks: int
+    minutes: float
+    slices: tuple[str, ...] = ()
+
+
+Changes = dict[str, tuple[Any, str]]  # dotted key -> value, reason
+
+
+def shape(facts: Facts) -> Changes:
+    """What follows from the catalogue and the machine, but the number of steps."""
+    each = facts.photos / facts.classes
+    many = each >= MANY_PHOTOS
+    seen = f"{each:.1f} train photos a class"
+    changes: Changes = {}
+    if many:
+        changes["model.objective"] = "classification", f"{seen}: classes learn from {MANY_PHOTOS} on"
+    else:
+        changes["model.objective"] = "contrastive", f"{seen}: below {MANY_PHOTOS}, pairs learn faster than classes"
+        changes["data.queries_per_step"] = 32, "each brings a document of its own"
+    if not facts.has_text:
+        changes["model.fusion_kind"] = "image", "no document has a text"
+    elif facts.titles_apart >= TELLING and many:
+        why = f"{facts.titles_apart:.0%} of the titles are of one document only: text may say which product it is"
+        changes |= {"model.text_dropout": (0.0, why), "model.gate_init": (0.5, why)}
+    else:
+        why = f"{facts.titles_apart:.0%} of the titles are of one document only: the image must count"
+        changes |= {"model.text_dropout": (0.5, why), "model.gate_init": (0.1, why)}
+    scale, margin = (16.0, 0.1) if facts.classes < 1_000 else (32.0, 0.2) if facts.classes < 100_000 else (64.0, 0.4)
+    changes["head.scale"] = scale, f"{facts.classes:,} classes"
+    changes["head.margin"] = [1.0, 0.0, margin], f"{facts.classes:,} classes"
+    if facts.classes >= 1_000_000:
+        changes["head.sample_rate"] = 0.1, f"{facts.classes:,} classes: a tenth of the negatives each step"
+    if facts.gpus:
+        changes["train.precision"] = "bf16", "a GPU"
+    if facts.slices:
+        changes["evaluation.slices"] = list(facts.slices), "columns of few values"
+    return changes
+
+
+def length(facts: Facts, flops: float, queries: int) -> tuple[Changes, float]:
+    """The number of steps and what goes with it, and the seconds that they take.
+
+    Args:
+        facts: of the catalogue and the machine.
+        flops: of one step.
+        queries: photos of one step.
+    """
+    rate = facts.gpus * GPU_FLOPS or facts.ranks * CORE_FLOPS
+    epoch = facts.photos / queries
+    possible = TRAINING_SHARE * facts.minutes * 60 * rate / flops
+    steps = _round(max(FEWEST_STEPS, min(possible, MOST_EPOCHS * epoch)))
+    why = f"{steps / epoch:.0f} epochs in {facts.minutes:g} minutes" if possible < MOST_EPOCHS * epoch else (
+        f"{steps / epoch:.0f} epochs; more would learn the photos by heart"
+    )  # fmt: skip
+    every = max(50, _round(steps / 6))
+    changes: Changes = {
+        "train.steps": (steps, why),
+        "train.margin_warmup": (_round(0.6 * steps), "over 60 % of the steps"),
+        "optimizer.warmup_steps": (min(100, steps // 10), "a tenth of the steps, at most 100"),
+        "train.evaluate_every": (every, "six times in all, at least 50 steps apart"),
+        "train.checkpoint_every": (every, "a stopped run loses at most these steps"),
+    }
+    return changes, steps * flops / rate
+
+
+def written(changes: Mapping[str, tuple[Any, str]], head: str) -> str:
+    """The recipe as text: that of BASE below `head`, with `changes` in place of its values, each with its reason."""
+    present = dict(leaves(read_recipe(BASE)))
+    lines: list[str] = [f"# {line}".rstrip() for line in head.splitlines()]
+    section: list[str] = []
+    for line in re.sub(r"\A(#.*\n)+", "", BASE.read_text(encoding="utf-8")).splitlines():
+        if found := re.match(r"( *)(\w+):( |$)", line):
+            section = [*section[: len(found[1]) // 2], found[2]]
+            key = ".".join(section)
+            lines.append(_line(key, *changes[key]) if key in changes else line)
+            lines += [_line(new, *changes[new]) for new in changes if new not in present and _above(new) == key]
+        elif not line.lstrip().startswith("#"):  # a reason for values that may not be these
+            lines.append(line)
+    return "\n".join([*lines, ""])
+
+
+def _above(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _line(key: str, value: Any, why: str) -> str:
+    *parents, name = key.split(".")
+    shown = json.dumps(value, default=str, ensure_ascii=False) if isinstance(value, list | Path) else value
+    return f"{'  ' * len(parents)}{f'{name}: {shown}':<28} # {why}"
+
+
+def _round(steps: float) -> int:
+    """To ten where there are a hundred or more."""
+    return math.ceil(steps / 10) * 10
