@@ -1,5 +1,5 @@
 """torchrun with a launcher closed to other machines, and one line with the exit code for a failed rank in place of a
-traceback.
+traceback. Signals go to the ranks, which training answers with a checkpoint (docs/clusters.md).
 
 Takes torchrun's options. On one machine the launcher meets itself in a file, and the ranks' store listens on the
 loopback interface. torchrun's own choice, a c10d store, listens on every interface and unpickles what it finds there:
@@ -14,8 +14,11 @@ import signal
 import socket
 import sys
 import uuid
+from contextlib import suppress
+from types import FrameType
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 from torch.distributed import DistError, TCPStore
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
@@ -23,6 +26,8 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 from torch.distributed.run import parse_args, parse_min_max_nnodes, run
 
 LOOPBACK = "127.0.0.1"
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+STOPPED_CODE = 75  # of ranks that a signal stopped: harness/train/boundary.py
 # The launcher also logs the text of its exceptions.
 logging.disable(logging.ERROR)
 
@@ -38,6 +43,7 @@ def start(argv: list[str]) -> None:
         args.local_addr = LOOPBACK
         DynamicRendezvousHandler._create_tcp_store_server = _store_on_loopback  # type: ignore[assignment]
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # or gloo listens where the machine's name leads
+    args.signals_to_handle = "SIGQUIT"  # torchrun itself would give the ranks 30 s
     run(args)
 
 
@@ -48,21 +54,48 @@ def _store_on_loopback(*_: Any) -> TCPStore:
     return TCPStore(LOOPBACK, port, is_master=True, multi_tenant=True, master_listen_fd=listener.detach())
 
 
+class Forward:
+    """Hands signals to the ranks. Before there are any, and at a second SIGINT, this process ends, and they with it.
+
+    Attributes:
+        number: the first signal; 0 without one.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        for number in FORWARDED:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._forward)
+
+    def _forward(self, number: int, _: FrameType | None) -> None:
+        ranks = psutil.Process().children()
+        at_once = number == self.number == signal.SIGINT
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(signal.SIGKILL if at_once else number)
+        if at_once or not ranks:
+            os._exit(128 + number)
+        self.number = self.number or number
+
+
 def launch(argv: list[str]) -> int:
     """Runs torchrun with `argv`; the exit code of the rank that failed first on this node, as a shell counts it."""
-    node = os.environ.get("SLURMD_NODENAME", "this node")
+    node, forward = os.environ.get("SLURMD_NODENAME", "this node"), Forward()
     try:
         start(argv)
     except ChildFailedError as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM's, because another node failed too: keep the exit code
         rank, failure = error.get_first_failure()
         code = failure.exitcode
+        if forward.number and code in (STOPPED_CODE, 128 + forward.number, -forward.number):
+            # Otherwise the lowest, for SLURM takes the highest of all nodes: that of the node which failed by itself.
+            return STOPPED_CODE if code == STOPPED_CODE else 1
         how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
         # A progress bar may have left its line open; jobs/common.sh squeezes empty lines.
         print(f"\nrank {rank} on {node} ended with {how}", file=sys.stderr)
         return code if code >= 0 else 128 - code
     except SignalException:
-        return 1  # the lowest, for SLURM takes the highest of all nodes: that of the node which failed by itself
+        return 1
     except DistError as error:
         reason = str(error).splitlines()[0].rstrip(".")
         print(f"error: {node} does not meet the other nodes: {reason}. See docs/clusters.md", file=sys.stderr)
