@@ -64,7 +64,7 @@ class Forward:
     def __init__(self) -> None:
         self.number = 0
         for number in FORWARDED:
-            if signal.getsignal(number) != signal.SIG_IGN:
+            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGUSR1:  # jobs/common.sh: until now
                 signal.signal(number, self._forward)
 
     def _forward(self, number: int, _: FrameType | None) -> None:
@@ -74,7 +74,7 @@ class Forward:
             with suppress(psutil.NoSuchProcess):
                 rank.send_signal(signal.SIGKILL if at_once else number)
         if at_once or not ranks:
-            os._exit(128 + number)
+            os._exit(STOPPED_CODE if number == signal.SIGUSR1 else 128 + number)
         self.number = self.number or number
 
 
@@ -87,9 +87,10 @@ def launch(argv: list[str]) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM's, because another node failed too: keep the exit code
         rank, failure = error.get_first_failure()
         code = failure.exitcode
-        if forward.number and code in (STOPPED_CODE, 128 + forward.number, -forward.number):
-            # Otherwise the lowest, for SLURM takes the highest of all nodes: that of the node which failed by itself.
-            return STOPPED_CODE if code == STOPPED_CODE else 1
+        if code == STOPPED_CODE or (code == -signal.SIGUSR1 and forward.number == signal.SIGUSR1):  # before its start
+            return STOPPED_CODE
+        if forward.number and code in (128 + forward.number, -forward.number):
+            return 1  # the lowest, for SLURM takes the highest of all nodes: that of the node which failed by itself
         how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
         # A progress bar may have left its line open; jobs/common.sh squeezes empty lines.
         print(f"\nrank {rank} on {node} ended with {how}", file=sys.stderr)
