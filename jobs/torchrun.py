@@ -14,20 +14,17 @@ import signal
 import socket
 import sys
 import uuid
-from contextlib import suppress
-from types import FrameType
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 from torch.distributed import DistError, TCPStore
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.run import parse_args, parse_min_max_nnodes, run
 
+from harness.core.launcher import Forward
+
 LOOPBACK = "127.0.0.1"
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-STOPPED_CODE = 75  # of ranks that a signal stopped: harness/train/boundary.py
 # The launcher also logs the text of its exceptions.
 logging.disable(logging.ERROR)
 
@@ -54,30 +51,6 @@ def _store_on_loopback(*_: Any) -> TCPStore:
     return TCPStore(LOOPBACK, port, is_master=True, multi_tenant=True, master_listen_fd=listener.detach())
 
 
-class Forward:
-    """Hands signals to the ranks. Before there are any, and at a second SIGINT, this process ends, and they with it.
-
-    Attributes:
-        number: the first signal; 0 without one.
-    """
-
-    def __init__(self) -> None:
-        self.number = 0
-        for number in FORWARDED:
-            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGUSR1:  # jobs/common.sh: until now
-                signal.signal(number, self._forward)
-
-    def _forward(self, number: int, _: FrameType | None) -> None:
-        ranks = psutil.Process().children()
-        at_once = number == self.number == signal.SIGINT
-        for rank in ranks:
-            with suppress(psutil.NoSuchProcess):
-                rank.send_signal(signal.SIGKILL if at_once else number)
-        if at_once or not ranks:
-            os._exit(STOPPED_CODE if number == signal.SIGUSR1 else 128 + number)
-        self.number = self.number or number
-
-
 def launch(argv: list[str]) -> int:
     """Runs torchrun with `argv`; the exit code of the rank that failed first on this node, as a shell counts it."""
     node, forward = os.environ.get("SLURMD_NODENAME", "this node"), Forward()
@@ -87,10 +60,8 @@ def launch(argv: list[str]) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM's, because another node failed too: keep the exit code
         rank, failure = error.get_first_failure()
         code = failure.exitcode
-        if code == STOPPED_CODE or (code == -signal.SIGUSR1 and forward.number == signal.SIGUSR1):  # before its start
-            return STOPPED_CODE
-        if forward.number and code in (128 + forward.number, -forward.number):
-            return 1  # the lowest, for SLURM takes the highest of all nodes: that of the node which failed by itself
+        if (stopped := forward.exit_code(code)) is not None:
+            return stopped
         how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
         # A progress bar may have left its line open; jobs/common.sh squeezes empty lines.
         print(f"\nrank {rank} on {node} ended with {how}", file=sys.stderr)

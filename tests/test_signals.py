@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from harness.core.errors import UserError
+from harness.core.launcher import STOPPED_CODE
 from harness.train import checkpoint_files
-from harness.train.boundary import STOPPED_CODE
 from harness.train.config import RunConfig
 from harness.train.open_run import find_checkpoint
 from tests.pool import ranks

@@ -1,4 +1,4 @@
-"""Parent-death signal of a rank: ranks must not outlive a torchrun that the kernel or SIGUSR1 killed."""
+"""Launcher and ranks: signals to the launcher go to the ranks, which must not outlive one that was killed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import ctypes
 import os
 import signal
 import sys
+from contextlib import suppress
+from types import FrameType
 
+STOPPED_CODE = 75  # of a run that a signal stopped and that goes on by the same command: EX_TEMPFAIL
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # that stop a run
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -22,3 +26,37 @@ def end_with_launcher() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended just before
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Forward:
+    """In a launcher, once made: hands signals to the ranks and waits. Before there are any, and at a second SIGINT, the
+    launcher ends, and they with it.
+
+    Attributes:
+        number: the first signal; 0 without one.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGUSR1:  # jobs/common.sh: until now
+                signal.signal(number, self._forward)
+
+    def exit_code(self, code: int) -> int | None:
+        """The launcher's exit code where a rank's end, negative by a signal, follows from what was handed on; else None."""
+        if code == STOPPED_CODE or (code == -signal.SIGUSR1 and self.number == signal.SIGUSR1):  # before the first step
+            return STOPPED_CODE
+        # The lowest, for SLURM takes the highest of all nodes: that of the node which failed by itself.
+        return 1 if self.number and code in (128 + self.number, -self.number) else None
+
+    def _forward(self, number: int, _: FrameType | None) -> None:
+        import psutil  # type: ignore[import-untyped]
+
+        ranks = psutil.Process().children()
+        at_once = number == self.number == signal.SIGINT
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(signal.SIGKILL if at_once else number)
+        if at_once or not ranks:
+            os._exit(STOPPED_CODE if number == signal.SIGUSR1 else 128 + number)
+        self.number = self.number or number

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.core.launcher import SIGNALS
 from harness.core.mesh import Mesh
 
-STOPPED_CODE = 75  # exit code of a run that a signal stopped: EX_TEMPFAIL, the same command goes on
 INTERRUPTED_CODE = 130
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _TWICE = 1.0  # seconds: of a launcher and of SLURM the same signal may come to a rank twice
 
 

@@ -18,6 +18,7 @@ from harness.catalogue.wholeness import FOLDERS, require_whole
 from harness.core.cli import check_figures, run_command, write_figures
 from harness.core.errors import UserError
 from harness.core.files import write_json, write_whole
+from harness.core.launcher import STOPPED_CODE
 from harness.core.lock import locked
 from harness.core.mesh import Mesh
 from harness.core.versions import versions
@@ -35,7 +36,6 @@ def train(argv: list[str]) -> None:
     """
     config, json_file = parse(argv)
     # megatron-core takes seconds to import: a mistake in the recipe is told before
-    from harness.train.boundary import STOPPED_CODE
     from harness.train.trainer import Trainer
 
     model = prepared(config.method, config.model, config.data.catalogue)
