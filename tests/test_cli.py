@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from harness import __main__ as cli
+from harness.commands import doctor
 from harness.core import manifest as checksums
 from harness.core.cli import run_command
 from harness.core.errors import UserError
@@ -95,6 +96,11 @@ def test_help_names_every_command(shelfmark: Shelfmark) -> None:
     refused(shelfmark("trian"), "unknown command 'trian'", "Did you mean 'train'?")
 
 
+def test_version(shelfmark: Shelfmark) -> None:
+    answer = shelfmark("--version")
+    assert answer.code == 0 and re.fullmatch(r"shelfmark \d+\.\d+\.\d+\n", answer.out) and answer.err == ""
+
+
 def test_help_imports_no_command() -> None:
     """Their sentences are read, so that the overview is there at once."""
     code = "import sys, harness.__main__ as cli; cli.usage(); print(*sys.modules)"
@@ -134,6 +140,27 @@ def test_help_has_defaults_and_an_example(shelfmark: Shelfmark, command: str) ->
     flags = [flag for flag in re.findall(r"--[\w.-]+", example) if flag != "--nproc-per-node"]
     assert flags or defaults == 1  # merge has no option but --json
     assert all(f"{flag} " in text.split("example: ")[0] for flag in flags)
+
+
+# --- doctor ---
+
+
+def test_doctor_says_whether_a_training_could_start(shelfmark: Shelfmark, tmp_path: Path) -> None:
+    answer = shelfmark("doctor", "--run-dir", tmp_path / "not" / "yet", "--json", tmp_path / "found.json")
+    assert answer.code == 0 and answer.out.endswith("a training can start here\n") and "MISSING" not in answer.out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert f"{tmp_path}: " in found["run folder"] and "megatron-core 0.16.1" in found["packages"]
+    assert not (tmp_path / "not").exists()
+    answer = shelfmark("doctor", "--device", "cuda", "--run-dir", tmp_path / "found.json")
+    refused(answer, "a training cannot start here: gpus, decoder, trainer, run folder")
+    assert answer.out.count("MISSING: ") == 4 and "hides all GPUs. Unset it" in answer.out
+    assert "found.json: Not a directory. Choose another --run-dir" in answer.out
+
+
+def test_doctor_compares_versions_with_what_is_asked_for() -> None:
+    asked = ["numpy>=1", "numpy<1", "no-such-package>=2", "pillow>=999; extra == 'cu13'"]
+    there, lacking = doctor.unmet(asked)
+    assert [name.split()[0] for name in there] == ["numpy", "numpy"] and lacking == ["numpy<1", "no-such-package>=2"]
 
 
 # --- ingest, govern, tokenizer ---
