@@ -322,6 +322,47 @@ def test_any_seed_below_2_to_the_63_is_taken(catalogue: Path, tmp_path: Path) ->
 # --- train and eval ---
 
 
+def test_ranks_are_started_for_a_recipe_that_fits_and_by_nobody_twice(
+    shelfmark: Shelfmark, catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(ranks: str, **settings: Any) -> Answer:
+        return shelfmark("train", "--ranks", ranks, *arguments(catalogue, tmp_path / "run", **settings))
+
+    for wrong in ("0", "two", "-1"):
+        refused(start(wrong), f"--ranks is '{wrong}'", "auto")
+    refused(start("2", **{"train.stepz": 4}), "unknown key 'train.stepz'")
+    refused(start("3", **{"mesh.tensor_parallel": 2}), "mesh.tensor_parallel is 2", "3 rank(s)")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    refused(start("2"), "--ranks is 2", "a launcher has started 4")
+    refused(start("auto", **{"mesh.tensor_parallel": 3}), "mesh.tensor_parallel 3")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_that_the_ranks_find_is_one_line(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "harness",
+        "train",
+        "--ranks",
+        "2",
+        *arguments(tmp_path / "none", tmp_path / "run"),
+    ]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    refused(Answer(answer.returncode, answer.stdout, answer.stderr), "none: no such folder", "shelfmark ingest")
+    assert answer.stderr.count("\n") == 1 and answer.stdout == ""
+
+
+@pytest.mark.full
+def test_train_starts_its_own_ranks(catalogue: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "harness", "train", "--ranks", "2", *arguments(catalogue, tmp_path / "run")]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.count("steps 4") == 1
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json").read_text())
+    assert state["world_size"] == 2
+
+
 def test_train_refuses_a_catalogue_that_is_not_ready(shelfmark: Shelfmark, catalogue: Path, tmp_path: Path) -> None:
     def start(folder: Path, **settings: Any) -> Answer:
         return shelfmark("train", *arguments(folder, tmp_path / "run", **settings))
