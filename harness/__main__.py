@@ -42,7 +42,8 @@ def usage() -> str:
         for name in COMMANDS
     ]
     more = (
-        "`shelfmark COMMAND --help` lists options with their defaults and an example. "
+        "`shelfmark COMMAND --help` lists options with their defaults and an example "
+        "(train and estimate have many: --help-all). "
         "`shelfmark doctor` says whether this machine is ready, `shelfmark --version` its version."
     )
     return "\n".join(["usage: shelfmark COMMAND [options]", "", *lines, "", more])

@@ -142,6 +142,17 @@ def test_help_has_defaults_and_an_example(shelfmark: Shelfmark, command: str) ->
     assert all(f"{flag} " in text.split("example: ")[0] for flag in flags)
 
 
+def test_help_of_many_keys_names_their_sections_first(shelfmark: Shelfmark) -> None:
+    short, whole = shelfmark("train", "--help"), shelfmark("train", "--help-all")
+    assert short.code == whole.code == 0 and len(short.out.splitlines()) < 50
+    assert short.out.startswith("usage: shelfmark train [options]\n\n")
+    assert "--ranks RANKS" in short.out and "--data.catalogue CATALOGUE" in short.out, "its own, and the example's"
+    for section, count in re.findall(r"^  --(\w+)\.… +(\d+) keys", short.out, re.MULTILINE):
+        assert len(set(re.findall(rf"^  --({section}\.\S+)", whole.out, re.MULTILINE))) == int(count)
+    assert "--train.steps" in whole.out and "--train.steps STEPS" not in short.out
+    assert shelfmark("export", "--help").out.startswith("usage: shelfmark export --out OUT run [options]\n\n")
+
+
 # --- doctor ---
 
 
