@@ -30,6 +30,7 @@ def train(argv: list[str]) -> None:
     """Parses, checks, trains. Raises UserError for what the user can mend, on every rank alike."""
     config, json_file = parse(argv)
     # megatron-core takes seconds to import: a mistake in the recipe is told before
+    from harness.train.introduction import closing
     from harness.train.trainer import Trainer
 
     model = prepared(config.method, config.model, config.data.catalogue)
@@ -47,9 +48,7 @@ def train(argv: list[str]) -> None:
         figures = trainer.fit()
         if mesh.rank == 0:
             write_figures(json_file, figures)
-            shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
-            shown = {k: v for k, v in shown.items() if v is not None and k != "slices"}
-            print(f"run {config.run_dir}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
+            print(closing(config.run_dir, config.evaluation.split, figures))
 
 
 def prepare_run_folder(config: RunConfig, versions: dict[str, str]) -> None:
