@@ -119,7 +119,7 @@ class RunConfig:
 def parser(method: str) -> Parser:
     """The parser of a run of `method`."""
     p = Parser(
-        "harness.train",
+        "shelfmark train",
         "Train a retrieval model by a recipe; every key can be overridden, as --train.steps 200.",
         EXAMPLE,
     )

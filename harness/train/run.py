@@ -36,6 +36,7 @@ def train(argv: list[str]) -> None:
     """
     config, json_file = parse(argv)
     # megatron-core takes seconds to import: a mistake in the recipe is told before
+    from harness.train.introduction import closing
     from harness.train.trainer import Trainer
 
     model = prepared(config.method, config.model, config.data.catalogue)
@@ -54,9 +55,7 @@ def train(argv: list[str]) -> None:
         stopped = trainer.boundary.stop
         if mesh.rank == 0 and not stopped:
             write_figures(json_file, figures)
-            shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
-            shown = {k: v for k, v in shown.items() if v is not None and k != "slices"}
-            print(f"run {config.run_dir}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
+            print(closing(config.run_dir, config.evaluation.split, figures))
         elif mesh.rank == 0:  # on standard error: a terminal that was closed takes no line
             signal = trainer.boundary.noted or "a signal to another rank"
             told = f"stopped by {signal} after step {trainer.step}, saved in {config.run_dir}. To go on: {_command()}"

@@ -26,6 +26,7 @@ from harness.train import checkpoint, checkpoint_files, guards, panels
 from harness.train.boundary import Boundary
 from harness.train.config import RunConfig
 from harness.train.ema import Ema
+from harness.train.introduction import introduction
 from harness.train.ledger import Ledger
 from harness.train.optimizer import TowerOptimizer, sum_of_squares
 from harness.train.profiler import StepProfiler
@@ -299,6 +300,8 @@ class Trainer:
         """Opens the log and writes the start of this process into it; `again`: see `RunLog`."""
         config, mesh = self.config, self.mesh
         log = RunLog(config.run_dir, mesh, self.step, config.train.steps, again)
+        for line in introduction(config, mesh, self.loader, self.method, self.step):
+            log.say(line)
         device = f"{mesh.line}, precision {config.train.precision}"
         for line in [device, mesh.accelerators.line, f"images: {self.loader.images.line}", *self.notes]:
             log.say(line)
