@@ -60,12 +60,14 @@ def launch(argv: list[str]) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM's, because another node failed too: keep the exit code
         rank, failure = error.get_first_failure()
         code = failure.exitcode
-        if (stopped := forward.exit_code(code)) is not None:
-            return stopped
         how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+        code = code if code >= 0 else 128 - code
+        if forward.caused(code):
+            # SIGTERM: the lowest, for SLURM takes the highest of all nodes: that of the node which failed by itself.
+            return 1 if code == 128 + signal.SIGTERM else code
         # A progress bar may have left its line open; jobs/common.sh squeezes empty lines.
         print(f"\nrank {rank} on {node} ended with {how}", file=sys.stderr)
-        return code if code >= 0 else 128 - code
+        return code
     except SignalException:
         return 1
     except DistError as error:
