@@ -28,7 +28,8 @@ source jobs/common.sh
 ended() {
     local status=$1 folder=$2 count=0 before="" newest=""
     # A job that ends by itself within the grace of a preemption has failed for SLURM, which then does not requeue it.
-    if [[ $status == 75 && $(scontrol show job "$SLURM_JOB_ID") == *JobState=RUNNING* ]]; then
+    # 138: SIGUSR1 before the first step.
+    if [[ ($status == 75 || $status == 138) && $(scontrol show job "$SLURM_JOB_ID") == *JobState=RUNNING* ]]; then
         [[ ! -f $folder/requeues ]] || read -r count before <"$folder/requeues" || true
         newest=$(cat "$folder/checkpoints/latest" 2>/dev/null || true)
         [[ $before == "$newest" ]] || count=0

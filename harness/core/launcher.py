@@ -42,12 +42,9 @@ class Forward:
             if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGUSR1:  # jobs/common.sh: until now
                 signal.signal(number, self._forward)
 
-    def exit_code(self, code: int) -> int | None:
-        """The launcher's exit code where a rank's end, negative by a signal, follows from what was handed on; else None."""
-        if code == STOPPED_CODE or (code == -signal.SIGUSR1 and self.number == signal.SIGUSR1):  # before the first step
-            return STOPPED_CODE
-        # The lowest, for SLURM takes the highest of all nodes: that of the node which failed by itself.
-        return 1 if self.number and code in (128 + self.number, -self.number) else None
+    def caused(self, code: int) -> bool:
+        """True where the exit code of a rank, as a shell counts it, follows from what was handed on."""
+        return code == STOPPED_CODE or (self.number > 0 and code == 128 + self.number)
 
     def _forward(self, number: int, _: FrameType | None) -> None:
         import psutil  # type: ignore[import-untyped]
@@ -58,5 +55,5 @@ class Forward:
             with suppress(psutil.NoSuchProcess):
                 rank.send_signal(signal.SIGKILL if at_once else number)
         if at_once or not ranks:
-            os._exit(STOPPED_CODE if number == signal.SIGUSR1 else 128 + number)
+            os._exit(128 + number)
         self.number = self.number or number
