@@ -17,6 +17,7 @@ import pkgutil
 import sys
 import textwrap
 from dataclasses import fields
+from importlib import metadata
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -48,7 +49,11 @@ def usage() -> str:
         textwrap.fill(sentence(name), 100, initial_indent=f"  {name:<16}", subsequent_indent=" " * 18)
         for name in COMMANDS
     ]
-    more = "`shelfmark COMMAND --help` lists options with their defaults and an example."
+    more = (
+        "`shelfmark COMMAND --help` lists options with their defaults and an example "
+        "(train and estimate have many: --help-all). "
+        "`shelfmark doctor` says whether this machine is ready, `shelfmark --version` its version."
+    )
     return "\n".join(["usage: shelfmark COMMAND [options]", "", *lines, "", more])
 
 
@@ -90,6 +95,8 @@ def main() -> int:
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help"):
         return run_command(lambda: print(usage())) or (0 if argv else 2)
+    if argv[0] == "--version":
+        return run_command(lambda: print(f"shelfmark {metadata.version('shelfmark')}"))
     return run_command(lambda: command(argv[0], argv[1:]))
 
 

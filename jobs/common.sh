@@ -19,10 +19,16 @@ option() {
     echo "$value"
 }
 
+# ended STATUS FOLDER: the end of the job, once launch has reported. jobs/train.sh has one of its own.
+ended() {
+    exit "$1"
+}
+
 # launch FOLDER MODULE WORDS...: runs `python -m MODULE WORDS` under torchrun on every node of the job and ends the job
-# with its exit code. FOLDER is the run folder, for the report.
+# with its exit code. FOLDER is the run folder, for the report. SIGUSR1, which SLURM sends to this shell only
+# (--signal=B:USR1@SECONDS), goes to the ranks.
 launch() {
-    local folder=$1 status=0
+    local folder=$1 status=0 filter tasks
     shift
     if [[ $NPROC_PER_NODE == auto ]]; then
         NPROC_PER_NODE=${SLURM_GPUS_ON_NODE:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)}
@@ -63,16 +69,25 @@ launch() {
     [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
     # A task knows its node's number, this shell does not. The first node that fails ends the others. A progress bar
     # writes over its own line, which srun would hold back until the line ends, and which a file shows as one long line.
+    # Whatever comes before the launcher listens must not end it: trap ''.
+    exec 3> >(exec stdbuf -o0 tr -s '\r' '\n')
+    filter=$!
     # shellcheck disable=SC2016
     srun --nodes "$SLURM_JOB_NUM_NODES" --ntasks "$SLURM_JOB_NUM_NODES" --ntasks-per-node 1 \
         --quiet --kill-on-bad-exit=1 --cpu-bind=none --unbuffered \
-        bash -c 'exec "$0" jobs/torchrun.py --node-rank "$SLURM_NODEID" "$@"' \
-        "$VENV/bin/python" "${options[@]}" -m "$@" |&
-        stdbuf -o0 tr -s '\r' '\n' || status=$?
+        bash -c 'trap "" USR1; exec "$0" jobs/torchrun.py --node-rank "$SLURM_NODEID" "$@"' \
+        "$VENV/bin/python" "${options[@]}" -m "$@" >&3 2>&1 3>&- &
+    tasks=$!
+    exec 3>&-
+    trap 'kill -USR1 "$tasks" || true' USR1
+    trap : TERM # the tasks have their own; what they saved is to be reported
+    while kill -0 "$tasks" 2>/dev/null; do wait "$tasks" || true; done # a signal ends a wait
+    wait "$tasks" || status=$?
+    wait "$filter" 2>/dev/null || true
 
     echo
     echo "exit code $status after $(date -u -d "@$SECONDS" +%T), run folder $folder"
-    exit "$status"
+    ended "$status" "$folder"
 }
 
 set -a

@@ -138,6 +138,7 @@ def config_of(recipe: dict[str, Any], world: int) -> Any:
 def trainer(recipe: dict[str, Any], num_classes: int, mesh: Any) -> Any:
     """The loop's own Trainer with its own parts, but fed without a catalogue."""
     from harness.core.build import build
+    from harness.train.boundary import Boundary
     from harness.train.ema import Ema
     from harness.train.ledger import Ledger
     from harness.train.optimizer import TowerOptimizer
@@ -148,7 +149,7 @@ def trainer(recipe: dict[str, Any], num_classes: int, mesh: Any) -> Any:
     made: Any = Trainer.__new__(Trainer)
     made.config = config = config_of(recipe, mesh.world_size)
     made.mesh, made.clock, made.step = mesh, StepClock(mesh), 0
-    made.ledger = Ledger(mesh)
+    made.ledger, made.boundary = Ledger(mesh), Boundary(mesh, 0)
     made.method, made.model_config = build(
         config.method,
         config.model,
@@ -223,6 +224,7 @@ def _measure(device: torch.device, name: str, folder: str) -> dict[str, Any]:
     """
     from harness.core.mesh import Mesh
     from harness.train import checkpoint
+    from harness.train.checkpoint_files import Keep
 
     recipe, world = RECIPES[name], dist.get_world_size()
     os.environ["WORLD_SIZE"] = str(world)
@@ -246,7 +248,7 @@ def _measure(device: torch.device, name: str, folder: str) -> dict[str, Any]:
     classes.touch()
     method = made.method
     parts = checkpoint.Trainable(method.towers, method.head, made.towers, made.rows, made.ema, method.memory)
-    saved = checkpoint.save(Path(folder), 1, parts, {}, classes, mesh, 1)
+    saved = checkpoint.save(Path(folder), 1, parts, {}, classes, mesh, Keep(1))
     size = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
     return {"parameters": numbers(method), "peak": peak, "saving": memory.peak() - before, "checkpoint": size}
 

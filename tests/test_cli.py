@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from harness import __main__ as cli
+from harness.commands import doctor
 from harness.core import manifest as checksums
 from harness.core.cli import run_command
 from harness.core.errors import UserError
@@ -95,6 +96,11 @@ def test_help_names_every_command(shelfmark: Shelfmark) -> None:
     refused(shelfmark("trian"), "unknown command 'trian'", "Did you mean 'train'?")
 
 
+def test_version(shelfmark: Shelfmark) -> None:
+    answer = shelfmark("--version")
+    assert answer.code == 0 and re.fullmatch(r"shelfmark \d+\.\d+\.\d+\n", answer.out) and answer.err == ""
+
+
 def test_help_imports_no_command() -> None:
     """Their sentences are read, so that the overview is there at once."""
     code = "import sys, harness.__main__ as cli; cli.usage(); print(*sys.modules)"
@@ -135,6 +141,38 @@ def test_help_has_defaults_and_an_example(shelfmark: Shelfmark, command: str) ->
     flags = [flag for flag in re.findall(r"--[\w.-]+", example) if flag != "--nproc-per-node"]
     assert flags or defaults == 1  # merge has no option but --json
     assert all(f"{flag} " in text.split("example: ")[0] for flag in flags)
+
+
+def test_help_of_many_keys_names_their_sections_first(shelfmark: Shelfmark) -> None:
+    short, whole = shelfmark("train", "--help"), shelfmark("train", "--help-all")
+    assert short.code == whole.code == 0 and len(short.out.splitlines()) < 50
+    assert short.out.startswith("usage: shelfmark train [options]\n\n")
+    assert "--ranks RANKS" in short.out and "--data.catalogue CATALOGUE" in short.out, "its own, and the example's"
+    for section, count in re.findall(r"^  --(\w+)\.… +(\d+) keys", short.out, re.MULTILINE):
+        assert len(set(re.findall(rf"^  --({section}\.\S+)", whole.out, re.MULTILINE))) == int(count)
+    assert "--train.steps" in whole.out and "--train.steps STEPS" not in short.out
+    assert shelfmark("export", "--help").out.startswith("usage: shelfmark export --out OUT run [options]\n\n")
+
+
+# --- doctor ---
+
+
+def test_doctor_says_whether_a_training_could_start(shelfmark: Shelfmark, tmp_path: Path) -> None:
+    answer = shelfmark("doctor", "--run-dir", tmp_path / "not" / "yet", "--json", tmp_path / "found.json")
+    assert answer.code == 0 and answer.out.endswith("a training can start here\n") and "MISSING" not in answer.out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert f"{tmp_path}: " in found["run folder"] and "megatron-core 0.16.1" in found["packages"]
+    assert not (tmp_path / "not").exists()
+    answer = shelfmark("doctor", "--device", "cuda", "--run-dir", tmp_path / "found.json")
+    refused(answer, "a training cannot start here: gpus, decoder, trainer, run folder")
+    assert answer.out.count("MISSING: ") == 4 and "hides all GPUs. Unset it" in answer.out
+    assert "found.json: Not a directory. Choose another --run-dir" in answer.out
+
+
+def test_doctor_compares_versions_with_what_is_asked_for() -> None:
+    asked = ["numpy>=1", "numpy<1", "no-such-package>=2", "pillow>=999; extra == 'cu13'"]
+    there, lacking = doctor.unmet(asked)
+    assert [name.split()[0] for name in there] == ["numpy", "numpy"] and lacking == ["numpy<1", "no-such-package>=2"]
 
 
 # --- ingest, govern, tokenizer ---
@@ -293,6 +331,47 @@ def test_any_seed_below_2_to_the_63_is_taken(catalogue: Path, tmp_path: Path) ->
 
 
 # --- train and eval ---
+
+
+def test_ranks_are_started_for_a_recipe_that_fits_and_by_nobody_twice(
+    shelfmark: Shelfmark, catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(ranks: str, **settings: Any) -> Answer:
+        return shelfmark("train", "--ranks", ranks, *arguments(catalogue, tmp_path / "run", **settings))
+
+    for wrong in ("0", "two", "-1"):
+        refused(start(wrong), f"--ranks is '{wrong}'", "auto")
+    refused(start("2", **{"train.stepz": 4}), "unknown key 'train.stepz'")
+    refused(start("3", **{"mesh.tensor_parallel": 2}), "mesh.tensor_parallel is 2", "3 rank(s)")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    refused(start("2"), "--ranks is 2", "a launcher has started 4")
+    refused(start("auto", **{"mesh.tensor_parallel": 3}), "mesh.tensor_parallel 3")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_that_the_ranks_find_is_one_line(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "harness",
+        "train",
+        "--ranks",
+        "2",
+        *arguments(tmp_path / "none", tmp_path / "run"),
+    ]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    refused(Answer(answer.returncode, answer.stdout, answer.stderr), "none: no such folder", "shelfmark ingest")
+    assert answer.stderr.count("\n") == 1 and answer.stdout == ""
+
+
+@pytest.mark.full
+def test_train_starts_its_own_ranks(catalogue: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "harness", "train", "--ranks", "2", *arguments(catalogue, tmp_path / "run")]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.count("steps 4") == 1
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json").read_text())
+    assert state["world_size"] == 2
 
 
 def test_train_refuses_a_catalogue_that_is_not_ready(shelfmark: Shelfmark, catalogue: Path, tmp_path: Path) -> None:

@@ -320,6 +320,7 @@ def test_sharded_clipped_adamw_equals_the_plain_one(world: int, tensor_parallel:
 def check_state_of_torch_adamw(folder: Path) -> None:
     """Errors of megatron-core's distributed optimizer on top of torch's AdamW, fixed in harness/train/optimizer.py."""
     from harness.train import checkpoint
+    from harness.train.checkpoint_files import Keep
     from harness.train.optimizer import TowerOptimizer
     from harness.train.schedule import OptimizerConfig
 
@@ -349,7 +350,7 @@ def check_state_of_torch_adamw(folder: Path) -> None:
         update(first, optimizer)
         update(first, optimizer)
         parts = checkpoint.Trainable(first, None, optimizer, None)
-        saved = checkpoint.save(folder, 2, parts, {}, folder / "classes", mesh, 1)
+        saved = checkpoint.save(folder, 2, parts, {}, folder / "classes", mesh, Keep(1))
         second, resumed = made(1)
         # Stock: KeyError 'step'; then an in-place write to a leaf.
         checkpoint.load(saved, checkpoint.Trainable(second, None, resumed, None), mesh)

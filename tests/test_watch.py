@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -138,3 +139,43 @@ def test_a_rank_that_stands_still_is_named(
     assert "Traceback" not in errors.read_text()
     assert process.returncode in (2, 137)  # the latter of the rank that stood still, ended here
     print(f"told after {took:.2f} s: {lines[0]}")
+
+
+FAILS = """
+import sys, threading
+from harness.core.cli import run_command
+from harness.core.errors import UserError
+from harness.core.mesh import Mesh, MeshConfig
+
+def body():
+    with Mesh(MeshConfig()) as mesh:
+        mesh.barrier()
+        if mesh.rank == 1:
+            raise UserError("sample 5 is missing")
+        threading.Event().wait()
+
+sys.exit(run_command(body))
+"""
+
+
+def test_a_rank_that_fails_ends_those_that_wait_for_it() -> None:
+    """Without a launcher, which would kill them, and not in a collective of gloo, which would notice."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAILS],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=PATIENCE)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [1, 2]
+    assert said[1].endswith("error: rank 1: sample 5 is missing\n") and "Traceback" not in said[0]

@@ -1,7 +1,7 @@
 """Splits of a shop's photos where it has none: val and test photos, and products held out from training.
 
-Every choice is keyed by the seed and by names (a product's, a photo's), so that the order of the rows does not matter and
-rows that come later move no others.
+Every choice is keyed by the seed and by names (a product's, a photo's), so that the order of the rows does not matter
+and rows that come later move no others.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def place(photos: Sequence[Photo], seed: int) -> list[Place]:
             held |= _hold_out(groups, name, seed, len(members), held)
         if name not in {*moved.values(), *held.values()}:
             raise UserError(
-                f"{len(members):,} products with {sum(map(len, members.values())):,} photos are too few to keep some for "
-                f"{name}",
+                f"{len(members):,} products with {sum(map(len, members.values())):,} photos are too few to keep some "
+                f"for {name}",
                 f"Give some products three images or more, or name {FEWEST_PRODUCTS} products",
             )
     places = []

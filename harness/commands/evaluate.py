@@ -26,7 +26,7 @@ class EvalConfig:
 
     Args:
         run: the run folder that training wrote.
-        checkpoint: a step folder of it; the newest complete one by default.
+        checkpoint: a step folder of it, or best (train.keep_best); the newest complete one by default.
         catalogue: another catalogue to evaluate on; the run's own by default.
         split: split of the queries.
         tasks: evaluation tasks (harness/evaluate/tasks); the recipe's tasks and final tasks by default.

@@ -64,7 +64,7 @@ class ExportConfig:
     Args:
         run: the run folder that training wrote.
         out: the artefact folder to create; it appears only when it is complete.
-        checkpoint: a step folder of the run; the newest complete one by default.
+        checkpoint: a step folder of the run, or best (train.keep_best); the newest complete one by default.
         catalogue: another catalogue to export; the run's own by default.
         split: documents of this split and of split 'all'; every document by default.
         thumbnail: longest side in pixels of the small picture kept of each document, for contact sheets; 0 keeps none.

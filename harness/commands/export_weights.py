@@ -34,7 +34,7 @@ class ExportWeightsConfig:
         tower: vision, text, or both (only open_clip, whose models are pairs).
         layout: timm, open_clip, or the model_type of transformers to write, such as vit, dinov2, clip_vision_model or
             xlm-roberta.
-        checkpoint: a step folder of the run; the newest complete one by default.
+        checkpoint: a step folder of the run, or best (train.keep_best); the newest complete one by default.
     """
 
     source: Path = field(kw_only=False)

@@ -15,6 +15,7 @@ import re
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from harness.core.launcher import end_with_launcher
 from models.ranges import Range
 
 USER_ERROR_CODE = 2
+MOST_KEYS = 60  # of a recipe's that --help lists one by one
 LONGEST_LINE = 2000  # characters of an error that are printed
 OTHERS_WAIT = 1.0  # seconds; torchrun looks after its ranks ten times in one
 # Errors that are the machine's, not the program's, and what to do about them.
@@ -64,7 +66,8 @@ _register_ranges()
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """jsonargparse's parser that raises UserError, and names the nearest key where one is unknown.
+    """jsonargparse's parser that raises UserError, and names the nearest key where one is unknown. Where it has many
+    keys, --help lists sections and --help-all the keys.
 
     Args:
         prog: the command as the user types it.
@@ -80,6 +83,7 @@ class Parser(jsonargparse.ArgumentParser):
             exit_on_error=False,
             **kwargs,
         )
+        self._all = False  # of the keys are shown by the help
 
     def parse(
         self, argv: list[str], recipe: Mapping[str, Any] | None = None, where: str = "recipe"
@@ -89,6 +93,8 @@ class Parser(jsonargparse.ArgumentParser):
         Raises:
             UserError: anything that is wrong with either.
         """
+        self._all = "--help-all" in argv
+        argv = ["--help" if arg == "--help-all" else arg for arg in argv]
         argv = self._spelt_out([_underscored(arg) for arg in argv])
         known = {key for key in self.get_defaults().keys() if key != "config"}
         _check_keys(recipe or {}, known, where)
@@ -131,8 +137,37 @@ class Parser(jsonargparse.ArgumentParser):
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """The help text, its flags spelt with dashes (a recipe's keys, which have dots, keep their underscores)."""
-        text = re.sub(_CLASS, r"\1", super().format_help(*args, **kwargs))
+        keys = [action for action in self._actions if "." in action.dest]
+        sections = {} if self._all or len(keys) <= MOST_KEYS else self._sections(keys)
+        named = re.findall(r"--([\w.]+)", self.epilog or "")  # keys of the example
+        hidden = {action: action.help for action in self._actions if action.dest.split(".")[0] in sections}
+        for action in hidden:
+            action.help = action.help if action.dest in named else argparse.SUPPRESS
+        try:
+            text = re.sub(_CLASS, r"\1", super().format_help(*args, **kwargs))
+        finally:
+            for action, shown in hidden.items():
+                action.help = shown
+        usage, _, text = text.partition("\n\n")
+        usage = " ".join(re.sub(r"\[-(?:[^][]|\[[^]]*\])*\]", "", usage).split())  # without what may be left out
+        text = f"{usage} [options]\n\n{text}"
+        text = re.sub(r"type:\s+Literal\[[^]]*\],\s+", "", text)  # the choices stand beside the flag
+        if sections:
+            lines = "\n".join(sections.values())
+            more = f"keys of a recipe, which --help-all lists with their defaults:\n{lines}\n\nexample:"
+            text = text.replace("example:", more, 1)
         return re.sub(r"--[a-z_]+(?![\w.])", lambda flag: flag[0].replace("_", "-"), text)
+
+    def _sections(self, keys: list[argparse.Action]) -> dict[str, str]:
+        """Section of the recipe -> its line in the short help."""
+        counts = Counter(action.dest.split(".")[0] for action in keys)
+        titles = {
+            action.dest.split(".")[0]: group.title or ""
+            for group in reversed(self._action_groups)
+            for action in group._group_actions
+            if "." in action.dest
+        }
+        return {name: f"  --{name + '.…':<14}{count:>4} keys  {titles[name]}" for name, count in counts.items()}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Parent-death signal of a rank: ranks must not outlive a torchrun that the kernel or SIGUSR1 killed."""
+"""Launcher and ranks: signals to the launcher go to the ranks, which must not outlive one that was killed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import ctypes
 import os
 import signal
 import sys
+from contextlib import suppress
+from types import FrameType
 
+STOPPED_CODE = 75  # of a run that a signal stopped and that goes on by the same command: EX_TEMPFAIL
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # that stop a run
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -22,3 +26,34 @@ def end_with_launcher() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended just before
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Forward:
+    """In a launcher, once made: hands signals to the ranks and waits. Before there are any, and at a second SIGINT, the
+    launcher ends, and they with it.
+
+    Attributes:
+        number: the first signal; 0 without one.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGUSR1:  # jobs/common.sh: until now
+                signal.signal(number, self._forward)
+
+    def caused(self, code: int) -> bool:
+        """True where the exit code of a rank, as a shell counts it, follows from what was handed on."""
+        return code == STOPPED_CODE or (self.number > 0 and code == 128 + self.number)
+
+    def _forward(self, number: int, _: FrameType | None) -> None:
+        import psutil  # type: ignore[import-untyped]
+
+        ranks = psutil.Process().children()
+        at_once = number == self.number == signal.SIGINT
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(signal.SIGKILL if at_once else number)
+        if at_once or not ranks:
+            os._exit(128 + number)
+        self.number = self.number or number

@@ -114,6 +114,8 @@ class Mesh:
         """
         if error is None or self.world_size == 1:
             self.close()
+        else:
+            self.watch.fail()
 
     @property
     def line(self) -> str:

@@ -13,12 +13,13 @@ from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
-from harness.core.cli import USER_ERROR_CODE, tell
+from harness.core.cli import OTHERS_WAIT, USER_ERROR_CODE, tell
 from harness.core.errors import UserError
 
 _LONGEST_BEAT = 1.0  # seconds between looks: the delay until a silent rank is noticed
 _LOOKS = 20  # beats within the silence after which a rank counts as lost
 _CLOSED = "closed"
+_FAILED = "failed"  # key of the store
 
 
 class Watch:
@@ -51,6 +52,15 @@ class Watch:
             with suppress(RuntimeError):
                 self._store.set(f"beat/{self.rank}", _CLOSED)
 
+    def fail(self) -> None:
+        """Tells the other ranks that this one ends by an error. Theirs end a moment later: one that waits in a
+        collective over NCCL would else not notice, nor take a signal.
+        """
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # a launcher has started these ranks for this command only
+            self._ended.set()
+            with suppress(RuntimeError):
+                self._store.set(_FAILED, "")
+
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:
         """Context that adds `what` to the reported place of this rank."""
@@ -68,6 +78,10 @@ class Watch:
             with suppress(RuntimeError):  # where the store is gone the run ends otherwise
                 self._store.set(f"beat/{self.rank}", f"{beats}\n{self.at()}")
                 beats += 1
+                if self._store.check([_FAILED]) and not self._ended.is_set():
+                    time.sleep(OTHERS_WAIT)  # for an error of its own
+                    sys.stdout.flush()
+                    os._exit(1)
                 if time.monotonic() > next_look:
                     self._look(heard)
                     next_look = time.monotonic() + self.patience / _LOOKS

@@ -101,7 +101,7 @@ class Evaluation:
         calibration: the method's, where `calibrate` will be called.
 
     Raises:
-        UserError: the split has nothing that a task or the calibration needs, or an attribute that a task needs is unknown.
+        UserError: the split has nothing that a task or the calibration needs, or lacks an attribute.
     """
 
     def __init__(

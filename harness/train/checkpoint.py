@@ -8,6 +8,7 @@
         state.json      step, data phases and position, ledger, identity of the run, layout
         manifest.json   size and xxh3-64 of every other file; written last
     latest              name of the step folder that was written last
+    best.json           the step folder with the best figure so far (train.keep_best)
 
 A folder is written as step-N.tmp, flushed, checksummed and renamed; only then does `latest` move. Here are the tensors;
 `harness.train.checkpoint_files` has the folders: the newest, those that are kept, checks before anything is loaded.
@@ -39,7 +40,7 @@ from harness.core.manifest import write_manifest
 from harness.core.mesh import Mesh
 from harness.core.waiting import on_first_rank
 from harness.train import checkpoint_files
-from harness.train.checkpoint_files import reason
+from harness.train.checkpoint_files import Keep, reason
 from harness.train.class_rows import ClassMap, move_rows
 from harness.train.ema import Ema
 from harness.train.optimizer import TowerOptimizer
@@ -67,12 +68,12 @@ class Trainable:
 
 
 def save(
-    folder: Path, step: int, parts: Trainable, state: dict[str, Any], classes: Path, mesh: Mesh, keep: int
+    folder: Path, step: int, parts: Trainable, state: dict[str, Any], classes: Path, mesh: Mesh, keep: Keep
 ) -> Path:
     """Writes the checkpoint of `step` under `folder`, and returns it; collective.
 
-    Deletes checkpoints older than the newest `keep` of those that this process has written or found whole: damaged ones
-    do not count.
+    Deletes checkpoints older than the newest of those that this process has written or found whole, as many as `keep`
+    says; damaged ones do not count.
 
     Raises:
         UserError: a weight is not finite (nothing is written), the disk is full, or the folder cannot be written.

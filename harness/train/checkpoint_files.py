@@ -6,10 +6,13 @@ when a library unpickles it. Format: `harness.train.checkpoint`.
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 import shutil
 import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from harness.core.cli import nearest
 from harness.core.errors import UserError
-from harness.core.files import Record, printable, read_json, read_record, write_whole
+from harness.core.files import Record, printable, read_json, read_record, write_json, write_whole
 from harness.core.manifest import at_first, file_sizes, verify
 from harness.core.mesh import Mesh
 from harness.core.waiting import on_first_rank
@@ -37,6 +41,7 @@ _FILE = re.compile(
     r"state\.json|classes\.parquet|towers/(metadata\.json|common\.pt)"
     r"|(towers|head)/(\.metadata|__[0-9]+_[0-9]+\.distcp)"
 )
+BEST = "best.json"
 WHOLE: set[Path] = set()  # checkpoints that this process has written or found whole, the same on every rank
 
 
@@ -46,6 +51,57 @@ def _steps(folder: Path, names: str) -> list[Path]:
         return []
     found = [(match, path) for path in folder.iterdir() if (match := re.fullmatch(names, path.name))]
     return [path for _, path in sorted(found, key=lambda pair: (int(pair[0][1]), pair[0][0]), reverse=True)]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What is kept: the `newest` checkpoints, the best one, and those at multiples of `every` steps (0: none)."""
+
+    newest: int
+    every: int = 0
+
+    def beyond(self, steps: list[Path]) -> list[Path]:
+        """Those of `steps`, checkpoints of one folder, that are neither the best nor at a multiple of `every`."""
+        best = best_of(steps[0].parent) if steps else None
+        return [path for path in steps if path != best and not (self.every and _step(path) % self.every == 0)]
+
+
+def best_of(folder: Path) -> Path | None:
+    """The best checkpoint under `folder` (train.keep_best); None if none was noted.
+
+    Raises:
+        UserError: best.json is damaged.
+    """
+    record = _best(folder)
+    return None if record is None else folder / record.get("checkpoint", str)
+
+
+def note_best(folder: Path, step: int, metric: str, figures: Mapping[str, float]) -> None:
+    """Notes the checkpoint of `step` as the best one under `folder`, if its figure `metric` is the highest so far.
+
+    Raises:
+        UserError: there is no such figure.
+    """
+    if metric not in figures:
+        raise UserError(f"train.keep_best is '{metric}', which is not a figure here", nearest(metric, figures))
+    before = _best(folder)
+    known = before is not None and before.get("metric", str) == metric
+    if math.isnan(figures[metric]) or (before and known and before.get("value", float) >= figures[metric]):
+        return
+    write_json(folder / BEST, {"checkpoint": f"step-{step:08d}", "metric": metric, "value": figures[metric]})
+
+
+def _best(folder: Path) -> Record | None:
+    if not (folder / BEST).exists():
+        return None
+    record = read_record(folder / BEST, "Remove it: the next evaluation writes it again")
+    if not re.fullmatch(_STEP, record.get("checkpoint", str)):
+        record.refuse("checkpoint is not the name of a step folder")
+    return record
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def known_whole(folder: Path) -> list[Path]:
@@ -64,7 +120,7 @@ def make_room(folder: Path) -> None:
     (folder / "towers").mkdir(parents=True)
 
 
-def publish(temporary: Path, final: Path, keep: int) -> None:
+def publish(temporary: Path, final: Path, keep: Keep) -> None:
     """Renames `temporary` to `final`, now the newest checkpoint, and deletes old ones beyond `keep` in a thread."""
     folder = final.parent
     if final.exists():
@@ -74,10 +130,13 @@ def publish(temporary: Path, final: Path, keep: int) -> None:
     _retire(folder, keep, final)
 
 
-def _retire(folder: Path, keep: int, written: Path) -> None:
-    """Deletes checkpoints older than `written` and than the newest `keep` that are known to be whole."""
-    steps, kept = _steps(folder, _STEP), known_whole(folder)[:keep]
-    for old in steps[max(steps.index(kept[-1]), steps.index(written)) + 1 :] if len(kept) == keep else []:
+def _retire(folder: Path, keep: Keep, written: Path) -> None:
+    """Deletes checkpoints older than `written` and than the newest that are known to be whole, except what `keep`
+    spares.
+    """
+    steps, kept = _steps(folder, _STEP), known_whole(folder)[: keep.newest]
+    rest = steps[max(steps.index(kept[-1]), steps.index(written)) + 1 :] if len(kept) == keep.newest else []
+    for old in keep.beyond(rest):
         if (old / "manifest.json").is_file() and not old.is_symlink():  # one of ours; a link is the user's
             old.rename(folder / f".{old.name}.old")
 
@@ -88,17 +147,17 @@ def _retire(folder: Path, keep: int, written: Path) -> None:
     threading.Thread(target=delete, name=_DELETING).start()  # not a daemon: the process waits for it at its end
 
 
-def tidy(folder: Path, keep: int, resumed: Path, mesh: Mesh) -> None:
+def tidy(folder: Path, keep: Keep, resumed: Path, mesh: Mesh) -> None:
     """Completes the last save of a process that was killed, and deletes checkpoints beyond a smaller `keep`;
     collective.
 
-    With more than `keep` checkpoints, the newest are read and compared with their manifests until `keep` of them are
+    With more checkpoints than that, the newest are read and compared with their manifests until as many of them are
     known to be whole.
     """
     steps = at_first(lambda: _steps(folder, _STEP), mesh, "listing checkpoints")
-    if len(steps) > keep:
+    if at_first(lambda: len(keep.beyond(steps)), mesh, "listing checkpoints") > keep.newest:
         for path in steps:
-            if sum(step in WHOLE for step in steps) < keep and path not in WHOLE and not problem(path, mesh):
+            if sum(step in WHOLE for step in steps) < keep.newest and path not in WHOLE and not problem(path, mesh):
                 WHOLE.add(path)
 
     def end() -> None:

@@ -24,7 +24,7 @@ from harness.train.schedule import OptimizerConfig
 from models.heads.class_parallel import ClassHeadConfig
 from models.method import MethodConfig
 from models.presets import PRESETS, expand
-from models.ranges import NonNegativeInt, PositiveInt, UnitIntervalBelow1
+from models.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, UnitIntervalBelow1
 from models.registry import METHODS
 
 EXAMPLE = (
@@ -51,8 +51,13 @@ class TrainConfig:
         margin_warmup: steps over which the margin grows from 0 to its value.
         log_every: steps between two lines of log.
         evaluate_every: steps between two evaluations; 0 evaluates at the end only.
-        checkpoint_every: steps between two checkpoints; 0 saves at the end only.
+        checkpoint_every: steps between two checkpoints; 0 saves none by the count of steps.
+        checkpoint_minutes: minutes after a checkpoint until the next one; 0 saves none by the clock. A run also saves
+            at its end, and when SIGTERM, SIGINT, SIGUSR1 or SIGHUP stops it.
         keep_checkpoints: newest checkpoints to keep.
+        keep_every: also save at every multiple of this many steps, and keep these checkpoints; 0 keeps none of them.
+        keep_best: figure of the evaluation (map, recall_at_1, photo/map, …): also save at every evaluation, and keep
+            the checkpoint where it was highest, which `--checkpoint best` names; empty keeps none.
         resume: auto continues the newest checkpoint in the run folder if there is one; never starts from scratch and
             refuses a used folder.
         new_phase: a resume on a catalogue that was governed again continues with its classes and order, as a new data
@@ -73,7 +78,10 @@ class TrainConfig:
     log_every: PositiveInt = 10
     evaluate_every: NonNegativeInt = 0
     checkpoint_every: NonNegativeInt = 0
+    checkpoint_minutes: NonNegativeFloat = 15.0
     keep_checkpoints: PositiveInt = 2
+    keep_every: NonNegativeInt = 0
+    keep_best: str = ""
     resume: Literal["auto", "never"] = "auto"
     new_phase: bool = False
     init_from: Path | None = None
@@ -111,7 +119,7 @@ class RunConfig:
 def parser(method: str) -> Parser:
     """The parser of a run of `method`."""
     p = Parser(
-        "harness.train",
+        "shelfmark train",
         "Train a retrieval model by a recipe; every key can be overridden, as --train.steps 200.",
         EXAMPLE,
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from harness.core.build import build
 from harness.core.errors import UserError
 from harness.core.files import printable
+from harness.core.manifest import at_first
 from harness.core.mesh import Mesh
 from harness.text.tokenizer import Tokenizer
 from harness.train import checkpoint, checkpoint_files
@@ -28,12 +29,18 @@ def open_settings(run: Path, tensor_parallel: int) -> RunConfig:
 
 
 def find_checkpoint(run: Path, wanted: Path | None, mesh: Mesh | None = None) -> Path:
-    """The checkpoint `wanted`, or else the newest complete one of `run`. With `mesh` collective: each rank checks its
-    share of the files.
+    """The checkpoint `wanted`, the best one of `run` where that is `best`, or else its newest complete one. With `mesh`
+    collective: each rank checks its share of the files.
 
     Raises:
-        UserError: no checkpoint is complete, or `wanted` is not.
+        UserError: no checkpoint is complete, or `wanted` is not, or no best one was kept.
     """
+    if wanted == Path("best"):
+        wanted = at_first(
+            lambda: checkpoint_files.best_of(run / "checkpoints"), mesh, "looking for the best checkpoint"
+        )
+        if wanted is None:
+            raise UserError(f"{run} has no best checkpoint", "It keeps one where train.keep_best names a figure")
     if wanted is not None:
         if problem := checkpoint_files.problem(wanted, mesh):
             raise UserError(f"{wanted}: {problem}", "Name another step folder, or leave out --checkpoint")

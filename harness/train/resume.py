@@ -148,7 +148,8 @@ class Resume:
             self.notes += self.ledger.compare(path, state, self.loader)
         # A memory bank labels its embeddings with class ids, which have another meaning in a new phase.
         self._load(path, replace(self.parts, memory=None) if begins else self.parts, classes)
-        checkpoint_files.tidy(path.parent, config.train.keep_checkpoints, path, self.mesh)
+        keep = checkpoint_files.Keep(config.train.keep_checkpoints, config.train.keep_every)
+        checkpoint_files.tidy(path.parent, keep, path, self.mesh)
         self._note_continued(path, state, changes, begins)
 
     def _note_continued(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import yaml
 
@@ -13,6 +16,7 @@ from harness.catalogue.wholeness import FOLDERS, require_whole
 from harness.core.cli import check_figures, run_command, write_figures
 from harness.core.errors import UserError
 from harness.core.files import write_json, write_whole
+from harness.core.launcher import STOPPED_CODE
 from harness.core.lock import locked
 from harness.core.mesh import Mesh
 from harness.core.versions import versions
@@ -25,9 +29,12 @@ LOCK = ".lock"  # in the run folder; what only reads a run does not ask for it
 
 
 def train(argv: list[str]) -> None:
-    """Parses, checks, trains. Raises UserError for what the user can mend, on every rank alike."""
+    """Parses, checks, trains. Raises UserError for what the user can mend, on every rank alike; SystemExit after a
+    signal that stopped the run.
+    """
     config, json_file = parse(argv)
     # megatron-core takes seconds to import: a mistake in the recipe is told before
+    from harness.train.introduction import closing
     from harness.train.trainer import Trainer
 
     model = prepared(config.method, config.model, config.data.catalogue)
@@ -42,11 +49,24 @@ def train(argv: list[str]) -> None:
             prepare_run_folder(config, versions())
         mesh.barrier()
         figures = trainer.fit()
-        if mesh.rank == 0:
+        stopped = trainer.boundary.stop
+        if mesh.rank == 0 and not stopped:
             write_figures(json_file, figures)
-            shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
-            shown = {k: v for k, v in shown.items() if v is not None and k != "slices"}
-            print(f"run {config.run_dir}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
+            print(closing(config.run_dir, config.evaluation.split, figures))
+        elif mesh.rank == 0:  # on standard error: a terminal that was closed takes no line
+            signal = trainer.boundary.noted or "a signal to another rank"
+            told = f"stopped by {signal} after step {trainer.step}, saved in {config.run_dir}. To go on: {_command()}"
+            print(told, file=sys.stderr, flush=True)
+    if stopped:
+        sys.exit(STOPPED_CODE)
+
+
+def _command() -> str:
+    """The command that started this run: torchrun's, where it started the ranks."""
+    words, launcher = sys.orig_argv, Path(f"/proc/{os.getppid()}/cmdline")
+    if "TORCHELASTIC_RUN_ID" in os.environ and launcher.exists():
+        words = launcher.read_text(errors="replace").rstrip("\0").split("\0")
+    return "the same job" if "SLURM_JOB_ID" in os.environ else shlex.join(words)
 
 
 def prepare_run_folder(config: RunConfig, versions: dict[str, str]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
 from harness.core.files import printable, write_whole
 from harness.core.mesh import Mesh
+from harness.core.progress import progress
 from harness.train.tensorboard import Board
 
 
@@ -41,9 +41,7 @@ class RunLog:
             write_whole(self._file, "".join(f"{line}\n" for line in kept))
         self._jsonl = self._file.open("a")
         self.board = Board(folder / "tensorboard", first)
-        # A file gets a line now and then, a terminal a smooth bar.
-        pace = 0.2 if sys.stderr.isatty() else 30.0
-        self._bar = tqdm(total=steps, initial=first, desc="training", unit=" steps", smoothing=0.05, mininterval=pace)
+        self._bar = progress("training", steps, first, " steps")
 
     def advance(self, shown: dict[str, str]) -> None:
         """Counts a finished step; `shown` is displayed beside the progress bar."""

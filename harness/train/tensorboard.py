@@ -62,10 +62,10 @@ class Board:
         settings = config.to_dict()
         own = [f"model.{name}" for name, value in settings["model"].items() if not isinstance(value, Mapping)]
         values = {key: value for key in [*HYPERPARAMETERS, *own] if (value := _at(settings, key)) is not None}
-        facts = _facts(mesh, catalogue, method, classes, config.model.embedding_dim)
+        known = facts(mesh, catalogue, method, classes, config.model.embedding_dim)
         versions = json.loads((config.run_dir / "versions.json").read_text())
         begun = {"from step": step, **{f"note {n}": note for n, note in enumerate(notes, 1)}}
-        tables = {"Recipe": values, **facts, "Start": begun, "Versions": versions}
+        tables = {"Recipe": values, **known, "Start": begun, "Versions": versions}
         self._writer.add_text("run/summary", _markdown(tables, settings), step)
         plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()}
         # add_hparams would make a run of its own. A list of columns is left out too: TensorBoard would use the first
@@ -95,7 +95,7 @@ class Board:
         self._writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
 
 
-def _facts(mesh: Mesh, catalogue: Catalogue, method: Method, classes: int, width: int) -> dict[str, dict[str, Any]]:
+def facts(mesh: Mesh, catalogue: Catalogue, method: Method, classes: int, width: int) -> dict[str, dict[str, Any]]:
     """Facts beyond the configuration: heading -> name -> value. `width` is that of a class row."""
     tp, counts = mesh.tp.size(), catalogue.meta["counts"]
     towers = sum(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from harness.core.build import build
 from harness.core.cli import tell
+from harness.core.errors import UserError
 from harness.core.files import write_json
 from harness.core.mesh import Mesh
 from harness.core.waiting import on_first_rank
@@ -21,9 +22,11 @@ from harness.data.loader import StepLoader
 from harness.data.step_data import StepData
 from harness.evaluate.evaluation import Evaluation, Report
 from harness.text.tower_check import require_texts_fit
-from harness.train import checkpoint, guards, panels
+from harness.train import checkpoint, checkpoint_files, guards, panels
+from harness.train.boundary import Boundary
 from harness.train.config import RunConfig
 from harness.train.ema import Ema
+from harness.train.introduction import introduction
 from harness.train.ledger import Ledger
 from harness.train.optimizer import TowerOptimizer, sum_of_squares
 from harness.train.profiler import StepProfiler
@@ -59,6 +62,8 @@ class Trainer:
     Attributes:
         step: finished steps.
         notes: lines for the log about the start of the run.
+        saved: step of the newest checkpoint.
+        boundary: its `stop` tells whether a signal ended `fit`; all that it did is saved.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
@@ -109,7 +114,8 @@ class Trainer:
         self._data: StepData | None = None  # of the present step, once it is read
         # Start, or continuation
         self.resume = Resume(config, mesh, self.loader, self.method, self.parts, self.ledger)
-        self.step = self.resume.step
+        self.step = self.saved = self.resume.step
+        self.boundary = Boundary(mesh, config.train.checkpoint_minutes)
         averaged = [] if self.ema is None else [self.ema.note]
         self.notes = [*self.towers.notes, *averaged, *self.resume.notes]
 
@@ -143,8 +149,10 @@ class Trainer:
         if head is not None:
             active, row_grad = head.row_grad
             squared += sum_of_squares(row_grad)
-        # The one wait of every step: what tells whether it may touch the weights.
-        squared_norm, loss_value = torch.stack([self.mesh.sum(squared), total.to(squared.dtype)]).tolist()
+        # The one wait of every step: what tells whether it may touch the weights, and what ranks ask for at its end.
+        sums_of_ranks = self.mesh.sum(torch.stack([squared, *self.boundary.own(squared)]))
+        squared_norm, *asked, loss_value = torch.cat([sums_of_ranks, total[None].to(squared.dtype)]).tolist()
+        self.boundary.agree(*asked)
         norm = math.sqrt(squared_norm)
         self._require_finite(loss_value, norm, data)
         if config.optimizer.clip_norm and norm > config.optimizer.clip_norm:
@@ -165,7 +173,7 @@ class Trainer:
         return StepResult(total, names, sums, norm)
 
     def fit(self) -> dict[str, Any]:
-        """Trains to the last step (or to train.stop_at); returns the final figures."""
+        """Trains to the last step (or to train.stop_at, or until a signal); returns the final figures."""
         train, speed = self.config.train, self.throughput
         again = on_first_rank(self._lacks_evaluation, self.mesh, "looking for the last evaluation")
         log = self._open_log(again)
@@ -175,6 +183,7 @@ class Trainer:
         speed.start(self.step)
         profiler = StepProfiler(train.profile_steps, self.config.run_dir, self.mesh.rank)
         self.mesh.watch.at = self._place
+        self.boundary.open()
         try:
             if again:
                 report = self.evaluate(log)
@@ -197,19 +206,28 @@ class Trainer:
                     self.damaged.require_few(self.step, int(figures["data/bad_samples"]), speed.images(self.step))
                     speed.start_window(self.step)
                 with speed.paused():
-                    if (train.checkpoint_every and self.step % train.checkpoint_every == 0) or last:
+                    saves, evaluates = last or self._saves(), self._evaluates()
+                    if saves:
                         self.save()
-                    if self._evaluates():
+                    if evaluates and not self.boundary.stop:
                         report = self.evaluate(log)
+                    if (saves or evaluates) and not last:
+                        self.boundary.ask()  # a signal may have come since the step
+                if self.boundary.stop:
+                    break
                 # The steps that end in a line of the log are timed exactly.
                 self.clock.start(exact=self.step % train.log_every == train.log_every - 1)
-            if self.mesh.rank == 0 and self.step == train.steps:
+            if self.saved < self.step:  # a signal came during an evaluation
+                self.save()
+            if self.mesh.rank == 0 and self.step == train.steps and not self.boundary.stop:
                 log.board.finish()
         except Exception as error:
+            self.boundary.close(failed=not isinstance(error, UserError))
             if self.mesh.world_size > 1:  # at once: what follows may wait for a read
                 tell(error)
             raise
         finally:
+            self.boundary.close()
             profiler.close()
             self.loader.close()
             log.close()
@@ -219,9 +237,13 @@ class Trainer:
     def save(self) -> Path:
         """Writes a checkpoint of the present step; collective."""
         self._calibrate()
-        folder, keep = self.config.run_dir / "checkpoints", self.config.train.keep_checkpoints
+        folder, train = self.config.run_dir / "checkpoints", self.config.train
         state = self.resume.state(self.step)
-        return checkpoint.save(folder, self.step, self.parts, state, self.resume.classes, self.mesh, keep)
+        keep = checkpoint_files.Keep(train.keep_checkpoints, train.keep_every)
+        path = checkpoint.save(folder, self.step, self.parts, state, self.resume.classes, self.mesh, keep)
+        self.saved = self.step
+        self.boundary.saved()
+        return path
 
     def evaluate(self, log: RunLog) -> Report:
         """Evaluates the present weights, or their average if it exists, and logs figures and pictures; collective."""
@@ -233,6 +255,8 @@ class Trainer:
 
         def show() -> None:
             panels.show(report, self.step, log.board, self.projector)
+            if metric := self.config.train.keep_best:
+                checkpoint_files.note_best(self.config.run_dir / "checkpoints", self.step, metric, report.figures)
             # Last, for its presence tells that the evaluation is complete.
             write_json(self._figures_file(), {**report.figures, "slices": report.rows})
 
@@ -250,6 +274,13 @@ class Trainer:
     def _evaluated(self) -> AbstractContextManager[None]:
         """Inside the block the towers' weights are those that are evaluated: the average, if there is one."""
         return nullcontext() if self.ema is None else self.ema.applied()
+
+    def _saves(self) -> bool:
+        """True where a checkpoint belongs to the present step."""
+        train, boundary = self.config.train, self.boundary
+        every = (train.checkpoint_every, train.keep_every)
+        due = boundary.stop or boundary.save or any(steps and self.step % steps == 0 for steps in every)
+        return due or (train.keep_best != "" and self._evaluates())  # what is evaluated may be the best
 
     def _evaluates(self) -> bool:
         """True where an evaluation belongs to the present step."""
@@ -270,6 +301,8 @@ class Trainer:
         """Opens the log and writes the start of this process into it; `again`: see `RunLog`."""
         config, mesh = self.config, self.mesh
         log = RunLog(config.run_dir, mesh, self.step, config.train.steps, again)
+        for line in introduction(config, mesh, self.loader, self.method, self.step):
+            log.say(line)
         device = f"{mesh.line}, precision {config.train.precision}"
         for line in [device, mesh.accelerators.line, f"images: {self.loader.images.line}", *self.notes]:
             log.say(line)

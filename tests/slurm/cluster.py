@@ -152,11 +152,15 @@ def configuration(folder: Path, nodes: int, cpus: int) -> str:
         "ReturnToService": 2,
         "SlurmdParameters": "config_overrides",
         "KillWait": 10,
+        "PreemptType": "preempt/partition_prio",
+        "PreemptMode": "REQUEUE",
     }
     lines = [f"{name}={value}" for name, value in settings.items()]
     for i, port in enumerate(ports[1:], 1):
         lines.append(f"NodeName=node{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=1000")
-    return "\n".join([*lines, "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP", ""])
+    usual = "Nodes=ALL MaxTime=INFINITE State=UP"
+    lines.append(f"PartitionName=all Default=YES GraceTime=120 PriorityTier=1 {usual}")
+    return "\n".join([*lines, f"PartitionName=urgent PriorityTier=2 {usual}", ""])
 
 
 def free_ports(count: int) -> list[int]:

@@ -26,6 +26,7 @@ from tests.slurm.cluster import Cluster, cluster, missing
 ROOT = Path(__file__).parents[2]
 # What cluster.env would say of these nodes; it also keeps a GPU of this machine out.
 SETTINGS = {"VENV": sys.prefix, "NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+LONG = 300  # steps: half a minute
 TIMING = ("seconds/", "speed/")
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
@@ -197,6 +198,82 @@ def test_a_rank_that_is_killed_ends_the_job(slurm: Cluster, project: Path, recip
     os.kill(int(victim.name), signal.SIGKILL)
     text = log(slurm, project, "train", number, "FAILED", 137)
     assert text.splitlines()[-1].startswith("exit code 137 after")
+
+
+def started(slurm: Cluster, project: Path, recipe: Path, name: str) -> tuple[int, Path]:
+    """A long training job on both nodes that has trained a few steps: its id and its run folder."""
+    run = project / "runs" / name
+    options = ("--train.steps", LONG, "--train.checkpoint_every", 0, "--run-dir", f"runs/{name}")
+    number = slurm.submit("--nodes=2", "jobs/train.sh", recipe, *options, cwd=project, **SETTINGS)
+    end = time.monotonic() + 200
+    while not ((run / "log.jsonl").exists() and (run / "log.jsonl").read_text()):
+        assert time.monotonic() < end, slurm.logs()
+        time.sleep(0.2)
+    return number, run
+
+
+def goes_on(slurm: Cluster, project: Path, number: int) -> str:
+    """The log of a job that is back in the queue, once it has ended well."""
+    end = time.monotonic() + 200
+    while slurm.job(number)["Restarts"] == "0" or slurm.job(number)["JobState"] != "PENDING":
+        assert time.monotonic() < end, f"{slurm.job(number)} {slurm.logs()}"
+        time.sleep(0.2)
+    slurm.command("scontrol", "update", f"JobId={number}", "StartTime=now")  # SLURM would wait two minutes
+    return log(slurm, project, "train", number, "COMPLETED")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(project: Path, recipe: Path) -> list[dict[str, Any]]:
+    plain(project, "torch.distributed.run", "--nproc-per-node", 2, "-m", "harness.train", "--config", recipe,
+          "--train.steps", LONG, "--run-dir", "runs/undisturbed")  # fmt: skip
+    return figures(project / "runs" / "undisturbed")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("why", ["time", "preemption"])
+def test_a_job_that_is_stopped_goes_on_in_the_queue(
+    slurm: Cluster, project: Path, recipe: Path, undisturbed: list[dict[str, Any]], why: str
+) -> None:
+    number, run = started(slurm, project, recipe, why)
+    if why == "time":
+        slurm.command("scancel", "--batch", "--signal=USR1", number)  # what #SBATCH --signal asks for
+    else:
+        slurm.submit("--partition=urgent", "--nodes=2", "--exclusive", "--wrap", "true", cwd=project)
+    text = goes_on(slurm, project, number)
+    (stopped,) = re.findall(rf"stopped by {'SIGUSR1' if why == 'time' else 'SIGTERM'} after step (\d+), saved", text)
+    assert f"requeued at step-{int(stopped):08d}" in text and f"resumed step-{int(stopped):08d}" in text
+    assert text.count("exit code 75 after") == 1 and text.splitlines()[-1].startswith("exit code 0 after")
+    assert 0 < int(stopped) < LONG and figures(run) == undisturbed
+
+
+@pytest.mark.full
+def test_a_job_that_is_cancelled_saves_and_stays_so(slurm: Cluster, project: Path, recipe: Path) -> None:
+    number, run = started(slurm, project, recipe, "cancelled")
+    slurm.command("scancel", number)
+    assert slurm.wait(number)["JobState"] == "CANCELLED"
+    end = time.monotonic() + 60
+    while slurm.processes(number):
+        assert time.monotonic() < end, slurm.logs()
+        time.sleep(0.2)
+    assert (run / "checkpoints" / "latest").exists() and slurm.job(number)["Restarts"] == "0"
+    assert "requeued" not in (project / f"shelfmark-train-{number}.log").read_text()
+
+
+def test_a_job_without_progress_is_requeued_so_many_times(tmp_path: Path) -> None:
+    """Without SLURM, whose part is played by a function: each round would take a minute."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "latest").write_text("step-00000007")
+    (run / "requeues").write_text("2 step-00000007\n")
+    text = (ROOT / "jobs" / "train.sh").read_text()
+    script = text[text.index("ended() {") : text.index("\n}\n", text.index("ended() {")) + 3]
+    tools = 'scontrol() { echo "scontrol $1" >&2; echo JobState=RUNNING; }; sleep() { :; }\n'
+    for expected in ("requeued at step-00000007", "not requeued: stopped 4 times at step-00000007"):
+        environment = {**os.environ, "SLURM_JOB_ID": "7", "MAX_REQUEUES": "3"}
+        command = ["bash", "-euc", f"{tools}{script}\nended 75 {run}"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 75 and expected in done.stdout, done
+        assert ("scontrol requeue" in done.stderr) == expected.startswith("requeued")
 
 
 @pytest.mark.parametrize("script,code,how", [("kill -9 $BASHPID", 137, "SIGKILL"), ("exit 3", 3, "exit code 3")])
