@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from harness.catalogue.catalogue import Catalogue
+from harness.catalogue.shop import Shop
 from harness.catalogue.splits import Photo, place
 from harness.commands.init import InitConfig, run
 from harness.core.errors import UserError
@@ -151,6 +152,12 @@ def test_every_form_becomes_a_catalogue(kind: str, tmp_path: Path, capsys: pytes
         run(InitConfig(sources=tuple(sources), out=out))
 
 
+@pytest.mark.parametrize("name", ["upc", "style_code", "Article Number", "productcode"])
+def test_the_product_column_has_many_usual_names(name: str, tmp_path: Path) -> None:
+    (tmp_path / "p.tsv").write_text(f"photo\t{name}\tcolour\n1.jpg\t0042\tred\n", encoding="utf-8")
+    assert Shop((tmp_path / "p.tsv",)).choose({}) == {"image": "photo", "product": name}
+
+
 FEW = {"classes": 900, "photos": 2700, "titles_apart": 0.0, "has_text": True}
 MANY = {"classes": 80, "photos": 2600, "titles_apart": 1.0, "has_text": True}
 HERE = {"gpus": 0, "ranks": 2, "minutes": 20.0}
@@ -187,6 +194,9 @@ def test_the_rules_of_the_recipe(facts: dict[str, Any], expected: dict[str, Any]
     train = parse(["--config", str(draft)], 2)[0].train
     assert train.steps == more["train.steps"][0] and train.margin_warmup < train.steps
     assert train.steps * config.data.queries_per_step <= 101 * known.photos and seconds <= 20 * 60
+    # The reason is the one that decided: titles tell these documents apart, but there are few photos.
+    why = shape(Facts(**{**HERE, **FEW, "titles_apart": 1.0}))["model.text_dropout"][1]
+    assert why == "3.0 train photos a class: the image must count"
     # Half the time is half the steps where time is what bounds them.
     if seconds > 900:
         half, _ = length(Facts(**{**HERE, **facts, "minutes": 10.0}), 2e10, config.data.queries_per_step)

@@ -21,7 +21,8 @@ from harness.core.files import printable
 # Usual names of a column, the best first; compared in lower case, without spaces, dashes and underscores.
 USUAL = {
     "image": "image imagepath imagefile filename image_name img photo photopath photofile picture file path filepath",
-    "product": "classid productid product sku itemid articleid article asin gtin ean styleid label class id item",
+    "product": "classid productid productcode product sku itemid itemcode articleid articlenumber articlecode article "
+    "asin gtin ean upc styleid stylecode label class id item",
     "title": "title producttitle productname productdisplayname displayname name itemname caption text",
     "description": "description productdescription longdescription details desc body",
     "split": "split partition subset fold",

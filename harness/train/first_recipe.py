@@ -69,7 +69,9 @@ def shape(facts: Facts) -> Changes:
         why = f"{facts.titles_apart:.0%} of the titles are of one document only: text may say which product it is"
         changes |= {"model.text_dropout": (0.0, why), "model.gate_init": (0.5, why)}
     else:
-        why = f"{facts.titles_apart:.0%} of the titles are of one document only: the image must count"
+        telling = facts.titles_apart >= TELLING
+        why = seen if telling else f"{facts.titles_apart:.0%} of the titles are of one document only"
+        why += ": the image must count"
         changes |= {"model.text_dropout": (0.5, why), "model.gate_init": (0.1, why)}
     scale, margin = (16.0, 0.1) if facts.classes < 1_000 else (32.0, 0.2) if facts.classes < 100_000 else (64.0, 0.4)
     changes["head.scale"] = scale, f"{facts.classes:,} classes"
