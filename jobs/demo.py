@@ -147,7 +147,7 @@ def held_out_photos(products: Path, number: int) -> dict[str, str]:
 
 
 def draw_sheet(out: Path, classes: list[str]) -> None:
-    """The contact sheet of the photos searched for, right documents framed green, wrong ones red."""
+    """The contact sheet of the photos searched for, right documents framed green, others grey."""
     artefact = Artefact(out / "artefact")
     keys = artefact.documents.column("class_key").to_pylist()
     rows: list[Any] = []
