@@ -81,7 +81,7 @@ class Stages:
         code = subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ, "PATH": path}).returncode
         self.seconds[name] = round(time.perf_counter() - started, 1)
         if code:
-            raise UserError(f"the demo stopped in stage '{name}': exit code {code}", "The reason stands above")
+            raise UserError(f"the demo stopped in stage '{name}': exit code {code}", "See the message above")
 
 
 def demo(config: DemoConfig) -> None:
