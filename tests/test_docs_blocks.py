@@ -1,4 +1,4 @@
-"""The commands of README and docs/your-data.md, run in order and unchanged on a made-up shop."""
+"""The commands of README and docs/your-data.md, run in order and unchanged on a made-up shop; links of all pages."""
 
 from __future__ import annotations
 
@@ -56,6 +56,26 @@ def test_the_first_command_prints_the_others(tmp_path: Path) -> None:
     assert printed == [line.replace("--ranks 2", f"--ranks {ranks}") for line in others]
     assert "product = 'sku'" in told and "the text fills" in told
     assert {"train", "val", "test", "all"} == set(Catalogue(tmp_path / "shop/catalogue").meta["counts"]["splits"])
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"(?m)^#+ (.*)$", page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    """Files and headings, from every Markdown page at the root and in docs/."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    links = [
+        (page, link) for page in pages for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    ]
+    assert len(links) > 100
+    for page, link in links:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not link.startswith("https://"):
+            assert target.exists() and (not anchor or anchor in anchors(target)), f"{page}: {link}"
 
 
 @pytest.mark.full  # trains, exports and searches
