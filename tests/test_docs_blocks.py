@@ -20,8 +20,8 @@ SHELL = 'set -eu\ntensorboard() { timeout 15 tensorboard "$@" || [ $? = 124 ]; }
 
 
 def blocks(page: str, *sections: str) -> str:
-    """The indented blocks of some sections of a page, up to a section's first subsection."""
-    text = (ROOT / page).read_text(encoding="utf-8")
+    """The indented blocks of some sections of a page, up to a section's first subsection, without fenced blocks."""
+    text = re.sub(r"(?ms)^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"))
     found = []
     for section in sections:
         assert f"\n## {section}\n" in text, f"{page} has no section {section}"
