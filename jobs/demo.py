@@ -1,4 +1,4 @@
-"""`make demo`: the whole line on a drawn catalogue, on this machine, by the commands that a user would type.
+"""`make demo`: every stage on a synthetic catalogue, on this machine, by the commands that a user would type.
 
 Draws products and photos of them, makes a catalogue, trains OCLEAR from scratch, measures it on held-out photos,
 exports it, and searches for eight of those photos. Writes everything to runs/demo, the figures to summary.json.
@@ -81,7 +81,7 @@ class Stages:
         code = subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ, "PATH": path}).returncode
         self.seconds[name] = round(time.perf_counter() - started, 1)
         if code:
-            raise UserError(f"the demo stopped in stage '{name}': exit code {code}", "The reason stands above")
+            raise UserError(f"the demo stopped in stage '{name}': exit code {code}", "See the message above")
 
 
 def demo(config: DemoConfig) -> None:
@@ -147,7 +147,7 @@ def held_out_photos(products: Path, number: int) -> dict[str, str]:
 
 
 def draw_sheet(out: Path, classes: list[str]) -> None:
-    """The contact sheet of the photos searched for, right documents framed green, wrong ones red."""
+    """The contact sheet of the photos searched for, right documents framed green, others grey."""
     artefact = Artefact(out / "artefact")
     keys = artefact.documents.column("class_key").to_pylist()
     rows: list[Any] = []
@@ -216,11 +216,11 @@ def print_summary(summary: dict[str, Any], out: Path) -> None:
         "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()),
         "",
         "Look next:",
-        f"  {out}/contact_sheet.png            eight photos and what was found, right ones framed green",
+        f"  {out}/contact_sheet.png            eight photos and what was found, correct ones framed green",
         f"  .venv/bin/tensorboard --logdir {out}/run     curves, retrieval panel, documents in space",
         f"  .venv/bin/shelfmark search {out}/artefact PHOTO --sheet found.png",
         f"  {out}/summary.json                 these figures",
-        "  docs/your-data.md                  the same line on your own catalogue",
+        "  docs/your-data.md                  the same commands for your own photos",
     ]
     print("\n".join(lines))
 
@@ -229,7 +229,7 @@ def main() -> int:
     """Entry point."""
 
     def body() -> None:
-        parser = Parser("demo", "The whole line on a drawn catalogue.", "python jobs/demo.py --out runs/demo")
+        parser = Parser("demo", "Every stage on a synthetic catalogue.", "python jobs/demo.py --out runs/demo")
         parser.add_class_arguments(DemoConfig)
         demo(DemoConfig(**parser.parse(sys.argv[1:]).as_dict()))
 

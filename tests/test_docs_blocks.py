@@ -1,4 +1,4 @@
-"""The commands of README and docs/your-data.md, run in order and unchanged on a made-up shop."""
+"""The commands of README and docs/your-data.md, run in order and unchanged on a made-up shop; links of all pages."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ SHELL = 'set -eu\ntensorboard() { timeout 15 tensorboard "$@" || [ $? = 124 ]; }
 
 
 def blocks(page: str, *sections: str) -> str:
-    """The indented blocks of some sections of a page, up to a section's first subsection."""
-    text = (ROOT / page).read_text(encoding="utf-8")
+    """The indented blocks of some sections of a page, up to a section's first subsection, without fenced blocks."""
+    text = re.sub(r"(?ms)^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"))
     found = []
     for section in sections:
         assert f"\n## {section}\n" in text, f"{page} has no section {section}"
@@ -53,9 +53,29 @@ def test_the_first_command_prints_the_others(tmp_path: Path) -> None:
     told = run(first, tmp_path)
     printed = [line.strip() for line in told.split("next:")[1].splitlines() if line.strip()]
     ranks = min(len(os.sched_getaffinity(0)), 8)
-    assert printed == [line.replace("--nproc-per-node 2", f"--nproc-per-node {ranks}") for line in others]
+    assert printed == [line.replace("--ranks 2", f"--ranks {ranks}") for line in others]
     assert "product = 'sku'" in told and "the text fills" in told
     assert {"train", "val", "test", "all"} == set(Catalogue(tmp_path / "shop/catalogue").meta["counts"]["splits"])
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"(?m)^#+ (.*)$", page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    """Files and headings, from every Markdown page at the root and in docs/."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    links = [
+        (page, link) for page in pages for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    ]
+    assert len(links) > 100
+    for page, link in links:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not link.startswith("https://"):
+            assert target.exists() and (not anchor or anchor in anchors(target)), f"{page}: {link}"
 
 
 @pytest.mark.full  # trains, exports and searches
@@ -67,9 +87,6 @@ def test_the_first_command_prints_the_others(tmp_path: Path) -> None:
     ],
 )
 def test_the_commands_of_a_page_run_unchanged(page: str, sections: tuple[str, ...], tmp_path: Path) -> None:
-    commands = blocks(page, *sections)
-    if "shelfmark init" not in commands:
-        pytest.skip(f"{page} takes a manifest with our own column names")
-    told = run(commands, tmp_path)
+    told = run(blocks(page, *sections), tmp_path)
     assert "recall_at_1" in told and "found" in told
     assert (tmp_path / "found.png").stat().st_size > 1000

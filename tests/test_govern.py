@@ -135,7 +135,8 @@ def test_quarantine_says_why(skewed, capsys):
         row["class_key"]: row["reason"] for row in pq.read_table(skewed / "classes/quarantine.parquet").to_pylist()
     }
     assert reasons["c5"] == "1 documents, --min-documents is 2"
-    assert "quarantined: 3 classes, 2 classless samples" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "not trained: 3 classes with too few queries or documents, 2 samples without a class" in printed
 
 
 def test_summary_and_governance_json(skewed, capsys):
@@ -153,7 +154,7 @@ def test_summary_and_governance_json(skewed, capsys):
     largest = {"class_id": 1, "class_key": "c5", "query_members": 25, "document_members": 1}
     assert meta["largest_class"] == summary["largest_class"] == largest
     printed = capsys.readouterr().out
-    assert "4 classes (2 tail) of 54 queries and 4 documents" in printed and summary["order_id"] in printed
+    assert "4 classes of 54 queries and 4 documents; 2 (tail) have fewer queries than the median" in printed
 
 
 def test_running_again_replaces_and_repeats(skewed):

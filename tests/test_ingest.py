@@ -244,7 +244,7 @@ def test_parquet_cells_become_text(drawn, tmp_path):
     rows = Catalogue(tmp_path / "q").table().to_pylist()
     assert [(row["kind"], row["class_key"]) for row in rows] == [("document", "3"), ("document", None)]
     pq.write_table(pa.table({**table, "title": [["a"], ["b"]]}), tmp_path / "nested.parquet")
-    with pytest.raises(UserError, match="'title' is no text"):
+    with pytest.raises(UserError, match="'title' is not text"):
         run(IngestConfig(manifest=tmp_path / "nested.parquet", images=drawn[0], out=tmp_path / "n"))
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -25,6 +28,7 @@ from harness.commands.queries import QueriesConfig
 from harness.commands.queries import run as make_queries
 from harness.core.errors import UserError
 from harness.core.manifest import fingerprint, write_manifest
+from harness.evaluate.contact_sheet import DARK, GAP, GREEN, GREY, draw_panel
 from harness.evaluate.embed import Embedder, side_of
 from harness.evaluate.ranking import top_k
 from tests.damages import damages
@@ -176,6 +180,28 @@ def test_search_prints_and_draws(artefact: Path, tmp_path: Path, capsys: pytest.
     assert all(f"{hit['score']:7.4f}  {hit['id']}" in out and hit["title"] in out for hit in first)
     drawn = Image.open(sheet)
     assert drawn.width == 4 * 152 and len(drawn.convert("RGB").getcolors(1 << 20) or []) > 50
+
+
+def test_only_right_documents_are_framed_green() -> None:
+    """From left: the query in a dark frame, then a right, a wrong and an unknown document."""
+    white = Image.new("RGB", (16, 16), "white")
+    sheet = draw_panel([(white, [(white, "", relevant) for relevant in (True, False, None)])])
+    frames = [tuple(sheet[GAP - 2, x * 152 + GAP + 9].tolist()) for x in range(4)]
+    assert frames == [DARK, GREEN, GREY, GREY]
+
+
+def test_the_python_of_the_readme(artefact: Path, tmp_path: Path) -> None:
+    """It runs as written beside an artefact and a photo, and prints five documents."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"(?ms)^```python\n(.*?)^```", readme)
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "artefact").symlink_to(artefact)
+    Image.new("RGB", (64, 48), (200, 40, 40)).save(tmp_path / "photo.jpg")
+    printed = io.StringIO()
+    with contextlib.chdir(tmp_path), contextlib.redirect_stdout(printed):
+        exec(compile(code, "README.md", "exec"), {})
+    scores = [float(line.split()[0]) for line in printed.getvalue().splitlines()]
+    assert len(scores) == 5 and scores == sorted(scores, reverse=True)
 
 
 def test_titles_and_ids_cannot_steer_a_terminal(

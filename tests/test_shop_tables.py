@@ -175,7 +175,7 @@ def test_float32_keeps_its_digits(tmp_path: Path) -> None:
 def test_lists_and_objects_are_refused_by_name(photos: Path, tmp_path: Path) -> None:
     for value in (["a"], {"a": 1}):
         pq.write_table(pa.table({"id": ["a"], "image": ["a.jpg"], "title": [value]}), tmp_path / "m.parquet")
-        with pytest.raises(UserError, match=r"column 'title' is no text \((list|struct)<"):
+        with pytest.raises(UserError, match=r"column 'title' is not text \((list|struct)<"):
             taken(tmp_path / "m.parquet", photos, tmp_path / "c", kind="query")
 
 

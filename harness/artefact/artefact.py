@@ -45,13 +45,14 @@ class Photo:
     window: Box
 
     @classmethod
-    def open(cls, path: Path, box: Sequence[int] = (), max_pixels: int = MOST_PIXELS) -> Photo:
+    def open(cls, path: Path | str, box: Sequence[int] = (), max_pixels: int = MOST_PIXELS) -> Photo:
         """Reads and checks a file; without `box` all of it counts. A JPEG of more than `max_pixels` is decoded at half
         its width and height.
 
         Raises:
             UserError: no such file, not an image, or a box that is empty or outside of it.
         """
+        path = Path(path)
         try:
             image = load_image(path.absolute().parent, path.name, MOST_BYTES, max_pixels)
         except Rejected as reason:
@@ -107,12 +108,12 @@ class Artefact:
         UserError: no artefact there, one that is damaged or of another format, no faiss, no DALI.
 
     No code from the folder is run: weights, pictures, tables and vectors are data, whose sizes are checked before
-        memory
-    is allocated for them.
+    memory is allocated for them.
     """
 
-    def __init__(self, path: Path, backend: str | None = None, threads: int = 1) -> None:
-        self.path, self.threads = path, threads
+    def __init__(self, path: Path | str, backend: str | None = None, threads: int = 1) -> None:
+        self.path = path = Path(path)
+        self.threads = threads
         try:
             record = _read_record(path)
             self.meta = record.values

@@ -47,7 +47,7 @@ STAGES = ("open", "evaluate", "export")
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationBenchConfig:
-    """Evaluates and exports drawn catalogues of texts with drawn vectors, on every number of ranks of this machine.
+    """Evaluates and exports synthetic catalogues of texts with random vectors, on every number of ranks.
 
     Each document has an id and a title of its own, shares its class with one other, and has a colour and a category.
     The tasks are photo search, text search by category and category prediction; export writes documents, index and
@@ -59,7 +59,7 @@ class EvaluationBenchConfig:
         queries: photos that are asked.
         embedding_dim: width of the vectors.
         probe_documents: as evaluation.probe_documents.
-        bare_titles: also search by text without the colours' words, for which every title is encoded anew.
+        bare_titles: also search by text without the colours' words, for which every title is encoded again.
     """
 
     documents: tuple[PositiveInt, ...] = (500_000, 1_000_000)

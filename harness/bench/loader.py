@@ -41,7 +41,7 @@ RATIOS = {"speedup_vs_pillow": "pillow", "fraction_of_bare_dali": "dali"}
 class LoaderConfig:
     """Reads the same JPEG files from disk with three readers in turn, after one warm-up round.
 
-    Shelfmark: catalogue, checksums, drawn parameters, DALI. Pillow: a torch DataLoader with one worker for each thread,
+    Shelfmark: catalogue, checksums, random parameters, DALI. Pillow: a torch DataLoader, a worker for each thread,
     the same windows, flips and colours. Bare DALI: its own file reader, random crops and flips, without the colours.
 
     Args:

@@ -48,7 +48,7 @@ class ParquetTable:
         kind = self._schema.field(self.columns.index(column)).type
         if pa.types.is_nested(kind) and not _is_image(kind):
             raise UserError(
-                f"{self.path}: column {printable(column, 40)!r} is no text ({printable(str(kind), 80)})",
+                f"{self.path}: column {printable(column, 40)!r} is not text ({printable(str(kind), 80)})",
                 "Write one value for each row, or name another column",
             )
 

@@ -67,7 +67,7 @@ def attribute_names(names: str, flag: str) -> list[str]:
     attributes = [name.strip() for name in names.split(",") if name.strip()]
     for name in attributes:
         if stored(name) != name:
-            raise UserError(f"{flag}: {name!r} is no UTF-8", "Rename it")
+            raise UserError(f"{flag}: {name!r} is not UTF-8", "Rename it")
         if name in SAMPLE_SCHEMA.names or attributes.count(name) > 1:
             raise UserError(f"{flag}: {name!r} is taken", f"Rename it; taken are {', '.join(SAMPLE_SCHEMA.names)}")
     return attributes

@@ -132,11 +132,12 @@ def run(config: GovernConfig) -> dict[str, Any]:
         raise UserError(f"{catalogue.path} cannot be governed: {reason}", "Its previous classes are kept") from error
     largest = summary["largest_class"]
     print(
-        f"{config.catalogue}/classes: {summary['num_classes']:,} classes ({summary['tail_classes']:,} tail) of "
-        f"{summary['queries']:,} queries and {summary['documents']:,} documents, order {summary['order_id']}\n"
+        f"{config.catalogue}/classes: {summary['num_classes']:,} classes of {summary['queries']:,} queries and "
+        f"{summary['documents']:,} documents; {summary['tail_classes']:,} (tail) have fewer queries than the median\n"
         f"an epoch shows {summary['query_slots']:,} queries and {summary['document_slots']:,} documents; the largest "
         f"class is {largest['class_key']!r} with {largest['query_members']:,} and {largest['document_members']:,}\n"
-        f"quarantined: {summary['quarantined_classes']:,} classes, {summary['quarantined_samples']:,} classless samples"
+        f"not trained: {summary['quarantined_classes']:,} classes with too few queries or documents, "
+        f"{summary['quarantined_samples']:,} samples without a class (classes/quarantine.parquet has them)"
     )
     if summary["num_classes"] == 1:
         print("There is one class only: training has nothing to tell apart. Check ingest's --class-column")

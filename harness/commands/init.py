@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-import harness
 from harness.catalogue.catalogue import SAMPLE_SCHEMA, Catalogue
 from harness.catalogue.shop import Shop
 from harness.catalogue.splits import Photo, Place, place
@@ -233,10 +232,10 @@ def _write_recipe(config: InitConfig, classes: dict[str, Any], slices: tuple[str
     )
     changes = {**shape(facts), "data.catalogue": (out / CATALOGUE, "made by `shelfmark init`")}
     recipe = out / RECIPE
-    launch = f"python {_launcher()} --nproc-per-node {ranks} -m"
+    command = f"shelfmark train --ranks {ranks} --config {recipe} --run-dir {out}/run"
     head = (
         f"OCLEAR on {facts.classes:,} classes with {facts.photos:,} train photos, by `shelfmark init`.\n\n"
-        f"Command:  {launch} harness.train --config {recipe} --run-dir {out}/run\n\n"
+        f"Command:  {command}\n\n"
         "A reason stands behind each value that was chosen; the rules: docs/recipes.md."
     )
     draft = out / f"draft-{RECIPE}"  # its step says how many steps fit the time
@@ -253,9 +252,9 @@ def _write_recipe(config: InitConfig, classes: dict[str, Any], slices: tuple[str
     print(
         f"{recipe}: {made.model.objective}, {steps:,} steps, about {max(1, round(seconds / 60)):,} min on {ranks} "  # type: ignore[attr-defined]
         f"{'GPU' if gpus else 'core'}{'s' * (ranks > 1)} and {memory / 1e9:.1f} GB (estimates)\n\nnext:\n"
-        f"  {launch} harness.train --config {recipe} --run-dir {out}/run\n"
-        f"  {launch} harness eval {out}/run --split test\n"
-        f"  {launch} harness export {out}/run --out {out}/artefact\n"
+        f"  {command}\n"
+        f"  shelfmark eval {out}/run --split test\n"
+        f"  shelfmark export {out}/run --out {out}/artefact\n"
         f"  shelfmark search {out}/artefact photo.jpg --top 5 --sheet found.png"
     )
     return {"steps": steps, "seconds": seconds, "memory": memory}
@@ -270,8 +269,3 @@ def _titles(catalogue: Catalogue) -> dict[str, Any]:
         text = text or any(cell.strip() for name in ("title", "description") for cell in batch.column(name).to_pylist())
     alone = sum(count == 1 for title, count in titles.items() if title)
     return {"titles_apart": alone / max(1, titles.total()), "has_text": text}
-
-
-def _launcher() -> str:
-    here = Path("jobs/torchrun.py")
-    return str(here) if here.is_file() else os.path.relpath(Path(harness.__file__).parents[1] / here)

@@ -1,4 +1,4 @@
-"""`shelfmark queries`: Collect what text queries are made of.
+"""`shelfmark queries`: Collect the sources of text queries.
 
 queries/
     queries.json      values of the attributes with their synonyms, keywords, categories; each list in the order of its

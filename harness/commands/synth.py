@@ -1,4 +1,4 @@
-"""`shelfmark synth`: Draw a demo catalogue: products, photos, a click log."""
+"""`shelfmark synth`: Make a synthetic catalogue: products, photos, a click log."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NEIGHBOUR_SIZE = 112  # pixels; other products in a photo are small
 
 @dataclass(frozen=True, kw_only=True)
 class SynthConfig:
-    """Draws a demo catalogue: products with title, description and a clean picture, photos of them, and a click log.
+    """Makes a synthetic catalogue: products with title, description and clean picture, photos of them, and a click log.
 
     The same values give the same bytes, whatever the number of workers. The folder is ready for `shelfmark ingest
     --manifest OUT/manifest.tsv --images OUT --attribute-columns category,colour,pattern,brand`.
@@ -54,7 +54,7 @@ class SynthConfig:
         held_out: further photos of each product in each of the splits val and test, 1 to 1,000.
         unseen: share of products that training never shows, 0 to 0.5; they get twice `held_out` test photos.
         near_duplicates: share of products in pairs that differ only in small print or colour, 0 to 0.5.
-        seed: of all draws.
+        seed: of all random choices.
         workers: drawing processes; 0 = the CPU cores this process may use.
     """
 
@@ -73,7 +73,7 @@ class SynthConfig:
 
 
 def run(config: SynthConfig) -> dict[str, Any]:
-    """Draws and prints a summary.
+    """Makes the folder and prints a summary.
 
     Returns:
         products, documents, photos, unseen_products, near_duplicates (products in pairs), splits, impressions, clicks,

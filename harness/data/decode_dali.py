@@ -1,4 +1,4 @@
-"""The image pipeline in NVIDIA DALI: encoded bytes and drawn parameters in, normalised batches out.
+"""The image pipeline in NVIDIA DALI: encoded bytes and random parameters in, normalised batches out.
 
 One graph serves CPU and GPU: decode the window only -> antialiased linear resize -> mirror, to planes -> colour,
 normalise. Nothing in it is random; every choice comes in with the call (see `harness/data/preprocess.py`). The colour

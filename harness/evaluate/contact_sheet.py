@@ -16,21 +16,23 @@ from harness.data.preprocess import WHITE
 CELL, GAP, FRAME = 128, 12, 4  # pixels
 LINES, LINE = 2, 14  # of a caption
 LONGEST = 200  # characters of a text that are looked at: to measure takes time, and no cell shows as many
-GREEN, RED, GREY, DARK = (40, 160, 60), (200, 50, 50), (200, 200, 200), (60, 60, 60)
-FRAMES = {True: GREEN, False: RED, None: GREY}
+GREEN, GREY, DARK = (40, 160, 60), (200, 200, 200), (60, 60, 60)
 
 
 def draw_panel(rows: list[tuple[Image.Image, list[tuple[Image.Image, str, bool | None]]]]) -> np.ndarray:
     """uint8 [H, W, 3]: a row for each query, its documents as (picture, caption, relevant).
 
-    A document is framed green if relevant, red if not, grey if that is unknown (None); the query has a dark frame.
+    A relevant document has a green frame, any other a grey one, also where relevance is unknown (None); the query has a
+    dark frame.
     """
     columns = max((len(documents) for _, documents in rows), default=0) + 1
     step_x, step_y = CELL + 2 * GAP, CELL + 2 * GAP + LINES * LINE
     sheet = Image.new("RGB", (columns * step_x, max(1, len(rows)) * step_y), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
     for y, (query, documents) in enumerate(rows):
-        cells = [(query, "query", DARK)] + [(image, text, FRAMES[relevant]) for image, text, relevant in documents]
+        cells = [(query, "query", DARK)] + [
+            (image, text, GREEN if relevant else GREY) for image, text, relevant in documents
+        ]
         for x, (image, caption, colour) in enumerate(cells):
             left, top = x * step_x + GAP, y * step_y + GAP
             draw.rectangle(

@@ -29,7 +29,7 @@ LOCK = ".lock"  # in the run folder; what only reads a run does not ask for it
 
 
 def train(argv: list[str]) -> None:
-    """Parses, checks, trains. Raises UserError for what the user can mend, on every rank alike; SystemExit after a
+    """Parses, checks, trains. Raises UserError for mistakes of the user, on every rank alike; SystemExit after a
     signal that stopped the run.
     """
     config, json_file = parse(argv)

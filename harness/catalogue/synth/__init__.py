@@ -1,1 +1,1 @@
-"""The demo catalogue: drawn products, photos of them, and a click log."""
+"""The synthetic demo catalogue: products, photos of them, and a click log."""
