@@ -17,19 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
 from harness.artefact.artefact import Artefact
-from harness.catalogue.catalogue import Catalogue
 from harness.commands.search import save_sheet
 from harness.core.cli import Parser, run_command
 from harness.core.errors import UserError
 from harness.core.files import write_json
 from harness.core.lock import locked
-from harness.evaluate.contact_sheet import picture
-from harness.evaluate.embed import ClassKeys, Side, side_of
+from harness.evaluate.baselines import HISTOGRAM
 
 LAUNCHER = os.path.relpath(Path(__file__).parent / "torchrun.py")
 RECIPE = os.path.relpath(Path(__file__).parent / "recipes" / "oclear_demo.yaml")
@@ -132,7 +129,7 @@ def _stages(config: DemoConfig, out: Path) -> None:
     stages.run("search", "shelfmark", "search", artefact, *(products / p for p in photos), "--top", 5, "--json", found)
     draw_sheet(out, list(photos.values()))
 
-    summary = summarise(out, catalogue, stages.seconds, time.perf_counter() - started)
+    summary = summarise(out, stages.seconds, time.perf_counter() - started)
     write_json(out / "summary.json", summary)
     print_summary(summary, out)
 
@@ -160,7 +157,7 @@ def draw_sheet(out: Path, classes: list[str]) -> None:
     save_sheet(rows, out / "contact_sheet.png")
 
 
-def summarise(out: Path, catalogue: Path, seconds: dict[str, float], total: float) -> dict[str, Any]:
+def summarise(out: Path, seconds: dict[str, float], total: float) -> dict[str, Any]:
     """The content of summary.json."""
     evaluation = json.loads((out / "eval.json").read_text())
     by_class = {row["value"]: row for row in evaluation["slices"] if row["slice"] == "class"}
@@ -168,36 +165,13 @@ def summarise(out: Path, catalogue: Path, seconds: dict[str, float], total: floa
         "recall_at_1": evaluation["recall_at_1"],
         "recall_at_5": evaluation["recall_at_5"],
         "recall_at_1_unseen": by_class["never trained"]["recall_at_1"],
-        "recall_at_1_histogram": histogram_recall(Catalogue(catalogue)),
+        "recall_at_1_histogram": evaluation["baselines"]["recall"][HISTOGRAM],
         "documents": int(evaluation["documents"]),
         "queries": int(evaluation["queries"]),
         "queries_unseen": int(by_class["never trained"]["queries"]),
         "images_per_second": json.loads((out / "train.json").read_text())["images_per_second"],
         "seconds": {**seconds, "all": round(total, 1)},
     }
-
-
-def histogram_recall(catalogue: Catalogue) -> float:
-    """Recall@1 of the test photos by a nearest neighbour in colour: what the model must beat.
-
-    An 8 x 8 x 8 histogram of the RGB colours in the central half of each picture, compared by the overlap of histograms
-    (Swain and Ballard 1991).
-    """
-
-    def histograms(side: Side) -> np.ndarray:
-        rows = []
-        for sample in side.sample_ids:
-            image = picture(catalogue, int(sample)).resize((64, 64))
-            colours = np.asarray(image)[16:48, 16:48].reshape(-1, 3) // 32
-            rows.append(np.bincount(colours @ [64, 8, 1], minlength=512))
-        return np.array(rows)
-
-    keys = ClassKeys()
-    documents = side_of(catalogue, "document", "test", [], keys, 0)
-    queries = side_of(catalogue, "query", "test", [], keys, 0)
-    gallery = histograms(documents)
-    best = [int(np.minimum(gallery, query).sum(1).argmax()) for query in histograms(queries)]
-    return float(np.mean(documents.labels[best] == queries.labels))
 
 
 def print_summary(summary: dict[str, Any], out: Path) -> None:

@@ -40,6 +40,7 @@ RECIPE: dict[str, Any] = {
     "train.log_every": 1,
     "evaluation.batch_size": 8,
     "evaluation.panel": 3,
+    "evaluation.baselines": 0,
 }
 
 

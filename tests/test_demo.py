@@ -7,13 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
 from PIL import Image
 
 from harness.catalogue.catalogue import Catalogue
 from harness.core.lock import locked
-from tests.catalogues import make_catalogue
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "jobs"))
@@ -69,20 +66,3 @@ def test_demo_replaces_nothing_but_a_demo(tmp_path: Path) -> None:
     with locked(tmp_path / demo.LOCK, "it"):
         refused = run_demo("--out", str(tmp_path))
     assert refused.returncode == 2 and f"demo {tmp_path} is in use by `" in refused.stderr
-
-
-@pytest.mark.parametrize("colours,expected", [(True, 1.0), (False, 0.0)])
-def test_histogram_finds_by_colour_alone(tmp_path: Path, colours: bool, expected: float) -> None:
-    """Photos in their document's colour are all found, those in another document's colour never."""
-    catalogue = make_catalogue(tmp_path, classes=4, queries=5, ingest=False).parent
-    palette = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)]
-    for number in range(4):
-        for member in range(6):
-            suffix = "png" if (number + member) % 2 else "jpg"
-            shown = number if colours or member == 0 else (number + 1) % 4
-            pixels = np.tile(np.array(palette[shown], np.uint8), (60, 50, 1))
-            Image.fromarray(pixels).save(catalogue / f"images/{number:03d}-{member:02d}.{suffix}")
-    from harness.commands.ingest import IngestConfig, run
-
-    run(IngestConfig(manifest=catalogue / "manifest.tsv", images=catalogue, out=catalogue / "c", workers=1))
-    assert demo.histogram_recall(Catalogue(catalogue / "c")) == expected

@@ -35,7 +35,13 @@ from tests.pool import ranks
 from tests.runs import UNUSED, tiny_config, trainer
 
 # 4 of the 6 documents, which are samples 0, 6, .. 30.
-SETTINGS = {"train.steps": 6, "train.log_every": 2, "train.evaluate_every": 3, "evaluation.projector": 4}
+SETTINGS = {
+    "train.steps": 6,
+    "train.log_every": 2,
+    "train.evaluate_every": 3,
+    "evaluation.projector": 4,
+    "evaluation.baselines": 9,
+}
 SHOWN = [0, 6, 18, 24]
 FIRST, SECOND = "first/tensorboard", "second/tensorboard"
 
@@ -118,21 +124,33 @@ def test_health_comes_first_and_every_figure_of_the_log_is_shown_once(board: Boa
     keys = {key for line in board.log for key in line} - {"step"}
     health = {
         "train/loss": "health/1_loss",
-        "retrieval/recall_at_1": "health/2_recall_at_1",
+        "retrieval/recall_at_1": "health/2_recall_at_1_val",
         "train/gradient_norm": "health/3_gradient_norm",
         "train/learning_rate": "health/4_learning_rate",
         "speed/images_per_second": "health/5_images_per_second",
         "speed/data_wait_share": "health/6_data_wait_share",
         "data/bad_samples": "health/7_bad_samples",
     }
-    assert health.keys() <= keys and set(tags) == {health.get(key, key) for key in keys}
+    shown_as = {key: f"{key}_val" for key in keys if key.startswith("retrieval/")} | health
+    assert health.keys() <= keys and set(tags) == {shown_as.get(key, key) for key in keys}
+    assert {"retrieval/recall_at_1_colour_histogram_val", "retrieval/recall_at_1_untrained_val"} <= set(tags)
     assert sorted(tags)[:7] == list(health.values())
     for key in sorted(keys):
         # Steps 4 to 6 belong to the second process: what is shown is one curve.
-        shown, logged = board.scalar(health.get(key, key)), board.logged(key)
+        shown, logged = board.scalar(shown_as.get(key, key)), board.logged(key)
         assert list(shown) == list(logged) == ([3, 6] if key.startswith("retrieval/") else [2, 4, 6]), key
         assert list(shown.values()) == pytest.approx(list(logged.values()), rel=1e-6), key
     assert all(0 < share < 1 for share in board.logged("speed/data_wait_share").values())
+
+
+def test_one_chart_shows_recall_beside_the_baselines(board: Board) -> None:
+    layout = board.ask("custom_scalars/layout")
+    (chart,) = layout["category"][0]["chart"]
+    assert chart["title"] == "recall@1 on split val, and baselines"
+    named = ["health/2_recall_at_1", "retrieval/recall_at_1_colour_histogram", "retrieval/recall_at_1_untrained"]
+    tags = board.ask("scalars/tags")[FIRST]
+    for pattern, name in zip(chart["multiline"]["tag"], named, strict=True):
+        assert [tag for tag in tags if re.search(pattern, tag)] == [f"{name}_val"]
 
 
 def test_the_panel_is_the_picture_that_was_drawn(board: Board) -> None:
@@ -164,12 +182,12 @@ def test_the_text_describes_the_run(board: Board) -> None:
 
 def towers_said(catalogue: Path, run: Path, tensor_parallel: int) -> int:
     """The towers' parameters as the summary of a run on this layout counts them."""
-    from harness.train.tensorboard import _facts
+    from harness.train.tensorboard import facts
 
     config = tiny_config(catalogue, run)
     with trainer(config, tensor_parallel, ready=False) as t:
-        facts = _facts(t.mesh, t.loader.catalogue, t.method, 6, 16)
-    return int(facts["Size"]["parameters of the towers"].replace(",", ""))
+        said = facts(t.mesh, t.loader.catalogue, t.method, 6, 16)
+    return int(said["Size"]["parameters of the towers"].replace(",", ""))
 
 
 def test_towers_that_are_cut_are_counted_whole(catalogue: Path, tmp_path: Path) -> None:
@@ -189,8 +207,8 @@ def test_runs_stand_side_by_side_in_hparams(board: Board) -> None:
     assert first["hparams"]["head.margin"] == "[1.0, 0.0, 0.1]" and first["hparams"]["method"] == "oclear"
     assert first["sessions"][0]["status"] == "STATUS_SUCCESS"
     values = {metric["name"]["tag"]: metric["value"] for metric in first["metricValues"]}
-    assert values["health/2_recall_at_1"] == pytest.approx(board.logged("retrieval/recall_at_1")[6])
-    assert values["retrieval/map"] == pytest.approx(board.logged("retrieval/map")[6])
+    assert values["health/2_recall_at_1_val"] == pytest.approx(board.logged("retrieval/recall_at_1")[6])
+    assert values["retrieval/map_val"] == pytest.approx(board.logged("retrieval/map")[6])
     columns = board.ask("hparams/experiment", {"experimentName": "", "includeMetrics": True})
     assert {column["name"] for column in columns["hparamInfos"][:2]} == {"optimizer.lr", "train.steps"}, "what differs"
 
@@ -258,7 +276,7 @@ def test_a_browser_shows_health_first(board: Board, tmp_path: Path) -> None:
     )
     titles = re.findall(r'class="group-title" title="([^"]+)"', page.stdout)
     assert titles[:2] == ["health", "retrieval"], page.stdout[-500:] + page.stderr[-500:]
-    assert re.findall(r'title="(health/[^"]+)"', page.stdout)[:2] == ["health/1_loss", "health/2_recall_at_1"]
+    assert re.findall(r'title="(health/[^"]+)"', page.stdout)[:2] == ["health/1_loss", "health/2_recall_at_1_val"]
 
 
 def test_a_profile_of_the_steps_asked_for(catalogue: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,15 @@ from harness.catalogue.catalogue import Catalogue
 from harness.catalogue.wholeness import require_whole
 from harness.core.errors import UserError
 from harness.core.mesh import Device, Mesh, MeshConfig
-from harness.evaluate.evaluation import Evaluation, print_report
+from harness.evaluate.baselines import Baselines, baselines_of
+from harness.evaluate.evaluation import Evaluation, EvaluationConfig, Report, print_report
+from harness.evaluate.signs import warnings
 from harness.evaluate.tasks.task import require_attributes
 from harness.text.tokenizer import Tokenizer
+from harness.train import run_baselines
 from harness.train.config import RunConfig
-from harness.train.open_run import find_checkpoint, load_method, open_settings
+from harness.train.frozen_eval import open_frozen
+from harness.train.open_run import find_checkpoint, load_weights, open_settings, start_method
 from models.ranges import PositiveInt
 
 EXAMPLE = "python jobs/torchrun.py --nproc-per-node 2 -m harness eval runs/grocery --split test --slices department"
@@ -22,10 +26,11 @@ EXAMPLE = "python jobs/torchrun.py --nproc-per-node 2 -m harness eval runs/groce
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Evaluates a run's checkpoint.
+    """Evaluates a run's checkpoint, or imported weights as they are.
 
     Args:
-        run: the run folder that training wrote.
+        run: the run folder that training wrote; with --frozen the catalogue.
+        frozen: a folder of `shelfmark import`: photo search by its image tower, without any training.
         checkpoint: a step folder of it, or best (train.keep_best); the newest complete one by default.
         catalogue: another catalogue to evaluate on; the run's own by default.
         split: split of the queries.
@@ -39,6 +44,7 @@ class EvalConfig:
     """
 
     run: Path = field(kw_only=False)
+    frozen: Path | None = None
     checkpoint: Path | None = None
     catalogue: Path | None = None
     split: str = "test"
@@ -52,39 +58,81 @@ class EvalConfig:
 
 
 def run(config: EvalConfig) -> dict[str, Any]:
-    """Evaluates, prints a table on rank 0 and returns the figures with their slices.
+    """Evaluates, prints a table on rank 0 and returns the figures with their slices and baselines.
 
     Raises:
-        UserError: no run or checkpoint there, an empty split, an unknown slice, a layout that does not divide.
+        UserError: no run, checkpoint or weights there, an empty split, an unknown slice, a layout that does not divide.
     """
+    if config.frozen is not None:
+        return _run_frozen(config, config.frozen)
     settings = open_settings(config.run, config.tensor_parallel)
     catalogue = Catalogue(config.catalogue or settings.data.catalogue)
     with Mesh(MeshConfig(tensor_parallel=config.tensor_parallel, device=config.device)) as mesh:
         require_whole(catalogue, mesh)
         path = find_checkpoint(config.run, config.checkpoint, mesh)
-        report = _evaluate(config, settings, path, catalogue, mesh)
+        report, baselines = _evaluate(config, settings, path, catalogue, mesh)
     if mesh.rank == 0:
-        print_report(report, f"{config.run} at {path.name}: split {config.split} of {catalogue.path}")
-    made_by = {"checkpoint": str(path), "split": config.split, "precision": settings.train.precision}
-    return {**made_by, **report.figures, "slices": report.rows}
+        _show(report, baselines, f"{config.run} at {path.name}", config.split, catalogue)
+    return _figures(report, baselines, config.split, checkpoint=str(path), precision=settings.train.precision)
 
 
-def _evaluate(config: EvalConfig, settings: RunConfig, path: Path, catalogue: Catalogue, mesh: Mesh) -> Any:
+def _run_frozen(config: EvalConfig, weights: Path) -> dict[str, Any]:
+    """`run` for imported weights."""
+    for name in ("checkpoint", "catalogue", "tasks", "views"):
+        if getattr(config, name):
+            raise UserError(f"--{name} is of a run, and --frozen has none", f"Leave out --{name}")
+    catalogue = Catalogue(config.run)
+    with Mesh(MeshConfig(tensor_parallel=config.tensor_parallel, device=config.device)) as mesh:
+        require_whole(catalogue, mesh)
+        task = replace(EvaluationConfig(tasks=("photo",)), **_chosen(config))
+        require_attributes(catalogue, config.slices, "--slices")
+        method, evaluation = open_frozen(weights, task, catalogue, mesh)
+        report = evaluation.run(method)
+        baselines = None
+        if evaluation.sample is not None:
+            baselines = baselines_of(evaluation.sample, config.split, mesh)
+    if mesh.rank == 0:
+        _show(report, baselines, f"{weights}, image tower without training", config.split, catalogue)
+    return _figures(report, baselines, config.split, weights=str(weights), precision="fp32")
+
+
+def _chosen(config: EvalConfig) -> dict[str, Any]:
+    """Keys of evaluation that the command line always gives."""
+    names = ("split", "slices", "distractors", "batch_size")
+    return {name: getattr(config, name) for name in names}
+
+
+def _evaluate(
+    config: EvalConfig, settings: RunConfig, path: Path, catalogue: Catalogue, mesh: Mesh
+) -> tuple[Report, Baselines | None]:
     tokenizer = Tokenizer.load(config.run)
-    method, _ = load_method(settings, path, tokenizer, mesh)
+    method, _ = start_method(settings, tokenizer, mesh)
     task = replace(
         settings.evaluation,
-        split=config.split,
+        **{**_chosen(config), "slices": config.slices or settings.evaluation.slices},
         tasks=config.tasks or settings.evaluation.tasks,
         final_tasks=() if config.tasks else settings.evaluation.final_tasks,
         views=config.views or settings.evaluation.views,
-        slices=config.slices or settings.evaluation.slices,
-        distractors=config.distractors,
-        batch_size=config.batch_size,
     )
     require_attributes(catalogue, config.slices, "--slices")
     if errors := task.errors(settings.method):
         raise UserError(errors[0])
     classes = path / "classes.parquet"
     evaluation = Evaluation(task, settings.method, settings.data, settings.model, catalogue, tokenizer, classes, mesh)
-    return evaluation.run(method)
+    baselines = None
+    if evaluation.sample is not None:
+        baselines = run_baselines.kept(settings, evaluation, mesh)
+        baselines = baselines or run_baselines.of_start(settings, evaluation, method, mesh)
+    load_weights(method, settings, path, mesh)
+    return evaluation.run(method), baselines
+
+
+def _show(report: Report, baselines: Baselines | None, what: str, split: str, catalogue: Catalogue) -> None:
+    print_report(report, f"{what}: split {split} of {catalogue.path}", baselines)
+    for line in warnings(report.signs, baselines, split) if report.signs else []:
+        print(line)
+
+
+def _figures(report: Report, baselines: Baselines | None, split: str, **made_by: str) -> dict[str, Any]:
+    compared = {} if baselines is None else {"baselines": asdict(baselines)}
+    return {**made_by, "split": split, **report.figures, "slices": report.rows, **compared}

@@ -136,13 +136,13 @@ class Embedder:
     Args:
         data: the run's preprocessing and decoder.
         model: the method's configuration.
-        tokenizer: the run's tokenizer.
+        tokenizer: the run's tokenizer; None for a model that reads no texts.
         batch_size: images embedded at once.
         mesh: the ranks.
     """
 
     def __init__(
-        self, data: DataConfig, model: MethodConfig, tokenizer: Tokenizer, batch_size: int, mesh: Mesh
+        self, data: DataConfig, model: MethodConfig, tokenizer: Tokenizer | None, batch_size: int, mesh: Mesh
     ) -> None:
         self.data, self.model, self.tokenizer, self.batch_size, self.mesh = data, model, tokenizer, batch_size, mesh
         self._bad: dict[Path, set[int]] = {}  # samples of each catalogue that could not be decoded, of all ranks
@@ -226,7 +226,7 @@ class Embedder:
     def embed_texts(self, method: Method, texts: Sequence[str]) -> Embedded:
         """This rank's share of text queries, which the method takes; ids and labels are their places in `texts`."""
         query = self.model.query_text
-        assert query is not None, "the method takes photos"
+        assert query is not None and self.tokenizer is not None, "the method takes texts"
         size, own = self.batch_size, self._own(len(texts))
         vectors = torch.empty(len(own), self.model.embedding_dim, device=self.mesh.device)
         for start in range(own.start, own.stop, size):
@@ -257,7 +257,7 @@ class Embedder:
         """
         length, size = self.model.text.max_length, self.batch_size
         stored = self._stored(side)
-        if side.kind == "query" or stored is not None:
+        if side.kind == "query" or stored is not None or self.tokenizer is None:
             for start in range(own.start, own.stop, size):
                 samples = side.sample_ids[start : min(start + size, own.stop)]
                 none = torch.zeros(len(samples), length, dtype=torch.int64)
@@ -271,7 +271,7 @@ class Embedder:
             yield torch.from_numpy(store.batch(np.arange(len(table)), length))
 
     def _stored(self, side: Side) -> TokenStore | None:
-        if side.kind == "query" or side.retitle is not None:
+        if side.kind == "query" or side.retitle is not None or self.tokenizer is None:
             return None
         try:
             store = TokenStore.open(side.catalogue.path)

@@ -14,9 +14,11 @@ from harness.core.errors import UserError
 from harness.core.files import printable
 from harness.core.mesh import Mesh
 from harness.data.config import DataConfig
+from harness.evaluate.baselines import Baselines
 from harness.evaluate.calibration import CalibrationConfig, calibrate, documents_to_fit
 from harness.evaluate.embed import ClassKeys, Embedder, Side, side_of
 from harness.evaluate.ranking import Embedded
+from harness.evaluate.tasks.photo import PhotoTask
 from harness.evaluate.tasks.registry import TASKS
 from harness.evaluate.tasks.task import CommonConfig, Found, Gallery, Shown, TaskInputs, require_attributes, spread
 from harness.text.tokenizer import Tokenizer
@@ -81,6 +83,11 @@ class Report:
         ]
 
     @property
+    def signs(self) -> dict[str, float]:
+        """Those of the task photo, of all that the method sees; empty without it."""
+        return self.found[PhotoTask.name].signs if PhotoTask.name in self.found else {}
+
+    @property
     def panel(self) -> list[Shown]:
         """The first panel that there is."""
         return next((found.panel for found in self.found.values() if found.panel), [])
@@ -95,8 +102,8 @@ class Evaluation:
         data: the run's preprocessing and decoder.
         model: the method's configuration.
         catalogue: the catalogue with queries and documents.
-        tokenizer: the run's tokenizer; it encodes distractors too.
-        classes: the run's classes.parquet, for the slices seen / never trained and head / tail.
+        tokenizer: the run's tokenizer, which encodes distractors too; None for a model that reads no texts.
+        classes: the run's classes.parquet, for the slices seen / never trained and head / tail; None without a run.
         mesh: the ranks.
         calibration: the method's, where `calibrate` will be called.
 
@@ -111,8 +118,8 @@ class Evaluation:
         data: DataConfig,
         model: MethodConfig,
         catalogue: Catalogue,
-        tokenizer: Tokenizer,
-        classes: Path,
+        tokenizer: Tokenizer | None,
+        classes: Path | None,
         mesh: Mesh,
         calibration: Calibration | None = None,
     ) -> None:
@@ -166,6 +173,17 @@ class Evaluation:
         finally:
             method.towers.train(training)
 
+    @property
+    def sample(self) -> tuple[Side, Side] | None:
+        """Queries and documents of the task photo that baselines are computed on; None where there are none."""
+        tasks = [task for task in [*self.tasks, *self.final_tasks] if isinstance(task, PhotoTask)]
+        return tasks[0].sample if tasks and len(tasks[0].sample[0].ids) else None
+
+    @property
+    def photo_group(self) -> str:
+        """First part of the keys of photo search in a log: figures of the first task have plain names."""
+        return "retrieval" if isinstance(self.tasks[0], PhotoTask) else PhotoTask.name
+
     def side(self, kind: str, split: str) -> Side:
         """The catalogue's queries or documents of a split.
 
@@ -218,8 +236,8 @@ def _present(slices: tuple[str, ...], catalogue: Catalogue, mesh: Mesh) -> tuple
     return tuple(name for name in slices if name in catalogue.attributes)
 
 
-def print_report(report: Report, title: str) -> None:
-    """The report as tables on standard output, one for each task."""
+def print_report(report: Report, title: str, baselines: Baselines | None = None) -> None:
+    """The report as tables on standard output, one for each task; the baselines stand in that of photo search."""
     print(title)
     for name, found in report.found.items():
         metrics = [m for m in found.figures if m not in COUNTS and not m.startswith("weight_")]
@@ -227,6 +245,12 @@ def print_report(report: Report, title: str) -> None:
         width = max(14, *(len(metric) + 2 for metric in plain))
         print(f"{name:<32}{'queries':>9}" + "".join(f"{metric:>{width}}" for metric in plain))
         print(_line("all", found.figures, plain, width))
+        if name == PhotoTask.name and baselines is not None:
+            for other, recall in baselines.recall.items():
+                compared = {**dict.fromkeys(plain, math.nan), "queries": baselines.photos, "recall_at_1": recall}
+                print(_line(other, compared, plain, width))
+            if (baselines.photos, baselines.documents) != (found.figures["queries"], found.figures["documents"]):
+                print(f"baselines: {baselines}; own on these {found.signs['sample_recall_at_1']:.3f}")
         if "bare_queries" in found.figures:
             bare = {m.removeprefix("bare_"): v for m, v in found.figures.items() if m.startswith("bare_")}
             print(_line("titles without those words", bare, plain, width))

@@ -57,9 +57,14 @@ def find_checkpoint(run: Path, wanted: Path | None, mesh: Mesh | None = None) ->
 def load_method(settings: RunConfig, path: Path, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Method, MethodConfig]:
     """The method without its head, in evaluation mode, with the weights of checkpoint `path`, and its configuration;
     collective.
-
-    A checkpoint with an average of its weights (train.ema_decay) gives that.
     """
+    method, model = start_method(settings, tokenizer, mesh)
+    load_weights(method, settings, path, mesh)
+    return method, model
+
+
+def start_method(settings: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Method, MethodConfig]:
+    """The method without its head, in evaluation mode, with the weights that its seed gives, and its configuration."""
     method, model = build(
         settings.method,
         settings.model,
@@ -70,8 +75,15 @@ def load_method(settings: RunConfig, path: Path, tokenizer: Tokenizer, mesh: Mes
         seed=settings.seed,
         precision=settings.train.precision,
     )
+    method.towers.eval()
+    return method, model
+
+
+def load_weights(method: Method, settings: RunConfig, path: Path, mesh: Mesh) -> None:
+    """Loads the towers of checkpoint `path`; collective.
+
+    A checkpoint with an average of its weights (train.ema_decay) gives that.
+    """
     checkpoint.load(path, checkpoint.Trainable(method.towers, None, None, None), mesh)
     if mesh.rank == 0 and checkpoint.has_average(path):
         print(f"{path.name}: the average of the weights (train.ema_decay {settings.train.ema_decay})")
-    method.towers.eval()
-    return method, model

@@ -49,12 +49,14 @@ class RunLog:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update()
 
-    def scalars(self, step: int, figures: dict[str, float]) -> None:
-        """Writes a line of log.jsonl and points of TensorBoard's curves; `step` counts finished steps."""
+    def scalars(self, step: int, figures: dict[str, float], split: str = "") -> None:
+        """Writes a line of log.jsonl and points of TensorBoard's curves; `step` counts finished steps. `split`: of an
+        evaluation's figures.
+        """
         if self.active:
             self._jsonl.write(json.dumps({"step": step, **figures}) + "\n")
             self._jsonl.flush()
-            self.board.scalars(step, figures)
+            self.board.scalars(step, figures, split)
 
     def say(self, line: str) -> None:
         """Prints a line above the progress bar."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ _FIRST = (
     "train/loss retrieval/recall_at_1 train/gradient_norm train/learning_rate speed/images_per_second "
     "speed/data_wait_share data/bad_samples"
 ).split()
-# Key of log.jsonl -> tag, where the two differ: train/loss -> health/1_loss.
+# Key of log.jsonl -> tag, where the two differ besides the split: train/loss -> health/1_loss.
 HEALTH = {key: f"health/{n}_{key.split('/')[1]}" for n, key in enumerate(_FIRST, 1)}
 # Compared in HPARAMS beside the method's own keys, those directly under `model`; what a run lacks is left out.
 HYPERPARAMETERS = (
@@ -34,6 +34,11 @@ HYPERPARAMETERS = (
     "model.text.num_layers model.text.hidden_size head.scale head.margin data.queries_per_step data.documents_per_step "
     "optimizer.lr optimizer.warmup_steps optimizer.weight_decay train.steps train.precision train.margin_warmup"
 ).split()
+
+
+def tag(key: str, split: str = "") -> str:
+    """TensorBoard's tag of a key of log.jsonl; the figures of an evaluation end in its split."""
+    return f"{HEALTH.get(key, key)}{split and f'_{split}'}"
 
 
 class Board:
@@ -78,10 +83,20 @@ class Board:
         """Marks the run as finished in HPARAMS."""
         self._add(self._end)
 
-    def scalars(self, step: int, figures: Mapping[str, float]) -> None:
-        """Adds points to the curves of the figures, given by their keys of log.jsonl."""
+    def scalars(self, step: int, figures: Mapping[str, float], split: str = "") -> None:
+        """Adds points to the curves of the figures, given by their keys of log.jsonl; `split`: of an evaluation's."""
         for name, value in figures.items():
-            self._writer.add_scalar(HEALTH.get(name, name), value, step)
+            self._writer.add_scalar(tag(name, split), value, step)
+
+    def compare(self, recalls: Sequence[str], split: str) -> None:
+        """Shows curves, given by their keys of log.jsonl, in one chart (CUSTOM SCALARS)."""
+        tags = [tag(name, split) for name in recalls]
+        chart: list[Any] = ["Multiline", [f"^{re.escape(name)}$" for name in tags]]
+        self._writer.add_custom_scalars({"retrieval": {f"recall@1 on split {split}, and baselines": chart}})
+
+    def warn(self, lines: Sequence[str], step: int) -> None:
+        """Adds warnings (TEXT)."""
+        self._writer.add_text("run/warnings", "\n\n".join(_plain(line) for line in lines), step)
 
     def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
         """Adds an image, uint8 [H, W, 3]."""

@@ -20,9 +20,10 @@ from harness.core.waiting import on_first_rank
 from harness.data.backends import decoding_threads
 from harness.data.loader import StepLoader
 from harness.data.step_data import StepData
+from harness.evaluate.baselines import Baselines
 from harness.evaluate.evaluation import Evaluation, Report
 from harness.text.tower_check import require_texts_fit
-from harness.train import checkpoint, checkpoint_files, guards, panels
+from harness.train import checkpoint, checkpoint_files, guards, panels, run_baselines
 from harness.train.boundary import Boundary
 from harness.train.config import RunConfig
 from harness.train.ema import Ema
@@ -102,6 +103,7 @@ class Trainer:
             mesh,
             self.method.calibration,
         )
+        self.baselines: Baselines | None = None  # once `fit` has begun
         self._calibrated_at = -1
         threads = decoding_threads(config.data.threads)
         background = config.data.preprocess.background
@@ -185,6 +187,7 @@ class Trainer:
         self.mesh.watch.at = self._place
         self.boundary.open()
         try:
+            self._compare(log)
             if again:
                 report = self.evaluate(log)
             self.clock.start(exact=False)
@@ -251,10 +254,16 @@ class Trainer:
         with self._evaluated():
             report = self.evaluation.run(self.method, final=self.step == self.config.train.steps)
         named = {name if "/" in name else f"retrieval/{name}": value for name, value in report.figures.items()}
-        log.scalars(self.step, named)
+        beside = run_baselines.scalars(self.evaluation.photo_group, report.signs, self.baselines)
+        log.scalars(self.step, {**named, **beside}, self.config.evaluation.split)
+        told = run_baselines.judged(self.config, self.step, report.signs, self.baselines)
+        for line in told:
+            log.say(line)
 
         def show() -> None:
             panels.show(report, self.step, log.board, self.projector)
+            if len(told) > 1:
+                log.board.warn(told[1:], self.step)
             if metric := self.config.train.keep_best:
                 checkpoint_files.note_best(self.config.run_dir / "checkpoints", self.step, metric, report.figures)
             # Last, for its presence tells that the evaluation is complete.
@@ -262,6 +271,24 @@ class Trainer:
 
         on_first_rank(show, self.mesh, "drawing the panel")
         return report
+
+    def _compare(self, log: RunLog) -> None:
+        """Sets the baselines: those that the run folder has, or new ones, which it keeps; collective."""
+        evaluation, config = self.evaluation, self.config
+        if evaluation.sample is None:
+            return
+        found = run_baselines.kept(config, evaluation, self.mesh)
+        if found is None:
+            start = self.method if self.step == 0 else None
+            found = run_baselines.computed(config, evaluation, start, self.mesh)
+            if self.mesh.rank == 0:
+                run_baselines.keep(config, evaluation, found)
+        self.baselines = found
+        log.say(f"{'baselines':<12}{found}")
+        if self.mesh.rank == 0:
+            group = evaluation.photo_group
+            beside = run_baselines.scalars(group, {"recall_at_1": 0.0}, found)
+            log.board.compare([*beside], config.evaluation.split)
 
     def _calibrate(self) -> None:
         """Fits the method's calibration, if it has one, to the weights that are evaluated; once a step; collective."""

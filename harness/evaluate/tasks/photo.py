@@ -9,10 +9,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from harness.evaluate.baselines import sampled
 from harness.evaluate.coded import Coded
 from harness.evaluate.embed import ClassKeys
 from harness.evaluate.metrics import slices, summarise
 from harness.evaluate.ranking import relevant_ranks, top_k
+from harness.evaluate.signs import signs
 from harness.evaluate.tasks.task import (
     SHOWN,
     Found,
@@ -42,9 +44,10 @@ class PhotoTask(Task):
         self.queries, self.panel = inputs.side("query", config.split), config.panel
         self.embedder, self.mesh = inputs.embedder, inputs.mesh
         self.groups = groups_of(self.queries, config.slices)
-        self.groups["class"] = Coded(
-            head_and_tail(inputs.classes, inputs.keys)[self.queries.labels], pa.array(KINDS, pa.large_string())
-        )
+        if inputs.classes is not None:
+            kinds = head_and_tail(inputs.classes, inputs.keys)[self.queries.labels]
+            self.groups["class"] = Coded(kinds, pa.array(KINDS, pa.large_string()))
+        self.sample = sampled(self.queries, self.documents, config.baselines)
 
     def run(self, method: Method, gallery: Gallery, seen: str) -> Found:
         """See Task."""
@@ -57,7 +60,8 @@ class PhotoTask(Task):
         own: list[Shown] = list(zip(shown.ids.tolist(), best.tolist(), right.tolist(), strict=True))
         figures = {**summarise(ranks.ranks, ranks.offsets), "documents": float(total(documents, self.mesh))}
         rows = slices(ranks.ranks, ranks.offsets, ordered(self.groups, self.queries.ids, ranks))
-        return Found(figures, rows, gathered(own, self.mesh))
+        found = signs(queries, documents, self.sample, self.mesh.dp) if len(self.sample[0].ids) else {}
+        return Found(figures, rows, gathered(own, self.mesh), found)
 
 
 def head_and_tail(classes: Path, keys: ClassKeys) -> np.ndarray:

@@ -49,6 +49,8 @@ class CommonConfig:
         distractors: other catalogues whose documents join the gallery, relevant to nothing.
         panel: queries shown with their best documents in TensorBoard.
         projector: at most so many of the catalogue's documents shown in TensorBoard's projector; 0 shows none.
+        baselines: at most so many query photos, and twice as many documents, of which the task photo compares Recall@1
+            with a colour histogram and with the towers before training; 0 compares nothing.
     """
 
     split: str = "val"
@@ -62,17 +64,19 @@ class CommonConfig:
     distractors: tuple[Path, ...] = ()
     panel: NonNegativeInt = 8
     projector: NonNegativeInt = 1000
+    baselines: NonNegativeInt = 1000
 
 
 @dataclass(frozen=True)
 class Found:
     """Result of a task, the same on every rank: metric -> value, `queries` (their number) among them; a row for each
-    slice; rows of the panel.
+    slice; rows of the panel; what `harness.evaluate.signs` looks at.
     """
 
     figures: dict[str, float]
     rows: list[dict[str, Any]] = field(default_factory=list)
     panel: list[Shown] = field(default_factory=list)
+    signs: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +88,7 @@ class TaskInputs:
         documents: the catalogue's own documents; their labels are classes.
         side: (query or document, split) -> the catalogue's queries or documents of another split; raises UserError
             where there are none.
-        classes: the run's classes.parquet.
+        classes: the run's classes.parquet; None where no run trained on classes.
         keys: numbers of the class keys, which labels are.
         embedder: embeds queries and documents.
         mesh: the ranks.
@@ -93,7 +97,7 @@ class TaskInputs:
     config: Any
     documents: Side
     side: Callable[[str, str], Side]
-    classes: Path
+    classes: Path | None
     keys: ClassKeys
     embedder: Embedder
     mesh: Mesh
