@@ -160,7 +160,8 @@ def draw_sheet(out: Path, classes: list[str]) -> None:
 def summarise(out: Path, seconds: dict[str, float], total: float) -> dict[str, Any]:
     """The content of summary.json."""
     evaluation = json.loads((out / "eval.json").read_text())
-    by_class = {row["value"]: row for row in evaluation["slices"] if row["slice"] == "class"}
+    fused = [row for row in evaluation["slices"] if "task" not in row]  # the others are of images alone
+    by_class = {row["value"]: row for row in fused if row["slice"] == "class"}
     return {
         "recall_at_1": evaluation["recall_at_1"],
         "recall_at_5": evaluation["recall_at_5"],

@@ -1,22 +1,24 @@
-"""OCLEAR's modules behind the towers: concept-aware fusion of a document's text and image, and the transformation
-networks.
-"""
+"""OCLEAR's modules behind the towers: fusions of a document's text and image, and the transformation networks."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class CrossAttention(nn.Module):
-    """Pre-norm multi-head attention of queries over a context, with a residual; also returns the attention map."""
+    """Pre-norm multi-head attention of queries over a context, with a residual unless told otherwise; also returns the
+    attention map.
+    """
 
-    def __init__(self, hidden_size: int, context_size: int, heads: int) -> None:
+    def __init__(self, hidden_size: int, context_size: int, heads: int, residual: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.residual = heads, residual
         self.norm_query = nn.LayerNorm(hidden_size)
         self.norm_context = nn.LayerNorm(context_size)
         self.query = nn.Linear(hidden_size, hidden_size)
@@ -34,7 +36,8 @@ class CrossAttention(nn.Module):
         if hidden is not None:
             scores = scores.masked_fill(hidden, float("-inf"))
         weights = scores.softmax(-1)
-        return x + self.out((weights @ v).transpose(1, 2).flatten(2)), weights
+        read = self.out((weights @ v).transpose(1, 2).flatten(2))
+        return x + read if self.residual else read, weights
 
 
 class Fused(NamedTuple):
@@ -101,9 +104,78 @@ class ConcatFusion(nn.Module):
         nothing = image.new_zeros(patches.shape[:2])
         if self.join is None:
             return Fused(image, nothing[:, 0], nothing[:, None])
-        seen = (~words_hidden[:, 0, 0, :, None]).to(words.dtype)
-        text = (words * seen).sum(1) / seen.sum(1).clamp_min(1)
+        text = mean_word(words, words_hidden)
         return Fused(self.join(torch.cat([image, text], -1)), nothing[:, 0], nothing[:, None])
+
+
+def mean_word(words: Tensor, words_hidden: Tensor) -> Tensor:
+    """Mean of the words [b, L, t] that are no padding: [b, t]."""
+    seen = (~words_hidden[:, 0, 0, :, None]).to(words.dtype)
+    return (words * seen).sum(1) / seen.sum(1).clamp_min(1)
+
+
+class SumFusion(nn.Module):
+    """Weighted sum of unit vectors in the embedding space: image, steered average, text identity. Ours.
+
+    Image is the image vector, transformed as without any text. Steered is an average of patches that the text guides:
+    ConceptFusion's concepts attend over the patches, but without the residual, which would carry the text itself into
+    the vector. Text identity is the mean word through one linear layer. So the text can only add to the image: where it
+    names the class outright, the image still has to be found. The weights are constants; a part of weight 0 is left
+    out, parameters included. Training leaves out the text identity of a share `text_dropout` of the documents.
+
+    Args:
+        weights: of image, steered average and text identity; not all 0.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        text_size: int,
+        embedding_dim: int,
+        slots: int,
+        heads: int,
+        weights: tuple[float, float, float],
+        text_dropout: float,
+    ) -> None:
+        super().__init__()
+        self.weights, self.text_dropout = weights, text_dropout
+        if weights[1]:
+            self.memory = nn.Parameter(torch.randn(slots, hidden_size) * hidden_size**-0.5)
+            self.text_attention = CrossAttention(hidden_size, text_size, heads)
+            self.patch_attention = CrossAttention(hidden_size, hidden_size, heads, residual=False)
+            self.norm = nn.LayerNorm(hidden_size)
+        self.identity = nn.Linear(text_size, embedding_dim) if weights[2] else None
+
+    def forward(
+        self,
+        image: Tensor,
+        patches: Tensor,
+        words: Tensor,
+        words_hidden: Tensor,
+        transform: Callable[[Tensor], Tensor],
+    ) -> tuple[Fused, Tensor]:
+        """Arguments as ConceptFusion, and the documents' transform [n, h] -> [n, d].
+
+        Returns:
+            (the document's embedding [b, d] as the vector, zeros for the gate, the steered average's attention; the
+            embedding of the image only [b, d], not normalised).
+        """
+        attention = image.new_zeros(patches.shape[:2])[:, None]
+        looks = [image]
+        if self.weights[1]:
+            concepts, _ = self.text_attention(self.memory.expand(len(image), -1, -1), words, words_hidden)
+            read, maps = self.patch_attention(concepts, patches)
+            looks.append(self.norm(read).mean(1))
+            attention = maps.mean(1)
+        parts = list(transform(torch.cat(looks)).split(len(image)))
+        if self.identity is not None:
+            parts.append(self.identity(mean_word(words, words_hidden)))
+        units = [F.normalize(part.float() if part.dtype == torch.bfloat16 else part, dim=-1) for part in parts]
+        if self.identity is not None and self.training and self.text_dropout:
+            units[-1] = units[-1] * (torch.rand_like(units[-1][:, :1]) >= self.text_dropout)
+        weights = [self.weights[0], *(weight for weight in self.weights[1:] if weight)]
+        total = torch.stack([weight * unit for weight, unit in zip(weights, units, strict=True)]).sum(0)
+        return Fused(total.to(image.dtype), attention.new_zeros(len(image)), attention), parts[0]
 
 
 class ResidualTransform(nn.Module):

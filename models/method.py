@@ -193,6 +193,7 @@ class MethodSpec(Generic[C]):
         catalogue_sizes: integer fields whose 0 takes the catalogue's number, by `prepare`.
         tasks: evaluation tasks (harness/evaluate/tasks), the usual one first.
         views: modalities that its documents can be reduced to.
+        shown_beside: those of them whose figures every evaluation gives beside the usual task's.
     """
 
     config: type[C]
@@ -205,3 +206,4 @@ class MethodSpec(Generic[C]):
     catalogue_sizes: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     views: tuple[str, ...] = ("both", "title", "image")
+    shown_beside: Callable[[C], tuple[str, ...]] = lambda config: ()

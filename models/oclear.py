@@ -13,18 +13,26 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from models.batch import Batch, Reads, rank_sizes
 from models.fields import TRAINING_ONLY
-from models.fusion import ConcatFusion, ConceptFusion, ResidualTransform
+from models.fusion import ConcatFusion, ConceptFusion, ResidualTransform, SumFusion
 from models.heads.cached import cached_losses
 from models.heads.class_parallel import ClassParallelHead
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss
 from models.method import Method, MethodSpec
-from models.ranges import ClosedUnitInterval, OpenUnitInterval, PositiveFloat, Size
+from models.ranges import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    OpenUnitInterval,
+    PositiveFloat,
+    Size,
+    UnitIntervalBelow1,
+)
 from models.shape import TransformerBuilder, shape_errors, words_hidden
 from models.text import TextConfig, TextTower
 from models.vision import VisionConfig, VisionTower
@@ -38,22 +46,30 @@ class OclearConfig:
         vision: the image tower, shared by queries and documents.
         text: the text tower of documents.
         embedding_dim: width of the embeddings.
-        fusion_kind: of a document's image and text: concept (concept-aware), concat (one linear layer), or image (no
-            text): ablations.
-        concept_slots: memory slots of the concept-aware fusion.
+        fusion_kind: of a document's image and text: concept (concept-aware), sum (of unit vectors, see
+            fusion_weights), or, for comparison, concat (one linear layer) and image (no text).
+        fusion_weights: of a sum's parts: the image, the average of its patches that the text steers, and the text's
+            own vector; 0 leaves a part out.
+        concept_slots: memory slots of the concept-aware fusion, and of a sum's steering.
         fusion_heads: attention heads of the fusion.
         gate_init: gate of the fusion at the start, in (0, 1): 0 is only the image, 1 only the text's concepts.
-        text_dropout: share of documents whose text is left out in training.
+        text_dropout: share of documents whose text is left out in training; of a sum only the text's own vector is.
         separate_transforms: a transformation network each for queries and documents; false shares one (ablation).
         transform_dropout: dropout inside the transformation networks.
         objective: classification (class-parallel margin softmax), or contrastive (in-batch InfoNCE, for comparison).
         temperature: of the contrastive objective.
+        contrast_weight: of InfoNCE over the step's pairs beside the classes; above 0 each photo brings a document of
+            its class (data.documents_per_step has no effect).
+        image_anchor: weight of a document's image alone as a further document of its class in training, relative to
+            the fused one; 0 trains on none.
+        document_share: of the documents in the class loss, the photos have the rest; 0 counts every sample alike.
     """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     embedding_dim: Size = 256
-    fusion_kind: Literal["concept", "concat", "image"] = "concept"
+    fusion_kind: Literal["concept", "sum", "concat", "image"] = "concept"
+    fusion_weights: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (1.0, 1.0, 0.5)
     concept_slots: Size = 8
     fusion_heads: Size = 4
     gate_init: OpenUnitInterval = field(default=0.5, metadata=TRAINING_ONLY)
@@ -62,6 +78,9 @@ class OclearConfig:
     transform_dropout: ClosedUnitInterval = field(default=0.0, metadata=TRAINING_ONLY)
     objective: Literal["classification", "contrastive"] = "classification"
     temperature: PositiveFloat = field(default=0.07, metadata=TRAINING_ONLY)
+    contrast_weight: NonNegativeFloat = field(default=0.0, metadata=TRAINING_ONLY)
+    image_anchor: NonNegativeFloat = field(default=0.0, metadata=TRAINING_ONLY)
+    document_share: UnitIntervalBelow1 = field(default=0.0, metadata=TRAINING_ONLY)
     query_text = None  # queries are photos
 
     def errors(self, tensor_parallel: int) -> list[str]:
@@ -79,6 +98,8 @@ class OclearConfig:
                 f"model.vision.hidden_size {self.vision.hidden_size} is not a multiple of "
                 f"model.fusion_heads {self.fusion_heads}"
             )
+        if not any(self.fusion_weights):
+            errors.append("model.fusion_weights are all 0: a document has no vector")
         return errors
 
 
@@ -91,7 +112,7 @@ class OclearTowers(nn.Module):
         self.pad_id = config.text.pad_id
         self.vision = VisionTower(config.vision, build)
         self.text = TextTower(config.text, build)
-        self.fusion: ConceptFusion | ConcatFusion
+        self.fusion: ConceptFusion | SumFusion | ConcatFusion
         if config.fusion_kind == "concept":
             self.fusion = ConceptFusion(
                 hidden,
@@ -99,6 +120,16 @@ class OclearTowers(nn.Module):
                 config.concept_slots,
                 config.fusion_heads,
                 config.gate_init,
+                config.text_dropout,
+            )
+        elif config.fusion_kind == "sum":
+            self.fusion = SumFusion(
+                hidden,
+                config.text.hidden_size,
+                config.embedding_dim,
+                config.concept_slots,
+                config.fusion_heads,
+                config.fusion_weights,
                 config.text_dropout,
             )
         else:
@@ -117,20 +148,36 @@ class OclearTowers(nn.Module):
     def document(self, images: Tensor, tokens: Tensor, padded: bool = True) -> tuple[Tensor, Tensor]:
         """images [n, 3, S, S], tokens [n, L] -> (embeddings [n, d], not normalised; gates [n]); padded as TextTower."""
         patches, pooled = self.vision(images)
-        return self._fuse(patches, pooled, tokens, padded)
+        return self._fuse(patches, pooled, tokens, padded, False)
+
+    def image_document(self, images: Tensor) -> Tensor:
+        """Documents by their images alone: [n, 3, S, S] -> [n, d], not normalised."""
+        return self.document_transform(self.vision(images)[1])
 
     def forward(
-        self, query_images: Tensor, images: Tensor, tokens: Tensor, padded: bool = True
+        self, query_images: Tensor, images: Tensor, tokens: Tensor, padded: bool = True, alone: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Both in one pass of the shared image tower -> (queries [q, d], documents [n, d], gates [n])."""
+        """Both in one pass of the shared image tower -> (queries [q, d], documents [n, d], gates [n]).
+
+        With `alone`, documents are [n, 2, d]: fused, and by their images alone.
+        """
         patches, pooled = self.vision(torch.cat([query_images, images]))
         q = len(query_images)
-        documents, gate = self._fuse(patches[q:], pooled[q:], tokens, padded)
+        documents, gate = self._fuse(patches[q:], pooled[q:], tokens, padded, alone)
         return self.query_transform(pooled[:q]), documents, gate
 
-    def _fuse(self, patches: Tensor, pooled: Tensor, tokens: Tensor, padded: bool) -> tuple[Tensor, Tensor]:
-        fused = self.fusion(pooled, patches, self.text(tokens, padded), words_hidden(tokens, self.pad_id))
-        return self.document_transform(fused.vector), fused.gate
+    def _fuse(
+        self, patches: Tensor, pooled: Tensor, tokens: Tensor, padded: bool, alone: bool
+    ) -> tuple[Tensor, Tensor]:
+        words, hidden = self.text(tokens, padded), words_hidden(tokens, self.pad_id)
+        if isinstance(self.fusion, SumFusion):
+            fused, image = self.fusion(pooled, patches, words, hidden, self.document_transform)
+            vector = fused.vector
+        else:
+            fused = self.fusion(pooled, patches, words, hidden)
+            vector = self.document_transform(fused.vector)
+            image = self.document_transform(pooled) if alone else vector
+        return torch.stack([vector, image], 1) if alone else vector, fused.gate
 
 
 class OclearQuery(nn.Module):
@@ -147,6 +194,10 @@ class OclearQuery(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images [n, 3, S, S] -> unit embeddings float32 [n, d]."""
         return F.normalize(self.query_transform(self.vision(images)[1]).float(), dim=-1)
+
+
+SIDES = ("query", "document")
+_Factors = tuple[Tensor, Tensor, Tensor]
 
 
 class Oclear(Method):
@@ -168,31 +219,31 @@ class Oclear(Method):
 
     def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Loss (the same on every rank) of each micro-batch and metrics as local [sum, weight]: positive_cosine,
-        accuracy, gate.
+        accuracy, gate; those of pairs beside classes are pair_positive_cosine and pair_accuracy.
 
         They add up to the step's. Call backward on each loss before asking for the next.
         """
-        if self.head is None:
-            labels = torch.cat([b.query_labels for b in batches])
-            weights = torch.cat([b.query_weights * b.document_weights for b in batches])
-            settings = ContrastiveConfig(temperature=self.config.temperature)
-            sizes = rank_sizes(batches, "query")
+        factors = self._side_factors(batches)
 
-            def loss_of(queries: Tensor, documents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-                return contrastive_loss(
-                    queries, documents, labels, settings, self.data_group, weights=weights, sizes=sizes
-                )
+        def loss_of(queries: Tensor, documents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            if self.head is None:
+                return self._pairs(batches, queries, documents)
+            loss, metrics = self._classes(batches, queries, documents, factors)
+            pairs, of_pairs = self._pairs(batches, queries, documents)
+            return loss + self.config.contrast_weight * pairs, metrics | {f"pair_{k}": v for k, v in of_pairs.items()}
 
-            parts: Iterator[tuple[Tensor, dict[str, Tensor], Tensor]] = cached_losses(self._encode, batches, loss_of)
+        if _pairs_up(self.config):
+            parts = cached_losses(self._encode, batches, loss_of)
         else:
-            parts = map(self._classify, batches)
+            parts = (self._classify(batch, factors) for batch in batches)
         for loss, metrics, gate in parts:
             gates = torch.stack([gate.detach().to(loss.dtype).sum(), loss.new_full((), len(gate))])
             yield loss, {**metrics, "gate": gates}
 
     def _encode(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], Tensor]:
         tokens, padded = self._texts(batch)
-        queries, documents, gate = self.towers(batch.query_images, batch.document_images, tokens, padded)
+        alone = self.config.image_anchor > 0
+        queries, documents, gate = self.towers(batch.query_images, batch.document_images, tokens, padded, alone)
         return (queries, documents), gate
 
     def _texts(self, batch: Batch) -> tuple[Tensor, bool]:
@@ -200,28 +251,94 @@ class Oclear(Method):
         batch = batch.trimmed(*["document"] * self.config.text.trims)
         return batch.document_tokens, batch.padded("document")
 
-    def _classify(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def _classify(self, batch: Batch, factors: _Factors | None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         embeddings, gate = self._encode(batch)
+        return *self._classes([batch], *embeddings, factors), gate
+
+    def _classes(
+        self, batches: Sequence[Batch], queries: Tensor, documents: Tensor, factors: _Factors | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The head's loss of these micro-batches; queries [q, d], documents [n, d] or [n, 2, d]."""
+        of_queries, of_documents = (torch.cat([getattr(b, f"{s}_weights") for b in batches]) for s in SIDES)
+        query_labels, labels = (torch.cat([getattr(b, f"{s}_labels") for b in batches]) for s in SIDES)
+        kinds = 1 if documents.dim() == 2 else 2
+        weights = [of_queries, *[of_documents] * kinds]
+        if factors is not None:
+            weights = [weight.double() * factor for weight, factor in zip(weights, factors, strict=False)]
         assert self.head is not None, "the caller looked"
-        sizes = rank_sizes([batch], "query", "document")
-        loss, metrics = self.head(torch.cat(embeddings), batch.labels, batch.weights, sizes)
-        return loss, metrics, gate
+        return self.head(
+            torch.cat([queries, *(documents.unbind(1) if kinds == 2 else [documents])]),
+            torch.cat([query_labels, *[labels] * kinds]),
+            torch.cat(weights),
+            rank_sizes(batches, "query", *["document"] * kinds),
+        )
+
+    def _pairs(self, batches: Sequence[Batch], queries: Tensor, documents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """InfoNCE over the pairs of the whole step; arguments as `_classes`. With images alone, the mean of both
+        kinds of documents, weighted; metrics are the fused ones'.
+        """
+        labels = torch.cat([b.query_labels for b in batches])
+        weights = torch.cat([b.query_weights * b.document_weights for b in batches])
+        settings = ContrastiveConfig(temperature=self.config.temperature)
+        sizes = rank_sizes(batches, "query")
+
+        def loss_of(found: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return contrastive_loss(queries, found, labels, settings, self.data_group, weights=weights, sizes=sizes)
+
+        if documents.dim() == 2:
+            return loss_of(documents)
+        (loss, metrics), (alone, _) = (loss_of(kind) for kind in documents.unbind(1))
+        anchor = self.config.image_anchor
+        return (loss + anchor * alone) / (1 + anchor), metrics
+
+    def _side_factors(self, batches: Sequence[Batch]) -> _Factors | None:
+        """Factors on the weights of photos, fused documents and images alone in the class loss, so that their sum over
+        the step stays what the head divides by; None where every sample counts alike. Collective.
+        """
+        anchor, share = self.config.image_anchor, self.config.document_share
+        if self.head is None or not (anchor or share):
+            return None
+        sides = []
+        for side in SIDES:
+            pieces = [getattr(b, f"{side}_weights") * (getattr(b, f"{side}_labels") >= 0) for b in batches]
+            sides.append(torch.cat(pieces).double().sum())
+        sums = torch.stack(sides)
+        dist.all_reduce(sums, group=self.data_group)
+        total, sums = sums.sum(), sums.clamp_min(torch.finfo(sums.dtype).tiny)
+        photo, document = (1 - share) / sums[0], share / sums[1] / (1 + anchor)
+        if not share:
+            photo = document = 1 / (sums[0] + (1 + anchor) * sums[1])
+        return total * photo, total * document, total * document * anchor
 
     def embed_query(self, batch: Batch) -> Tensor:
         """Unit embeddings of the batch's queries, float32 [q, d]."""
         return F.normalize(self.towers.query(batch.query_images).float(), dim=-1)
 
     def embed_document(self, batch: Batch, seen: str = "both") -> Tensor:
-        """Unit embeddings of the batch's documents, float32 [d, dim]; they are always seen as image and text."""
-        return F.normalize(self.towers.document(batch.document_images, *self._texts(batch))[0].float(), dim=-1)
+        """Unit embeddings of the batch's documents, float32 [d, dim]; `seen` both, or image."""
+        images = batch.document_images
+        found = (
+            self.towers.image_document(images)
+            if seen == "image"
+            else self.towers.document(images, *self._texts(batch))[0]
+        )
+        return F.normalize(found.float(), dim=-1)
 
 
 def _classifies(config: OclearConfig) -> bool:
     return config.objective == "classification"
 
 
+def _pairs_up(config: OclearConfig) -> bool:
+    return not _classifies(config) or config.contrast_weight > 0
+
+
 def _reads(config: OclearConfig) -> Reads:
-    return Reads(kind="photos" if _classifies(config) else "pairs", text_length=config.text.max_length)
+    return Reads(kind="pairs" if _pairs_up(config) else "photos", text_length=config.text.max_length)
+
+
+def _shown_beside(config: OclearConfig) -> tuple[str, ...]:
+    return ("image",) if config.fusion_kind in ("concept", "sum") else ()
 
 
 METHOD = MethodSpec(
@@ -232,5 +349,6 @@ METHOD = MethodSpec(
     reads=_reads,
     classifies=_classifies,
     tasks=("photo", "category"),
-    views=("both",),
+    views=("both", "image"),
+    shown_beside=_shown_beside,
 )

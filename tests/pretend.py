@@ -73,6 +73,13 @@ RECIPES |= {
     | {"train.precision": "bf16", "model.text_dropout": 0.3, "model.vision.drop_path": 0.2, "head.row_dtype": "bf16"}
     | {"optimizer.rows.state": "8bit", "optimizer.rows.bf16_rows": "stochastic", "optimizer.rows.weight_decay": 0.1},
     "oclear, contrastive": RECIPES["oclear"] | {"model.objective": "contrastive"},
+    "oclear, sum, sides and pairs": RECIPES["oclear"]
+    | {
+        "model.fusion_kind": "sum",
+        "model.image_anchor": 0.5,
+        "model.document_share": 0.5,
+        "model.contrast_weight": 1.0,
+    },
     "make, hidden words, equal weights": RECIPES["make"] | {"model.hide_words": True, "model.modalities": "equal"},
     "item, all targets": RECIPES["item"] | {"model.global_targets": "all", "model.aligned": True},
 }

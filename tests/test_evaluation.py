@@ -37,8 +37,8 @@ def evaluated(
     return report, vectors
 
 
-def find(report: Report, name: str, value: str) -> dict[str, Any]:
-    (row,) = [row for row in report.rows if (row["slice"], row["value"]) == (name, value)]
+def find(report: Report, name: str, value: str, task: str | None = None) -> dict[str, Any]:
+    (row,) = [row for row in report.rows if (row["slice"], row["value"], row.get("task")) == (name, value, task)]
     return row
 
 
@@ -91,7 +91,7 @@ def test_slices_are_parts_of_the_whole(catalogue: Path) -> None:
     report, _ = evaluated(catalogue, {**SHARDED, "evaluation.panel": 6})
     assert {row["slice"] for row in report.rows} == {"colour", "shape", "class"}
     for name in ("colour", "shape", "class"):
-        rows = [row for row in report.rows if row["slice"] == name]
+        rows = [row for row in report.rows if row["slice"] == name and "task" not in row]
         assert sum(row["queries"] for row in rows) == report.figures["queries"] == 6
         for metric in METRICS:
             mean = sum(row[metric] * row["queries"] for row in rows) / 6
@@ -106,6 +106,20 @@ def test_slices_are_parts_of_the_whole(catalogue: Path) -> None:
         assert row["recall_at_1"] == np.mean([best[0] == right for right, best in shown])
         assert row["recall_at_5"] == np.mean([right in best for right, best in shown])
     assert len({find(report, "colour", colour)["map"] for colour in ("red", "green", "blue", "yellow")}) > 1
+
+
+def test_images_alone_are_shown_beside_the_fused_documents(catalogue: Path) -> None:
+    """Figures, slices and vectors of the view image, without being asked for; a fusion without text has no other."""
+    beside, _ = evaluated(catalogue, SHARDED)
+    alone, _ = evaluated(catalogue, {**SHARDED, "evaluation.views": ["image"]})
+    assert set(alone.found) == {"photo"} and set(beside.found) == {"photo", "photo/image"}
+    assert {metric: beside.figures[f"photo/image/{metric}"] for metric in METRICS} == {
+        metric: alone.figures[metric] for metric in METRICS
+    }
+    assert find(beside, "class", "head", "photo/image")["map"] == find(alone, "class", "head")["map"]
+    assert beside.figures["map"] != beside.figures["photo/image/map"]
+    without, _ = evaluated(catalogue, {**SHARDED, "model.fusion_kind": "image"})
+    assert set(without.found) == {"photo"}
 
 
 def test_distractors_join_the_gallery_and_answer_nothing(catalogue: Path, noise: Path) -> None:
@@ -158,7 +172,8 @@ def test_head_tail_and_never_trained_classes(catalogue: Path, tmp_path: Path) ->
             t.mesh,
         )
         report = evaluation.run(t.method)
-    found = {row["value"]: row["queries"] for row in report.rows if row["slice"] == "class"}
+    rows = [row for row in report.rows if row["slice"] == "class"]
+    found = {row["value"]: row["queries"] for row in rows if "task" not in row}
     assert found == {"head": 1, "tail": 3, "never trained": 2}
 
 

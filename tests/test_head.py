@@ -18,7 +18,7 @@ from harness.bench.ranks import Traffic
 from kernels.cosine_lse import cosine_lse, cosine_lse_backward
 from models.comm import own_slice
 from models.heads import class_parallel
-from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
+from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead, fixed_scale
 from models.heads.margin import margin_cosine
 from tests.dense import dense_loss, dense_loss_and_metrics
 from tests.pool import layout, ranks
@@ -262,6 +262,12 @@ def test_a_head_is_told_of_ranks_that_bring_the_same_samples() -> None:
 def check_copies() -> None:
     with layout(2) as mesh, pytest.raises(ValueError, match="2 ranks share the rows, but 1 x 1"):
         ClassParallelHead(ClassHeadConfig(num_classes=5, embedding_dim=2), mesh.row_group, mesh.dp)
+
+
+def test_the_scale_follows_from_the_number_of_classes() -> None:
+    """So that a cosine of 1 among C - 1 orthogonal rows has a probability of about 1 - (C - 1)^(1 - sqrt 2)."""
+    for classes, scale in ((204, 7.514), (1_000_000, 19.538), (3, 1.0), (1, 1.0)):
+        assert fixed_scale(classes) == pytest.approx(scale, abs=1e-3)
 
 
 def test_initial_rows_do_not_depend_on_the_world() -> None:

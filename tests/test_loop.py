@@ -27,7 +27,7 @@ from harness.data.step_data import StepData
 from harness.text.tokenizer import Tokenizer
 from harness.train import checkpoint_files, throughput
 from harness.train.config import RunConfig
-from harness.train.schedule import OptimizerConfig, learning_rate
+from harness.train.schedule import OptimizerConfig, learning_rate, margin_part
 from models.batch import TENSORS, Batch, Reads
 from tests.pool import ranks
 from tests.runs import UNUSED, tiny_config, trainer
@@ -165,6 +165,17 @@ def test_the_learning_rate_follows_its_schedule(finished: tuple[Path, dict[str, 
     assert finished[2] == pytest.approx([wanted[-1]] * len(finished[2]), rel=1e-9)
     config = OptimizerConfig(lr=2.0, warmup_steps=0, min_lr_factor=0.25)
     assert [learning_rate(config, step, 10) for step in (0, 5, 10, 99)] == pytest.approx([2.0, 1.25, 0.5, 0.5])
+
+
+def test_the_margin_follows_its_schedule() -> None:
+    wanted = {
+        "constant": [1.0, 1.0, 1.0, 1.0],
+        "linear": [0.25, 0.5, 1.0, 1.0],
+        "cosine": [0.5 - 0.125**0.5, 0.5, 1.0, 1.0],
+    }
+    for schedule, parts in wanted.items():
+        assert [margin_part(schedule, 4, step) for step in (0, 1, 3, 9)] == pytest.approx(parts), schedule
+        assert margin_part(schedule, 0, 0) == 1.0
 
 
 def test_a_resumed_log_has_every_step_once_and_survives_a_torn_line(catalogue: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -42,6 +42,9 @@ OF_RUNS = [
     ("item", "model.text.max_length", "true", "It must be an int from 1"),
     ("oclear", "head.row_dtype", "fp8", "It can be fp32 or bf16"),
     ("oclear", "head.seed", "-1", "It must be an int, at least 0"),
+    ("oclear", "head.scale", "fixed", "It must be a float, above 0"),
+    ("oclear", "model.fusion_weights", "[1,-1,0]", "It must be a float, at least 0"),
+    ("oclear", "train.margin_schedule", "log", "It can be constant, linear or cosine"),
     ("oclear", "optimizer.rows.state", "4bit", "It can be fp32 or 8bit"),
     ("oclear", "optimizer.layer_decay", "1.5", "It must be a float in (0, 1]"),
     ("oclear", "optimizer.overlap", "on", "It can be auto, always or never"),
@@ -107,7 +110,7 @@ def numbers(kind: Any, value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         if dataclasses.is_dataclass(one):
             yield from numbers(type(one), one, f"{key}{name}.")
         elif isinstance(one, int | float) and not isinstance(one, bool):
-            yield f"{key}{name}", hint
+            yield f"{key}{name}", next(iter(get_args(hint)), hint)  # head.scale may also be a word
 
 
 def changed(config: Any, key: str, value: float) -> Any:

@@ -282,7 +282,7 @@ def test_documents_that_are_asked_do_not_teach(catalogue: Path) -> None:
     [
         ("make", {"tasks": ("photo",)}, "evaluation.tasks has 'photo'; make knows text, same_product, category"),
         ("oclear", {"final_tasks": ("text",)}, "evaluation.final_tasks has 'text'; oclear knows photo, category"),
-        ("oclear", {"views": ("title",)}, "evaluation.views has 'title'; oclear knows both"),
+        ("oclear", {"views": ("title",)}, "evaluation.views has 'title'; oclear knows both, image"),
         ("item", {"views": ()}, "evaluation.views is empty"),
         ("make", {}, "evaluation.query_attributes is empty"),
         ("item", {"final_tasks": ("category",)}, "evaluation.category is empty"),

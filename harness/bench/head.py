@@ -154,7 +154,7 @@ class Dense:
         start = dist.get_rank() * setting.num_classes // dist.get_world_size()
         stop = (dist.get_rank() + 1) * setting.num_classes // dist.get_world_size()
         rows = torch.empty(stop - start, setting.embedding_dim, device=device).normal_(std=head.init_std)
-        self.head: torch.nn.Module = PartialFC(rows, start, head.margin, head.scale, sample_rate, _world())
+        self.head: torch.nn.Module = PartialFC(rows, start, head.margin, float(head.scale), sample_rate, _world())
         self.rows, self.adamw = rows, adamw
         self.active_rows = int(sample_rate * len(rows))
 
@@ -185,7 +185,7 @@ class InsightFace(Dense):
         def cosface(logits: Tensor, labels: Tensor) -> Tensor:
             row = torch.nonzero(labels[:, 0] != -1)[:, 0]
             logits[row, labels[row, 0]] -= head.margin[2]
-            return logits.mul_(head.scale)
+            return logits.mul_(float(head.scale))
 
         module = _insightface_class(setting.partial_fc)(
             cosface, setting.embedding_dim, setting.num_classes, setting.sample_rate, False

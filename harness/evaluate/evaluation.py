@@ -142,6 +142,7 @@ class Evaluation:
         made = {name: TASKS[name](inputs) for name in config.asked(method)}
         usual = len({*config.tasks}) or 1
         self.tasks, self.final_tasks = [*made.values()][:usual], [*made.values()][usual:]
+        self.beside = [view for view in METHODS[method].shown_beside(model) if view not in config.views]
         for path in config.distractors:
             require_whole(other := Catalogue(path), mesh)
             self.documents.append(side_of(other, "document", None, [], None, offset))
@@ -166,7 +167,7 @@ class Evaluation:
         found = {}
         try:
             for task in [*self.tasks, *(self.final_tasks if final else [])]:
-                for seen in self.config.views:
+                for seen in [*self.config.views, *(self.beside if task is self.tasks[0] else [])]:
                     name = task.name if seen == self.config.views[0] else f"{task.name}/{seen}"
                     found[name] = task.run(method, gallery, seen)
             return Report(found, self._sample(gallery.own(self.config.views[0])))

@@ -48,7 +48,9 @@ class TrainConfig:
         steps: optimizer steps of the run.
         precision: fp32, tf32 (fp32 whose products a GPU rounds to TF32, 10 bits, on tensor cores), or bf16 (bf16 towers
             with fp32 master weights).
-        margin_warmup: steps over which the margin grows from 0 to its value.
+        margin_schedule: growth of the margin from 0 to its value over the steps of margin_warmup: linear, or cosine
+            (slow at both ends); constant is its value throughout.
+        margin_warmup: steps over which the margin grows; 0 is its value throughout.
         log_every: steps between two lines of log.
         evaluate_every: steps between two evaluations; 0 evaluates at the end only.
         checkpoint_every: steps between two checkpoints; 0 saves none by the count of steps.
@@ -74,6 +76,7 @@ class TrainConfig:
 
     steps: PositiveInt = 1000
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    margin_schedule: Literal["constant", "linear", "cosine"] = "linear"
     margin_warmup: NonNegativeInt = 0
     log_every: PositiveInt = 10
     evaluate_every: NonNegativeInt = 0

@@ -38,7 +38,7 @@ def introduction(config: RunConfig, mesh: Mesh, loader: StepLoader, method: Meth
         "checkpoints": _checkpoints(train, config.run_dir, step),
         "evaluation": f"on split {config.evaluation.split}, {_every(train.evaluate_every, step, train.steps)}",
     }
-    if method.head is not None and step < train.margin_warmup:
+    if method.head is not None and step < train.margin_warmup and train.margin_schedule != "constant":
         lines["margin"] = (
             f"grows to {list(config.head.margin)} until step {train.margin_warmup:,}; until then the loss may rise, "
             "because the same embeddings are judged more strictly"

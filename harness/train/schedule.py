@@ -1,4 +1,4 @@
-"""Configuration of the optimizer, and the learning rate of each step."""
+"""Configuration of the optimizer, and learning rate and margin of each step."""
 
 from __future__ import annotations
 
@@ -66,3 +66,9 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.lr * (config.min_lr_factor + (1 - config.min_lr_factor) * cosine)
+
+
+def margin_part(schedule: str, warmup: int, step: int) -> float:
+    """Share of the margin in [0, 1] at update `step` (0-based) of a train.margin_schedule over `warmup` updates."""
+    part = 1.0 if schedule == "constant" else min(1.0, (step + 1) / max(1, warmup))
+    return 0.5 * (1 - math.cos(math.pi * part)) if schedule == "cosine" else part

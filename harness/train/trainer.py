@@ -33,7 +33,7 @@ from harness.train.optimizer import TowerOptimizer, sum_of_squares
 from harness.train.profiler import StepProfiler
 from harness.train.resume import Resume
 from harness.train.run_log import RunLog
-from harness.train.schedule import learning_rate
+from harness.train.schedule import learning_rate, margin_part
 from harness.train.throughput import StepClock, Throughput
 from models.batch import rank_sizes
 from models.heads.row_optimizer import RowAdamW
@@ -132,9 +132,9 @@ class Trainer:
         self.towers.zero_grad()
         if head is not None and self.rows is not None:
             labels, weights = torch.cat([b.labels for b in data.batches]), torch.cat([b.weights for b in data.batches])
-            margin_part = min(1.0, (self.step + 1) / max(1, config.train.margin_warmup))
+            part = margin_part(config.train.margin_schedule, config.train.margin_warmup, self.step)
             sizes = rank_sizes(data.batches, "query", "document")
-            self.rows.catch_up(head.begin_step(labels, weights, self.step, margin_part, sizes))
+            self.rows.catch_up(head.begin_step(labels, weights, self.step, part, sizes))
 
         total, sums, names = torch.zeros((), device=self.mesh.device), None, []
         for i, (loss, metrics) in enumerate(self.method.losses(batches)):

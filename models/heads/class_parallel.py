@@ -10,6 +10,7 @@ dp and never average.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,7 +41,8 @@ class ClassHeadConfig:
         num_classes: number of classes; 0 takes the catalogue's.
         embedding_dim: width of the embeddings; 0 takes the model's.
         margin: (m1, m2, m3): the target's logit is cos(m1 theta + m2) - m3. (1, 0, m) is CosFace, (1, m, 0) ArcFace.
-        scale: factor on the cosines.
+        scale: factor on the cosines; auto is AdaCos' fixed one, sqrt(2) log(classes - 1): 7.5 for 204, 19.5 for a
+            million.
         sample_rate: share of the classes that serve as negatives in a step; positives always do.
         gradient: exact, or straight_through (the margin counts as a constant, as in Partial FC).
         filter_above: negatives whose cosine exceeds it are left out, against label noise; 1.0 leaves out none.
@@ -53,7 +55,7 @@ class ClassHeadConfig:
     num_classes: NonNegativeInt = 0
     embedding_dim: NonNegativeInt = 0
     margin: Margin = (1.0, 0.0, 0.4)
-    scale: PositiveFloat = 64.0
+    scale: PositiveFloat | Literal["auto"] = 64.0
     sample_rate: UnitIntervalAbove0 = 1.0
     gradient: Literal["exact", "straight_through"] = "exact"
     filter_above: NonNegativeFloat = 1.0
@@ -61,6 +63,13 @@ class ClassHeadConfig:
     tile: PositiveInt = TILE
     init_std: NonNegativeFloat = 0.05
     seed: NonNegativeInt = 0
+
+
+def fixed_scale(num_classes: int) -> float:
+    """The scale that `auto` stands for (Zhang et al., AdaCos, arXiv 1905.00292, equation 15); at least 1: ours, for
+    fewer than four classes.
+    """
+    return max(1.0, math.sqrt(2) * math.log(max(2, num_classes) - 1))
 
 
 def rows_per_rank(num_classes: int, ranks: int) -> int:
@@ -113,6 +122,7 @@ class ClassParallelHead(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.row_group, self.data_group = config, row_group, data_group
+        self.scale = fixed_scale(config.num_classes) if config.scale == "auto" else config.scale
         copies = 1 if copy_group is None else copy_group.size()
         self.copy_group = copy_group if copies > 1 else None
         if data_group.size() * copies != row_group.size():
@@ -288,14 +298,14 @@ class _MarginSoftmax(torch.autograd.Function):
         index = None if len(step.active) == len(head.rows) else step.active
         target = _row_of(label, head, step.active)
         part = _kernel(head.rows).cosine_lse(
-            everyone, head.rows, index, target, config.scale, config.filter_above, config.tile
+            everyone, head.rows, index, target, head.scale, config.filter_above, config.tile
         )
         lse, cosine, largest = _combine(part, head.row_group)
 
         value, slope = margin_cosine(cosine, step.margin, config.gradient == "straight_through")
         # -log softmax of the target = log(1 + exp(lse - logit)): exact at both ends, no clamp
-        sample_loss = torch.logaddexp(torch.zeros_like(lse), lse - config.scale * value)
-        ctx.save_for_backward(everyone, target, lse, weight, slope, config.scale * value)
+        sample_loss = torch.logaddexp(torch.zeros_like(lse), lse - head.scale * value)
+        ctx.save_for_backward(everyone, target, lse, weight, slope, head.scale * value)
         ctx.head, ctx.step, ctx.sizes, ctx.index = head, step, sizes, index
         loss = torch.where(weight > 0, sample_loss, 0.0) @ weight
         mine = own_slice(sizes, head.data_group.rank())
@@ -314,10 +324,10 @@ class _MarginSoftmax(torch.autograd.Function):
             head.rows,
             ctx.index,
             target,
-            config.scale,
+            head.scale,
             lse,
             wrong,
-            -config.scale * slope * wrong,
+            -head.scale * slope * wrong,
             config.filter_above,
             config.tile,
         )

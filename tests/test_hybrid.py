@@ -1,0 +1,199 @@
+"""OCLEAR's step of several parts (classes by sides, images alone, InfoNCE on pairs) and its sum of unit vectors.
+
+Loss and every gradient against the plain twin and one dense float64 statement; what each part of the sum can see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.batch import Batch
+from models.fusion import SumFusion
+from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
+from models.oclear import METHOD, Oclear, OclearConfig, OclearTowers
+from models.plain.transformer import PlainBuilder
+from models.text import TextConfig
+from models.tp_state import merged_state_dict
+from models.vision import VisionConfig
+from tests.dense import dense_loss
+from tests.pool import layout, ranks
+from tests.test_towers import close, part
+from tests.twins import require_equal_gradients
+
+SMALL: dict[str, Any] = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 4}
+BASE = OclearConfig(
+    vision=VisionConfig(**SMALL, image_size=16, patch_size=8),
+    text=TextConfig(**SMALL, vocab_size=40, max_length=6),
+    embedding_dim=8,
+    concept_slots=3,
+    temperature=0.3,
+)
+SUM = replace(BASE, fusion_kind="sum", fusion_weights=(1.0, 0.7, 0.4))
+STEPS = {
+    "concept, classes and pairs": replace(BASE, contrast_weight=0.7),
+    "sum, images alone, sides, pairs": replace(SUM, contrast_weight=2.0, image_anchor=0.5, document_share=0.3),
+    "sum, images alone": replace(SUM, image_anchor=0.5),
+    "concept, sides": replace(BASE, document_share=0.6, separate_transforms=False),
+    "sum, pairs and images alone": replace(SUM, objective="contrastive", image_anchor=2.0),
+    "steered only": replace(SUM, fusion_weights=(0.0, 1.0, 0.0), image_anchor=1.0),
+    "text only": replace(SUM, fusion_weights=(0.0, 0.0, 1.0), document_share=0.5),
+}
+HEAD = ClassHeadConfig(num_classes=7, embedding_dim=8, scale="auto", margin=(1.0, 0.2, 0.1))
+
+
+def pairs(n: int = 7) -> Batch:
+    """n pairs: two of one class, one of none, one with a damaged photo, one with a damaged document."""
+    g = torch.Generator().manual_seed(3)
+    tokens = torch.randint(5, 40, (n, 6), generator=g)
+    for row, length in enumerate((6, 3, 5, 1, 2, 4, 6)):
+        tokens[row, length:] = 0
+    labels = torch.tensor([0, 6, 3, 3, 1, -1, 2])
+    return Batch(
+        torch.randn(n, 3, 16, 16, generator=g, dtype=torch.float64),
+        labels,
+        torch.tensor([1.0, 0.5, 2.0, 1.0, 0.0, 1.0, 1.0]),
+        torch.arange(n),
+        torch.randn(n, 3, 16, 16, generator=g, dtype=torch.float64),
+        tokens,
+        labels,
+        torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0]),
+        torch.arange(n),
+    )
+
+
+def dense_pairs(queries: Tensor, documents: Tensor, batch: Batch, temperature: float) -> Tensor:
+    """Symmetric InfoNCE of all pairs at once, without those that are no negatives: of one class, or damaged."""
+    weights, labels = (batch.query_weights * batch.document_weights).double(), batch.query_labels
+    logits = F.normalize(queries, dim=-1) @ F.normalize(documents, dim=-1).T / temperature
+    hidden = ((labels[:, None] == labels) & (labels >= 0)) | (weights == 0)
+    hidden.fill_diagonal_(False)
+    terms = [x.masked_fill(hidden, float("-inf")).logsumexp(1) - x.diag() for x in (logits, logits.T)]
+    return (sum(terms) / 2) @ weights / weights.sum()
+
+
+def dense_step(config: OclearConfig, batch: Batch, towers: OclearTowers, rows: Tensor) -> Tensor:
+    """The loss of a whole step, from the description of the keys."""
+    anchor, share = config.image_anchor, config.document_share
+    queries, fused, _ = towers(batch.query_images, batch.document_images, batch.document_tokens)
+    alone = towers.image_document(batch.document_images)
+    of_pairs = [dense_pairs(queries, x, batch, config.temperature) for x in (fused, alone)]
+    pair_loss = (of_pairs[0] + anchor * of_pairs[1]) / (1 + anchor)
+    if config.objective == "contrastive":
+        return pair_loss
+    known = batch.query_labels >= 0
+    photo, document = batch.query_weights.double() * known, batch.document_weights.double() * known
+    if share:
+        photo, document = (1 - share) * photo / photo.sum(), share * document / document.sum() / (1 + anchor)
+    weights = torch.cat([photo, document, anchor * document])
+    found, labels = torch.cat([queries, fused, alone]), batch.query_labels.repeat(3)
+    return dense_loss(found, rows, labels, weights, replace(HEAD, scale=2**0.5 * torch.tensor(6.0).double().log())) + (
+        config.contrast_weight * pair_loss
+    )
+
+
+def check_step(name: str, tensor_parallel: int, micro_batches: int) -> None:
+    from models.transformer import MegatronBuilder
+
+    config, whole = STEPS[name], pairs()
+    with layout(tensor_parallel) as mesh:
+        torch.manual_seed(0)
+        towers = OclearTowers(config, MegatronBuilder(mesh.groups)).double()
+        plain = OclearTowers(config, PlainBuilder()).double()
+        plain.load_state_dict(merged_state_dict(towers, mesh.tp))
+        head = ClassParallelHead(HEAD, mesh.row_group, mesh.dp, dtype=torch.float64, copy_group=mesh.tp)
+        rows = head.full_weight().clone().requires_grad_()
+        wanted = dense_step(config, whole, plain, rows)
+        wanted.backward()
+
+        own = part(whole, mesh.dp.rank(), mesh.dp.size())
+        batches = [part(own, micro, micro_batches) for micro in range(micro_batches)]
+        classes = METHOD.classifies(config)
+        if classes:
+            head.begin_step(own.labels, own.weights)
+        total = torch.zeros((), dtype=torch.float64)
+        for loss, _ in Oclear(config, towers, head if classes else None, mesh.dp).losses(batches):
+            loss.backward()
+            total += loss.detach()
+        close(total, wanted, "loss")
+        if classes:
+            close(head.row_grad[1], rows.grad[head.start : head.stop], "rows' gradient")
+        require_equal_gradients(towers, plain, mesh)
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(
+    ("world", "tensor_parallel", "micro_batches"),
+    [(2, 1, 2), *(pytest.param(*x, marks=pytest.mark.full) for x in ((1, 1, 1), (3, 1, 1), (4, 2, 2), (2, 2, 1)))],
+)
+def test_a_step_equals_its_dense_statement(name: str, world: int, tensor_parallel: int, micro_batches: int) -> None:
+    ranks(world).run(check_step, name, tensor_parallel, micro_batches)
+
+
+def test_hybrid_steps_read_pairs() -> None:
+    assert METHOD.reads(STEPS["concept, classes and pairs"]).kind == "pairs"
+    assert METHOD.reads(STEPS["sum, images alone"]).kind == "photos"
+
+
+def summed(weights: tuple[float, float, float], equal_patches: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Documents with their own texts and with other ones, and the documents' image anchors, all of unit length."""
+    torch.manual_seed(0)
+    towers = OclearTowers(replace(SUM, fusion_weights=weights), PlainBuilder()).double().eval()
+    batch = pairs()
+    if equal_patches:
+        patches, pooled = towers.vision(batch.document_images)
+        towers.vision.forward = lambda images: (patches[:, :1].expand_as(patches), pooled)  # type: ignore[method-assign]
+    images, other = batch.document_images, batch.document_tokens.where(batch.document_tokens == 0, 7)
+    found = [towers.document(images, tokens)[0] for tokens in (batch.document_tokens, other)]
+    return *(F.normalize(x, dim=-1) for x in found), F.normalize(towers.image_document(images), dim=-1)
+
+
+@torch.no_grad()
+def test_each_part_of_the_sum_sees_what_it_should() -> None:
+    """The image no text; the steered average only through the choice of patches; the identity the text."""
+    own, other, image = summed((2.0, 0.0, 0.0))
+    close(own, image, "image")
+    assert torch.equal(own, other)
+    own, other, _ = summed((0.0, 1.0, 0.0))
+    assert (own - other).abs().amax(1).min() > 1e-6
+    own, other, _ = summed((0.0, 1.0, 0.0), equal_patches=True)  # nothing to choose from
+    close(own, other, "steered")
+    own, other, _ = summed((0.0, 0.0, 1.0))
+    assert (own - other).abs().amax(1).min() > 1e-6
+    images = pairs().document_images.flip(0)
+    towers = OclearTowers(replace(SUM, fusion_weights=(0.0, 0.0, 1.0)), PlainBuilder()).double().eval()
+    tokens = pairs().document_tokens
+    assert torch.equal(towers.document(images, tokens)[0], towers.document(images.flip(0), tokens)[0])
+
+
+@torch.no_grad()
+def test_parts_of_weight_0_have_no_parameters_and_the_others_add_up() -> None:
+    names = {name.split(".")[0] for name, _ in SumFusion(16, 16, 8, 3, 4, (1.0, 0.0, 0.0), 0.0).named_parameters()}
+    assert not names
+    fusion = SumFusion(16, 12, 8, 3, 4, (0.5, 2.0, 0.25), 0.0).double()
+    image, patches, words = (torch.randn(5, *shape).double() for shape in ((16,), (4, 16), (3, 12)))
+    transform = torch.nn.Linear(16, 8).double()
+    nothing = torch.zeros(5, 1, 1, 3, dtype=torch.bool)
+    vector = fusion(image, patches, words, nothing, transform)[0].vector
+    steered = fusion.norm(fusion.patch_attention(fusion.text_attention(fusion.memory.expand(5, -1, -1), words)[0],
+                                                 patches)[0]).mean(1)  # fmt: skip
+    parts = zip(fusion.weights, (transform(image), transform(steered), fusion.identity(words.mean(1))), strict=True)
+    close(vector, sum(weight * F.normalize(x, dim=-1) for weight, x in parts), "sum")
+
+
+def test_the_texts_own_vector_is_left_out_of_its_share() -> None:
+    fusion = SumFusion(16, 16, 8, 2, 2, (1.0, 0.5, 0.5), text_dropout=0.3).train()
+    n, seen = 2000, torch.zeros(2000, 1, 1, 3, dtype=torch.bool)
+    inputs = torch.randn(n, 16), torch.randn(n, 4, 16), torch.randn(n, 3, 16), seen, torch.nn.Linear(16, 8)
+    vector = fusion(*inputs)[0].vector
+    kept = fusion.eval()(*inputs)[0].vector
+    assert (vector == kept).all(1).double().mean().item() == pytest.approx(0.7, abs=0.05)
+
+
+def test_weights_that_leave_nothing_are_named() -> None:
+    assert "model.fusion_weights are all 0" in replace(SUM, fusion_weights=(0.0, 0.0, 0.0)).errors(1)[0]
