@@ -8,7 +8,7 @@ from PIL import Image
 from harness.catalogue.pixels import on_background, open_picture, upright
 
 SIDE, LOW = 32, 8  # pixels of the small grey picture, and lowest frequencies of it that are kept each way
-BITS = 4  # that may differ in the hashes of near duplicates
+BITS = 6  # that may differ in the hashes of near duplicates
 COLOUR = 2.5  # levels of 255 by which their 8 x 8 colours may differ in the mean: a copy saved again stays below
 BANDS, BAND = 4, 16  # parts of a hash, and bits of each
 NEIGHBOURS = 32  # pictures that each is compared with in its bucket, at most

@@ -10,7 +10,10 @@ from harness.catalogue.catalogue import Catalogue
 from harness.catalogue.wholeness import require_whole
 from harness.core.errors import UserError
 from harness.core.mesh import Device, Mesh, MeshConfig
-from harness.evaluate.evaluation import Evaluation, print_report
+from harness.core.page import require_writable, save
+from harness.core.waiting import on_first_rank
+from harness.evaluate.evaluation import Evaluation, Report, print_report
+from harness.evaluate.report_page import WORST, draw_report
 from harness.evaluate.tasks.task import require_attributes
 from harness.text.tokenizer import Tokenizer
 from harness.train.config import RunConfig
@@ -36,6 +39,7 @@ class EvalConfig:
         batch_size: images embedded at once.
         tensor_parallel: ranks that share one copy of the towers.
         device: cuda, cpu, or auto, the GPUs where there are any.
+        report: HTML file to write: worst queries with what they found, products confused, scores, recall by slice.
     """
 
     run: Path = field(kw_only=False)
@@ -49,6 +53,7 @@ class EvalConfig:
     batch_size: PositiveInt = 128
     tensor_parallel: PositiveInt = 1
     device: Device = "auto"
+    report: Path | None = None
 
 
 def run(config: EvalConfig) -> dict[str, Any]:
@@ -57,6 +62,8 @@ def run(config: EvalConfig) -> dict[str, Any]:
     Raises:
         UserError: no run or checkpoint there, an empty split, an unknown slice, a layout that does not divide.
     """
+    if config.report is not None:
+        require_writable(config.report, "--report")
     settings = open_settings(config.run, config.tensor_parallel)
     catalogue = Catalogue(config.catalogue or settings.data.catalogue)
     with Mesh(MeshConfig(tensor_parallel=config.tensor_parallel, device=config.device)) as mesh:
@@ -69,7 +76,14 @@ def run(config: EvalConfig) -> dict[str, Any]:
     return {**made_by, **report.figures, "slices": report.rows}
 
 
-def _evaluate(config: EvalConfig, settings: RunConfig, path: Path, catalogue: Catalogue, mesh: Mesh) -> Any:
+def _write_page(config: EvalConfig, checkpoint: str, report: Report, evaluation: Evaluation) -> None:
+    """Draws and writes --report."""
+    assert config.report is not None
+    title = f"{config.run} at {checkpoint}, split {config.split}"
+    save(config.report, draw_report(report, evaluation, title), "--report")
+
+
+def _evaluate(config: EvalConfig, settings: RunConfig, path: Path, catalogue: Catalogue, mesh: Mesh) -> Report:
     tokenizer = Tokenizer.load(config.run)
     method, _ = load_method(settings, path, tokenizer, mesh)
     task = replace(
@@ -87,4 +101,8 @@ def _evaluate(config: EvalConfig, settings: RunConfig, path: Path, catalogue: Ca
         raise UserError(errors[0])
     classes = path / "classes.parquet"
     evaluation = Evaluation(task, settings.method, settings.data, settings.model, catalogue, tokenizer, classes, mesh)
-    return evaluation.run(method)
+    if config.report is None:
+        return evaluation.run(method)
+    report = evaluation.run(method, worst=WORST)
+    on_first_rank(lambda: _write_page(config, path.name, report, evaluation), mesh, "drawing the report")
+    return report

@@ -96,8 +96,8 @@ def notes(facts: dict[str, Any], path: Path) -> list[tuple[str, bool]]:
         copies = facts[f"{name}_duplicates"]
         if copies["leaked_photos"]:
             found.append(
-                f"{how} of {_count(copies['leaked_photos'], 'photo')} outside of split {facts['trained_split']} are trained "
-                "on: their recall says nothing about new photos"
+                f"{how} of {_count(copies['leaked_photos'], 'photo')} outside of split {facts['trained_split']} are "
+                "trained on: their recall says nothing about new photos"
             )
         if copies["across_products"]:
             found.append(f"{how} of {_count(copies['across_products'], 'picture')} belong to several products each")
@@ -105,8 +105,8 @@ def notes(facts: dict[str, Any], path: Path) -> list[tuple[str, bool]]:
         found.append("No product has both a photo and a document: there is nothing to train on")
     if products["without_photo"]:
         found.append(
-            f"{products['without_photo']:,} of {_count(products['products'], 'product')} without a photo: a search can find them, "
-            "but training leaves them out"
+            f"{products['without_photo']:,} of {_count(products['products'], 'product')} without a photo: a search can "
+            "find them, but training leaves them out"
         )
     if products["without_document"]:
         found.append(
@@ -118,7 +118,8 @@ def notes(facts: dict[str, Any], path: Path) -> list[tuple[str, bool]]:
         found.append("No photos are kept for validation or test: give the table a column `split`")
     if facts["documents"] and facts["shared_titles"] > 0.1 * facts["documents"]:
         found.append(
-            f"{_count(facts['shared_titles'], 'document')} with the title of another product: titles tell them apart poorly"
+            f"{_count(facts['shared_titles'], 'document')} with the title of another product: titles tell them apart "
+            "poorly"
         )
     if facts["documents"] and texts["title"]["empty"]:
         found.append(f"{_count(texts['title']['empty'], 'document')} without a title")

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from harness.evaluate.coded import Coded
 from harness.evaluate.embed import ClassKeys
+from harness.evaluate.failures import find_failures
 from harness.evaluate.metrics import slices, summarise
 from harness.evaluate.ranking import relevant_ranks, top_k
 from harness.evaluate.tasks.task import (
@@ -57,7 +58,9 @@ class PhotoTask(Task):
         own: list[Shown] = list(zip(shown.ids.tolist(), best.tolist(), right.tolist(), strict=True))
         figures = {**summarise(ranks.ranks, ranks.offsets), "documents": float(total(documents, self.mesh))}
         rows = slices(ranks.ranks, ranks.offsets, ordered(self.groups, self.queries.ids, ranks))
-        return Found(figures, rows, gathered(own, self.mesh))
+        sides = (self.queries, self.documents)
+        failures = find_failures(queries, documents, ranks, self.mesh, gallery.worst, SHOWN, sides)
+        return Found(figures, rows, gathered(own, self.mesh), failures)
 
 
 def head_and_tail(classes: Path, keys: ClassKeys) -> np.ndarray:
