@@ -19,7 +19,7 @@ addEventListener("load", () => { for (const frame of document.querySelectorAll("
   const page = frame.contentDocument;
   const pictures = [...page.images];
   document.title += frame.width + ":" + page.documentElement.scrollWidth + ":" + pictures.length + ":"
-    + pictures.filter((image) => image.naturalWidth > 0).length + " ";
+    + pictures.filter((image) => image.naturalWidth > 0).length + ";";
 } });
 </script>"""
 
@@ -41,6 +41,6 @@ def measured(page: Path, widths: tuple[int, ...], folder: Path) -> list[tuple[in
     outer.write_text(f"{OUTER}{frames}", encoding="utf-8")
     title = re.search(r"<title>([^<]*)</title>", dump_dom(outer.as_uri(), folder / "profile"))
     assert title is not None
-    found = [tuple(map(int, part.split(":"))) for part in title.group(1).split()]
+    found = [tuple(map(int, part.split(":"))) for part in title.group(1).strip(";").split(";")]
     assert [width for width, *_ in found] == [*widths]
     return [(taken, pictures, shown) for _, taken, pictures, shown in found]

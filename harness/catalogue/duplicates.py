@@ -9,6 +9,7 @@ from harness.catalogue.pixels import on_background, open_picture, upright
 
 SIDE, LOW = 32, 8  # pixels of the small grey picture, and lowest frequencies of it that are kept each way
 BITS = 6  # that may differ in the hashes of near duplicates
+FAINT = 64.0  # frequencies are compared in steps of a quarter of a level: in a flat picture the rest is noise
 COLOUR = 2.5  # levels of 255 by which their 8 x 8 colours may differ in the mean: a copy saved again stays below
 BANDS, BAND = 4, 16  # parts of a hash, and bits of each
 NEIGHBOURS = 32  # pictures that each is compared with in its bucket, at most
@@ -32,7 +33,7 @@ def fingerprint(encoded: bytes) -> tuple[int, np.ndarray]:
             picture.draft(picture.mode, (2 * SIDE, 2 * SIDE))  # decodes at an eighth of the size where that is enough
         image = on_background(upright(picture), (255, 255, 255))
     small = image.resize((SIDE, SIDE), Image.Resampling.BOX)
-    waves = _COSINES @ np.asarray(small.convert("L"), np.float64) @ _COSINES.T
+    waves = np.round(_COSINES @ np.asarray(small.convert("L"), np.float64) @ _COSINES.T / FAINT)
     above = (waves > np.median(waves)).ravel()
     colours = np.asarray(small.resize((LOW, LOW), Image.Resampling.BOX)).ravel()
     return int.from_bytes(np.packbits(above).tobytes(), "big"), colours

@@ -137,7 +137,7 @@ def _best(queries: Embedded, documents: Embedded, depth: int, mesh: Mesh, withou
     """Ids and scores of the best documents, [n, depth] at most; collective."""
     ids, scores = top_k(queries, documents, depth + without_self, mesh.dp)
     if without_self:  # the own document goes behind the others, which keep their order
-        order = (ids == queries.ids[:, None]).to(torch.uint8).argsort(1, stable=True)[:, :depth]
+        order = (ids == queries.ids[:, None]).to(torch.uint8).argsort(stable=True, dim=1)[:, :depth]
         ids, scores = ids.gather(1, order), scores.gather(1, order)
     return ids, scores
 

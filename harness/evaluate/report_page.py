@@ -145,12 +145,14 @@ PAGE = """\
 {% if task.confused %}
 <section>
 <h2>Products most confused</h2>
+<div class="two">
 {% for pair in task.confused %}
 <div class="group"><b>{{ pair.asked[2] }}</b> finds <b>{{ pair.found[2] }}</b>
 <span class="soft small">{{ pair.queries }} of {{ pair.of }} queries</span>
 <div class="strip">{{ picture(pair.asked[0], 'query · ' ~ pair.asked[2], 'asked') }}
 {{ picture(pair.found[0], pair.found[1] ~ ' · ' ~ pair.found[2], 'wrong') }}</div></div>
 {% endfor %}
+</div>
 </section>
 {% endif %}
 
@@ -158,7 +160,7 @@ PAGE = """\
 <h2>Worst queries</h2>
 {% if task.worst %}
 <p class="soft small">{{ task.worst | length }} of {{ f.wrong }} queries whose first document is wrong, the worst first.
-Dark frame: the query; then a right document, where there is one product; then what was found.</p>
+Dark frame: the query; then a right document; then what was found.</p>
 {% for miss in task.worst %}
 <div class="group"><span class="soft small">first right document at place {{ miss.place }}</span>
 <div class="strip">
