@@ -47,7 +47,7 @@ ul.notes li.good { background: #f0f9f1 } code { background: #eef0f4; border-radi
 .bars i { display: block; height: 13px; background: var(--fill); border-radius: 2px }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: 13px; width: 100% }
 td, th { text-align: left; padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top }
-th { color: var(--soft); font-weight: 600 }
+th { color: var(--soft); font-weight: 600 } td:first-child, th:first-child { min-width: 72px }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 .strip { display: flex; flex-wrap: wrap; gap: 10px; margin: 6px 0 }
 .group { border-top: 1px solid var(--line); padding: 10px 0 4px } .group:first-of-type { border: 0 }
