@@ -10,8 +10,11 @@ from harness.catalogue.catalogue import Catalogue
 from harness.catalogue.wholeness import require_whole
 from harness.core.errors import UserError
 from harness.core.mesh import Device, Mesh, MeshConfig
+from harness.core.page import require_writable, save
+from harness.core.waiting import on_first_rank
 from harness.evaluate.baselines import Baselines, baselines_of
 from harness.evaluate.evaluation import Evaluation, EvaluationConfig, Report, print_report
+from harness.evaluate.report_page import WORST, draw_report
 from harness.evaluate.signs import warnings
 from harness.evaluate.tasks.task import require_attributes
 from harness.text.tokenizer import Tokenizer
@@ -19,6 +22,7 @@ from harness.train import run_baselines
 from harness.train.config import RunConfig
 from harness.train.frozen_eval import open_frozen
 from harness.train.open_run import find_checkpoint, load_weights, open_settings, start_method
+from models.method import Method
 from models.ranges import PositiveInt
 
 EXAMPLE = "python jobs/torchrun.py --nproc-per-node 2 -m harness eval runs/grocery --split test --slices department"
@@ -41,6 +45,7 @@ class EvalConfig:
         batch_size: images embedded at once.
         tensor_parallel: ranks that share one copy of the towers.
         device: cuda, cpu, or auto, the GPUs where there are any.
+        report: HTML file to write: worst queries with what they found, products confused, scores, recall by slice.
     """
 
     run: Path = field(kw_only=False)
@@ -55,6 +60,7 @@ class EvalConfig:
     batch_size: PositiveInt = 128
     tensor_parallel: PositiveInt = 1
     device: Device = "auto"
+    report: Path | None = None
 
 
 def run(config: EvalConfig) -> dict[str, Any]:
@@ -63,6 +69,8 @@ def run(config: EvalConfig) -> dict[str, Any]:
     Raises:
         UserError: no run, checkpoint or weights there, an empty split, an unknown slice, a layout that does not divide.
     """
+    if config.report is not None:
+        require_writable(config.report, "--report")
     if config.frozen is not None:
         return _run_frozen(config, config.frozen)
     settings = open_settings(config.run, config.tensor_parallel)
@@ -81,18 +89,18 @@ def _run_frozen(config: EvalConfig, weights: Path) -> dict[str, Any]:
     for name in ("checkpoint", "catalogue", "tasks", "views"):
         if getattr(config, name):
             raise UserError(f"--{name} is of a run, and --frozen has none", f"Leave out --{name}")
-    catalogue = Catalogue(config.run)
+    catalogue, title = Catalogue(config.run), f"{weights}, image tower without training"
     with Mesh(MeshConfig(tensor_parallel=config.tensor_parallel, device=config.device)) as mesh:
         require_whole(catalogue, mesh)
         task = replace(EvaluationConfig(tasks=("photo",)), **_chosen(config))
         require_attributes(catalogue, config.slices, "--slices")
         method, evaluation = open_frozen(weights, task, catalogue, mesh)
-        report = evaluation.run(method)
+        report = _report(config, evaluation, method, title)
         baselines = None
         if evaluation.sample is not None:
             baselines = baselines_of(evaluation.sample, config.split, mesh)
     if mesh.rank == 0:
-        _show(report, baselines, f"{weights}, image tower without training", config.split, catalogue)
+        _show(report, baselines, title, config.split, catalogue)
     return _figures(report, baselines, config.split, weights=str(weights), precision="fp32")
 
 
@@ -124,7 +132,19 @@ def _evaluate(
         baselines = run_baselines.kept(settings, evaluation, mesh)
         baselines = baselines or run_baselines.of_start(settings, evaluation, method, mesh)
     load_weights(method, settings, path, mesh)
-    return evaluation.run(method), baselines
+    return _report(config, evaluation, method, f"{config.run} at {path.name}"), baselines
+
+
+def _report(config: EvalConfig, evaluation: Evaluation, method: Method, title: str) -> Report:
+    """Evaluates `method`, and writes --report; collective."""
+    if (page := config.report) is None:
+        return evaluation.run(method)
+    report = evaluation.run(method, worst=WORST)
+    titled = f"{title}, split {config.split}"
+    on_first_rank(
+        lambda: save(page, draw_report(report, evaluation, titled), "--report"), evaluation.mesh, "drawing the report"
+    )
+    return report
 
 
 def _show(report: Report, baselines: Baselines | None, what: str, split: str, catalogue: Catalogue) -> None:

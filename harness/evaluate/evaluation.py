@@ -18,6 +18,7 @@ from harness.evaluate.baselines import Baselines
 from harness.evaluate.calibration import CalibrationConfig, calibrate, documents_to_fit
 from harness.evaluate.embed import ClassKeys, Embedder, Side, side_of
 from harness.evaluate.ranking import Embedded
+from harness.evaluate.slice_rows import largest
 from harness.evaluate.tasks.photo import PhotoTask
 from harness.evaluate.tasks.registry import TASKS
 from harness.evaluate.tasks.task import CommonConfig, Found, Gallery, Shown, TaskInputs, require_attributes, spread
@@ -157,9 +158,9 @@ class Evaluation:
         if self.fitted_to is not None:
             calibrate(method, self.fitted_to, self.embedder)
 
-    def run(self, method: Method, final: bool = True) -> Report:
+    def run(self, method: Method, final: bool = True, worst: int = 0) -> Report:
         """Embeds, ranks and measures; collective. `final` asks final_tasks too. The towers are left in training mode if
-        they were.
+        they were. `worst` queries of each task are kept as its failures, of the first view.
         """
         training = method.towers.training
         method.towers.eval()
@@ -168,6 +169,7 @@ class Evaluation:
         try:
             for task in [*self.tasks, *(self.final_tasks if final else [])]:
                 for seen in [*self.config.views, *(self.beside if task is self.tasks[0] else [])]:
+                    gallery.worst = worst if seen == self.config.views[0] else 0
                     name = task.name if seen == self.config.views[0] else f"{task.name}/{seen}"
                     found[name] = task.run(method, gallery, seen)
             return Report(found, self._sample(gallery.own(self.config.views[0])))
@@ -255,13 +257,16 @@ def print_report(report: Report, title: str, baselines: Baselines | None = None)
         if "bare_queries" in found.figures:
             bare = {m.removeprefix("bare_"): v for m, v in found.figures.items() if m.startswith("bare_")}
             print(_line("titles without those words", bare, plain, width))
-        for row in found.rows:
-            label = f"{row['slice']} = {row['value']}"
-            if "weights" in row:
-                shown = ", ".join(f"{part.removeprefix('weight_')} {w:.2f}" for part, w in row["weights"].items())
-                print(f"{printable(label, 31):<32}{row['documents']:>9}  {shown}")
-            else:
-                print(_line(label, row, plain, width))
+        for slice_name, rows, left_out in largest(found.rows):
+            for row in rows:
+                label = f"{slice_name} = {row['value']}"
+                if "weights" in row:
+                    shown = ", ".join(f"{part.removeprefix('weight_')} {w:.2f}" for part, w in row["weights"].items())
+                    print(f"{printable(label, 31):<32}{row['documents']:>9}  {shown}")
+                else:
+                    print(_line(label, row, plain, width))
+            if left_out:
+                print(f"{printable(slice_name, 31)}: {left_out:,} smaller values are not shown (--json has all)")
 
 
 def _line(name: str, figures: dict[str, Any], metrics: Sequence[str], width: int) -> str:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from harness.evaluate.baselines import sampled
 from harness.evaluate.coded import Coded
 from harness.evaluate.embed import ClassKeys
+from harness.evaluate.failures import find_failures
 from harness.evaluate.metrics import slices, summarise
 from harness.evaluate.ranking import relevant_ranks, top_k
 from harness.evaluate.signs import signs
@@ -61,7 +62,9 @@ class PhotoTask(Task):
         figures = {**summarise(ranks.ranks, ranks.offsets), "documents": float(total(documents, self.mesh))}
         rows = slices(ranks.ranks, ranks.offsets, ordered(self.groups, self.queries.ids, ranks))
         found = signs(queries, documents, self.sample, self.mesh.dp) if len(self.sample[0].ids) else {}
-        return Found(figures, rows, gathered(own, self.mesh), found)
+        sides = (self.queries, self.documents)
+        failures = find_failures(queries, documents, ranks, self.mesh, gallery.worst, SHOWN, sides)
+        return Found(figures, rows, gathered(own, self.mesh), found, failures)
 
 
 def head_and_tail(classes: Path, keys: ClassKeys) -> np.ndarray:

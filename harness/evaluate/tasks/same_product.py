@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from harness.core.errors import UserError
+from harness.evaluate.failures import find_failures
 from harness.evaluate.metrics import slices, summarise
 from harness.evaluate.ranking import relevant_ranks
-from harness.evaluate.tasks.task import Found, Gallery, Task, TaskInputs, groups_of, ordered, total
+from harness.evaluate.tasks.task import SHOWN, Found, Gallery, Task, TaskInputs, groups_of, ordered, total
 from models.method import Method
 
 
@@ -31,6 +32,10 @@ class SameProductTask(Task):
     def run(self, method: Method, gallery: Gallery, seen: str) -> Found:
         """See Task."""
         documents = gallery.whole(seen)
-        ranks = relevant_ranks(gallery.own("image"), documents, self.mesh.dp, without_self=True)
+        queries = gallery.own("image")
+        ranks = relevant_ranks(queries, documents, self.mesh.dp, without_self=True)
         figures = {**summarise(ranks.ranks, ranks.offsets), "documents": float(total(documents, self.mesh))}
-        return Found(figures, slices(ranks.ranks, ranks.offsets, ordered(self.groups, self.documents.ids, ranks)))
+        rows = slices(ranks.ranks, ranks.offsets, ordered(self.groups, self.documents.ids, ranks))
+        sides = (self.documents, self.documents)
+        failures = find_failures(queries, documents, ranks, self.mesh, gallery.worst, SHOWN, sides, without_self=True)
+        return Found(figures, rows, failures=failures)

@@ -21,6 +21,7 @@ from harness.core.mesh import Mesh
 from harness.core.waiting import gather_objects
 from harness.evaluate.coded import Coded
 from harness.evaluate.embed import ClassKeys, Embedder, Side
+from harness.evaluate.failures import Failures
 from harness.evaluate.ranking import Embedded, RelevantRanks
 from models.method import Method
 from models.ranges import NonNegativeInt, PositiveInt
@@ -71,12 +72,14 @@ class CommonConfig:
 class Found:
     """Result of a task, the same on every rank: metric -> value, `queries` (their number) among them; a row for each
     slice; rows of the panel; what `harness.evaluate.signs` looks at.
+    slice; rows of the panel. On the first rank of dp only: failures, where Gallery.worst asks for them.
     """
 
     figures: dict[str, float]
     rows: list[dict[str, Any]] = field(default_factory=list)
     panel: list[Shown] = field(default_factory=list)
     signs: dict[str, float] = field(default_factory=dict)
+    failures: Failures | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,10 +144,14 @@ class Gallery:
         embedder: embeds them.
         sides: the catalogue's own documents, then those of other catalogues.
         method: as it is.
+
+    Attributes:
+        worst: worst queries that a task keeps as its failures.
     """
 
     def __init__(self, embedder: Embedder, sides: Sequence[Side], method: Method) -> None:
         self.embedder, self.sides, self.method = embedder, sides, method
+        self.worst = 0
         self._known: dict[tuple[int, str], Embedded] = {}
 
     def own(self, seen: str = "both") -> Embedded:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from harness.evaluate.attribute_queries import DEPTH, GRADED, AttributeQueries, without_words
+from harness.evaluate.failures import find_failures
 from harness.evaluate.metrics import summarise
 from harness.evaluate.ranking import Embedded, relevant_ranks, top_k
 from harness.evaluate.tasks.task import (
@@ -70,7 +71,7 @@ class TextTask(Task):
     def run(self, method: Method, gallery: Gallery, seen: str) -> Found:
         """See Task."""
         texts = self.embedder.embed_texts(method, self.queries.texts)
-        found = self._search(texts, gallery.whole(seen))
+        found = self._search(texts, gallery.whole(seen), gallery.worst)
         figures, rows = dict(found.figures), list(found.rows)
         if seen == "both":
             if self.bare is not None:
@@ -79,9 +80,9 @@ class TextTask(Task):
             if method.modalities:
                 rows += self._weights(method)
                 figures |= rows[-1]["weights"]
-        return Found(figures, rows, found.panel)
+        return Found(figures, rows, found.panel, failures=found.failures)
 
-    def _search(self, texts: Embedded, documents: Embedded) -> Found:
+    def _search(self, texts: Embedded, documents: Embedded, worst: int = 0) -> Found:
         queries = self.queries
         labels = torch.from_numpy(queries.labels_of(documents.ids.cpu().numpy())).to(documents.ids.device)
         documents = replace(documents, labels=labels)
@@ -99,7 +100,8 @@ class TextTask(Task):
             GRADED: float(gather_shards(graded, self.mesh.dp).cpu().numpy().mean()),
             "documents": float(total(documents, self.mesh)),
         }
-        return Found(figures, [], gathered(panel, self.mesh))
+        failures = find_failures(texts, documents, ranks, self.mesh, worst, SHOWN)
+        return Found(figures, [], gathered(panel, self.mesh), failures=failures)
 
     def _weights(self, method: Method) -> list[dict[str, Any]]:
         """Mean modal weights by category, and of all documents last."""
