@@ -22,7 +22,13 @@ from models.fields import TRAINING_ONLY
 from models.fusion import ConcatFusion, ConceptFusion, ResidualTransform
 from models.heads.cached import cached_losses
 from models.heads.class_parallel import ClassParallelHead
-from models.heads.contrastive import ContrastiveConfig, contrastive_loss
+from models.heads.contrastive import (
+    ContrastiveConfig,
+    Related,
+    contrastive_loss,
+    same_product,
+    same_product_or_answer,
+)
 from models.method import Method, MethodSpec
 from models.ranges import ClosedUnitInterval, OpenUnitInterval, PositiveFloat, Size
 from models.shape import TransformerBuilder, shape_errors, words_hidden
@@ -173,14 +179,21 @@ class Oclear(Method):
         They add up to the step's. Call backward on each loss before asking for the next.
         """
         if self.head is None:
-            labels = torch.cat([b.query_labels for b in batches])
+            labels, related = self._labels(batches)
             weights = torch.cat([b.query_weights * b.document_weights for b in batches])
             settings = ContrastiveConfig(temperature=self.config.temperature)
             sizes = rank_sizes(batches, "query")
 
             def loss_of(queries: Tensor, documents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
                 return contrastive_loss(
-                    queries, documents, labels, settings, self.data_group, weights=weights, sizes=sizes
+                    queries,
+                    documents,
+                    labels,
+                    settings,
+                    self.data_group,
+                    weights=weights,
+                    related=related,
+                    sizes=sizes,
                 )
 
             parts: Iterator[tuple[Tensor, dict[str, Tensor], Tensor]] = cached_losses(self._encode, batches, loss_of)
@@ -189,6 +202,16 @@ class Oclear(Method):
         for loss, metrics, gate in parts:
             gates = torch.stack([gate.detach().to(loss.dtype).sum(), loss.new_full((), len(gate))])
             yield loss, {**metrics, "gate": gates}
+
+    def _labels(self, batches: Sequence[Batch]) -> tuple[Tensor, Related]:
+        """Labels of the pairs of all micro-batches, and what compares them: also the answers of the queries, where some
+        query of the step has any.
+        """
+        classes = torch.cat([b.query_labels for b in batches])
+        if not batches[0].answers.shape[1]:  # the same on every rank
+            return classes, same_product
+        ids, answers = torch.cat([b.document_ids for b in batches]), torch.cat([b.answers for b in batches])
+        return torch.cat([classes[:, None], ids[:, None], answers], 1), same_product_or_answer
 
     def _encode(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], Tensor]:
         tokens, padded = self._texts(batch)

@@ -60,7 +60,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
     settings = open_settings(config.run, config.tensor_parallel)
     catalogue = Catalogue(config.catalogue or settings.data.catalogue)
     with Mesh(MeshConfig(tensor_parallel=config.tensor_parallel, device=config.device)) as mesh:
-        require_whole(catalogue, mesh)
+        require_whole(catalogue, mesh, ("pairs",))
         path = find_checkpoint(config.run, config.checkpoint, mesh)
         report = _evaluate(config, settings, path, catalogue, mesh)
     if mesh.rank == 0:
