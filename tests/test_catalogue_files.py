@@ -384,7 +384,7 @@ def test_verify_reads_images_and_names_those_that_are_damaged(
     with changed(shard, bytes(data)):
         verified(prepared)
         config = verify.VerifyConfig(paths=(prepared,), images=True, threads=2)
-        assert "1 of 5 are damaged" in said(lambda: verify.run(config))
+        assert "1 of 6 are damaged" in said(lambda: verify.run(config))
         line = next(
             line for line in capsys.readouterr().out.splitlines() if line.startswith("images of") and "2 of 36" in line
         )
