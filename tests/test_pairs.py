@@ -251,3 +251,25 @@ def test_training_on_pairs_is_the_same_at_every_layout(rooms: Path, tmp_path: Pa
     for world, micro_batches in ((1, 3), (3, 2)):
         for found in ranks(world).run(trained, rooms, tmp_path / f"{world}-{micro_batches}", micro_batches):
             torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-5, atol=1e-7)
+
+
+def test_a_right_answer_in_the_step_is_not_a_negative(rooms: Path, tmp_path: Path) -> None:
+    judged = {(q, d) for q, d, grade in stored(rooms) if grade > 0}
+    settings = {"model.objective": "contrastive", "data.queries_per_step": 12}
+    with trainer(tiny_config(rooms, tmp_path / "run", **settings)) as t:
+        batch = t.loader.load(0).batches[0].to(torch.device("cpu"), torch.float32)
+        t.method.towers.eval()
+        with torch.no_grad():
+            loss, _ = next(t.method.losses([batch]))
+            cosine = t.method.embed_query(batch) @ t.method.embed_document(batch).T
+        logits = cosine.double() / t.config.model.temperature
+    queries, documents, labels = (x.tolist() for x in (batch.query_ids, batch.document_ids, batch.query_labels))
+    classes = torch.tensor([[a == b for b in labels] for a in labels])
+    named = torch.tensor([[(q, d) in judged for d in documents] for q in queries])
+    assert (named & ~classes).any()
+    total = torch.zeros((), dtype=torch.float64)
+    for scores, hidden in ((logits, classes | named), (logits.T, (classes | named).T)):
+        positive = scores.diag()[:, None]
+        rest = torch.cat([positive, scores.masked_fill(hidden, -torch.inf)], 1)
+        total += (rest.logsumexp(1) - positive[:, 0]).mean() / 2
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
