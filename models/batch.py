@@ -35,12 +35,13 @@ class Batch:
     [d].
 
     Fields of only some methods are empty, [0, 0], if not given: query_tokens int64 [q, L]: text of the queries; MAKE's
-    are only text, and its query_images [0, 3, S, S]; categories int64 [d]: category of the documents, -1 =
-    unknown; keywords int64 [d, K]: keywords of the documents, each once, -1 behind the last; query_keywords int64 [q,
-    K]: those that the query names; masked_tokens int64 [d, L]: the titles with their masked words replaced, and
-    masked_words bool [d, L]: the mask of those; masked_patches bool [d, P]: patches to be hidden, row-major;
-    masked_titles bool [d]: titles that are masked as a whole; other_tokens int64 [d, L]: for each document its own
-    title or that of another document.
+    are only text, and its query_images [0, 3, S, S]; answers int64 [q, A]: documents of the whole step that answer the
+    query by the catalogue's pairs, -1 behind the last, of one width in all parts of a step; categories int64 [d]:
+    category of the documents, -1 = unknown; keywords int64 [d, K]: keywords of the documents, each once, -1 behind the
+    last; query_keywords int64 [q, K]: those that the query names; masked_tokens int64 [d, L]: the titles with their
+    masked words replaced, and masked_words bool [d, L]: the mask of those; masked_patches bool [d, P]: patches to be
+    hidden, row-major; masked_titles bool [d]: titles that are masked as a whole; other_tokens int64 [d, L]: for each
+    document its own title or that of another document.
 
     On the host, so that nothing waits for the device: query_lengths int64 [q], document_lengths [d],
     masked_lengths [d] (0 for a title that is masked as a whole), other_lengths [d]: tokens of the texts before padding
@@ -58,6 +59,7 @@ class Batch:
     document_weights: Tensor
     document_ids: Tensor
     query_tokens: Tensor = field(default_factory=_no_ids)
+    answers: Tensor = field(default_factory=_no_ids)
     categories: Tensor = field(default_factory=_no_ids)
     keywords: Tensor = field(default_factory=_no_ids)
     query_keywords: Tensor = field(default_factory=_no_ids)

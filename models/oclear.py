@@ -23,7 +23,13 @@ from models.fields import TRAINING_ONLY
 from models.fusion import ConcatFusion, ConceptFusion, ResidualTransform, SumFusion
 from models.heads.cached import cached_losses
 from models.heads.class_parallel import ClassParallelHead
-from models.heads.contrastive import ContrastiveConfig, contrastive_loss
+from models.heads.contrastive import (
+    ContrastiveConfig,
+    Related,
+    contrastive_loss,
+    same_product,
+    same_product_or_answer,
+)
 from models.method import Method, MethodSpec
 from models.ranges import (
     ClosedUnitInterval,
@@ -240,6 +246,16 @@ class Oclear(Method):
             gates = torch.stack([gate.detach().to(loss.dtype).sum(), loss.new_full((), len(gate))])
             yield loss, {**metrics, "gate": gates}
 
+    def _labels(self, batches: Sequence[Batch]) -> tuple[Tensor, Related]:
+        """Labels of the pairs of all micro-batches, and what compares them: also the answers of the queries, where some
+        query of the step has any.
+        """
+        classes = torch.cat([b.query_labels for b in batches])
+        if not batches[0].answers.shape[1]:  # the same on every rank
+            return classes, same_product
+        ids, answers = torch.cat([b.document_ids for b in batches]), torch.cat([b.answers for b in batches])
+        return torch.cat([classes[:, None], ids[:, None], answers], 1), same_product_or_answer
+
     def _encode(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], Tensor]:
         tokens, padded = self._texts(batch)
         alone = self.config.image_anchor > 0
@@ -277,13 +293,15 @@ class Oclear(Method):
         """InfoNCE over the pairs of the whole step; arguments as `_classes`. With images alone, the mean of both
         kinds of documents, weighted; metrics are the fused ones'.
         """
-        labels = torch.cat([b.query_labels for b in batches])
+        labels, related = self._labels(batches)
         weights = torch.cat([b.query_weights * b.document_weights for b in batches])
         settings = ContrastiveConfig(temperature=self.config.temperature)
         sizes = rank_sizes(batches, "query")
 
         def loss_of(found: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return contrastive_loss(queries, found, labels, settings, self.data_group, weights=weights, sizes=sizes)
+            return contrastive_loss(
+                queries, found, labels, settings, self.data_group, weights=weights, related=related, sizes=sizes
+            )
 
         if documents.dim() == 2:
             return loss_of(documents)

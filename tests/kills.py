@@ -69,6 +69,10 @@ CASES = {
     "tokenizer": Case(WORDS, (INGEST,)),
     "tokenizer-kept": Case("tokenizer {folder}/cat --keep-from {folder}/cat", (INGEST, WORDS, APPEND)),
     "queries": Case("queries {folder}/cat --min-count 1 --max-share 1", (INGEST,)),
+    "pairs": Case(
+        "pairs {folder}/cat --table {folder}/drawn/manifest.tsv --query-column class_id --document-column class_id",
+        (f"{INGEST} --item-column class_id",),
+    ),
     "train": Case(TRAIN, (INGEST, CLASSES, WORDS)),
     "export": Case("export {folder}/run --out {folder}/artefact", TRAINED, done=EXISTS),
     "export-weights": Case(HUB, TRAINED, done=EXISTS),

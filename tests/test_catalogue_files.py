@@ -19,8 +19,9 @@ import pytest
 
 from harness.catalogue import store
 from harness.catalogue.catalogue import Catalogue, CorruptSample
+from harness.catalogue.pairs import Pairs
 from harness.catalogue.wholeness import FOLDERS, require_whole
-from harness.commands import queries, verify
+from harness.commands import pairs, queries, verify
 from harness.core.errors import UserError
 from harness.core.files import sealed
 from harness.core.manifest import write_manifest
@@ -40,15 +41,20 @@ FILES = (
     *(f"tokenizer/{field}.{a}.npy" for field in ("title", "description") for a in ("tokens", "offsets")),
     *(f"queries/{name}" for name in ("queries.json", "texts.arrow", "manifest.json")),
     *(f"queries/{a}.npy" for a in ("attributes", "keywords", "categories", "text_offsets", "text_clicks")),
+    *(f"pairs/{name}" for name in ("pairs.json", "quarantine.parquet", "manifest.json")),
+    *(f"pairs/{a}.npy" for a in ("query", "document", "grade")),
 )
 
 
 @pytest.fixture(scope="module")
 def prepared(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shared catalogue with queries; each test leaves it as it was."""
+    """The shared catalogue with queries and pairs; each test leaves it as it was."""
     folder = tmp_path_factory.mktemp("prepared") / "catalogue"
     shutil.copytree(catalogue, folder)
     queries.run(queries.QueriesConfig(catalogue=folder, min_count=1, category="shape"))
+    table = folder.parent / "pairs.tsv"
+    table.write_text("query_id\tdocument_id\nq0-1\td1\n")
+    pairs.run(pairs.PairsConfig(catalogue=folder, table=table))
     return folder
 
 
@@ -60,6 +66,7 @@ def opened(catalogue: Path) -> None:
     TokenStore.open(catalogue)
     Tokenizer.load(catalogue)
     ProductQueries(found)
+    Pairs.open(catalogue)
     found.close()
 
 
@@ -96,9 +103,9 @@ def test_a_whole_one_is_found_whole(prepared: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == ""
     files = {str(file.relative_to(prepared)) for file in prepared.rglob("*") if file.is_file()}
     assert {name for name in files if not name.startswith("shards/")} == set(FILES)
-    assert verify.run(verify.VerifyConfig(paths=(prepared, prepared), images=True)) == {"things": 10}
+    assert verify.run(verify.VerifyConfig(paths=(prepared, prepared), images=True)) == {"things": 12}
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:5] == [
+    assert lines[:6] == [
         f"{what}: whole"
         for what in (
             f"catalogue {prepared}",
@@ -185,9 +192,9 @@ def test_one_of_an_earlier_version_is_accepted_and_its_order_compared(
     copy = without_manifests(prepared, tmp_path)
     opened(copy)
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 4 and all("of an earlier version, which wrote no checksums; " in line for line in printed)
+    assert len(printed) == 5 and all("of an earlier version, which wrote no checksums; " in line for line in printed)
     assert "append to it, or ingest again" in printed[0] and f"run `shelfmark govern {copy}` again" in printed[1]
-    assert "4 of 4 are damaged or have no checksums" in said(lambda: verified(copy))
+    assert "5 of 5 are damaged or have no checksums" in said(lambda: verified(copy))
     members = copy / "classes/query.members.npy"
     array = np.load(members)
     np.save(members, array.astype(np.float64))
@@ -377,7 +384,7 @@ def test_verify_reads_images_and_names_those_that_are_damaged(
     with changed(shard, bytes(data)):
         verified(prepared)
         config = verify.VerifyConfig(paths=(prepared,), images=True, threads=2)
-        assert "1 of 5 are damaged" in said(lambda: verify.run(config))
+        assert "1 of 6 are damaged" in said(lambda: verify.run(config))
         line = next(
             line for line in capsys.readouterr().out.splitlines() if line.startswith("images of") and "2 of 36" in line
         )

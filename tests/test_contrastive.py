@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.comm import share
 from models.heads.cached import cached_losses
-from models.heads.contrastive import ContrastiveConfig, contrastive_loss
+from models.heads.contrastive import ContrastiveConfig, contrastive_loss, same_product_or_answer
 from models.heads.memory_bank import MemoryBank
 from models.oclear import OclearConfig, OclearTowers
 from models.text import TextConfig
@@ -270,6 +270,44 @@ def check_related() -> None:
         back = torch.cat([positive, back, old], 1)
         wanted = -(F.log_softmax(forth, 1)[:, 0] + F.log_softmax(back, 1)[:, 0]).mean() / 2
         torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_documents_that_answer_a_query_are_no_negatives(world: int) -> None:
+    ranks(world).run(check_answers)
+
+
+def check_answers() -> None:
+    """Loss and gradients against one dense process that lists what competes; a document stands in two pairs."""
+    with layout() as mesh:
+        sizes = [4, 1, 3] if mesh.dp.size() == 3 else [8]
+        own = slice(sum(sizes[: mesh.rank]), sum(sizes[: mesh.rank + 1]))
+        products, ids = [0, 1, 2, 0, 3, -1, 4, 5], [10, 11, 12, 13, 14, 15, 11, 17]
+        answers = [[11, 17], [11, -1], [-1, -1], [-1, -1], [15, 10], [-1, -1], [13, -1], [-1, -1]]
+        labels = torch.cat([torch.tensor([products, ids]).T, torch.tensor(answers)], 1)
+        hidden = torch.tensor(
+            [[i == j or (products[i] == products[j] >= 0) or ids[j] in answers[i] for j in range(8)] for i in range(8)]
+        )
+        assert (hidden != hidden.T).any() and hidden.sum() == 8 + 2 + 3 + 1 + 2 + 1
+        p = problem(8, 0, 0, 1, True, INFO_NCE)
+        leaves = [x.clone().requires_grad_() for x in (p.queries, p.documents)]
+        q, d = (F.normalize(x, dim=-1) for x in leaves)
+        cosine = q @ d.T / 0.1
+        dead = p.weights == 0
+        terms = []
+        for logits, mask in ((cosine, hidden | dead), (cosine.T, hidden.T | dead)):
+            rest = logits.masked_fill(mask, -torch.inf)
+            terms.append(torch.cat([logits.diag()[:, None], rest], 1).logsumexp(1) - logits.diag())
+        wanted = ((terms[0] + terms[1]) / 2 * p.weights).sum() / p.weights.sum()
+        wanted.backward()
+        queries, documents = (x[own].clone().requires_grad_() for x in (p.queries, p.documents))
+        settings: dict[str, Any] = {"weights": p.weights[own], "related": same_product_or_answer}
+        loss, _ = contrastive_loss(queries, documents, labels[own], INFO_NCE, mesh.dp, **settings)
+        loss.backward()
+        torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=1e-13)
+        for part, leaf in ((queries, leaves[0]), (documents, leaves[1])):
+            assert part.grad is not None and leaf.grad is not None
+            torch.testing.assert_close(part.grad, leaf.grad[own], rtol=1e-10, atol=1e-13)
 
 
 def test_a_towers_gradient_summed_over_ranks_is_that_of_the_global_batch() -> None:

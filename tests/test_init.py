@@ -13,12 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from harness.catalogue.catalogue import Catalogue
+from harness.catalogue.pairs import Pairs
 from harness.catalogue.shop import Shop
 from harness.catalogue.splits import Photo, place
 from harness.commands.init import InitConfig, run
 from harness.core.errors import UserError
 from harness.train.config import parse
 from harness.train.first_recipe import Facts, length, shape, written
+from tests.catalogues import draw_image
 from tests.shops import draw_shop
 
 
@@ -156,6 +158,36 @@ def test_every_form_becomes_a_catalogue(kind: str, tmp_path: Path, capsys: pytes
 def test_the_product_column_has_many_usual_names(name: str, tmp_path: Path) -> None:
     (tmp_path / "p.tsv").write_text(f"photo\t{name}\tcolour\n1.jpg\t0042\tred\n", encoding="utf-8")
     assert Shop((tmp_path / "p.tsv",)).choose({}) == {"image": "photo", "product": name}
+
+
+def test_a_photo_of_several_products_is_stored_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = draw_shop(tmp_path, products=8, photos=3, size=24)
+    for number in range(6):
+        name = f"rooms/{number}.jpg"
+        draw_image(tmp_path / "photos" / name, "red", "box", 24, np.random.default_rng([9, number]))
+        rows += [(f"s{(number + k) % 8}", name, f"room {number}") for k in range(3)]
+    rows.append(
+        ("unseen", "rooms/0.jpg", "sold out")
+    )  # of a product without a picture of its own: that is its document
+    lines = ["sku\tphoto\tname\tmaterial", *("\t".join((*row, f"m{len(row[2])}")) for row in rows)]
+    (tmp_path / "products.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    out = tmp_path / "shop"
+    found = run(InitConfig(sources=(tmp_path / "products.tsv", tmp_path / "photos"), out=out))
+    assert "6 photos show several products each: stored once" in capsys.readouterr().out
+    catalogue = Catalogue(out / "catalogue")
+    samples = catalogue.table(["item", "kind", "class_key", "image", "title", "material"]).to_pylist()
+    shared = [row for row in samples if row["kind"] == "query" and row["image"].startswith("rooms/")]
+    assert [row["item"] for row in shared] == [f"rooms/{number}.jpg" for number in range(6)]
+    assert {(row["class_key"], row["title"], row["material"]) for row in shared} == {(None, "", "")}
+    assert (len(samples), sum(found["splits"].values())) == (8 * 3 + 6 + 1, 8 * 2 + 6)
+    pairs, product = Pairs.open(catalogue.path), {row["sample_id"]: row["class_key"] for row in samples}
+    assert pairs is not None
+    named: dict[int, set[str | None]] = defaultdict(set)
+    for query, document in zip(pairs.query.tolist(), pairs.document.tolist(), strict=True):
+        named[query].add(product[document])
+    wanted = [{f"s{(number + k) % 8}" for k in range(3)} for number in range(6)]
+    wanted[0].add("unseen")
+    assert [named[row["sample_id"]] for row in shared] == wanted
 
 
 FEW = {"classes": 900, "photos": 2700, "titles_apart": 0.0, "has_text": True}

@@ -15,6 +15,7 @@ from harness.core.errors import UserError
 from harness.evaluate.coded import Coded
 from harness.evaluate.metrics import slices, summarise
 from harness.evaluate.ranking import Embedded, RelevantRanks, relevant_ranks, top_k
+from harness.evaluate.relevance import ID_BITS, Relevance
 
 DIM, QUERIES, DOCUMENTS = 24, 61, 203
 # Rows of a shuffled set per rank: uneven, and at each world size above 1 a rank without queries or without documents.
@@ -48,6 +49,28 @@ def own_queries() -> Embedded:
     return Embedded(documents.vectors[rows], documents.ids[rows], documents.labels[rows])
 
 
+def judged() -> dict[int, dict[int, float]]:
+    """Grades of documents by query for every other query: one names none, some only documents that are not there."""
+    rng = np.random.default_rng(4)
+    queries, documents = (part.ids.tolist() for part in everything())
+    table = {}
+    for number, query in enumerate(queries[::2]):
+        chosen = rng.choice([*documents, *range(2**21, 2**21 + 9)], 1 + number % 40, replace=False)
+        grades = rng.integers(0, 4, len(chosen)) / 2 if number else np.zeros(len(chosen))
+        table[query] = dict(zip(chosen.tolist(), grades.tolist(), strict=True))
+    table[queries[2]] = {2**21: 1.0}
+    return table
+
+
+def relevance() -> Relevance:
+    table = judged()
+    queries = sorted(table)
+    pairs = sorted((queries.index(q), d, g) for q, found in table.items() for d, g in found.items() if g > 0)
+    keys = [(place << ID_BITS) + document for place, document, _ in pairs]
+    grades = torch.tensor([grade for _, _, grade in pairs], dtype=torch.float64)
+    return Relevance(torch.tensor(queries), torch.tensor(keys), grades)
+
+
 def shard(part: Embedded, sizes: list[int], rank: int) -> Embedded:
     rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     return Embedded(part.vectors[rows], part.ids[rows], part.labels[rows])
@@ -65,9 +88,13 @@ def check(rank: int, group: dist.ProcessGroup | None) -> dict[str, Any]:
             own, documents, group, query_block=block, document_tile=tile, without_self=True
         )
         results[f"ranks {block}"] = relevant_ranks(queries, documents, group, query_block=block, document_tile=tile)
+        results[f"ranks by pairs {block}"] = relevant_ranks(
+            queries, documents, group, query_block=block, document_tile=tile, relevance=relevance()
+        )
         for k in (1, 9, 500):
             results[f"top {k} {block}"] = top_k(queries, documents, k, group, query_block=block, document_tile=tile)
     results["no gallery"] = relevant_ranks(queries, nothing, group), top_k(queries, nothing, 3, group)
+    results["ranks by pairs without gallery"] = relevant_ranks(queries, nothing, group, relevance=relevance())
     results["no queries"] = relevant_ranks(nothing, documents, group), top_k(nothing, documents, 3, group)
     vectors = queries.vectors.clone()
     vectors[:1, 0] = float("nan")  # on those ranks that have a query
@@ -131,7 +158,8 @@ def test_a_query_does_not_find_itself(single: dict[str, Any]) -> None:
 
 
 def same(left: RelevantRanks, right: RelevantRanks) -> bool:
-    return all(np.array_equal(getattr(left, f), getattr(right, f)) for f in ("query_ids", "ranks", "offsets"))
+    fields = ("query_ids", "ranks", "offsets", "grades")
+    return all(np.array_equal(getattr(left, f), getattr(right, f)) for f in fields)
 
 
 def test_single_process_equals_full_matrix(single: dict[str, Any]) -> None:
@@ -271,3 +299,56 @@ def test_metrics_equal_a_plain_loop(single: dict[str, Any]) -> None:
     assert summary["mrr"] == pytest.approx(np.mean([1 / (1 + run[0]) for run in runs]))
     for k in (1, 5, 10):
         assert summary[f"recall_at_{k}"] == pytest.approx(np.mean([run.min() < k for run in runs]))
+
+
+def test_pairs_equal_brute_force(single: dict[str, Any]) -> None:
+    """Queries that the pairs name have those answers, the others those of their label; metrics in plain float64."""
+    queries, documents = everything()
+    _, ranking, by_label = oracle()
+    table, ids = judged(), documents.ids.numpy()
+    expected: dict[int, list[tuple[int, float]]] = {}
+    for row, query in enumerate(queries.ids.tolist()):
+        grades = (
+            [(rank, table[query].get(id, 0.0)) for rank, id in enumerate(ids[ranking[row]])] if query in table else []
+        )
+        same = [(rank, 1.0) for rank in by_label[row].tolist()]
+        expected[query] = [pair for pair in grades if pair[1] > 0] if query in table else same
+    wanted = [expected[query] for query in sorted(expected)]
+    named = [expected[query] for query in table]
+    assert [] in named and max(map(len, named)) > 15 and {g for pairs in named for _, g in pairs} == {0.5, 1.0, 1.5}
+    for block in (1, 16, 1024):
+        found = single[f"ranks by pairs {block}"]
+        parts = zip(
+            np.split(found.ranks, found.offsets[1:-1]), np.split(found.grades, found.offsets[1:-1]), strict=True
+        )
+        assert [[*zip(ranks.tolist(), grades.tolist(), strict=True)] for ranks, grades in parts] == wanted
+    nothing = single["ranks by pairs without gallery"]
+    assert len(nothing.query_ids) == QUERIES and not nothing.offsets.any() and len(nothing.grades) == 0
+
+    def dcg(pairs: Any) -> float:
+        return sum(grade / math.log2(rank + 2) for rank, grade in pairs if rank < 10)
+
+    answered = [pairs for pairs in wanted if pairs]
+    best = [enumerate(sorted((grade for _, grade in pairs), reverse=True)) for pairs in answered]
+    within = [[rank for rank, _ in pairs] for pairs in answered]
+    precision = [np.mean([(place + 1) / (rank + 1) for place, rank in enumerate(ranks)]) for ranks in within]
+    summary = summarise(found.ranks, found.offsets, grades=found.grades)
+    assert summary == pytest.approx(
+        {
+            "queries": len(answered),
+            "queries_without_relevant": QUERIES - len(answered),
+            **{f"recall_at_{k}": np.mean([ranks[0] < k for ranks in within]) for k in (1, 5, 10)},
+            "map": np.mean(precision),
+            "ndcg_at_10": np.mean([dcg(pairs) / dcg(ideal) for pairs, ideal in zip(answered, best, strict=True)]),
+            "mrr": np.mean([1 / (1 + ranks[0]) for ranks in within]),
+            "found_at_10": np.mean([np.mean([rank < 10 for rank in ranks]) for ranks in within]),
+        },
+        rel=1e-12,
+    )
+    (line,) = slices(found.ranks, found.offsets, {"": Coded.of_list(["x"] * QUERIES)}, grades=found.grades)
+    assert {name: line[name] for name in summary} == summary
+    # Grades of 1 are no grades.
+    plain, ones = summarise(found.ranks, found.offsets), np.ones(len(found.ranks))
+    graded = summarise(found.ranks, found.offsets, grades=ones)
+    assert graded.keys() - plain.keys() == {"found_at_10"}
+    assert {name: graded[name] for name in plain} == pytest.approx(plain, rel=1e-14)

@@ -1,8 +1,8 @@
 """Checksums of a catalogue's own files, compared once at the start of every command that reads them.
 
 catalogue.json has those of the files that grow in place: samples/, the quarantines, and index.npy in pieces, so that an
-append adds pieces and a killed one takes none away. classes/, tokenizer/ and queries/, which are replaced as a whole,
-have a manifest.json each. The index has the checksum of each image, which every read compares.
+append adds pieces and a killed one takes none away. classes/, tokenizer/, queries/ and pairs/, which are replaced as a
+whole, have a manifest.json each. The index has the checksum of each image, which every read compares.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ from harness.core.manifest import MANIFEST, at_first, checksum, shared, verify
 if TYPE_CHECKING:
     from harness.core.mesh import Mesh
 
-FOLDERS = {"classes": "govern", "tokenizer": "tokenizer", "queries": "queries"}  # and the command that makes each
+FOLDERS = {
+    "classes": "govern",
+    "tokenizer": "tokenizer",
+    "queries": "queries",
+    "pairs": "pairs",
+}  # and the command that makes each
 PIECE = 1 << 20  # records of index.npy under one checksum
 
 

@@ -76,7 +76,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
     settings = open_settings(config.run, config.tensor_parallel)
     catalogue = Catalogue(config.catalogue or settings.data.catalogue)
     with Mesh(MeshConfig(tensor_parallel=config.tensor_parallel, device=config.device)) as mesh:
-        require_whole(catalogue, mesh)
+        require_whole(catalogue, mesh, ("pairs",))
         path = find_checkpoint(config.run, config.checkpoint, mesh)
         report, baselines = _evaluate(config, settings, path, catalogue, mesh)
     if mesh.rank == 0:
@@ -91,7 +91,7 @@ def _run_frozen(config: EvalConfig, weights: Path) -> dict[str, Any]:
             raise UserError(f"--{name} is of a run, and --frozen has none", f"Leave out --{name}")
     catalogue, title = Catalogue(config.run), f"{weights}, image tower without training"
     with Mesh(MeshConfig(tensor_parallel=config.tensor_parallel, device=config.device)) as mesh:
-        require_whole(catalogue, mesh)
+        require_whole(catalogue, mesh, ("pairs",))
         task = replace(EvaluationConfig(tasks=("photo",)), **_chosen(config))
         require_attributes(catalogue, config.slices, "--slices")
         method, evaluation = open_frozen(weights, task, catalogue, mesh)

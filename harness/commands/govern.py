@@ -14,11 +14,13 @@ from typing import Any
 import duckdb
 import ibis
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from ibis import _
 
 from harness.catalogue.catalogue import ALL_SPLITS, Catalogue, nearest_first
 from harness.catalogue.classes import GOVERNANCE_FORMAT, KINDS, order_id
+from harness.catalogue.pairs import Pairs
 from harness.catalogue.wholeness import require_whole
 from harness.catalogue.writers import NpyWriter
 from harness.core.errors import UserError
@@ -34,7 +36,8 @@ EXAMPLE = "shelfmark govern catalogues/products --split train --min-queries 2"
 class GovernConfig:
     """Groups the samples of one split into classes and gives each class its slots per epoch; writes classes/.
 
-    A class that is too small, and a sample without class, is listed with its reason in classes/quarantine.parquet.
+    A class that is too small, and a sample without class, is listed with its reason in classes/quarantine.parquet. A
+    query photo is also a member of the classes of the documents that answer it (`shelfmark pairs`).
 
     Args:
         catalogue: the catalogue folder; an existing classes/ in it is replaced.
@@ -52,6 +55,17 @@ class GovernConfig:
     min_documents: NonNegativeInt = 1
     query_power: ClosedUnitInterval = 0.5
     document_ratio: PositiveFloat = 1.0
+
+
+def with_answers(samples: ibis.Table, pairs: Pairs) -> ibis.Table:
+    """sample_id, kind, class_key of the samples, and of their queries with the classes of their right answers."""
+    right = ibis.memtable(pa.table({name: pa.array(column) for name, column in vars(pairs).items()})).filter(
+        _.grade > 0
+    )
+    queries = samples.filter(_.kind == "query").select("sample_id", "kind", query=_.sample_id)
+    documents = samples.filter(_.kind == "document").select("class_key", document=_.sample_id)
+    more = right.inner_join(queries, "query").inner_join(documents, "document").select(*samples.columns)
+    return samples.filter(_.class_key.notnull()).union(more.filter(_.class_key.notnull()), distinct=True)
 
 
 def count_members(samples: ibis.Table) -> ibis.Table:
@@ -86,7 +100,7 @@ def number_classes(kept: ibis.Table, mean: float, median: float, config: GovernC
     document_slots = ibis.greatest(1, (_.query_slots * config.document_ratio).round().cast("int64"))
     # A class may lack one kind (--min-queries 0), which then gets no slots.
     return kept.mutate(
-        class_id=ibis.row_number().over(order_by=_.first_id),
+        class_id=ibis.row_number().over(order_by=[_.first_id, _.class_key]),  # classes may share a photo
         query_slots=ibis.ifelse(_.query_members == 0, 0, query_slots).cast("int64"),
         tail=_.query_members < median,
     ).mutate(document_slots=ibis.ifelse(_.document_members == 0, 0, document_slots).cast("int64"))[
@@ -94,8 +108,10 @@ def number_classes(kept: ibis.Table, mean: float, median: float, config: GovernC
     ]
 
 
-def quarantine(samples: ibis.Table, counts: ibis.Table, config: GovernConfig) -> ibis.Table:
-    """sample_id, class_key, reason of each class that is too small (sample_id -1) and of each sample without class."""
+def quarantine(samples: ibis.Table, members: ibis.Table, counts: ibis.Table, config: GovernConfig) -> ibis.Table:
+    """sample_id, class_key, reason of each class that is too small (sample_id -1) and of each sample that is a member
+    of none.
+    """
     few_queries = _.query_members < config.min_queries
     few_documents = _.document_members < config.min_documents
     queries = _.query_members.cast("string") + f" queries, --min-queries is {config.min_queries}"
@@ -105,9 +121,10 @@ def quarantine(samples: ibis.Table, counts: ibis.Table, config: GovernConfig) ->
     classes = counts.filter(few_queries | few_documents).select(
         sample_id=ibis.literal(-1, "int64"), class_key=_.class_key, reason=reason
     )
-    classless = samples.filter(_.class_key.isnull()).select(
-        sample_id=_.sample_id, class_key=_.class_key, reason=ibis.literal("no class")
-    )
+    classless = samples.filter(_.class_key.isnull())
+    if members is not samples:
+        classless = classless.anti_join(members, "sample_id")
+    classless = classless.select(sample_id=_.sample_id, class_key=_.class_key, reason=ibis.literal("no class"))
     return classes.union(classless)
 
 
@@ -122,7 +139,7 @@ def run(config: GovernConfig) -> dict[str, Any]:
         UserError: an option out of range, an unknown or empty split, or no class large enough.
     """
     catalogue = Catalogue(config.catalogue)
-    require_whole(catalogue)
+    require_whole(catalogue, folders=("pairs",))
     _check_split(catalogue, config.split)
     try:
         with staged_folder(catalogue.path / "classes", replace=True) as stage:
@@ -173,7 +190,11 @@ def _check_split(catalogue: Catalogue, split: str) -> None:
 def _write_classes(engine: Any, catalogue: Catalogue, config: GovernConfig, stage: Path, spill: Path) -> dict[str, Any]:
     samples = engine.read_parquet([str(file) for file in catalogue.sample_files])
     samples = samples.filter(_.split.isin([config.split, ALL_SPLITS])).select("sample_id", "kind", "class_key")
-    engine.to_parquet(count_members(samples), spill / "counts.parquet")
+    pairs, all_members = Pairs.open(catalogue.path), samples
+    if pairs is not None:
+        engine.to_parquet(with_answers(samples, pairs), spill / "with-answers.parquet")
+        all_members = engine.read_parquet(spill / "with-answers.parquet")
+    engine.to_parquet(count_members(all_members), spill / "counts.parquet")
     counts = engine.read_parquet(spill / "counts.parquet")
     kept = large_enough(counts, config)
     figures = _row(kept.agg(classes=_.count(), mean=_.query_members.mean(), median=_.query_members.median()))
@@ -181,11 +202,11 @@ def _write_classes(engine: Any, catalogue: Catalogue, config: GovernConfig, stag
         _refuse_empty(catalogue, counts, config)
     numbered = number_classes(kept, figures["mean"], figures["median"], config)
     engine.to_parquet(numbered.order_by("class_id"), stage / "classes.parquet")
-    rejected = quarantine(samples, counts, config).order_by("sample_id", "class_key")
+    rejected = quarantine(samples, all_members, counts, config).order_by("sample_id", "class_key")
     engine.to_parquet(rejected, stage / "quarantine.parquet")
 
     classes = engine.read_parquet(stage / "classes.parquet")
-    members = samples.inner_join(classes.select("class_key", "class_id"), "class_key")
+    members = all_members.inner_join(classes.select("class_key", "class_id"), "class_key")
     columns = [f"{kind}_{what}" for kind in KINDS for what in ("members", "slots")]
     sizes = pq.read_table(stage / "classes.parquet", columns=columns)
     for kind in KINDS:

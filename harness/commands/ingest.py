@@ -201,6 +201,8 @@ def run(config: IngestConfig) -> dict[str, Any]:
             f"now {meta['num_samples']:,} samples; the previous classes/ and tokenizer/ do not fit them. "
             f"Next: shelfmark govern {out}; shelfmark tokenizer {out}"
         )
+        if (out / "pairs").exists():
+            print(f"{out}/pairs names none of the new rows; if your table does, first: shelfmark pairs {out} --table …")
     return figures
 
 

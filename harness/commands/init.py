@@ -21,7 +21,7 @@ import torch
 from harness.catalogue.catalogue import SAMPLE_SCHEMA, Catalogue
 from harness.catalogue.shop import Shop
 from harness.catalogue.splits import Photo, Place, place
-from harness.commands import govern, ingest, tokenizer
+from harness.commands import govern, ingest, pairs, tokenizer
 from harness.commands.estimate import EstimateConfig, figures_of, with_sizes
 from harness.core.errors import UserError
 from harness.core.files import printable, write_whole
@@ -33,7 +33,7 @@ from models.ranges import NonNegativeInt, PositiveFloat
 EXAMPLE = "shelfmark init products.tsv photos/ --out shop"
 MOST_VALUES = 20  # of a column that becomes an attribute
 MOST_CORES = 8  # that train, where there is no GPU
-TABLE, CATALOGUE, RECIPE, LOCK = "manifest.parquet", "catalogue", "recipe.yaml", ".lock"
+TABLE, PAIRS, CATALOGUE, RECIPE, LOCK = "manifest.parquet", "pairs.parquet", "catalogue", "recipe.yaml", ".lock"
 PROCESS_BYTES = 1.2e9  # of a process beside the step: libraries and decoder, measured
 _FIELDS = ("id", "kind", "class_id", "split", "title", "description")  # of TABLE, beside the image and attributes
 
@@ -44,11 +44,13 @@ class InitConfig:
 
     The sources are a table (TSV, CSV, Parquet or JSONL) with a row for each image and the folder of the images; or one
     folder, of a folder of images for each product, or a data set folder of the hub. Without a column `kind`, the first
-    image of a product is its catalogue picture, and the others are photos that search for it.
+    image of a product is its catalogue picture, and the others are photos that search for it. A photo in several rows
+    shows several products: it is stored once, and pairs.parquet names them.
 
     Args:
         sources: the table and the folder of its images, or one folder.
-        out: folder to create: manifest.parquet, catalogue/ and recipe.yaml.
+        out: folder to create: manifest.parquet, pairs.parquet where photos show several products, catalogue/ and
+            recipe.yaml.
         image_column: column of the image path (default: the first of a usual name, or that holds names of files).
         product_column: column of the product that the image shows (default: the first of a usual name).
         title_column: column of the title (default: the first of a usual name).
@@ -97,6 +99,8 @@ def run(config: InitConfig) -> dict[str, Any]:
                 manifest=table, images=shop.images, out=catalogue, attribute_columns=",".join(attributes)
             )
         )
+        if (out / PAIRS).exists():
+            pairs.run(pairs.PairsConfig(catalogue=catalogue, table=out / PAIRS))
         classes = govern.run(govern.GovernConfig(catalogue=catalogue))
         words = tokenizer.run(tokenizer.TokenizerConfig(catalogue=catalogue))
         _say_splits(placed)
@@ -125,7 +129,8 @@ def _write_table(
     """The shop's rows as a manifest for ingest.
 
     Returns:
-        Its file, the attributes in it, those of fewest values first, and product, kind and split of each image.
+        Its file, the attributes in it, those of fewest values first, and product, kind ('' where the photo has a row
+        already) and split of each row.
     """
     others = [n for n in shop.columns if n not in columns.values() and n not in SAMPLE_SCHEMA.names and "," not in n]
     values: dict[str, set[str]] = defaultdict(set)
@@ -145,6 +150,7 @@ def _write_table(
     if not photos:
         raise UserError(f"{config.sources[0]}: no row names an image", "Check --image-column")
     places = place(photos, config.seed)
+    several = {} if has_data else _several(photos, places)  # paths in a table with images may be all alike
     named = [n for n in others if 2 <= len(values[n]) <= MOST_VALUES and not all(map(_is_number, values[n]))]
     attributes = sorted(named, key=lambda name: (len(values[name]), name))
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())]) if has_data else pa.string()
@@ -153,13 +159,44 @@ def _write_table(
     config.out.mkdir(parents=True, exist_ok=True)
     table, temporary = config.out / TABLE, config.out / f"{TABLE}.tmp"
     rows = ((row, cells) for row, cells in _rows(shop, columns, attributes) if not row.problem and cells["image"])
+    placed, written = list[tuple[str, str, str]](), set[str]()
     with pq.ParquetWriter(temporary, schema) as writer:
-        pairs = zip(rows, places, strict=True)
-        while batch := list(islice(pairs, 256)):
-            lines = [_line(row, cells, at, attributes, has_data) for (row, cells), at in batch]
+        at_rows = zip(rows, places, strict=True)
+        while batch := list(islice(at_rows, 256)):
+            lines = []
+            for (row, cells), at in batch:
+                shared = at.kind == "query" and cells["image"] in several
+                placed.append((cells["product"], "" if shared and cells["image"] in written else at.kind, at.split))
+                if placed[-1][1]:
+                    own = {**dict.fromkeys(cells, ""), "image": cells["image"]} if shared else cells
+                    lines.append(_line(row, own, at, attributes, has_data))
+                if shared:
+                    written.add(cells["image"])
             writer.write_table(pa.Table.from_pylist(lines, schema))
+    _write_pairs(config.out / PAIRS, several)
     temporary.replace(table)
-    return table, attributes, [(photo.product, *at) for photo, at in zip(photos, places, strict=True)]
+    return table, attributes, placed
+
+
+def _several(photos: Sequence[Photo], places: Sequence[Place]) -> dict[str, list[str]]:
+    """Image of each photo that shows several products -> those of them that have a document."""
+    documents = {photo.product for photo, at in zip(photos, places, strict=True) if at.kind == "document"}
+    searching = {photo.image for photo, at in zip(photos, places, strict=True) if at.kind == "query"}
+    shown: dict[str, dict[str, None]] = defaultdict(dict)
+    for photo in photos:
+        if photo.product and photo.image in searching:
+            shown[photo.image][photo.product] = None
+    return {image: [name for name in found if name in documents] for image, found in shown.items() if len(found) > 1}
+
+
+def _write_pairs(file: Path, several: dict[str, list[str]]) -> None:
+    """The table for `shelfmark pairs`; none where no photo shows several products."""
+    file.unlink(missing_ok=True)
+    found = [(_text(image), _text(product)) for image, products in several.items() for product in products]
+    if found:
+        queries, documents = zip(*found, strict=True)
+        pq.write_table(pa.table({"query_id": queries, "document_id": documents}), file)
+        print(f"{len(several):,} photos show several products each: stored once, their products are in {file}")
 
 
 def _is_number(text: str) -> bool:
@@ -191,8 +228,12 @@ def _line(row: Any, cells: dict[str, str], at: Place, attributes: Sequence[str],
         "description": cells.get("description", ""),
         **{name: cells[f"={name}"] for name in attributes},
     }
-    # Lone surrogates stand for bytes that are not text; Parquet takes none.
-    return {"image": image, **{name: value.encode("utf-8", "replace").decode() for name, value in texts.items()}}
+    return {"image": image, **{name: _text(value) for name, value in texts.items()}}
+
+
+def _text(cell: str) -> str:
+    """A cell as Parquet takes it: lone surrogates stand for bytes that are not text."""
+    return cell.encode("utf-8", "replace").decode()
 
 
 def _say_columns(columns: dict[str, str], attributes: Sequence[str]) -> None:
@@ -205,7 +246,7 @@ def _held_out(placed: Sequence[tuple[str, str, str]]) -> int:
     """Products whose photos are all in val or test."""
     splits: dict[str, set[str]] = defaultdict(set)
     for product, kind, split in placed:
-        if kind == "query" and product:
+        if kind != "document" and product:
             splits[product].add(split)
     return sum("train" not in found and "all" not in found for found in splits.values())
 

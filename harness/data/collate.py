@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from harness.catalogue import pairs
 from harness.data.config import DataConfig
 from harness.data.images import Pixels
 from harness.data.masking import draw_masks, other_titles
@@ -36,6 +37,7 @@ class Sources:
         tokens: tokens of the documents.
         tokenizer: tokenizer of text queries.
         products: text queries of the documents; None where the method reads none.
+        judged: right answers of the queries; None where the catalogue has none, or the method reads none.
     """
 
     config: DataConfig
@@ -45,6 +47,7 @@ class Sources:
     tokens: TokenStore
     tokenizer: Tokenizer
     products: ProductQueries | None
+    judged: pairs.Pairs | None = None
 
 
 class Photos:
@@ -62,8 +65,12 @@ class Photos:
         order = self.sources.order
         return order.draw("query", queries), order.draw("document", documents)
 
-    def batch(self, q: Draw, d: Draw, sizes: Mapping[str, Sequence[int]]) -> Batch:
-        """Makes the batch, on the host, without images and their weights; `sizes` as in `Batch`."""
+    def answers(self, positions: Ints) -> Ints:
+        """`Batch.answers` of the queries at all positions of a step: int64 [n, A]."""
+        return np.empty((len(positions), 0), np.int64)
+
+    def batch(self, q: Draw, d: Draw, answers: Ints, sizes: Mapping[str, Sequence[int]]) -> Batch:
+        """Makes the batch, on the host, without images and their weights; `answers` and `sizes` as in `Batch`."""
         tokens = torch.from_numpy(self.sources.tokens.batch(d.sample_ids, self.sources.reads.text_length))
         none = torch.empty(0)
         batch = Batch(
@@ -76,6 +83,7 @@ class Photos:
             document_labels=torch.from_numpy(d.class_ids),
             document_weights=none,
             document_ids=torch.from_numpy(d.sample_ids),
+            answers=torch.from_numpy(answers),
             sizes=sizes,
         )
         return replace(batch, **self.fields(d, tokens)).with_lengths(self.sources.tokens.special.pad)
@@ -105,6 +113,21 @@ class Pairs(Photos):
         order = self.sources.order
         q = order.draw("query", queries)
         return q, Draw(order.paired(q.class_ids, documents, "document"), q.class_ids, q.epochs)
+
+    def answers(self, positions: Ints) -> Ints:
+        """See Photos. From the order only, so that every rank makes the same without asking the others."""
+        judged = self.sources.judged
+        if judged is None:
+            return super().answers(positions)
+        q, d = self.draw(positions, positions)
+        places, rows = judged.of(q.sample_ids)
+        documents = judged.document[rows]
+        right = (judged.grade[rows] > 0) & np.isin(documents, d.sample_ids)
+        places, documents = places[right], documents[right]
+        count = np.bincount(places, minlength=len(positions))
+        found = np.full((len(positions), count.max(initial=0)), -1)
+        found[places, np.arange(len(places)) - (np.cumsum(count) - count)[places]] = documents
+        return found
 
 
 class Documents(Photos):

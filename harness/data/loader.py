@@ -17,6 +17,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from harness.catalogue.catalogue import Catalogue
+from harness.catalogue.pairs import Pairs
 from harness.data.collate import CONTENTS, Sources
 from harness.data.config import DataConfig
 from harness.data.images import ImageReader, Pixels, Request
@@ -71,7 +72,8 @@ class StepLoader:
         self.tokens = TokenStore.open(config.catalogue)
         self.products = ProductQueries(self.catalogue) if reads.kind == "texts" else None
         self.tokenizer = Tokenizer.load(config.catalogue)
-        sources = Sources(config, seed, reads, self.order, self.tokens, self.tokenizer, self.products)
+        judged = Pairs.open(config.catalogue) if reads.kind == "pairs" else None
+        sources = Sources(config, seed, reads, self.order, self.tokens, self.tokenizer, self.products, judged)
         self._content = CONTENTS[reads.kind](sources)
         self._pieces = world_size * config.micro_batches
         most = -(-self.queries_per_step // self._pieces) + -(-self.documents_per_step // self._pieces)
@@ -127,6 +129,7 @@ class StepLoader:
     def _plan(self, step: int) -> list[_Planned]:
         """Draws the micro-batches of a step and starts to read their samples."""
         planned = []
+        answers = self._content.answers(_positions(step - self.first_step, self.queries_per_step, 1, 0))
         for piece in range(self.rank, self._pieces, self.world_size):
             queries = _positions(step - self.first_step, self.queries_per_step, self._pieces, piece)
             documents = _positions(step - self.first_step, self.documents_per_step, self._pieces, piece)
@@ -135,18 +138,19 @@ class StepLoader:
             parameters = self.images.parameters(
                 ids, self.seed, np.concatenate([q.epochs, d.epochs]), np.concatenate([queries, documents]), train=True
             )
-            planned.append(_Planned(queries, documents, q, d, self.images.request(ids, parameters)))
+            own = answers[share(self.queries_per_step, self._pieces, piece)]
+            planned.append(_Planned(queries, documents, q, d, own, self.images.request(ids, parameters)))
         return planned
 
     def _decode(self, planned: list[_Planned]) -> _Decoded:
         """Decodes this rank's share of a step and makes its batches without pixels."""
         batches, pixels, total, bad = [], [], 0, []
         read, seconds, texts = 0, 0.0, TextTokens()
-        for micro, (queries, documents, q, d, request) in enumerate(planned):
+        for micro, (queries, documents, q, d, answers, request) in enumerate(planned):
             started = time.perf_counter()
             own = self.images.decode(request)
             seconds += time.perf_counter() - started
-            batch = self._content.batch(q, d, self._sizes(micro))
+            batch = self._content.batch(q, d, answers, self._sizes(micro))
             batches.append(batch)
             pixels.append(own)
             texts = texts.plus(TextTokens.of(batch.document_lengths, batch.query_lengths))
@@ -178,12 +182,13 @@ class StepLoader:
 
 
 class _Planned(NamedTuple):
-    """A micro-batch that is being read: positions and draws of its queries and documents."""
+    """A micro-batch that is being read: positions and draws of its queries and documents, answers of its queries."""
 
     queries: Ints
     documents: Ints
     q: Draw
     d: Draw
+    answers: Ints
     request: Request
 
 

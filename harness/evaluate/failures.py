@@ -14,6 +14,7 @@ from harness.core.mesh import Mesh
 from harness.core.waiting import gather_objects
 from harness.evaluate.embed import Side
 from harness.evaluate.ranking import Embedded, RelevantRanks, top_k
+from harness.evaluate.relevance import Relevance
 from models.comm import gather_to_first
 
 BINS, PAIRS = 24, 12  # bars of a histogram, and confused pairs that are kept
@@ -75,6 +76,7 @@ def find_failures(
     depth: int,
     sides: tuple[Side, Side] | None = None,
     without_self: bool = False,
+    relevance: Relevance | None = None,
 ) -> Failures | None:
     """On the first rank of dp, None on the others; collective. What gathers is three numbers a query, and the rows of
     the worst queries.
@@ -87,7 +89,7 @@ def find_failures(
         count: worst queries that are kept; 0 finds nothing.
         depth: documents of each.
         sides: all queries and the catalogue's documents, whose labels tell products apart.
-        without_self: as in `relevant_ranks`.
+        without_self, relevance: as in `relevant_ranks`.
     """
     if not count:
         return None
@@ -113,7 +115,7 @@ def find_failures(
         held = set(ranks.ranks[ranks.offsets[place] : ranks.offsets[place + 1]][:depth].tolist())
         query = int(ranks.query_ids[place])
         shown = [(i, s, n in held) for n, (i, s) in enumerate(known[query])]
-        misses.append(Miss(query, int(first[place]), _answer(query, sides), shown))
+        misses.append(Miss(query, int(first[place]), _answer(query, sides, relevance), shown))
     return Failures(
         wrong=len(missed),
         answered=int(answered.sum()),
@@ -148,8 +150,10 @@ def _rows(queries: Embedded, ids: Tensor, scores: Tensor) -> list[tuple[int, lis
     return list(zip(queries.ids.tolist(), found, strict=True))
 
 
-def _answer(query: int, sides: tuple[Side, Side] | None) -> int | None:
-    """The first other document of the query's label."""
+def _answer(query: int, sides: tuple[Side, Side] | None, relevance: Relevance | None) -> int | None:
+    """The first document that `relevance` names, or else the first other one of the query's label."""
+    if relevance is not None and relevance.counts(asked := torch.tensor([query])).item():
+        return int(relevance.answers(asked)[1][0])
     if sides is None:
         return None
     queries, documents = sides

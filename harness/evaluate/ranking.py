@@ -18,11 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harness.core.errors import UserError
+from harness.evaluate.relevance import ID_BITS, Relevance
 from models.comm import gather_shards, shard_sizes
 
 VECTOR_BITS = 26  # vectors are whole multiples of 2**-26
 SCORE_BITS = 24  # scores are whole multiples of 2**-24
-ID_BITS = 38  # |score| < 2**25 steps and a 38-bit id share one int64
+# |score| < 2**25 steps and an id of ID_BITS share one int64.
 MAX_NORM = 1.01  # lets unit vectors that were rounded to bfloat16 pass; exactness needs norm * norm < 2
 _ID_MASK = 2**ID_BITS - 1
 _LAST = torch.iinfo(torch.int64).max  # the key that sorts behind every document
@@ -58,11 +59,13 @@ class RelevantRanks:
         query_ids: [n] int64, ascending.
         ranks: int64, 0-based and ascending within a query: those of query i are `ranks[offsets[i]:offsets[i + 1]]`.
         offsets: [n + 1] int64.
+        grades: float64, of the document at each of `ranks`; None where no relevance was given.
     """
 
     query_ids: np.ndarray
     ranks: np.ndarray
     offsets: np.ndarray
+    grades: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ def relevant_ranks(
     query_block: int = 1024,
     document_tile: int = 8192,
     without_self: bool = False,
+    relevance: Relevance | None = None,
 ) -> RelevantRanks:
     """Find the exact rank of every relevant document of every query in the whole gallery.
 
@@ -98,6 +102,7 @@ def relevant_ranks(
         document_tile: documents of this rank that are scored at once. Scratch memory is some 32 bytes x query_block x
             document_tile: queries with more relevant documents than that are scored fewer at once.
         without_self: the document that has the query's own id is in no gallery of that query.
+        relevance: right answers of the queries that it names, in place of those of equal label; the same on every rank.
 
     Returns:
         The ranks of all queries of the group, in query-id order, equal on every rank.
@@ -106,12 +111,10 @@ def relevant_ranks(
         UserError: a vector is not finite or longer than 1, on any rank; raised on all of them.
         ValueError: an id is out of range or was given twice (a twice given document is seen if relevant to a query).
     """
-    labelled = torch.nonzero(documents.labels >= 0).flatten()
-    label_of, order = torch.sort(documents.labels[labelled])
-    rows_by_label = labelled[order]
-    ids, counts, ranks = [], [], []
-    for block in _relevance_blocks(queries, documents, label_of, group, query_block, document_tile):
-        rivals, held = _relevant_keys(block, documents, label_of, rows_by_label, group, document_tile, without_self)
+    relevant = _Relevant(documents, relevance)
+    ids, counts, ranks, grades = [], [], [], []
+    for block in _relevance_blocks(queries, documents, relevant, group, query_block, document_tile):
+        rivals, held = _relevant_keys(block, documents, relevant, group, document_tile, without_self)
         size, width = rivals.shape
         row = torch.arange(size, device=rivals.device)[:, None] * (width + 1)
         beaten = torch.zeros(size * (width + 1), dtype=torch.int64, device=rivals.device)
@@ -127,7 +130,9 @@ def relevant_ranks(
         ranks.append(beaten.view(size, width + 1).cumsum(1)[:, :width][real].cpu().numpy())
         ids.append(block.ids.cpu().numpy())
         counts.append(held.cpu().numpy())
-    return _in_id_order(ids, counts, ranks)
+        if relevance is not None:
+            grades.append(relevant.grades(block.ids[:, None], rivals & _ID_MASK)[real].cpu().numpy())
+    return _in_id_order(ids, counts, ranks, None if relevance is None else grades)
 
 
 @torch.no_grad()
@@ -203,10 +208,49 @@ def _query_blocks(
             progress.update(sum(counts))
 
 
+class _Relevant:
+    """Which of this rank's documents are relevant to a query: those of its label, or those that `relevance` names."""
+
+    def __init__(self, documents: Embedded, relevance: Relevance | None) -> None:
+        labelled = torch.nonzero(documents.labels >= 0).flatten()
+        self._labels, order = torch.sort(documents.labels[labelled])
+        self._by_label = labelled[order]
+        self._relevance = None if relevance is None else relevance.to(documents.ids.device)
+        if relevance is not None:
+            self._ids, self._by_id = torch.sort(documents.ids)
+
+    def at_most(self, block: _Block, group: dist.ProcessGroup | None) -> int:
+        """Most relevant documents of a query of the block, over all ranks, or more."""
+        count = _range_of(self._labels_of(block), self._labels)[1]
+        if group is not None:
+            dist.all_reduce(count, group=group)
+        if self._relevance is not None:
+            count = count + self._relevance.counts(block.ids)
+        return int(count.max())
+
+    def rows(self, block: _Block) -> tuple[Tensor, Tensor]:
+        """Places in the block, ascending, and rows of documents relevant to them, both [k]."""
+        slots, rows = _matches(self._labels_of(block), self._labels, self._by_label)
+        if self._relevance is None:
+            return slots, rows
+        named, answers = self._relevance.answers(block.ids)
+        places, named_rows = _matches(answers, self._ids, self._by_id)
+        slots, order = torch.cat([slots, named[places]]).sort(stable=True)
+        return slots, torch.cat([rows, named_rows])[order]
+
+    def grades(self, ids: Tensor, documents: Tensor) -> Tensor:
+        """Grades of relevant documents, float64; 1 where the label says so."""
+        assert self._relevance is not None
+        return torch.where(self._relevance.names(ids), self._relevance.grades_of(ids, documents), 1.0)
+
+    def _labels_of(self, block: _Block) -> Tensor:
+        return block.labels if self._relevance is None else block.labels.where(~self._relevance.names(block.ids), -1)
+
+
 def _relevance_blocks(
     queries: Embedded,
     documents: Embedded,
-    label_of: Tensor,
+    relevant: _Relevant,
     group: dist.ProcessGroup | None,
     query_block: int,
     document_tile: int,
@@ -215,10 +259,7 @@ def _relevance_blocks(
     stays bounded.
     """
     for block in _query_blocks(queries, documents, group, query_block):
-        relevant = _range_of(block.labels, label_of)[1]
-        if group is not None:
-            dist.all_reduce(relevant, group=group)
-        step = max(1, query_block * document_tile // max(1, int(relevant.max())))
+        step = max(1, query_block * document_tile // max(1, relevant.at_most(block, group)))
         for start in range(0, len(block.ids), step):
             part = slice(start, start + step)
             yield _Block(block.vectors[part], block.ids[part], block.labels[part], [])
@@ -255,21 +296,18 @@ def _key_tiles(block: _Block, documents: Embedded, document_tile: int) -> Iterat
 def _relevant_keys(
     block: _Block,
     documents: Embedded,
-    label_of: Tensor,
-    rows_by_label: Tensor,
+    relevant: _Relevant,
     group: dist.ProcessGroup | None,
     document_tile: int,
     without_self: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the ascending keys [b, most] of each query's relevant documents of the group, padded, and how many [b]."""
     device, size = block.ids.device, len(block.ids)
-    first, found = _range_of(block.labels, label_of)
-    slots = torch.repeat_interleave(torch.arange(size, device=device), found)
-    rows = rows_by_label[first[slots] + _within(slots, found)]
+    slots, rows = relevant.rows(block)
     if without_self:
         other = documents.ids[rows] != block.ids[slots]
         slots, rows = slots[other], rows[other]
-        found = torch.bincount(slots, minlength=size)
+    found = torch.bincount(slots, minlength=size)
     by_rank = gather_shards(found[None], group, [1] * _world(group))
     held, before = by_rank.sum(0), by_rank[: 0 if group is None else dist.get_rank(group)].sum(0)
     # Every rank puts its own keys behind those of the ranks before it; where it has none it adds 0.
@@ -290,10 +328,17 @@ def _relevant_keys(
     return rivals, held
 
 
-def _range_of(labels: Tensor, label_of: Tensor) -> tuple[Tensor, Tensor]:
-    """First place of each of `labels` [b] in the ascending `label_of` [m], and its number of places."""
-    first = torch.searchsorted(label_of, labels)
-    return first, torch.searchsorted(label_of, labels, right=True) - first
+def _range_of(values: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+    """First place of each of `values` [b] in the ascending `held` [m], and its number of places."""
+    first = torch.searchsorted(held, values)
+    return first, torch.searchsorted(held, values, right=True) - first
+
+
+def _matches(values: Tensor, held: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Places in `values` [b], ascending, and those of `rows` [m] whose `held` [m] (ascending) equal them, both [k]."""
+    first, found = _range_of(values, held)
+    slots = torch.repeat_interleave(torch.arange(len(values), device=values.device), found)
+    return slots, rows[first[slots] + _within(slots, found)]
 
 
 def _within(slots: Tensor, sizes: Tensor) -> Tensor:
@@ -301,7 +346,9 @@ def _within(slots: Tensor, sizes: Tensor) -> Tensor:
     return torch.arange(len(slots), device=slots.device) - (sizes.cumsum(0) - sizes)[slots]
 
 
-def _in_id_order(ids: list[np.ndarray], counts: list[np.ndarray], ranks: list[np.ndarray]) -> RelevantRanks:
+def _in_id_order(
+    ids: list[np.ndarray], counts: list[np.ndarray], ranks: list[np.ndarray], grades: list[np.ndarray] | None
+) -> RelevantRanks:
     """Bring the ragged ranks of the blocks into query-id order."""
     empty = np.empty(0, np.int64)
     all_ids, sizes, flat = (np.concatenate([empty, *parts]) for parts in (ids, counts, ranks))
@@ -311,4 +358,5 @@ def _in_id_order(ids: list[np.ndarray], counts: list[np.ndarray], ranks: list[np
         raise ValueError("a query id was given twice: shards must be disjoint, without padding")
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     take = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], sizes)
-    return RelevantRanks(query_ids, flat[take], offsets)
+    graded = None if grades is None else np.concatenate([np.empty(0), *grades])[take]
+    return RelevantRanks(query_ids, flat[take], offsets, graded)

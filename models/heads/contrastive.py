@@ -46,6 +46,18 @@ def same_product(query_labels: Tensor, document_labels: Tensor) -> Tensor:
     return (query_labels[:, None] == document_labels) & (document_labels >= 0)
 
 
+def same_product_or_answer(query_labels: Tensor, document_labels: Tensor) -> Tensor:
+    """bool [a, b]: `same_product`, or the document is one that the query names.
+
+    Labels int64 [a or b, 2 + A]: product, id of the pair's document, ids of documents that answer the pair's query, -1
+    behind the last.
+    """
+    found = same_product(query_labels[:, 0], document_labels[:, 0])
+    for answer in query_labels[:, 2:].unbind(1):
+        found = found | same_product(answer, document_labels[:, 1])
+    return found
+
+
 def contrastive_loss(
     queries: Tensor,
     documents: Tensor,

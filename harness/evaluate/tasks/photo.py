@@ -1,4 +1,4 @@
-"""Photo search: query photos find the documents of their class."""
+"""Photo search: query photos find the documents of their class, or those that the catalogue's pairs name."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from harness.evaluate.baselines import sampled
 from harness.evaluate.coded import Coded
 from harness.evaluate.embed import ClassKeys
 from harness.evaluate.failures import find_failures
 from harness.evaluate.metrics import slices, summarise
-from harness.evaluate.ranking import relevant_ranks, top_k
+from harness.evaluate.ranking import Embedded, relevant_ranks, top_k
+from harness.evaluate.relevance import Relevance
 from harness.evaluate.signs import signs
 from harness.evaluate.tasks.task import (
     SHOWN,
@@ -31,12 +34,16 @@ from harness.evaluate.tasks.task import (
 )
 from models.method import Method
 
-KINDS = ("head", "never trained", "tail")
-HEAD, NEVER, TAIL = range(3)
+KINDS = ("head", "never trained", "several", "tail")
+HEAD, NEVER, SEVERAL, TAIL = range(4)
 
 
 class PhotoTask(Task):
-    """Query photos find the documents of their class; the slice `class` tells trained classes from others."""
+    """Query photos find the documents of their class; the slice `class` tells trained classes from others.
+
+    A query that the catalogue's pairs name finds the documents that they name; without a class of its own it is
+    `several` in that slice.
+    """
 
     name = "photo"
 
@@ -45,26 +52,43 @@ class PhotoTask(Task):
         self.queries, self.panel = inputs.side("query", config.split), config.panel
         self.embedder, self.mesh = inputs.embedder, inputs.mesh
         self.groups = groups_of(self.queries, config.slices)
+        self.relevance = Relevance.of(self.queries.catalogue.path, self.queries.sample_ids)
         if inputs.classes is not None:
             kinds = head_and_tail(inputs.classes, inputs.keys)[self.queries.labels]
+            if self.relevance is not None:
+                named = self.relevance.names(torch.from_numpy(self.queries.ids)).numpy()
+                kinds[named & (self.queries.labels == -1)] = SEVERAL
             self.groups["class"] = Coded(kinds, pa.array(KINDS, pa.large_string()))
         self.sample = sampled(self.queries, self.documents, config.baselines)
 
     def run(self, method: Method, gallery: Gallery, seen: str) -> Found:
         """See Task."""
         documents, queries = gallery.whole(seen), self.embedder.embed(method, self.queries)
-        ranks = relevant_ranks(queries, documents, self.mesh.dp)
+        ranks = relevant_ranks(queries, documents, self.mesh.dp, relevance=self.relevance)
         shown = spread(queries, self.queries.ids, self.panel)
         best, _ = top_k(shown, documents, SHOWN, self.mesh.dp)
-        place, wanted = self.documents.rows_of(best.cpu().numpy()), shown.labels.cpu().numpy()[:, None]
-        right = (place >= 0) & (self.documents.labels[place] == wanted) & (wanted != -1)
+        right = self.right(shown, best)
         own: list[Shown] = list(zip(shown.ids.tolist(), best.tolist(), right.tolist(), strict=True))
-        figures = {**summarise(ranks.ranks, ranks.offsets), "documents": float(total(documents, self.mesh))}
-        rows = slices(ranks.ranks, ranks.offsets, ordered(self.groups, self.queries.ids, ranks))
+        figures = summarise(ranks.ranks, ranks.offsets, grades=ranks.grades)
+        figures["documents"] = float(total(documents, self.mesh))
+        groups = ordered(self.groups, self.queries.ids, ranks)
+        rows = slices(ranks.ranks, ranks.offsets, groups, grades=ranks.grades)
         found = signs(queries, documents, self.sample, self.mesh.dp) if len(self.sample[0].ids) else {}
         sides = (self.queries, self.documents)
-        failures = find_failures(queries, documents, ranks, self.mesh, gallery.worst, SHOWN, sides)
+        failures = find_failures(
+            queries, documents, ranks, self.mesh, gallery.worst, SHOWN, sides, relevance=self.relevance
+        )
         return Found(figures, rows, gathered(own, self.mesh), found, failures)
+
+    def right(self, queries: Embedded, best: Tensor) -> np.ndarray:
+        """bool [n, k]: whether documents `best` (ids [n, k]) are relevant to their queries."""
+        place, wanted = self.documents.rows_of(best.cpu().numpy()), queries.labels.cpu().numpy()[:, None]
+        right = (place >= 0) & (self.documents.labels[place] == wanted) & (wanted != -1)
+        if self.relevance is None:
+            return right
+        ids = queries.ids.cpu()[:, None]
+        named, grades = self.relevance.names(ids).numpy(), self.relevance.grades_of(ids, best.cpu()).numpy()
+        return np.where(named, grades > 0, right)
 
 
 def head_and_tail(classes: Path, keys: ClassKeys) -> np.ndarray:
