@@ -79,7 +79,8 @@ class Source:
                 with safe_open(file, "pt") as tensors:
                     for name in tensors.keys():
                         shape = tuple(tensors.get_slice(name).get_shape())
-                        if 0 in shape:  # DINOv3 without registers writes a table of none
+                        # DINOv3 without registers writes a table of none; a batch norm counts its batches.
+                        if 0 in shape or name.endswith(".num_batches_tracked"):
                             continue
                         # Files from TensorFlow's days name a layer norm's two tensors so; transformers renames them
                         # too.

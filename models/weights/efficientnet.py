@@ -37,7 +37,7 @@ class EfficientNetLite(Layout):
         return [_folded(f"vision.{ours}", conv, norm) for ours, conv, norm in places(config)]
 
 
-def _layout(name: str, first: str, known: tuple[str, ...]) -> EfficientNetLite:
+def _layout(name: str, first: str, known: str) -> EfficientNetLite:
     return EfficientNetLite(
         tower="vision",
         name=name,
@@ -45,12 +45,12 @@ def _layout(name: str, first: str, known: tuple[str, ...]) -> EfficientNetLite:
         defaults={},
         wrap=lambda layout, said: said,
         names={"stem.": first},
-        known=(r".*num_batches_tracked", *known),
+        known=(known,),
     )
 
 
-TIMM_LITE = _layout("timm", "conv_stem.", (r"classifier\..*",))
-PACKAGE_LITE = _layout("efficientnet-lite-pytorch", "_conv_stem.", (r"_fc\..*",))
+TIMM_LITE = _layout("timm", "conv_stem.", r"classifier\..*")
+PACKAGE_LITE = _layout("efficientnet-lite-pytorch", "_conv_stem.", r"_fc\..*")
 
 
 def _timm(config: VisionConfig) -> Iterator[tuple[str, str, str]]:
