@@ -64,7 +64,8 @@ def siglip() -> Any:
 def test_a_name_brings_all_of_its_towers(cache: Path, capsys: Any) -> None:
     pixels = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 1], "size": {"height": 32}}
     repository = PUBLISHED["siglip_base_patch16_224"].repository
-    snapshot(cache, repository, siglip(), preprocessor_config=pixels, tokenizer={"version": "1.0"})
+    home = snapshot(cache, repository, siglip(), preprocessor_config=pixels, tokenizer={"version": "1.0"})
+    (home / "snapshots" / "newer").mkdir()  # of another branch
     found = run(ImportConfig(out=Path("siglip-base-patch16-224")))
     assert found.keys() == {"vision", "text"}
     out, said = Path("weights/siglip_base_patch16_224"), capsys.readouterr().out
