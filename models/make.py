@@ -33,7 +33,8 @@ from models.ranges import NonNegativeFloat, OptionalSize, Size
 from models.shape import TransformerBuilder, TransformerShape, shape_errors
 from models.text import TextConfig, TextTower
 from models.transfer import places
-from models.vision import VisionConfig, VisionTower
+from models.vision import VisionConfig
+from models.vision_kinds import vision_tower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,7 @@ class MakeTowers(nn.Module):
         self.query_project = nn.Linear(query.projection_dim or query.hidden_size, d)
         self.text = TextTower(text, build)
         self.text_project = nn.Linear(text.projection_dim or text.hidden_size, d)
-        self.vision = VisionTower(vision, build)
+        self.vision = vision_tower(vision, build)
         self.image_project = nn.Linear(vision.pooled_size, d)
         self.fusion = CrossModal(config.fusion, text.hidden_size, vision.hidden_size, build)
         self.fused_project = nn.Linear(config.fusion.hidden_size, d)

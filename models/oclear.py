@@ -41,7 +41,8 @@ from models.ranges import (
 )
 from models.shape import TransformerBuilder, shape_errors, words_hidden
 from models.text import TextConfig, TextTower
-from models.vision import VisionConfig, VisionTower
+from models.vision import VisionConfig
+from models.vision_kinds import vision_tower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,7 @@ class OclearTowers(nn.Module):
         super().__init__()
         hidden = config.vision.hidden_size
         self.pad_id = config.text.pad_id
-        self.vision = VisionTower(config.vision, build)
+        self.vision = vision_tower(config.vision, build)
         self.text = TextTower(config.text, build)
         self.fusion: ConceptFusion | SumFusion | ConcatFusion
         if config.fusion_kind == "concept":

@@ -55,6 +55,12 @@ def _siglip(size: Fields, patch: int, image_size: int) -> Fields:
     return size | tower | {"pooling": "attention"}
 
 
+def _efficientnet_lite(width: float, depth: float, image_size: int) -> Fields:
+    """Tan and Le 2019, in Google's Lite form. Sizes of the image are the paper's, down to a multiple of 32."""
+    factors = {"width_factor": width, "depth_factor": depth}
+    return {"kind": "efficientnet_lite", "image_size": image_size, "patch_size": 32, "hidden_size": 1280} | factors
+
+
 def _clip_text(size: Fields) -> Fields:
     pair = {"vocab_size": 49408, "max_length": 77, "pad_id": 49407, "eos_id": 49407, "causal": True, "pooling": "eos"}
     return size | pair | {"activation": "quick_gelu", "embedding_norm": False, "mask_padding": False}
@@ -99,6 +105,11 @@ VISION: dict[str, Fields] = {
     "dinov3_vitb16": _dinov3(_BASE),
     "dinov3_vitl16": _dinov3(_LARGE),
     "dinov3_vith16plus": _dinov3(_size(32, 1280, 20, 5120) | {"activation": "swiglu"}),
+    "efficientnet_lite0": _efficientnet_lite(1.0, 1.0, 224),
+    "efficientnet_lite1": _efficientnet_lite(1.0, 1.1, 224),
+    "efficientnet_lite2": _efficientnet_lite(1.1, 1.2, 256),
+    "efficientnet_lite3": _efficientnet_lite(1.2, 1.4, 256),
+    "efficientnet_lite4": _efficientnet_lite(1.4, 1.8, 288),
     "clip_vit_b32": _clip(_BASE, 32),
     "clip_vit_b16": _clip(_BASE, 16),
     "clip_vit_l14": _clip(_LARGE, 14),

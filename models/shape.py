@@ -67,6 +67,11 @@ class TransformerShape:
     branch_init: NonNegativeFloat = field(default=1.0, metadata=TRAINING_ONLY)
 
     @property
+    def is_transformer(self) -> bool:
+        """False for a tower that only shares the configuration."""
+        return True
+
+    @property
     def mlp_size(self) -> int:
         """Width inside the MLP."""
         return self.ffn_hidden_size or 4 * self.hidden_size
@@ -96,6 +101,8 @@ def shape_errors(shape: TransformerShape, tensor_parallel: int, where: str) -> l
     """Errors where `shape` does not divide over `tensor_parallel` ranks; empty if it does. `where` is its key, e.g.
     model.vision.
     """
+    if not shape.is_transformer:  # its ranks hold equal copies
+        return []
     errors = []
     if shape.hidden_size % shape.num_attention_heads:
         errors.append(

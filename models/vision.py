@@ -1,8 +1,8 @@
-"""The image tower: stem, positions, transformer, pooling."""
+"""The image tower's configuration, and the tower of kind transformer: stem, positions, transformer, pooling."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -14,12 +14,19 @@ from models.ranges import MOST_LAYERS, OptionalSize, Pixels, PositiveFloat, Size
 from models.shape import TransformerBuilder, TransformerShape
 from models.stem import conv_stem, patch_stem
 
+CONV_PATCH = 32  # pixels of the image from one token of convolutions to the next
+MOST_FACTOR = 8.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig(TransformerShape):
     """The image tower.
 
     Args:
+        kind: transformer, or efficientnet_lite (convolutions, models/mbconv.py), which has only image_size, patch_size
+            (32), hidden_size (of its last convolution), and the two factors.
+        width_factor: factor on the channels of EfficientNet-Lite0, the first and last convolution aside.
+        depth_factor: factor on its blocks.
         image_size: side of the square input in pixels.
         patch_size: side of the square that becomes one token; with a convolutional stem, 2 ** number of stages.
         patch_bias: whether the linear patch embedding has a bias (CLIP's has none).
@@ -40,6 +47,9 @@ class VisionConfig(TransformerShape):
         projection_dim: width of a last linear layer without bias on the pooled vector (CLIP); 0: none.
     """
 
+    kind: Literal["transformer", "efficientnet_lite"] = "transformer"
+    width_factor: PositiveFloat = 1.0
+    depth_factor: PositiveFloat = 1.0
     image_size: Pixels = 224
     patch_size: Pixels = 16
     patch_bias: bool = True
@@ -64,7 +74,12 @@ class VisionConfig(TransformerShape):
     @property
     def num_positions(self) -> int:
         """Learned positions of patches."""
-        return self.position_grid**2 or self.num_patches
+        return (self.position_grid**2 or self.num_patches) if self.is_transformer else 0
+
+    @property
+    def is_transformer(self) -> bool:
+        """False for convolutions."""
+        return self.kind == "transformer"
 
     @property
     def has_class_token(self) -> bool:
@@ -88,6 +103,10 @@ class VisionConfig(TransformerShape):
             errors.append(
                 f"{where}.image_size {self.image_size} is not a multiple of {where}.patch_size {self.patch_size}"
             )
+        if not self.is_transformer:
+            return errors + self._convolution_errors(where)
+        if (self.width_factor, self.depth_factor) != (1, 1):
+            errors.append(f"{where}.width_factor and {where}.depth_factor need {where}.kind efficientnet_lite")
         if self.stem_channels and 2 ** len(self.stem_channels) != self.patch_size:
             errors.append(
                 f"{where}.stem_channels has {len(self.stem_channels)} stages, which makes patches of "
@@ -110,6 +129,14 @@ class VisionConfig(TransformerShape):
         if self.positions == "rotary" and self.head_dim % 4:
             errors.append(f"{where}.positions rotary needs heads whose width is a multiple of 4, not {self.head_dim}")
         return errors
+
+    def _convolution_errors(self, where: str) -> list[str]:
+        errors = [] if self.patch_size == CONV_PATCH else [f"{where}.patch_size must be {CONV_PATCH} with convolutions"]
+        if max(self.width_factor, self.depth_factor) > MOST_FACTOR:
+            errors.append(f"{where}.width_factor and {where}.depth_factor can be at most {MOST_FACTOR}")
+        own = ("preset", "kind", "width_factor", "depth_factor", "image_size", "patch_size", "hidden_size")
+        given = [f.name for f in fields(self) if f.name not in own and getattr(self, f.name) != f.default]
+        return errors + [f"{where}.{name} needs {where}.kind transformer" for name in given]
 
 
 class VisionTower(nn.Module):

@@ -29,6 +29,7 @@ TINY: dict[str, Any] = {
     **{
         f"model.{tower}.{key}": value for tower in ("vision", "text", "query", "fusion") for key, value in SMALL.items()
     },
+    "model.vision.kind": "transformer",
     "model.vision.image_size": 32,
     "data.preprocess.image_size": 32,
     "model.vision.patch_size": 8,

@@ -22,7 +22,8 @@ from models.positions import rotary_angles, sine_cosine
 from models.shape import TransformerShape, shape_errors
 from models.text import TextConfig
 from models.tp_state import merged_state_dict
-from models.vision import VisionConfig, VisionTower
+from models.vision import VisionConfig
+from models.vision_kinds import vision_tower
 from tests.dense import dense_loss
 from tests.pool import layout, ranks
 from tests.twins import require_equal_gradients
@@ -69,6 +70,13 @@ OPTIONS["fixed positions, class token, attention pooling; causal text"] = Oclear
         **{"num_layers": 2, "hidden_size": 32, "vocab_size": 100, "max_length": 12, "embedding_norm": False},
         **{"causal": True, "mask_padding": False, "activation": "gelu_tanh"},
     ),
+    embedding_dim=16,
+)
+OPTIONS["EfficientNet-Lite"] = OclearConfig(
+    vision=VisionConfig(
+        kind="efficientnet_lite", width_factor=0.2, depth_factor=0.5, image_size=32, patch_size=32, hidden_size=32
+    ),
+    text=TextConfig(num_layers=1, hidden_size=32, vocab_size=100, max_length=12),
     embedding_dim=16,
 )
 COMPARED = {
@@ -317,11 +325,11 @@ def test_any_tower_reads_other_resolutions_and_becomes_a_program() -> None:
     """Serving exports the query encoder with torch.export."""
     torch.manual_seed(0)
     for name, config in (CONFIGS | OPTIONS).items():
-        tower = VisionTower(config.vision, PlainBuilder()).eval()
+        tower, patch = vision_tower(config.vision, PlainBuilder()).eval(), config.vision.patch_size
         if not config.vision.stem_channels:
-            patches, pooled = tower(torch.randn(2, 3, 40, 24))
+            patches, pooled = tower(torch.randn(2, 3, 5 * patch, 3 * patch))
             assert patches.shape == (2, 5 * 3, 32) and pooled.shape == (2, 32), name
-        for side in (32,) if config.vision.stem_channels else (32, 48):
+        for side in (32,) if config.vision.stem_channels else (32, 6 * patch):
             images = torch.randn(3, 3, side, side)
             batch = torch.export.Dim("images", min=1)
             program = torch.export.export(tower, (torch.randn(2, 3, side, side),), dynamic_shapes=({0: batch},))

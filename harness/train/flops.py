@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import FakeProcessGroup
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from harness.data.step_data import TextTokens
 from harness.train.config import RunConfig
@@ -82,13 +82,25 @@ class _Counter(TorchDispatchMode):
                 part = self._marks[bisect.bisect_right(self._marks, node._sequence_nr(), key=lambda mark: mark[0]) - 1][
                     1
                 ]
-            self.found[part][node is not None] += count(*args, **(kwargs or {}), out_val=out)
+            if function is torch.ops.aten.convolution_backward.default:
+                found = _convolution_backward(*args)
+            else:
+                found = count(*args, **(kwargs or {}), out_val=out)
+            self.found[part][node is not None] += found
         return out
 
     @property
     def work(self) -> dict[str, Work]:
         """Of each part that has any."""
         return {part: Work(*found) for part, found in self.found.items()}
+
+
+def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *settings: Any) -> float:
+    """Operations of the wanted gradients, each as many as forward. torch's own formula takes the gradient of a grouped
+    convolution's weights for that of a full one.
+    """
+    wanted = settings[-1]
+    return (wanted[0] + wanted[1]) * conv_flop_count(list(x.shape), list(weight.shape), list(grad.shape))
 
 
 def tower_flops(make: Callable[[], nn.Module], inputs: Tensor) -> float:

@@ -25,6 +25,7 @@ from models.plain_values import from_plain, shown
 from models.shape import shape_errors
 from models.text import TextConfig
 from models.vision import VisionConfig
+from models.weights.efficientnet import ARCHITECTURE, PACKAGE_LITE, TIMM_LITE
 from models.weights.huggingface import FAMILIES, family_of
 from models.weights.layout import Json, Layout, TowerConfig, tower_shapes
 from models.weights.rules import Rule, WeightsError, listed, load_all, save_all, unused
@@ -78,7 +79,8 @@ class Source:
                 with safe_open(file, "pt") as tensors:
                     for name in tensors.keys():
                         shape = tuple(tensors.get_slice(name).get_shape())
-                        if 0 in shape:  # DINOv3 without registers writes a table of none
+                        # DINOv3 without registers writes a table of none; a batch norm counts its batches.
+                        if 0 in shape or name.endswith(".num_batches_tracked"):
                             continue
                         # Files from TensorFlow's days name a layer norm's two tensors so; transformers renames them
                         # too.
@@ -278,6 +280,9 @@ def _recognised(source: Source, tower: str) -> tuple[Layout, Json, str]:
     if tower == "text":
         raise WeightsError(f"{source.folder} is a model of timm, which has no text tower")
     architecture = source.config["architecture"]
+    if ARCHITECTURE.fullmatch(architecture):
+        layout = TIMM_LITE if TIMM_LITE.prefix(source.shapes) is not None else PACKAGE_LITE
+        return layout, source.config, architecture
     said = timm_said(source.shapes, architecture, source.config.get("model_args") or {})
     return TIMM, said, f"timm {architecture}"
 

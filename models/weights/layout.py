@@ -14,7 +14,8 @@ from models.plain.transformer import PlainBuilder
 from models.plain_values import LARGEST, shown
 from models.shape import padded_vocab
 from models.text import TextConfig, TextTower
-from models.vision import VisionConfig, VisionTower
+from models.vision import VisionConfig
+from models.vision_kinds import vision_tower
 from models.weights import rules
 from models.weights.rules import Rule, WeightsError
 
@@ -211,6 +212,6 @@ def tower_shapes(config: TowerConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a tower, under the plain twin's names, with its shape; allocates nothing."""
     build = PlainBuilder()
     with torch.device("meta"):
-        tower = VisionTower(config, build) if isinstance(config, VisionConfig) else TextTower(config, build)
+        tower = vision_tower(config, build) if isinstance(config, VisionConfig) else TextTower(config, build)
     prefix = "vision" if isinstance(config, VisionConfig) else "text"
     return {f"{prefix}.{name}": tuple(t.shape) for name, t in tower.state_dict().items()}
