@@ -164,12 +164,12 @@ def test_the_text_describes_the_run(board: Board) -> None:
 
 def towers_said(catalogue: Path, run: Path, tensor_parallel: int) -> int:
     """The towers' parameters as the summary of a run on this layout counts them."""
-    from harness.train.tensorboard import _facts
+    from harness.train.tensorboard import facts
 
     config = tiny_config(catalogue, run)
     with trainer(config, tensor_parallel, ready=False) as t:
-        facts = _facts(t.mesh, t.loader.catalogue, t.method, 6, 16)
-    return int(facts["Size"]["parameters of the towers"].replace(",", ""))
+        known = facts(t.mesh, t.loader.catalogue, t.method, 6, 16)
+    return int(known["Size"]["parameters of the towers"].replace(",", ""))
 
 
 def test_towers_that_are_cut_are_counted_whole(catalogue: Path, tmp_path: Path) -> None:
