@@ -173,6 +173,34 @@ def test_the_best_and_every_third_checkpoint_are_kept(catalogue: Path, tmp_path:
         find_checkpoint(run, Path("best"))
 
 
+def test_a_run_ends_early_where_evaluations_do_not_improve(catalogue: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"train.steps": 9, "train.evaluate_every": 2, "train.keep_best": "map"}
+    settings |= {"train.early_stop": 2, "optimizer.lr": 1e-12}  # too small to change a figure
+
+    def go(name: str, **more: Any) -> tuple[int, dict[str, Any]]:
+        with trainer(tiny_config(catalogue, tmp_path / name, **settings, **more)) as t:
+            figures = t.fit()
+            return t.step, {key: figures[key] for key in ("steps", "map")}
+
+    step, whole = go("whole")
+    assert step == 6 and evaluations(tmp_path / "whole") == [2, 4, 6], "the first of equal figures is the best"
+    assert find_checkpoint(tmp_path / "whole", Path("best")).name == "step-00000002"
+    assert go("parts", **{"train.stop_at": 5})[0] == 5
+    assert go("parts") == (6, whole) and losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert go("parts") == (6, whole) and steps_saved(tmp_path / "parts") == [2, 5, 6], "it is over"
+    (tmp_path / "parts/eval-00000006.json").unlink()  # as if killed amid the last evaluation
+    assert go("parts") == (6, whole)
+    go("better", **{"train.stop_at": 5})
+    checkpoint_files.note_best(tmp_path / "better/checkpoints", 4, "map", {"map": 2.0})
+    assert go("better")[0] == 8, "it counts from the best one"
+
+
+def test_early_stop_wants_a_figure_and_evaluations(catalogue: Path, tmp_path: Path) -> None:
+    for settings in ({"train.keep_best": "map"}, {"train.evaluate_every": 2}):
+        with pytest.raises(UserError, match=r"train.early_stop 2 wants train.keep_best, the figure, and train.eval"):
+            tiny_config(catalogue, tmp_path, **{"train.early_stop": 2}, **settings)
+
+
 # Trains step by step, as long as a file says; a shell starts background jobs deaf to SIGINT, and so are their children.
 SCRIPT = """
 import signal, sys, time

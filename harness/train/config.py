@@ -58,6 +58,8 @@ class TrainConfig:
         keep_every: also save at every multiple of this many steps, and keep these checkpoints; 0 keeps none of them.
         keep_best: figure of the evaluation (map, recall_at_1, photo/map, …): also save at every evaluation, and keep
             the checkpoint where it was highest, which `--checkpoint best` names; empty keeps none.
+        early_stop: end the run after this many evaluations in a row that did not raise the figure of keep_best; 0
+            trains to the last step. Wants evaluate_every.
         resume: auto continues the newest checkpoint in the run folder if there is one; never starts from scratch and
             refuses a used folder.
         new_phase: a resume on a catalogue that was governed again continues with its classes and order, as a new data
@@ -82,6 +84,7 @@ class TrainConfig:
     keep_checkpoints: PositiveInt = 2
     keep_every: NonNegativeInt = 0
     keep_best: str = ""
+    early_stop: NonNegativeInt = 0
     resume: Literal["auto", "never"] = "auto"
     new_phase: bool = False
     init_from: Path | None = None
@@ -90,9 +93,14 @@ class TrainConfig:
     stop_at: NonNegativeInt = 0
 
     def errors(self) -> list[str]:
-        """Errors for folders that do not exist; each names its key."""
-        missing = self.init_from is not None and not self.init_from.is_dir()
-        return [f"train.init_from {self.init_from} is not a folder"] if missing else []
+        """Errors for folders that do not exist, and for keys that need others; each names its key."""
+        lost = self.init_from is not None and not self.init_from.is_dir()
+        errors = [f"train.init_from {self.init_from} is not a folder"] if lost else []
+        if self.early_stop and not (self.keep_best and self.evaluate_every):
+            errors.append(
+                f"train.early_stop {self.early_stop} wants train.keep_best, the figure, and train.evaluate_every"
+            )
+        return errors
 
 
 @dataclass(frozen=True, kw_only=True)
