@@ -19,6 +19,7 @@ from harness.core.errors import UserError
 from harness.core.mesh import MeshConfig, check_layout
 from harness.data.config import DataConfig
 from harness.evaluate.evaluation import EvaluationConfig
+from harness.train.loggers import missing
 from harness.train.profiler import parse_window
 from harness.train.schedule import OptimizerConfig
 from models.heads.class_parallel import ClassHeadConfig
@@ -69,6 +70,7 @@ class TrainConfig:
             effect once the run has a checkpoint of its own.
         ema_decay: in [0, 1): an average of the towers' weights, average = ema_decay x average + (1 - ema_decay) x
             weights after each step, is what evaluation, export and runs that start from this one take; 0 keeps none.
+        loggers: wandb, mlflow: Weights & Biases, MLflow beside TensorBoard, each where its package is installed.
         profile_steps: FIRST:LAST, 0-based: torch's profiler records these steps into the run's TensorBoard folder;
             empty records none.
         stop_at: stop, with a checkpoint, once this many steps are done; 0 runs all. For trying out a resume.
@@ -89,18 +91,19 @@ class TrainConfig:
     new_phase: bool = False
     init_from: Path | None = None
     ema_decay: UnitIntervalBelow1 = 0.0
+    loggers: tuple[Literal["wandb", "mlflow"], ...] = ()
     profile_steps: str = ""
     stop_at: NonNegativeInt = 0
 
     def errors(self) -> list[str]:
-        """Errors for folders that do not exist, and for keys that need others; each names its key."""
+        """Errors for folders and packages that do not exist, and for keys that need others; each names its key."""
         lost = self.init_from is not None and not self.init_from.is_dir()
         errors = [f"train.init_from {self.init_from} is not a folder"] if lost else []
         if self.early_stop and not (self.keep_best and self.evaluate_every):
             errors.append(
                 f"train.early_stop {self.early_stop} wants train.keep_best, the figure, and train.evaluate_every"
             )
-        return errors
+        return [*errors, *missing(self.loggers)]
 
 
 @dataclass(frozen=True, kw_only=True)
