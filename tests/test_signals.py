@@ -252,6 +252,52 @@ def test_a_launcher_hands_a_signal_on_and_the_same_command_goes_on(
     assert losses(run) == undisturbed
 
 
+DIES_ONCE = """
+import os, signal, sys
+from pathlib import Path
+from harness.train import run as train
+from harness.train.trainer import Trainer
+
+step, alive = Trainer.train_step, Path(sys.argv.pop(1))
+
+def dying(self, data):
+    if self.step == 4 and self.mesh.rank == 1 and alive.exists():
+        alive.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, data)
+
+Trainer.train_step = dying
+sys.exit(train.main())
+"""
+
+
+@pytest.mark.full
+def test_ranks_start_again_after_one_has_died(catalogue: Path, tmp_path: Path, undisturbed: dict[int, float]) -> None:
+    (tmp_path / "train.py").write_text(DIES_ONCE)
+    (tmp_path / "alive").touch()
+    run, errors = tmp_path / "run", tmp_path / "errors"
+    program = [str(tmp_path / "train.py"), str(tmp_path / "alive"), *arguments(catalogue, run, **SETTINGS)]
+    with launched("ours", 2, ["--max-restarts=1", *program], errors) as process:
+        process.wait(200)
+    said = errors.read_text()
+    assert process.returncode == 0 and "rank 1 ended with SIGKILL: the ranks start again" in said, said
+    assert "resumed step-00000003" in said and losses(run) == undisturbed
+
+
+@pytest.mark.full
+def test_ranks_that_a_signal_stopped_do_not_start_again(catalogue: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "slow").touch()
+    run, errors = tmp_path / "run", tmp_path / "errors"
+    program = [str(tmp_path / "train.py"), str(tmp_path / "slow"), *arguments(catalogue, run, **SETTINGS)]
+    with launched("ours", 2, ["--max-restarts=1", *program], errors) as process:
+        wait_for(lambda: run.is_dir() and (run / "log.jsonl").exists() and len(losses(run)) == 2, process)
+        process.send_signal(signal.SIGTERM)
+        process.wait(100)
+    assert process.returncode == STOPPED_CODE and steps_saved(run) == [3], errors.read_text()
+    assert "start again" not in errors.read_text()
+
+
 @pytest.mark.full
 def test_a_second_ctrl_c_ends_at_once(catalogue: Path, tmp_path: Path) -> None:
     script = SCRIPT.replace("and not self.boundary.noted", "")

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from torch.distributed.rendezvous import rendezvous
 
 from harness.core.device import allow_many_files, choose_device, gpus_hidden, set_deterministic
 from harness.core.errors import UserError
@@ -66,6 +67,16 @@ def quiet_libraries() -> None:
     logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
+def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """The store in which the launcher's ranks meet, this one's number and theirs."""
+    if "MASTER_ADDR" not in os.environ:
+        return dist.HashStore(), 0, 1  # a run of one process needs no free port
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    # The launcher's store keeps the addresses of ranks that ended before a restart (--max-restarts).
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), rank, size
+
+
 class Mesh:
     """Process groups and this rank's place in them; in a `with` block they end with it.
 
@@ -93,9 +104,9 @@ class Mesh:
             torch.cuda.set_device(self.device)
         timeout = timedelta(minutes=1.25 * config.timeout_minutes)  # later than the watch, which names the rank
         if not dist.is_initialized():
-            # A run of one process needs no rendezvous, hence no free port.
-            store = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout, **store)  # type: ignore[arg-type]
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            store, rank, size = _meet(timeout)
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
         self.config = config
         self.accelerators = choose(config.accelerators, self.device)
         self.groups = _build_groups(config.tensor_parallel, timeout)
