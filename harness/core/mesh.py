@@ -19,7 +19,7 @@ from harness.core.errors import UserError
 from harness.core.watch import Watch
 from models import megatron_cpu
 from models.accelerators import choose
-from models.ranges import PositiveFloat, PositiveInt
+from models.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from models.sequence import COMMON_STREAM
 from models.shape import VOCAB_MULTIPLE
 
@@ -47,6 +47,9 @@ class MeshConfig:
         compile: auto compiles the towers' blocks by torch.compile on a GPU; always on a CPU too (needs a C++ compiler);
             never.
         timeout_minutes: silence of a rank after which the run ends; so does a collective that takes a quarter longer.
+        step_minutes: longest time of one part (data, forward, …) of a training step on a rank, after the first step of
+            a process, after which the run ends and names the rank; 0: a tenth more than timeout_minutes, as in the
+            first step.
     """
 
     tensor_parallel: PositiveInt = 1
@@ -57,6 +60,7 @@ class MeshConfig:
     accelerators: Literal["auto", "torch"] = "auto"
     compile: Compile = "auto"
     timeout_minutes: PositiveFloat = 10.0
+    step_minutes: NonNegativeFloat = 0.0
 
 
 def quiet_libraries() -> None:

@@ -184,7 +184,8 @@ class Trainer:
         loss: float | None = None
         speed.start(self.step)
         profiler = StepProfiler(train.profile_steps, self.config.run_dir, self.mesh.rank)
-        self.mesh.watch.at = self._place
+        self.mesh.watch.at, self.mesh.watch.pace = self._place, self.clock.pace
+        self.mesh.watch.folder = self.config.run_dir
         self.boundary.open()
         try:
             if again:
