@@ -36,7 +36,7 @@ def stopping(name):
         call(clock, *args, **options)
         clock.calls = getattr(clock, "calls", 0) + 1
         if os.environ["RANK"] == os.environ["STOPPED"] and clock.calls == int(os.environ["CALL"]):
-            time.sleep(0.5)
+            time.sleep(2)  # some beats of 0.6 s, so that the last one has this place
             os.kill(os.getpid(), signal.SIGSTOP)
 
     setattr(throughput.StepClock, name, stop)
