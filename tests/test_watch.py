@@ -157,7 +157,7 @@ def test_a_rank_that_hangs_is_named_and_shows_its_stacks(
     script, errors, run = tmp_path / "hanging.py", tmp_path / "errors", tmp_path / "run"
     script.write_text(SCRIPT.replace("os.kill(os.getpid(), signal.SIGSTOP)", "time.sleep(1e6)"))
     # In the first step, a tenth more than the silence that is allowed.
-    settings = {"mesh.timeout_minutes": 0.2} if call == 3 else {"mesh.step_minutes": 0.1}
+    settings = {"mesh.timeout_minutes": 0.6} if call == 3 else {"mesh.step_minutes": 0.1}
     program = [str(script), *arguments(catalogue, run, **{"train.steps": 100, **settings})]
     with launched("ours", world, program, errors, STOPPED=str(hanging), CALL=str(call)) as process:
         wait_for(lambda: process.poll() is not None)
