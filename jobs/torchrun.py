@@ -21,7 +21,7 @@ def launch(argv: list[str]) -> int:
     """Runs torchrun with `argv`; the exit code of the rank that failed first on this node, as a shell counts it."""
     node, forward = os.environ.get("SLURMD_NODENAME", "this node"), Forward()
     try:
-        start(argv)
+        start(argv, forward)
     except ChildFailedError as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM's, because another node failed too: keep the exit code
         rank, code, how = first_failure(error)

@@ -173,6 +173,34 @@ def test_the_best_and_every_third_checkpoint_are_kept(catalogue: Path, tmp_path:
         find_checkpoint(run, Path("best"))
 
 
+def test_a_run_ends_early_where_evaluations_do_not_improve(catalogue: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"train.steps": 9, "train.evaluate_every": 2, "train.keep_best": "map"}
+    settings |= {"train.early_stop": 2, "optimizer.lr": 1e-12}  # too small to change a figure
+
+    def go(name: str, **more: Any) -> tuple[int, dict[str, Any]]:
+        with trainer(tiny_config(catalogue, tmp_path / name, **settings, **more)) as t:
+            figures = t.fit()
+            return t.step, {key: figures[key] for key in ("steps", "map")}
+
+    step, whole = go("whole")
+    assert step == 6 and evaluations(tmp_path / "whole") == [2, 4, 6], "the first of equal figures is the best"
+    assert find_checkpoint(tmp_path / "whole", Path("best")).name == "step-00000002"
+    assert go("parts", **{"train.stop_at": 5})[0] == 5
+    assert go("parts") == (6, whole) and losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert go("parts") == (6, whole) and steps_saved(tmp_path / "parts") == [2, 5, 6], "it is over"
+    (tmp_path / "parts/eval-00000006.json").unlink()  # as if killed amid the last evaluation
+    assert go("parts") == (6, whole)
+    go("better", **{"train.stop_at": 5})
+    checkpoint_files.note_best(tmp_path / "better/checkpoints", 4, "map", {"map": 2.0})
+    assert go("better")[0] == 8, "it counts from the best one"
+
+
+def test_early_stop_wants_a_figure_and_evaluations(catalogue: Path, tmp_path: Path) -> None:
+    for settings in ({"train.keep_best": "map"}, {"train.evaluate_every": 2}):
+        with pytest.raises(UserError, match=r"train.early_stop 2 wants train.keep_best, the figure, and train.eval"):
+            tiny_config(catalogue, tmp_path, **{"train.early_stop": 2}, **settings)
+
+
 # Trains step by step, as long as a file says; a shell starts background jobs deaf to SIGINT, and so are their children.
 SCRIPT = """
 import signal, sys, time
@@ -222,6 +250,52 @@ def test_a_launcher_hands_a_signal_on_and_the_same_command_goes_on(
         command, shell=True, check=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
     )
     assert losses(run) == undisturbed
+
+
+DIES_ONCE = """
+import os, signal, sys
+from pathlib import Path
+from harness.train import run as train
+from harness.train.trainer import Trainer
+
+step, alive = Trainer.train_step, Path(sys.argv.pop(1))
+
+def dying(self, data):
+    if self.step == 4 and self.mesh.rank == 1 and alive.exists():
+        alive.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, data)
+
+Trainer.train_step = dying
+sys.exit(train.main())
+"""
+
+
+@pytest.mark.full
+def test_ranks_start_again_after_one_has_died(catalogue: Path, tmp_path: Path, undisturbed: dict[int, float]) -> None:
+    (tmp_path / "train.py").write_text(DIES_ONCE)
+    (tmp_path / "alive").touch()
+    run, errors = tmp_path / "run", tmp_path / "errors"
+    program = [str(tmp_path / "train.py"), str(tmp_path / "alive"), *arguments(catalogue, run, **SETTINGS)]
+    with launched("ours", 2, ["--max-restarts=1", *program], errors) as process:
+        process.wait(200)
+    said = errors.read_text()
+    assert process.returncode == 0 and "rank 1 ended with SIGKILL: the ranks start again" in said, said
+    assert "resumed step-00000003" in said and losses(run) == undisturbed
+
+
+@pytest.mark.full
+def test_ranks_that_a_signal_stopped_do_not_start_again(catalogue: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "slow").touch()
+    run, errors = tmp_path / "run", tmp_path / "errors"
+    program = [str(tmp_path / "train.py"), str(tmp_path / "slow"), *arguments(catalogue, run, **SETTINGS)]
+    with launched("ours", 2, ["--max-restarts=1", *program], errors) as process:
+        wait_for(lambda: run.is_dir() and (run / "log.jsonl").exists() and len(losses(run)) == 2, process)
+        process.send_signal(signal.SIGTERM)
+        process.wait(100)
+    assert process.returncode == STOPPED_CODE and steps_saved(run) == [3], errors.read_text()
+    assert "start again" not in errors.read_text()
 
 
 @pytest.mark.full

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -139,6 +140,34 @@ def test_a_rank_that_stands_still_is_named(
     assert "Traceback" not in errors.read_text()
     assert process.returncode in (2, 137)  # the latter of the rank that stood still, ended here
     print(f"told after {took:.2f} s: {lines[0]}")
+
+
+@pytest.mark.parametrize(
+    "world,hanging,call,place",
+    [
+        (2, 1, 12, "step 2, forward, samples "),
+        pytest.param(3, 0, 11, "step 2, data", marks=pytest.mark.full),
+        pytest.param(3, 2, 3, "step 0, backward, samples ", marks=pytest.mark.full),
+    ],
+)
+def test_a_rank_that_hangs_is_named_and_shows_its_stacks(
+    catalogue: Path, tmp_path: Path, world: int, hanging: int, call: int, place: str
+) -> None:
+    """It beats, and no other rank waits longer than it: only its place tells."""
+    script, errors, run = tmp_path / "hanging.py", tmp_path / "errors", tmp_path / "run"
+    script.write_text(SCRIPT.replace("os.kill(os.getpid(), signal.SIGSTOP)", "time.sleep(1e6)"))
+    # In the first step, a tenth more than the silence that is allowed.
+    settings = {"mesh.timeout_minutes": 0.6} if call == 3 else {"mesh.step_minutes": 0.1}
+    program = [str(script), *arguments(catalogue, run, **{"train.steps": 100, **settings})]
+    with launched("ours", world, program, errors, STOPPED=str(hanging), CALL=str(call)) as process:
+        wait_for(lambda: process.poll() is not None)
+    lines = [line for line in errors.read_text().splitlines() if "error: " in line]
+    assert len(lines) == 1 and f"error: rank {hanging} stands still for " in lines[0], lines
+    assert f" s in {place}" in lines[0] and f"Stacks: {run}/stacks-rank-*.txt" in lines[0]
+    assert [file.name for file in run.glob("stacks-*")] == [f"stacks-rank-{hanging}.txt"]
+    stacks = next(run.glob("stacks-*")).read_text()
+    assert re.search(r"hanging.py.* in stop\n", stacks) and "in _show_stacks" in stacks and "read_ahead" in stacks
+    assert process.returncode == 2
 
 
 FAILS = """

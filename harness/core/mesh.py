@@ -12,13 +12,14 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from torch.distributed.rendezvous import rendezvous
 
 from harness.core.device import allow_many_files, choose_device, gpus_hidden, set_deterministic
 from harness.core.errors import UserError
 from harness.core.watch import Watch
 from models import megatron_cpu
 from models.accelerators import choose
-from models.ranges import PositiveFloat, PositiveInt
+from models.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from models.sequence import COMMON_STREAM
 from models.shape import VOCAB_MULTIPLE
 
@@ -46,6 +47,9 @@ class MeshConfig:
         compile: auto compiles the towers' blocks by torch.compile on a GPU; always on a CPU too (needs a C++ compiler);
             never.
         timeout_minutes: silence of a rank after which the run ends; so does a collective that takes a quarter longer.
+        step_minutes: longest time of one part (data, forward, …) of a training step on a rank, after the first step of
+            a process, after which the run ends and names the rank; 0: a tenth more than timeout_minutes, as in the
+            first step.
     """
 
     tensor_parallel: PositiveInt = 1
@@ -56,6 +60,7 @@ class MeshConfig:
     accelerators: Literal["auto", "torch"] = "auto"
     compile: Compile = "auto"
     timeout_minutes: PositiveFloat = 10.0
+    step_minutes: NonNegativeFloat = 0.0
 
 
 def quiet_libraries() -> None:
@@ -64,6 +69,16 @@ def quiet_libraries() -> None:
     """
     warnings.filterwarnings("ignore", module=r"megatron\..*|torch\.distributed\..*")
     logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """The store in which the launcher's ranks meet, this one's number and theirs."""
+    if "MASTER_ADDR" not in os.environ:
+        return dist.HashStore(), 0, 1  # a run of one process needs no free port
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    # The launcher's store keeps the addresses of ranks that ended before a restart (--max-restarts).
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), rank, size
 
 
 class Mesh:
@@ -93,9 +108,9 @@ class Mesh:
             torch.cuda.set_device(self.device)
         timeout = timedelta(minutes=1.25 * config.timeout_minutes)  # later than the watch, which names the rank
         if not dist.is_initialized():
-            # A run of one process needs no rendezvous, hence no free port.
-            store = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout, **store)  # type: ignore[arg-type]
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            store, rank, size = _meet(timeout)
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
         self.config = config
         self.accelerators = choose(config.accelerators, self.device)
         self.groups = _build_groups(config.tensor_parallel, timeout)

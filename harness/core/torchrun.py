@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch.distributed import TCPStore
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
@@ -29,8 +31,9 @@ LOOPBACK = "127.0.0.1"
 
 
 @record
-def start(argv: Sequence[str]) -> None:
-    """Runs torchrun with `argv`, on one machine with a file to meet in; what it logs is not shown.
+def start(argv: Sequence[str], forward: Forward) -> None:
+    """Runs torchrun with `argv`, on one machine with a file to meet in; what it logs is not shown. With --max-restarts
+    ranks are started again unless they ended by a signal that `forward` handed on.
 
     Raises:
         ChildFailedError: a rank failed.
@@ -46,6 +49,19 @@ def start(argv: Sequence[str]) -> None:
         args.local_addr = LOOPBACK
         DynamicRendezvousHandler._create_tcp_store_server = _store_on_loopback  # type: ignore[assignment]
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # or gloo listens where the machine's name leads
+    monitor = LocalElasticAgent._monitor_workers
+
+    def monitored(agent: LocalElasticAgent, group: WorkerGroup) -> RunResult:
+        result = monitor(agent, group)
+        if result.failures and agent._remaining_restarts:
+            rank, code, how = first_failure(ChildFailedError("", result.failures))
+            if forward.caused(code):
+                agent._remaining_restarts = 0
+            else:
+                print(f"\nrank {rank} ended with {how}: the ranks start again", file=sys.stderr)
+        return result
+
+    LocalElasticAgent._monitor_workers = monitored  # type: ignore[method-assign]
     args.signals_to_handle = "SIGQUIT"  # the others are harness.core.launcher.Forward's
     run(args)
 
@@ -77,7 +93,7 @@ def run_ranks(ranks: int, words: Sequence[str]) -> int:
     options = ["--nproc-per-node", str(ranks), "--max-restarts", "0"]
     forward = Forward()
     try:
-        start([*options, "-m", *words])
+        start([*options, "-m", *words], forward)
     except ChildFailedError as error:
         rank, code, how = first_failure(error)
         if code != USER_ERROR_CODE and not forward.caused(code):

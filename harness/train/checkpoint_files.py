@@ -91,6 +91,14 @@ def note_best(folder: Path, step: int, metric: str, figures: Mapping[str, float]
     write_json(folder / BEST, {"checkpoint": f"step-{step:08d}", "metric": metric, "value": figures[metric]})
 
 
+def steps_since_best(folder: Path, step: int) -> int:
+    """Steps from the best checkpoint under `folder` to `step`; all of them where none was noted. Negative where an
+    earlier process went on to a better one.
+    """
+    best = best_of(folder)
+    return step - (0 if best is None else _step(best))
+
+
 def _best(folder: Path) -> Record | None:
     if not (folder / BEST).exists():
         return None

@@ -19,6 +19,7 @@ from harness.core.errors import UserError
 from harness.core.mesh import MeshConfig, check_layout
 from harness.data.config import DataConfig
 from harness.evaluate.evaluation import EvaluationConfig
+from harness.train.loggers import missing
 from harness.train.profiler import parse_window
 from harness.train.schedule import OptimizerConfig
 from models.heads.class_parallel import ClassHeadConfig
@@ -60,6 +61,8 @@ class TrainConfig:
         keep_every: also save at every multiple of this many steps, and keep these checkpoints; 0 keeps none of them.
         keep_best: figure of the evaluation (map, recall_at_1, photo/map, …): also save at every evaluation, and keep
             the checkpoint where it was highest, which `--checkpoint best` names; empty keeps none.
+        early_stop: end the run after this many evaluations in a row that did not raise the figure of keep_best; 0
+            trains to the last step. Wants evaluate_every.
         resume: auto continues the newest checkpoint in the run folder if there is one; never starts from scratch and
             refuses a used folder.
         new_phase: a resume on a catalogue that was governed again continues with its classes and order, as a new data
@@ -69,6 +72,7 @@ class TrainConfig:
             effect once the run has a checkpoint of its own.
         ema_decay: in [0, 1): an average of the towers' weights, average = ema_decay x average + (1 - ema_decay) x
             weights after each step, is what evaluation, export and runs that start from this one take; 0 keeps none.
+        loggers: wandb, mlflow: Weights & Biases, MLflow beside TensorBoard, each where its package is installed.
         profile_steps: FIRST:LAST, 0-based: torch's profiler records these steps into the run's TensorBoard folder;
             empty records none.
         stop_at: stop, with a checkpoint, once this many steps are done; 0 runs all. For trying out a resume.
@@ -85,17 +89,24 @@ class TrainConfig:
     keep_checkpoints: PositiveInt = 2
     keep_every: NonNegativeInt = 0
     keep_best: str = ""
+    early_stop: NonNegativeInt = 0
     resume: Literal["auto", "never"] = "auto"
     new_phase: bool = False
     init_from: Path | None = None
     ema_decay: UnitIntervalBelow1 = 0.0
+    loggers: tuple[Literal["wandb", "mlflow"], ...] = ()
     profile_steps: str = ""
     stop_at: NonNegativeInt = 0
 
     def errors(self) -> list[str]:
-        """Errors for folders that do not exist; each names its key."""
-        missing = self.init_from is not None and not self.init_from.is_dir()
-        return [f"train.init_from {self.init_from} is not a folder"] if missing else []
+        """Errors for folders and packages that do not exist, and for keys that need others; each names its key."""
+        lost = self.init_from is not None and not self.init_from.is_dir()
+        errors = [f"train.init_from {self.init_from} is not a folder"] if lost else []
+        if self.early_stop and not (self.keep_best and self.evaluate_every):
+            errors.append(
+                f"train.early_stop {self.early_stop} wants train.keep_best, the figure, and train.evaluate_every"
+            )
+        return [*errors, *missing(self.loggers)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""TensorBoard of a run: health first, then all else by subject. Only on rank 0."""
+"""TensorBoard of a run: health first, then all else by subject, which other loggers get too. Only on rank 0."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from harness.catalogue.catalogue import Catalogue
+from harness.core.cli import leaves
 from harness.core.files import printable
 from harness.core.mesh import Mesh
 from harness.train.config import RunConfig
+from harness.train.loggers import Loggers
 from models.method import Method
 
 LONGEST = 2000  # characters of a value
@@ -52,6 +54,8 @@ class Board:
     def __init__(self, folder: Path, first: int) -> None:
         # Set even where nothing is to be dropped: TensorBoard obeys every such mark except a run's first.
         self._writer = SummaryWriter(str(folder), purge_step=first + 1)
+        self._others = Loggers((), folder, {})
+        self._done = False
 
     def introduce(
         self,
@@ -71,7 +75,10 @@ class Board:
         versions = json.loads((config.run_dir / "versions.json").read_text())
         begun = {"from step": step, **{f"note {n}": note for n, note in enumerate(notes, 1)}}
         tables = {"Recipe": values, **known, "Start": begun, "Versions": versions}
-        self._writer.add_text("run/summary", _markdown(tables, settings), step)
+        text = _markdown(tables, settings)
+        self._writer.add_text("run/summary", text, step)
+        self._others = Loggers(config.train.loggers, config.run_dir, dict(leaves(settings)))
+        self._others.each(lambda logger: logger.text("run/summary", text, step))
         plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()}
         # add_hparams would make a run of its own. A list of columns is left out too: TensorBoard would use the first
         # run's for all runs. Without it TensorBoard joins the columns of all runs, those that differ first, and takes
@@ -80,13 +87,16 @@ class Board:
         self._add(start)
 
     def finish(self) -> None:
-        """Marks the run as finished in HPARAMS."""
+        """Marks the run as finished, in HPARAMS too."""
+        self._done = True
         self._add(self._end)
 
     def scalars(self, step: int, figures: Mapping[str, float], split: str = "") -> None:
         """Adds points to the curves of the figures, given by their keys of log.jsonl; `split`: of an evaluation's."""
         for name, value in figures.items():
             self._writer.add_scalar(tag(name, split), value, step)
+        named = {f"{name}{split and f'_{split}'}": value for name, value in figures.items()}
+        self._others.each(lambda logger: logger.scalars(step, named))
 
     def compare(self, recalls: Sequence[str], split: str) -> None:
         """Shows curves, given by their keys of log.jsonl, in one chart (CUSTOM SCALARS)."""
@@ -96,15 +106,19 @@ class Board:
 
     def warn(self, lines: Sequence[str], step: int) -> None:
         """Adds warnings (TEXT)."""
-        self._writer.add_text("run/warnings", "\n\n".join(_plain(line) for line in lines), step)
+        text = "\n\n".join(_plain(line) for line in lines)
+        self._writer.add_text("run/warnings", text, step)
+        self._others.each(lambda logger: logger.text("run/warnings", text, step))
 
     def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
         """Adds an image, uint8 [H, W, 3]."""
         self._writer.add_image(tag, pixels, step, dataformats="HWC")
+        self._others.each(lambda logger: logger.image(tag, pixels, step))
 
     def close(self) -> None:
-        """Flushes and closes the event file."""
+        """Flushes and closes the event file, and the other loggers."""
         self._writer.close()
+        self._others.each(lambda logger: logger.finish(self._done))
 
     def _add(self, summary: Any) -> None:
         self._writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from harness.core.mesh import Mesh
+from harness.core.watch import Pace
 from harness.data.loader import StepLoader
 from harness.data.step_data import StepData
 from harness.train.config import RunConfig
@@ -23,12 +24,13 @@ class StepClock:
 
     Attributes:
         now: the present part.
+        marks: parts begun so far.
         seconds: part -> seconds, of the present step.
     """
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
-        self.now = "the start"
+        self.now, self.marks, self._steps = "the start", 0, 0
         self.exact = False
         self.seconds: dict[str, float] = {}
         self._charged: dict[str, float] = {}  # since `take_share`
@@ -37,6 +39,7 @@ class StepClock:
     def start(self, exact: bool) -> None:
         """Begins a step; `exact` waits for the device at every mark."""
         self.exact, self.seconds, self.now = exact, {}, "data"
+        self.marks, self._steps = self.marks + 1, self._steps + 1
         self._last = time.perf_counter()
 
     def mark(self, part: str) -> None:
@@ -46,7 +49,16 @@ class StepClock:
         now = time.perf_counter()
         for sums in (self.seconds, self._charged):
             sums[part] = sums.get(part, 0.0) + now - self._last
-        self._last, self.now = now, _NEXT[part]
+        self._last, self.now, self.marks = now, _NEXT[part], self.marks + 1
+
+    def pace(self) -> Pace:
+        """How long the present part may last; between two steps for any length."""
+        if self.now not in _NEXT:
+            return Pace(self.marks)
+        config = self.mesh.config
+        first = self._steps == 1 or not config.step_minutes  # it compiles, and fills the read-ahead
+        # Sooner than a collective ends, later than a silent rank is named as such.
+        return Pace(self.marks, 66 * config.timeout_minutes if first else 60 * config.step_minutes)
 
     def take_share(self, part: str) -> float:
         """The part's share of all time charged since the last call."""

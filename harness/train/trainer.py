@@ -65,6 +65,7 @@ class Trainer:
         notes: lines for the log about the start of the run.
         saved: step of the newest checkpoint.
         boundary: its `stop` tells whether a signal ended `fit`; all that it did is saved.
+        ended: train.early_stop has ended the run.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
@@ -117,6 +118,7 @@ class Trainer:
         # Start, or continuation
         self.resume = Resume(config, mesh, self.loader, self.method, self.parts, self.ledger)
         self.step = self.saved = self.resume.step
+        self.ended = False
         self.boundary = Boundary(mesh, config.train.checkpoint_minutes)
         averaged = [] if self.ema is None else [self.ema.note]
         self.notes = [*self.towers.notes, *averaged, *self.resume.notes]
@@ -175,7 +177,7 @@ class Trainer:
         return StepResult(total, names, sums, norm)
 
     def fit(self) -> dict[str, Any]:
-        """Trains to the last step (or to train.stop_at, or until a signal); returns the final figures."""
+        """Trains to the last step (or to train.stop_at, train.early_stop or a signal); returns the final figures."""
         train, speed = self.config.train, self.throughput
         again = on_first_rank(self._lacks_evaluation, self.mesh, "looking for the last evaluation")
         log = self._open_log(again)
@@ -184,14 +186,15 @@ class Trainer:
         loss: float | None = None
         speed.start(self.step)
         profiler = StepProfiler(train.profile_steps, self.config.run_dir, self.mesh.rank)
-        self.mesh.watch.at = self._place
+        self.mesh.watch.at, self.mesh.watch.pace = self._place, self.clock.pace
+        self.mesh.watch.folder = self.config.run_dir
         self.boundary.open()
         try:
             self._compare(log)
             if again:
                 report = self.evaluate(log)
             self.clock.start(exact=False)
-            for data in self.loader.steps(self.step, end):
+            for data in self.loader.steps(self.step, self.step if self.ended else end):
                 profiler.before(self.step)
                 result = self.train_step(data)
                 profiler.after(self.step - 1)
@@ -216,13 +219,13 @@ class Trainer:
                         report = self.evaluate(log)
                     if (saves or evaluates) and not last:
                         self.boundary.ask()  # a signal may have come since the step
-                if self.boundary.stop:
+                if self.boundary.stop or self.ended:
                     break
                 # The steps that end in a line of the log are timed exactly.
                 self.clock.start(exact=self.step % train.log_every == train.log_every - 1)
             if self.saved < self.step:  # a signal came during an evaluation
                 self.save()
-            if self.mesh.rank == 0 and self.step == train.steps and not self.boundary.stop:
+            if self.mesh.rank == 0 and (self.ended or self.step == train.steps) and not self.boundary.stop:
                 log.board.finish()
         except Exception as error:
             self.boundary.close(failed=not isinstance(error, UserError))
@@ -260,7 +263,7 @@ class Trainer:
         for line in told:
             log.say(line)
 
-        def show() -> None:
+        def show() -> bool:
             panels.show(report, self.step, log.board, self.projector)
             if len(told) > 1:
                 log.board.warn(told[1:], self.step)
@@ -268,8 +271,12 @@ class Trainer:
                 checkpoint_files.note_best(self.config.run_dir / "checkpoints", self.step, metric, report.figures)
             # Last, for its presence tells that the evaluation is complete.
             write_json(self._figures_file(), {**report.figures, "slices": report.rows})
+            return self._exhausted()
 
-        on_first_rank(show, self.mesh, "drawing the panel")
+        self.ended = on_first_rank(show, self.mesh, "drawing the panel")
+        if self.ended:
+            train = self.config.train
+            log.say(f"ends at step {self.step}: {train.keep_best} did not rise in {train.early_stop} evaluations")
         return report
 
     def _compare(self, log: RunLog) -> None:
@@ -315,11 +322,19 @@ class Trainer:
         return (train.evaluate_every > 0 and self.step % train.evaluate_every == 0) or self.step == train.steps
 
     def _lacks_evaluation(self) -> bool:
-        """True where the previous process saved this step and ended amid its evaluation; and at the last step, whose
-        figures `fit` returns.
+        """True where the previous process saved this step and ended amid its evaluation; and where the run is over, for
+        `fit` returns its figures.
         """
-        done = self._figures_file().exists() and self.step < self.config.train.steps
-        return self.step > 0 and self._evaluates() and not done
+        over = self.step == self.config.train.steps or self._exhausted()
+        return self.step > 0 and self._evaluates() and (over or not self._figures_file().exists())
+
+    def _exhausted(self) -> bool:
+        """True after train.early_stop evaluations without a better figure, by what the run folder holds."""
+        train = self.config.train
+        if not train.early_stop or self.step == train.steps:
+            return False
+        since = checkpoint_files.steps_since_best(self.config.run_dir / "checkpoints", self.step)
+        return since >= train.early_stop * train.evaluate_every
 
     def _figures_file(self) -> Path:
         return self.config.run_dir / f"eval-{self.step:08d}.json"

@@ -119,7 +119,7 @@ def test_a_job_writes_one_readable_log(trained: tuple[int, str], project: Path, 
     assert lines[1].startswith("nodes    2 (node[1-2]), processes on each 1, threads 1, meeting at 127.0.0.1:2")
     assert lines[2] == f"commit   {git('describe', '--always', '--abbrev=12', folder=project)}"
     assert lines[3].startswith(f"command  -m 'harness.train' '--config' '{recipe}' '--train.steps' '3'")
-    assert "\r" not in text and any(re.match(r"training: 100%.* 3/3 \[", line) for line in lines)
+    assert "\r" not in text and any(line.startswith("training: 3 of 3 steps (100%), ") for line in lines)
     assert text.count(f"run runs/tiny-{number}: steps 3, ") == 1
     assert re.fullmatch(rf"exit code 0 after \d\d:\d\d:\d\d, run folder runs/tiny-{number}", lines[-1])
     # No warning and nothing of the launcher's.
