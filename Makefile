@@ -1,4 +1,4 @@
-# `make demo` is the whole line on a drawn catalogue, `make test` what CI runs, `make test-full` every check that there is, `make audit` a list
+# `make demo` is every stage on a synthetic catalogue, `make test` what CI runs, `make test-full` every check that there is, `make audit` a list
 # of what is installed (.venv/sbom.json, CycloneDX) and the advisories on it.
 # Each begins by setting up .venv, which needs nothing but Python 3.11 or 3.12 with its venv module; another interpreter: make PYTHON=python3.12 test
 PYTHON ?= python3
