@@ -117,10 +117,12 @@ def aligned(catalogue: Path, run: Path, overrides: dict[str, Any]) -> tuple[dict
                 fitted.data += 1e-2 * t.mesh.rank
 
         t.method.towers.alignment.fit = fit
-        t.evaluation.calibrate(t.method)
+        t.validation.evaluation.calibrate(t.method)
         assert t.method.towers.training
         t.method.towers.eval()
-        vectors, _ = t.evaluation.embedder.apply(t.method, t.evaluation.fitted_to, t.method.both_views, 32)
+        vectors, _ = t.validation.evaluation.embedder.apply(
+            t.method, t.validation.evaluation.fitted_to, t.method.both_views, 32
+        )
         return {name: value.clone() for name, value in t.method.towers.alignment.state_dict().items()}, vectors
 
 
@@ -152,10 +154,14 @@ class WithDamage(Embedder):
 def damaged(catalogue: Path, run: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """In a pool: each parameter of the fit where some photos are damaged, and of one to the others alone."""
     with trainer(config_of("item", catalogue, run), ready=False) as t:
-        whole = t.evaluation.embedder
-        calibrate(t.method, t.evaluation.fitted_to, WithDamage(whole.data, whole.model, t.tokenizer, 4, t.mesh))
+        whole = t.validation.evaluation.embedder
+        calibrate(
+            t.method, t.validation.evaluation.fitted_to, WithDamage(whole.data, whole.model, t.tokenizer, 4, t.mesh)
+        )
         found = {name: value.clone() for name, value in t.method.towers.alignment.state_dict().items()}
-        calibrate(t.method, t.evaluation.fitted_to.select(t.evaluation.fitted_to.ids % 2 == 1), whole)
+        calibrate(
+            t.method, t.validation.evaluation.fitted_to.select(t.validation.evaluation.fitted_to.ids % 2 == 1), whole
+        )
         return {name: (found[name], value) for name, value in t.method.towers.alignment.state_dict().items()}
 
 
@@ -173,8 +179,8 @@ def kept(catalogue: Path, run: Path, overrides: dict[str, Any]) -> dict[str, Any
         began = t.method.towers.alignment.correlation.clone()
         t.fit()
         left = {name: value.clone() for name, value in t.method.towers.alignment.state_dict().items()}
-        with t._evaluated():
-            t.evaluation.calibrate(t.method)
+        with t.validation.averaged():
+            t.validation.evaluation.calibrate(t.method)
         return {"began": began, "left": left, "again": dict(t.method.towers.alignment.state_dict())}
 
 

@@ -87,8 +87,8 @@ SAMPLED = {"evaluation.batch_size": 4, "evaluation.split": "train", "evaluation.
 
 def compared(catalogue: Path, settings: dict[str, Any]) -> tuple[Any, ...]:
     with trainer(tiny_config(catalogue, UNUSED, **settings), ready=False) as t:
-        found = run_baselines.computed(t.config, t.evaluation, t.method, t.mesh)
-        return asdict(found), t.evaluation.run(t.method).signs
+        found = run_baselines.computed(t.config, t.validation.evaluation, t.method, t.mesh)
+        return asdict(found), t.validation.evaluation.run(t.method).signs
 
 
 def test_every_number_of_ranks_finds_the_same(catalogue: Path) -> None:
@@ -99,7 +99,7 @@ def test_every_number_of_ranks_finds_the_same(catalogue: Path) -> None:
         for found, figures in ranks(world).run(compared, catalogue, SAMPLED):
             assert found == wanted and figures == seen
     with trainer(tiny_config(catalogue, UNUSED, **SAMPLED), ready=False) as t:
-        queries, documents = t.evaluation.sample
+        queries, documents = t.validation.evaluation.sample
     shared = np.minimum(overlaps(queries)[:, None], overlaps(documents)[None]).sum(2)
     best = documents.labels[shared.argmax(1)] == queries.labels
     assert wanted["recall"][HISTOGRAM] == best.mean() and 0 < best.mean() < 1

@@ -30,8 +30,8 @@ def evaluated(
 ) -> tuple[Report, dict[int, np.ndarray]]:
     """Evaluates the weights that the seed gives; also each rank's query vectors by sample id."""
     with trainer(tiny_config(catalogue, UNUSED, **settings), ready=False) as t:
-        report = t.evaluation.run(t.method)
-        queries = t.evaluation.embedder.embed(t.method, t.evaluation.tasks[0].queries)
+        report = t.validation.evaluation.run(t.method)
+        queries = t.validation.evaluation.embedder.embed(t.method, t.validation.evaluation.tasks[0].queries)
         vectors = dict(zip(queries.ids.tolist(), queries.vectors.numpy(), strict=True))
         assert t.method.towers.training
     return report, vectors
@@ -149,7 +149,9 @@ def test_text_of_distractors_is_read_by_the_runs_tokenizer(catalogue: Path, nois
     assert not (noise / "tokenizer").exists()
     settings = {**SHARDED, "evaluation.distractors": [str(catalogue), str(noise)]}
     with trainer(tiny_config(catalogue, UNUSED, **settings), ready=False) as t:
-        own, copy, other = (t.evaluation.embedder.embed(t.method, side) for side in t.evaluation.documents)
+        own, copy, other = (
+            t.validation.evaluation.embedder.embed(t.method, side) for side in t.validation.evaluation.documents
+        )
     assert torch.equal(own.vectors, copy.vectors) and torch.equal(own.ids + 36, copy.ids)
     assert (own.labels >= 0).all() and (copy.labels == -1).all() and (other.labels == -1).all()
     assert not torch.equal(own.vectors, other.vectors[:6])
@@ -204,7 +206,7 @@ def test_the_panel_marks_nothing_relevant_to_a_query_without_class(catalogue: Pa
 
     folder = rewritten(catalogue, tmp_path / "changed", change)
     with trainer(tiny_config(folder, UNUSED, **SHARDED), ready=False) as t:
-        rows = panel_rows(t.evaluation.run(t.method), t.loader.catalogue)
+        rows = panel_rows(t.validation.evaluation.run(t.method), t.loader.catalogue)
     assert len(rows) == 4 and all(len(documents) == 5 for _, documents in rows)
     assert not any(relevant for _, documents in rows for _, _, relevant in documents)
 
@@ -221,7 +223,7 @@ def refusal(catalogue: Path, **settings: Any) -> str:
 def test_a_slice_that_is_not_an_attribute_is_a_warning(catalogue: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"evaluation.slices": ["shape", "color"]}
     with trainer(tiny_config(catalogue, UNUSED, **settings), ready=False) as t:
-        rows = t.evaluation.run(t.method).rows
+        rows = t.validation.evaluation.run(t.method).rows
     assert {row["slice"] for row in rows} == {"shape", "class"}
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert len(told) == 1 and "by color (evaluation.slices)" in told[0] and "It has colour, shape" in told[0]

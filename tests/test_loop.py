@@ -100,7 +100,7 @@ def train_by_a_clock_of_its_own(config: RunConfig) -> dict[str, Any]:
     """
     now = 0.0
     with trainer(config) as t:
-        steps, losses, run = t.loader.steps, t.method.losses, t.evaluation.run
+        steps, losses, run = t.loader.steps, t.method.losses, t.validation.evaluation.run
 
         def slow_steps(first: int, end: int) -> Iterator[StepData]:
             nonlocal now
@@ -123,7 +123,7 @@ def train_by_a_clock_of_its_own(config: RunConfig) -> dict[str, Any]:
             mock.patch.object(throughput, "time", SimpleNamespace(perf_counter=lambda: now)),
             mock.patch.object(t.loader, "steps", slow_steps),
             mock.patch.object(t.method, "losses", slow_losses),
-            mock.patch.object(t.evaluation, "run", slow_run),
+            mock.patch.object(t.validation.evaluation, "run", slow_run),
         ):
             t.clock = throughput.StepClock(t.mesh)
             return t.fit()

@@ -176,9 +176,9 @@ def test_a_photo_is_a_member_of_the_class_of_each_right_answer(rooms: Path) -> N
 
 def evaluated(catalogue: Path, settings: dict[str, Any]) -> tuple[Report, dict[str, Any]]:
     with trainer(tiny_config(catalogue, UNUSED, **settings), ready=False) as t:
-        report = t.evaluation.run(t.method)
-        sides = {"queries": t.evaluation.tasks[0].queries, "documents": t.evaluation.documents[0]}
-        vectors = {name: t.evaluation.embedder.embed(t.method, side) for name, side in sides.items()}
+        report = t.validation.evaluation.run(t.method)
+        sides = {"queries": t.validation.evaluation.tasks[0].queries, "documents": t.validation.evaluation.documents[0]}
+        vectors = {name: t.validation.evaluation.embedder.embed(t.method, side) for name, side in sides.items()}
     return report, vectors
 
 

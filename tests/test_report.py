@@ -181,7 +181,7 @@ def test_large_slices_come_first_and_not_too_many() -> None:
 def failures_of(catalogue: Path, tasks: list[str], settings: dict[str, Any]) -> Failures | None:
     config = tiny_config(catalogue, UNUSED, **{"evaluation.tasks": tasks, **settings})
     with trainer(config, ready=False) as t:
-        (found,) = t.evaluation.run(t.method, worst=4).found.values()
+        (found,) = t.validation.evaluation.run(t.method, worst=4).found.values()
         return found.failures
 
 

@@ -55,10 +55,10 @@ def found_by_evaluation(run: Path, catalogue: Path, top: int) -> tuple[list[Any]
     """
     config = tiny_config(catalogue, run, **{"train.steps": 3, "evaluation.panel": 10_000, "evaluation.split": "test"})
     with trainer(config) as t:
-        report = t.evaluation.run(t.method)
+        report = t.validation.evaluation.run(t.method)
         t.method.towers.eval()
-        queries = t.evaluation.embedder.embed(t.method, t.evaluation.tasks[0].queries)
-        documents = t.evaluation.embedder.embed(t.method, t.evaluation.documents[0])
+        queries = t.validation.evaluation.embedder.embed(t.method, t.validation.evaluation.tasks[0].queries)
+        documents = t.validation.evaluation.embedder.embed(t.method, t.validation.evaluation.documents[0])
     return [(query, best[:top]) for query, best, _ in report.panel], queries.vectors, documents.vectors
 
 

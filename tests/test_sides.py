@@ -95,7 +95,7 @@ def texts_encoded(catalogue: Path, other: Path) -> tuple[list[int], list[Any]]:
     config = tiny_config(catalogue, UNUSED, **{"evaluation.batch_size": 2, "evaluation.split": "test"})
     counts, rows = [], []
     with trainer(config, ready=False) as t:
-        embedder, (documents,) = t.evaluation.embedder, t.evaluation.documents
+        embedder, (documents,) = t.validation.evaluation.embedder, t.validation.evaluation.documents
         for asked in (documents, replace(documents, retitle=str), replace(documents, catalogue=Catalogue(other))):
             with patch.object(TokenStore, "encode", wraps=TokenStore.encode) as encode:
                 found = [*embedder._tokens(asked, embedder._own(len(asked.ids)))]

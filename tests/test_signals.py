@@ -69,7 +69,7 @@ def train(config: RunConfig, name: str = "", place: str = "", on: int = 0) -> tu
         if place == "step":
             t.method.losses = first(t.method.losses, lambda: t.step == 1)
         elif place == "evaluation":
-            t.evaluation.run = first(t.evaluation.run, lambda: t.step == 4)
+            t.validation.evaluation.run = first(t.validation.evaluation.run, lambda: t.step == 4)
         elif place == "save":
             t.resume.state = first(t.resume.state, lambda: t.step == 3)
         elif place == "data":

@@ -132,7 +132,7 @@ def config_of(catalogue: Path, run: Path, **overrides: Any) -> RunConfig:
 def evaluated(catalogue: Path, settings: dict[str, Any]) -> tuple[Report, dict[str, Any]]:
     """In a pool: the report on the weights that the seed gives, and vectors by sides and views."""
     with trainer(config_of(catalogue, UNUSED, **settings), ready=False) as t:
-        evaluation, method = t.evaluation, t.method
+        evaluation, method = t.validation.evaluation, t.method
         report = evaluation.run(method)
         assert method.towers.training
         method.towers.eval()

@@ -109,8 +109,8 @@ def board(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with trainer(tiny_config(catalogue, folder / "runs/first", **SETTINGS)) as t:
         t.fit()
         t.method.towers.eval()
-        vectors = t.evaluation.embedder.embed(t.method, t.evaluation.documents[0]).vectors.numpy()
-        panel = draw_panel(panel_rows(t.evaluation.run(t.method), t.loader.catalogue))
+        vectors = t.validation.evaluation.embedder.embed(t.method, t.validation.evaluation.documents[0]).vectors.numpy()
+        panel = draw_panel(panel_rows(t.validation.evaluation.run(t.method), t.loader.catalogue))
     other = {**SETTINGS, "train.steps": 2, "optimizer.lr": 2e-3}
     with trainer(tiny_config(catalogue, folder / "runs/second", **other)) as t:
         t.fit()
@@ -238,10 +238,10 @@ def test_the_projector_holds_the_last_evaluations_documents(board: Board, catalo
 @pytest.mark.parametrize("wanted", [0, 1, 99])
 def test_any_number_of_projected_documents(catalogue: Path, tmp_path: Path, wanted: int) -> None:
     with trainer(tiny_config(catalogue, tmp_path, **{"evaluation.projector": wanted}), ready=False) as t:
-        sample = t.evaluation.run(t.method).sample
+        sample = t.validation.evaluation.run(t.method).sample
         if wanted:
             (tmp_path / "tensorboard").mkdir()
-            t.projector.write(1, sample)
+            t.validation.projector.write(1, sample)
     assert sample.ids.tolist() == [0, 6, 12, 18, 24, 30][:wanted]
     assert (tmp_path / "tensorboard").exists() == bool(wanted)
 
@@ -249,7 +249,7 @@ def test_any_number_of_projected_documents(catalogue: Path, tmp_path: Path, want
 def sample_of(catalogue: Path, tensor_parallel: int) -> Any:
     settings = {"evaluation.projector": 4, "evaluation.batch_size": 4}
     with trainer(tiny_config(catalogue, UNUSED, **settings), tensor_parallel, ready=False) as t:
-        report: Report = t.evaluation.run(t.method)
+        report: Report = t.validation.evaluation.run(t.method)
         return None if report.sample is None else (report.sample.ids.tolist(), report.sample.vectors)
 
 

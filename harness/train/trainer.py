@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,13 @@ from torch import Tensor
 from harness.core.build import build
 from harness.core.cli import tell
 from harness.core.errors import UserError
-from harness.core.files import write_json
 from harness.core.mesh import Mesh
 from harness.core.waiting import on_first_rank
-from harness.data.backends import decoding_threads
 from harness.data.loader import StepLoader
 from harness.data.step_data import StepData
-from harness.evaluate.baselines import Baselines
-from harness.evaluate.evaluation import Evaluation, Report
+from harness.evaluate.evaluation import Report
 from harness.text.tower_check import require_texts_fit
-from harness.train import checkpoint, checkpoint_files, guards, panels, run_baselines
+from harness.train import checkpoint, checkpoint_files, guards
 from harness.train.boundary import Boundary
 from harness.train.config import RunConfig
 from harness.train.ema import Ema
@@ -35,6 +31,7 @@ from harness.train.resume import Resume
 from harness.train.run_log import RunLog
 from harness.train.schedule import learning_rate, margin_part
 from harness.train.throughput import StepClock, Throughput
+from harness.train.validation import Validation
 from models.batch import rank_sizes
 from models.heads.row_optimizer import RowAdamW
 from models.registry import METHODS
@@ -65,7 +62,6 @@ class Trainer:
         notes: lines for the log about the start of the run.
         saved: step of the newest checkpoint.
         boundary: its `stop` tells whether a signal ended `fit`; all that it did is saved.
-        ended: train.early_stop has ended the run.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
@@ -92,23 +88,7 @@ class Trainer:
         self.rows = None if head is None else RowAdamW.for_head(head, config.optimizer.rows)
         self.ema = Ema(towers, decay) if decay else None
         self.parts = checkpoint.Trainable(towers, head, self.towers, self.rows, self.ema, self.method.memory)
-        # Evaluation
-        self.evaluation = Evaluation(
-            config.evaluation,
-            config.method,
-            config.data,
-            config.model,
-            self.loader.catalogue,
-            self.tokenizer,
-            config.data.catalogue / "classes" / "classes.parquet",
-            mesh,
-            self.method.calibration,
-        )
-        self.baselines: Baselines | None = None  # once `fit` has begun
-        self._calibrated_at = -1
-        threads = decoding_threads(config.data.threads)
-        background = config.data.preprocess.background
-        self.projector = panels.Projector(config.run_dir / "tensorboard", self.loader.catalogue, threads, background)
+        self.validation = Validation(config, mesh, self.loader, self.method, self.ema)
         # Meters and guards
         self.clock = StepClock(mesh)
         self.throughput = Throughput(replace(config, model=self.model_config), self.loader, mesh)
@@ -118,7 +98,6 @@ class Trainer:
         # Start, or continuation
         self.resume = Resume(config, mesh, self.loader, self.method, self.parts, self.ledger)
         self.step = self.saved = self.resume.step
-        self.ended = False
         self.boundary = Boundary(mesh, config.train.checkpoint_minutes)
         averaged = [] if self.ema is None else [self.ema.note]
         self.notes = [*self.towers.notes, *averaged, *self.resume.notes]
@@ -179,7 +158,7 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Trains to the last step (or to train.stop_at, train.early_stop or a signal); returns the final figures."""
         train, speed = self.config.train, self.throughput
-        again = on_first_rank(self._lacks_evaluation, self.mesh, "looking for the last evaluation")
+        again = on_first_rank(lambda: self.validation.lacking(self.step), self.mesh, "looking for the last evaluation")
         log = self._open_log(again)
         end = min(train.steps, train.stop_at or train.steps)
         report: Report | None = None
@@ -190,11 +169,11 @@ class Trainer:
         self.mesh.watch.folder = self.config.run_dir
         self.boundary.open()
         try:
-            self._compare(log)
+            self.validation.compare(self.step, log)
             if again:
-                report = self.evaluate(log)
+                report = self.validation.run(self.step, log)
             self.clock.start(exact=False)
-            for data in self.loader.steps(self.step, self.step if self.ended else end):
+            for data in self.loader.steps(self.step, self.step if self.validation.ended else end):
                 profiler.before(self.step)
                 result = self.train_step(data)
                 profiler.after(self.step - 1)
@@ -212,20 +191,20 @@ class Trainer:
                     self.damaged.require_few(self.step, int(figures["data/bad_samples"]), speed.images(self.step))
                     speed.start_window(self.step)
                 with speed.paused():
-                    saves, evaluates = last or self._saves(), self._evaluates()
+                    saves, evaluates = last or self._saves(), self.validation.due(self.step)
                     if saves:
                         self.save()
                     if evaluates and not self.boundary.stop:
-                        report = self.evaluate(log)
+                        report = self.validation.run(self.step, log)
                     if (saves or evaluates) and not last:
                         self.boundary.ask()  # a signal may have come since the step
-                if self.boundary.stop or self.ended:
+                if self.boundary.stop or self.validation.ended:
                     break
                 # The steps that end in a line of the log are timed exactly.
                 self.clock.start(exact=self.step % train.log_every == train.log_every - 1)
             if self.saved < self.step:  # a signal came during an evaluation
                 self.save()
-            if self.mesh.rank == 0 and (self.ended or self.step == train.steps) and not self.boundary.stop:
+            if self.mesh.rank == 0 and (self.validation.ended or self.step == train.steps) and not self.boundary.stop:
                 log.board.finish()
         except Exception as error:
             self.boundary.close(failed=not isinstance(error, UserError))
@@ -242,7 +221,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of the present step; collective."""
-        self._calibrate()
+        self.validation.calibrate(self.step)
         folder, train = self.config.run_dir / "checkpoints", self.config.train
         state = self.resume.state(self.step)
         keep = checkpoint_files.Keep(train.keep_checkpoints, train.keep_every)
@@ -251,93 +230,12 @@ class Trainer:
         self.boundary.saved()
         return path
 
-    def evaluate(self, log: RunLog) -> Report:
-        """Evaluates the present weights, or their average if it exists, and logs figures and pictures; collective."""
-        self._calibrate()
-        with self._evaluated():
-            report = self.evaluation.run(self.method, final=self.step == self.config.train.steps)
-        named = {name if "/" in name else f"retrieval/{name}": value for name, value in report.figures.items()}
-        beside = run_baselines.scalars(self.evaluation.photo_group, report.signs, self.baselines)
-        log.scalars(self.step, {**named, **beside}, self.config.evaluation.split)
-        told = run_baselines.judged(self.config, self.step, report.signs, self.baselines)
-        for line in told:
-            log.say(line)
-
-        def show() -> bool:
-            panels.show(report, self.step, log.board, self.projector)
-            if len(told) > 1:
-                log.board.warn(told[1:], self.step)
-            if metric := self.config.train.keep_best:
-                checkpoint_files.note_best(self.config.run_dir / "checkpoints", self.step, metric, report.figures)
-            # Last, for its presence tells that the evaluation is complete.
-            write_json(self._figures_file(), {**report.figures, "slices": report.rows})
-            return self._exhausted()
-
-        self.ended = on_first_rank(show, self.mesh, "drawing the panel")
-        if self.ended:
-            train = self.config.train
-            log.say(f"ends at step {self.step}: {train.keep_best} did not rise in {train.early_stop} evaluations")
-        return report
-
-    def _compare(self, log: RunLog) -> None:
-        """Sets the baselines: those that the run folder has, or new ones, which it keeps; collective."""
-        evaluation, config = self.evaluation, self.config
-        if evaluation.sample is None:
-            return
-        found = run_baselines.kept(config, evaluation, self.mesh)
-        if found is None:
-            start = self.method if self.step == 0 else None
-            found = run_baselines.computed(config, evaluation, start, self.mesh)
-            if self.mesh.rank == 0:
-                run_baselines.keep(config, evaluation, found)
-        self.baselines = found
-        log.say(f"{'baselines':<12}{found}")
-        if self.mesh.rank == 0:
-            group = evaluation.photo_group
-            beside = run_baselines.scalars(group, {"recall_at_1": 0.0}, found)
-            log.board.compare([*beside], config.evaluation.split)
-
-    def _calibrate(self) -> None:
-        """Fits the method's calibration, if it has one, to the weights that are evaluated; once a step; collective."""
-        if self.method.calibration is None or self._calibrated_at == self.step:
-            return
-        with self._evaluated():
-            self.evaluation.calibrate(self.method)
-        self._calibrated_at = self.step
-
-    def _evaluated(self) -> AbstractContextManager[None]:
-        """Inside the block the towers' weights are those that are evaluated: the average, if there is one."""
-        return nullcontext() if self.ema is None else self.ema.applied()
-
     def _saves(self) -> bool:
         """True where a checkpoint belongs to the present step."""
         train, boundary = self.config.train, self.boundary
         every = (train.checkpoint_every, train.keep_every)
         due = boundary.stop or boundary.save or any(steps and self.step % steps == 0 for steps in every)
-        return due or (train.keep_best != "" and self._evaluates())  # what is evaluated may be the best
-
-    def _evaluates(self) -> bool:
-        """True where an evaluation belongs to the present step."""
-        train = self.config.train
-        return (train.evaluate_every > 0 and self.step % train.evaluate_every == 0) or self.step == train.steps
-
-    def _lacks_evaluation(self) -> bool:
-        """True where the previous process saved this step and ended amid its evaluation; and where the run is over, for
-        `fit` returns its figures.
-        """
-        over = self.step == self.config.train.steps or self._exhausted()
-        return self.step > 0 and self._evaluates() and (over or not self._figures_file().exists())
-
-    def _exhausted(self) -> bool:
-        """True after train.early_stop evaluations without a better figure, by what the run folder holds."""
-        train = self.config.train
-        if not train.early_stop or self.step == train.steps:
-            return False
-        since = checkpoint_files.steps_since_best(self.config.run_dir / "checkpoints", self.step)
-        return since >= train.early_stop * train.evaluate_every
-
-    def _figures_file(self) -> Path:
-        return self.config.run_dir / f"eval-{self.step:08d}.json"
+        return due or (train.keep_best != "" and self.validation.due(self.step))  # what is evaluated may be the best
 
     def _open_log(self, again: bool) -> RunLog:
         """Opens the log and writes the start of this process into it; `again`: see `RunLog`."""
