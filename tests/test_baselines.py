@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from harness.core.errors import UserError
 from harness.evaluate.baselines import HISTOGRAM, IMPORTED, UNTRAINED, Baselines, histogram_recall, sampled
 from harness.evaluate.embed import ClassKeys, Side, side_of
 from harness.evaluate.ranking import Embedded
-from harness.evaluate.signs import signs, warnings
+from harness.evaluate.signs import signs, trained_and_new, warnings
 from harness.train import run_baselines
 from harness.train.run import train
 from models.frozen import FrozenConfig, FrozenTowers
@@ -110,12 +111,14 @@ def embedded(vectors: torch.Tensor, labels: list[int]) -> Embedded:
     return Embedded(F.normalize(vectors, dim=1), ids, torch.tensor(labels))
 
 
-def told(queries: torch.Tensor, documents: torch.Tensor, baselines: Baselines | None = None) -> tuple[Any, list[str]]:
+def told(
+    queries: torch.Tensor, documents: torch.Tensor, baselines: Baselines | None = None, rows: Sequence[Any] = ()
+) -> tuple[Any, list[str]]:
     """Signs and warnings where query i asks for document i, and nothing else does."""
     labels = [*range(len(documents))]
     sample = side("query", labels), side("document", labels)
     found = signs(embedded(queries, labels), embedded(documents, labels), sample, None)
-    return found, warnings(found, baselines, "val")
+    return found, warnings({**found, **trained_and_new(rows)}, baselines, "val")
 
 
 def test_figures_of_vectors_that_are_known() -> None:
@@ -148,6 +151,15 @@ def test_each_warning_on_vectors_that_deserve_it_and_none_on_others() -> None:
     # A narrow cone, in which neighbours are apart.
     found, lines = told(apart, apart + 3.5)
     assert found["documents_alike"] < 0.5 and found["document_cosine"] > 0.9 and "almost the same" in lines[-1]
+    # Trained products are found, new ones are not.
+    rows = [{"slice": "class", "value": v, "queries": 30, "recall_at_1": r} for v, r in (("head", 0.9), ("tail", 0.5))]
+    for recall, warned in ((0.3, True), (0.4, False)):
+        new = {"slice": "class", "value": "never trained", "queries": 10, "recall_at_1": recall}
+        _, lines = told(apart, apart, rows=[*rows, new])
+        assert (
+            any(f"{recall:.3f} for products never trained on and 0.700 for trained ones" in x for x in lines) == warned
+        )
+    assert trained_and_new([*rows, {**new, "queries": 9}]) == {}, "too few to tell"
     # All photos alike.
     found, lines = told(apart[:1].expand(20, -1), apart)
     assert found["found"] == 1 and len(lines) == 1 and "photos of 20 classes find only 1 different" in lines[0]

@@ -18,7 +18,8 @@ from harness.core.errors import UserError
 from harness.core.keyed_random import Stream, keyed_uniform
 
 SHARE = 0.1  # of the products that are held out, and of the photos of each other product for val and for test
-FEWEST_PRODUCTS = 5  # with less, none is held out
+VAL_SHARE = 0.05  # of the products that are held out for val, so that training sees how new products fare
+FEWEST_PRODUCTS, FEWEST_FOR_VAL = 5, 20  # with less, none is held out for test, for val
 _USUAL = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
@@ -52,8 +53,8 @@ def place(photos: Sequence[Photo], seed: int) -> list[Place]:
 
     Without a kind, the first photo of a product is its document and the others are query photos. Splits that the photos
     have are kept. Where val or test has no query photo, some of the train photos go there; where no photo has a split,
-    a tenth of the products is held out too: all their photos and their document are `test`. A product keeps at
-    least one train photo, and an image that shows several products is in one split.
+    some products are held out too: all photos and the document of a tenth are `test`, those of a twentieth `val`. Each
+    other product keeps at least one train photo, and an image that shows several products is in one split.
 
     Raises:
         UserError: no product has a document and a query photo to train on, or there are too few for val and test.
@@ -76,6 +77,8 @@ def place(photos: Sequence[Photo], seed: int) -> list[Place]:
     missing = [name for name in ("val", "test") if name not in given]
     groups = sorted(_groups(photos, members), key=lambda group: _uniform(seed, min(group)))
     held = {} if given else _hold_out(groups, "test", seed, len(members), {})
+    if held and len(members) >= FEWEST_FOR_VAL:
+        held |= _hold_out(groups, "val", seed, len(members), held, VAL_SHARE)
     moved = _move({product: found for product, found in images.items() if product not in held}, missing, seed)
     for name in missing:
         if name not in {*moved.values(), *held.values()}:
@@ -142,14 +145,14 @@ def _groups(photos: Sequence[Photo], members: Mapping[str, Sequence[int]]) -> li
 
 
 def _hold_out(
-    groups: Sequence[list[str]], name: str, seed: int, products: int, taken: Mapping[str, str]
+    groups: Sequence[list[str]], name: str, seed: int, products: int, taken: Mapping[str, str], share: float = SHARE
 ) -> dict[str, str]:
-    """Products of about a tenth of the groups -> the split `name`. `groups` are in the order of their draw."""
+    """Products of about a `share` of the groups -> the split `name`. `groups` are in the order of their draw."""
     if products < FEWEST_PRODUCTS:
         return {}
     free = [group for group in groups if len(group) <= max(1, SHARE * products) and group[0] not in taken]
     least = SHARE if taken else 0.0
-    chosen = [group for group in free if least <= _uniform(seed, min(group)) < least + SHARE] or free[:1]
+    chosen = [group for group in free if least <= _uniform(seed, min(group)) < least + share] or free[:1]
     return {product: name for group in chosen for product in group}
 
 

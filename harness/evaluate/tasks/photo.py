@@ -18,7 +18,7 @@ from harness.evaluate.failures import find_failures
 from harness.evaluate.metrics import slices, summarise
 from harness.evaluate.ranking import Embedded, relevant_ranks, top_k
 from harness.evaluate.relevance import Relevance
-from harness.evaluate.signs import signs
+from harness.evaluate.signs import signs, trained_and_new
 from harness.evaluate.tasks.task import (
     SHOWN,
     Found,
@@ -74,6 +74,7 @@ class PhotoTask(Task):
         groups = ordered(self.groups, self.queries.ids, ranks)
         rows = slices(ranks.ranks, ranks.offsets, groups, grades=ranks.grades)
         found = signs(queries, documents, self.sample, self.mesh.dp) if len(self.sample[0].ids) else {}
+        found |= trained_and_new(rows) if found else {}
         sides = (self.queries, self.documents)
         failures = find_failures(
             queries, documents, ranks, self.mesh, gallery.worst, SHOWN, sides, relevance=self.relevance
