@@ -331,17 +331,17 @@ def test_tasks_are_logged_by_name(products: Path, tmp_path: Path) -> None:
     board.Reload()
     steps = {tag: [event.step for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
     for tag in (
-        "health/2_recall_at_1_val",
-        "retrieval/map_val",
-        "retrieval/bare_map_val",
-        "retrieval/weight_title_val",
-        "text/image/map_val",
+        "health/2_recall_at_1_test",
+        "retrieval/map_test",
+        "retrieval/bare_map_test",
+        "retrieval/weight_title_test",
+        "text/image/map_test",
     ):
         assert steps[tag] == [1, 2], tag
-    for tag in ("same_product/recall_at_1_val", "same_product/image/map_val", "category/macro_f1_val"):
+    for tag in ("same_product/recall_at_1_test", "same_product/image/map_test", "category/macro_f1_test"):
         assert steps[tag] == [2], tag
-    assert not {"text/map", "text/map_val"} & steps.keys()
+    assert not {"text/map", "text/map_test"} & steps.keys()
     saved = json.loads((run / "eval-00000002.json").read_text())
-    last = board.Scalars("same_product/image/map_val")[-1].value
+    last = board.Scalars("same_product/image/map_test")[-1].value
     assert saved["same_product/image/map"] == pytest.approx(last, rel=1e-6)
     assert {row.get("task") for row in saved["slices"]} == {None, "same_product", "same_product/image"}
