@@ -153,10 +153,12 @@ class Watch:
         in_step = {rank: pace.marks for rank, (pace, _) in paces.items() if pace.patience}
         still = [rank for rank, marks in in_step.items() if marks == min(in_step.values())]  # the others wait for them
         still = [rank for rank in still if rank not in waiting] or still
+        if any(now - heard[rank][1] > self.patience / 2 for rank in still if rank):
+            return  # its process is stopped: `_look` names it
         shown = still[:_MOST_STACKS]
         self._store.set(_STILL, " ".join(map(str, shown)))
         self._show_stacks()
-        time.sleep(2 * _LONGEST_BEAT)  # in which the other ranks write theirs
+        time.sleep(2 * min(_LONGEST_BEAT, self.patience / _LOOKS))  # in which the other ranks write theirs
         which = ", ".join(map(str, shown)) + (", …" if len(still) > len(shown) else "")
         who = f"rank {which} stands" if len(still) == 1 else f"ranks {which} stand"
         where = "" if self.folder is None else f"Stacks: {self.folder}/stacks-rank-*.txt; "
