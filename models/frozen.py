@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from models.batch import Batch
 from models.method import Method
 from models.shape import TransformerBuilder, shape_errors
-from models.vision import VisionConfig, VisionTower
+from models.vision import VisionConfig
+from models.vision_kinds import vision_tower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class FrozenTowers(nn.Module):
 
     def __init__(self, config: FrozenConfig, build: TransformerBuilder) -> None:
         super().__init__()
-        self.vision = VisionTower(config.vision, build)
+        self.vision = vision_tower(config.vision, build)
 
 
 class Frozen(Method):

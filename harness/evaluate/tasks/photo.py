@@ -53,13 +53,14 @@ class PhotoTask(Task):
         self.embedder, self.mesh = inputs.embedder, inputs.mesh
         self.groups = groups_of(self.queries, config.slices)
         self.relevance = Relevance.of(self.queries.catalogue.path, self.queries.sample_ids)
+        named = np.zeros(len(self.queries.ids), bool)
+        if self.relevance is not None:
+            named = self.relevance.names(torch.from_numpy(self.queries.ids)).numpy()
         if inputs.classes is not None:
             kinds = head_and_tail(inputs.classes, inputs.keys)[self.queries.labels]
-            if self.relevance is not None:
-                named = self.relevance.names(torch.from_numpy(self.queries.ids)).numpy()
-                kinds[named & (self.queries.labels == -1)] = SEVERAL
+            kinds[named & (self.queries.labels == -1)] = SEVERAL
             self.groups["class"] = Coded(kinds, pa.array(KINDS, pa.large_string()))
-        self.sample = sampled(self.queries, self.documents, config.baselines)
+        self.sample = sampled(self.queries.select(~named), self.documents, config.baselines)  # labels judge them
 
     def run(self, method: Method, gallery: Gallery, seen: str) -> Found:
         """See Task."""
