@@ -6,6 +6,7 @@ The rules that choose the recipe: docs/recipes.md.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -260,8 +261,7 @@ def _say_splits(placed: Sequence[tuple[str, str, str]]) -> None:
 
 def _write_recipe(config: InitConfig, classes: dict[str, Any], slices: tuple[str, ...]) -> dict[str, Any]:
     """Writes the recipe and prints the next commands; its steps, and estimates of seconds and bytes."""
-    out, gpus = config.out, torch.cuda.device_count()
-    ranks = gpus or min(len(os.sched_getaffinity(0)), MOST_CORES)
+    out, gpus, ranks = config.out, torch.cuda.device_count(), _ranks()
     facts = Facts(
         classes=classes["num_classes"],
         photos=classes["queries"],
@@ -273,10 +273,10 @@ def _write_recipe(config: InitConfig, classes: dict[str, Any], slices: tuple[str
     )
     changes = {**shape(facts), "data.catalogue": (out / CATALOGUE, "made by `shelfmark init`")}
     recipe = out / RECIPE
-    command = f"shelfmark train --ranks {ranks} --config {recipe} --run-dir {out}/run"
+    commands = [shlex.join(["shelfmark", *words]) for words in following(out)]
     head = (
         f"OCLEAR on {facts.classes:,} classes with {facts.photos:,} train photos, by `shelfmark init`.\n\n"
-        f"Command:  {command}\n\n"
+        f"Command:  {commands[0]}\n\n"
         "A reason stands behind each value that was chosen; the rules: docs/recipes.md."
     )
     draft = out / f"draft-{RECIPE}"  # its step says how many steps fit the time
@@ -292,13 +292,25 @@ def _write_recipe(config: InitConfig, classes: dict[str, Any], slices: tuple[str
         print(f"warning: {config.minutes:g} minutes are {epochs:.1f} epochs only; give more time with --minutes")
     print(
         f"{recipe}: {made.model.objective}, {steps:,} steps, about {max(1, round(seconds / 60)):,} min on {ranks} "  # type: ignore[attr-defined]
-        f"{'GPU' if gpus else 'core'}{'s' * (ranks > 1)} and {memory / 1e9:.1f} GB (estimates)\n\nnext:\n"
-        f"  {command}\n"
-        f"  shelfmark eval {out}/run --split test\n"
-        f"  shelfmark export {out}/run --out {out}/artefact\n"
-        f"  shelfmark search {out}/artefact photo.jpg --top 5 --sheet found.png"
+        f"{'GPU' if gpus else 'core'}{'s' * (ranks > 1)} and {memory / 1e9:.1f} GB (estimates)\n\nnext:"
     )
+    print(*(f"  {line}" for line in commands), sep="\n")
     return {"steps": steps, "seconds": seconds, "memory": memory}
+
+
+def following(out: Path) -> list[list[str]]:
+    """Words of the commands that come after init, `shelfmark` left out."""
+    return [
+        ["train", "--ranks", str(_ranks()), "--config", f"{out}/{RECIPE}", "--run-dir", f"{out}/run"],
+        ["eval", f"{out}/run", "--split", "test"],
+        ["export", f"{out}/run", "--out", f"{out}/artefact"],
+        ["search", f"{out}/artefact", "photo.jpg", "--top", "5", "--sheet", "found.png"],
+    ]
+
+
+def _ranks() -> int:
+    """Processes that train on this machine: one for each GPU, or else for each core up to MOST_CORES."""
+    return torch.cuda.device_count() or min(len(os.sched_getaffinity(0)), MOST_CORES)
 
 
 def _titles(catalogue: Catalogue) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -62,6 +63,7 @@ class RunLog:
         """Prints a line above the progress bar."""
         if self.active:
             tqdm.write(printable(line, 1000))
+            sys.stdout.flush()  # in a file it stands in order with the progress on standard error
 
     def close(self) -> None:
         """Flushes and closes everything."""
