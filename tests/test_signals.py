@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable
@@ -249,6 +253,42 @@ def test_a_launcher_hands_a_signal_on_and_the_same_command_goes_on(
     subprocess.run(
         command, shell=True, check=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
     )
+    assert losses(run) == undisturbed
+
+
+@pytest.mark.full
+def test_a_closed_terminal_saves(catalogue: Path, tmp_path: Path, undisturbed: dict[int, float]) -> None:
+    """The kernel sends SIGHUP to launcher and ranks, and every line that they write from then on fails."""
+    (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "slow").touch()
+    run = tmp_path / "run"
+    program = [str(tmp_path / "train.py"), str(tmp_path / "slow"), *arguments(catalogue, run, **SETTINGS)]
+    line = [sys.executable, "jobs/torchrun.py", "--nproc-per-node=2", *program]
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        line,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
+    )
+    os.close(theirs)
+    try:
+
+        def trained() -> bool:
+            while select.select([ours], [], [], 0)[0]:  # or a full terminal would hold the ranks up
+                os.read(ours, 1 << 16)
+            return run.is_dir() and (run / "log.jsonl").exists() and len(losses(run)) == 2
+
+        wait_for(trained)
+        os.close(ours)
+        assert process.wait(100) == STOPPED_CODE
+    finally:
+        process.kill()
+    assert steps_saved(run) == [3]
+    ranks(2).run(train, tiny_config(catalogue, run, **SETTINGS))
     assert losses(run) == undisturbed
 
 

@@ -38,11 +38,13 @@ class Boundary:
         self.stop = self.save = False
         self.noted = ""
         self._handlers: dict[signal.Signals, Any] = {}
+        self._terminal: list[int] = []  # descriptors of output that are one
         self._saved = self._when = time.monotonic()
 
     def open(self) -> None:
         """Begins to note signals, except those that this process ignores (nohup, a shell's background jobs)."""
         self.saved()
+        self._terminal = [number for number in (1, 2) if os.isatty(number)]
         for number in SIGNALS:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 self._handlers[number] = signal.signal(number, self._note)
@@ -80,6 +82,11 @@ class Boundary:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         now, name = time.monotonic(), signal.Signals(number).name
+        if name == "SIGHUP":  # the terminal is gone: what is written there would be an error amid the save
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for output in self._terminal:
+                os.dup2(nowhere, output)
+            os.close(nowhere)
         if self.noted == "SIGINT" and now - self._when > _TWICE:
             os.write(2, b"\ninterrupted, without a checkpoint\n")
             os._exit(INTERRUPTED_CODE)
