@@ -181,8 +181,7 @@ def test_large_slices_come_first_and_not_too_many() -> None:
 def failures_of(catalogue: Path, tasks: list[str], settings: dict[str, Any]) -> Failures | None:
     config = tiny_config(catalogue, UNUSED, **{"evaluation.tasks": tasks, **settings})
     with trainer(config, ready=False) as t:
-        (found,) = t.validation.evaluation.run(t.method, worst=4).found.values()
-        return found.failures
+        return t.validation.evaluation.run(t.method, worst=4).found[tasks[0]].failures
 
 
 def test_failures_do_not_depend_on_the_ranks(catalogue: Path) -> None:

@@ -143,7 +143,8 @@ class Evaluation:
         made = {name: TASKS[name](inputs) for name in config.asked(method)}
         usual = len({*config.tasks}) or 1
         self.tasks, self.final_tasks = [*made.values()][:usual], [*made.values()][usual:]
-        self.beside = [view for view in METHODS[method].shown_beside(model) if view not in config.views]
+        spec = METHODS.get(method)  # none of an image tower only
+        self.beside = [] if spec is None else [view for view in spec.shown_beside(model) if view not in config.views]
         for path in config.distractors:
             require_whole(other := Catalogue(path), mesh)
             self.documents.append(side_of(other, "document", None, [], None, offset))
