@@ -138,12 +138,13 @@ def chunks(log: bytes) -> Iterator[bytes]:
 
 
 def test_wandb(catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2  # type: ignore[import-not-found, unused-ignore]
 
     monkeypatch.delenv("WANDB_MODE", raising=False)
     run = tmp_path / "run"
     trained(catalogue, run, "wandb")
+    wandb.teardown()  # as at the end of a process: its service writes in one of its own
     points: list[tuple[int, float]] = []
     identities, pictures = set(), 0
     for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
