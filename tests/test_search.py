@@ -136,6 +136,37 @@ def test_export_does_not_depend_on_the_layout(
         torch.testing.assert_close(a, b, rtol=0, atol=0)  # the merged weights are the same weights
 
 
+def documents_seen(run: Path, catalogue: Path, seen: str) -> torch.Tensor:
+    """In a pool: vectors of the documents."""
+    with trainer(tiny_config(catalogue, run, **{"train.steps": 3})) as t:
+        t.method.towers.eval()
+        evaluation = t.validation.evaluation
+        return evaluation.embedder.embed(t.method, evaluation.documents[0], seen).vectors
+
+
+def test_another_view_of_the_documents_is_exported_and_told(
+    trained: Path, artefact: Path, catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    figures = run / "eval-00000003.json"
+    known = json.loads(figures.read_text())
+    for image, told in ((known["recall_at_1"], False), (known["recall_at_1"] + 0.1, True)):
+        figures.write_text(json.dumps({**known, "photo/image/recall_at_1": image}))
+        export.run(export.ExportConfig(run=run, out=tmp_path / f"both-{told}"))
+        said = capsys.readouterr().out
+        assert ("seen as image" in said and "--view image exports those" in said) == told
+    export.run(export.ExportConfig(run=run, out=tmp_path / "image", view="image"))
+    assert "--view" not in capsys.readouterr().out
+    both, image = (
+        np.array(ds.dataset(path / "documents").to_table(["embedding"])["embedding"].to_pylist(), np.float32)
+        for path in (artefact, tmp_path / "image")
+    )
+    (wanted,) = ranks(1).run(documents_seen, trained, catalogue, "image")
+    assert np.allclose(image, wanted.numpy(), atol=1e-6) and not np.allclose(image, both, atol=1e-3)
+    with pytest.raises(UserError, match=r"--view is title\. The views of oclear are both, image"):
+        export.run(export.ExportConfig(run=run, out=tmp_path / "title", view="title"))
+
+
 def test_box_searches_for_a_part(artefact: Path, tmp_path: Path) -> None:
     """A box gives what the cut-out picture gives, and another answer than the whole photo."""
     rng = np.random.default_rng(0)
