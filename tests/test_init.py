@@ -193,8 +193,8 @@ def test_a_photo_of_several_products_is_stored_once(tmp_path: Path, capsys: pyte
     assert [named[row["sample_id"]] for row in shared] == wanted
 
 
-FEW = {"classes": 900, "photos": 2700, "titles_apart": 0.0, "has_text": True}
-MANY = {"classes": 80, "photos": 2600, "titles_apart": 1.0, "has_text": True}
+FEW = {"classes": 900, "photos": 2700, "has_text": True}
+MANY = {"classes": 80, "photos": 2600, "has_text": True}
 HERE = {"gpus": 0, "ranks": 2, "minutes": 20.0}
 
 
@@ -205,8 +205,7 @@ HERE = {"gpus": 0, "ranks": 2, "minutes": 20.0}
             FEW,
             {"model.objective": "contrastive", "model.text_dropout": 0.5, "model.gate_init": 0.1, "head.scale": 16.0},
         ),
-        (MANY, {"model.objective": "classification", "model.text_dropout": 0.0, "data.queries_per_step": 48}),
-        ({**MANY, "titles_apart": 0.5}, {"model.objective": "classification", "model.text_dropout": 0.5}),
+        (MANY, {"model.objective": "classification", "model.text_dropout": 0.5, "data.queries_per_step": 48}),
         ({**FEW, "has_text": False}, {"model.fusion_kind": "image", "model.text_dropout": 0.5}),
         ({**MANY, "classes": 2_000_000, "photos": 10**9}, {"head.scale": 64.0, "head.sample_rate": 0.1}),
         ({**MANY, "slices": ("brand", "size of it")}, {"evaluation.slices": ("brand", "size of it")}),
@@ -229,9 +228,6 @@ def test_the_rules_of_the_recipe(facts: dict[str, Any], expected: dict[str, Any]
     train = parse(["--config", str(draft)], 2)[0].train
     assert train.steps == more["train.steps"][0] and train.margin_warmup < train.steps
     assert train.steps * config.data.queries_per_step <= 101 * known.photos and seconds <= 20 * 60
-    # The reason is the one that decided: titles tell these documents apart, but there are few photos.
-    why = shape(Facts(**{**HERE, **FEW, "titles_apart": 1.0}))["model.text_dropout"][1]
-    assert why == "3.0 train photos a class: the image must count"
     # Half the time is half the steps where time is what bounds them.
     if seconds > 900:
         half, _ = length(Facts(**{**HERE, **facts, "minutes": 10.0}), 2e10, config.data.queries_per_step)

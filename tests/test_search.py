@@ -150,11 +150,15 @@ def test_another_view_of_the_documents_is_exported_and_told(
     run = shutil.copytree(trained, tmp_path / "run")
     figures = run / "eval-00000003.json"
     known = json.loads(figures.read_text())
-    for image, told in ((known["recall_at_1"], False), (known["recall_at_1"] + 0.1, True)):
-        figures.write_text(json.dumps({**known, "photo/image/recall_at_1": image}))
-        export.run(export.ExportConfig(run=run, out=tmp_path / f"both-{told}"))
+    rows = [{"slice": "class", "value": "never trained", "recall_at_1": 0.2}]
+    rows.append({"task": "photo/image", **rows[0], "recall_at_1": 0.7})
+    for n, (image, slices, told) in enumerate(((0.4, [], False), (0.6, [], True), (0.4, rows, True))):
+        views = {"recall_at_1": 0.5, "photo/image/recall_at_1": image, "slices": slices}
+        figures.write_text(json.dumps({**known, **views}))
+        export.run(export.ExportConfig(run=run, out=tmp_path / f"both-{n}"))
         said = capsys.readouterr().out
-        assert ("seen as image" in said and "--view image exports those" in said) == told
+        assert (f"seen as both and as image: all products 0.500 and {image:.3f}" in said) == told, said
+        assert ("products never trained on 0.200 and 0.700. --view image" in said) == bool(slices)
     export.run(export.ExportConfig(run=run, out=tmp_path / "image", view="image"))
     assert "--view" not in capsys.readouterr().out
     both, image = (

@@ -147,19 +147,26 @@ def run(config: ExportConfig) -> dict[str, Any]:
 
 
 def _better_view(config: ExportConfig, settings: RunConfig, checkpoint: Path) -> str:
-    """A line on another view by which the run's evaluation of this checkpoint found more; empty without one."""
+    """A line on another view by which the run's evaluation of this checkpoint found more, of all products or of those
+    never trained on; empty without one.
+    """
     file = config.run / f"eval-{checkpoint.name.removeprefix('step-')}.json"
-    if config.view != "both" or not file.exists():
-        return ""
-    figures, end = read_json(file), "/recall_at_1"
-    views = {key.split("/")[1]: value for key, value in figures.items() if key.endswith(end) and key.count("/") == 2}
-    view, recall = max(views.items(), key=lambda item: item[1], default=("", 0.0))
-    if recall <= figures.get("recall_at_1", 1.0):
-        return ""
-    return (
-        f"{settings.evaluation.split} recall@1 was {recall:.3f} for documents seen as {view}, "
-        f"{figures['recall_at_1']:.3f} as both: --view {view} exports those"
-    )
+    figures = read_json(file) if config.view == "both" and file.exists() else {}
+    of_class = [row for row in figures.get("slices", []) if (row["slice"], row["value"]) == ("class", "never trained")]
+    new = {row.get("task", ""): row["recall_at_1"] for row in of_class}
+    for key in figures:
+        task, _, figure = key.rpartition("/")
+        if figure != "recall_at_1" or task.count("/") != 1:
+            continue
+        recalls = {"all products": (figures["recall_at_1"], figures[key])}
+        if new.keys() >= {"", task}:
+            recalls["products never trained on"] = (new[""], new[task])
+        if any(other > both for both, other in recalls.values()):
+            view = task.partition("/")[2]
+            told = ", ".join(f"{name} {both:.3f} and {other:.3f}" for name, (both, other) in recalls.items())
+            split = settings.evaluation.split
+            return f"{split} recall@1 of documents seen as both and as {view}: {told}. --view {view} exports the latter"
+    return ""
 
 
 def _shared_stage(out: Path, mesh: Mesh, stack: ExitStack) -> Path:

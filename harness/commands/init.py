@@ -27,6 +27,7 @@ from harness.commands.estimate import EstimateConfig, figures_of, with_sizes
 from harness.core.errors import UserError
 from harness.core.files import printable, write_whole
 from harness.core.lock import locked
+from harness.text.tokenizer import FIELDS
 from harness.train.config import parse
 from harness.train.first_recipe import LEAST_EPOCHS, Facts, length, shape, written
 from models.ranges import NonNegativeInt, PositiveFloat
@@ -269,7 +270,7 @@ def _write_recipe(config: InitConfig, classes: dict[str, Any], slices: tuple[str
         ranks=ranks,
         minutes=config.minutes,
         slices=slices,
-        **_titles(Catalogue(out / CATALOGUE)),
+        has_text=_has_text(Catalogue(out / CATALOGUE)),
     )
     changes = {**shape(facts), "data.catalogue": (out / CATALOGUE, "made by `shelfmark init`")}
     recipe = out / RECIPE
@@ -313,12 +314,7 @@ def _ranks() -> int:
     return torch.cuda.device_count() or min(len(os.sched_getaffinity(0)), MOST_CORES)
 
 
-def _titles(catalogue: Catalogue) -> dict[str, Any]:
-    """titles_apart and has_text of the documents (Facts)."""
-    titles: Counter[str] = Counter()
-    text = False
-    for batch in catalogue.batches(["title", "description"], kind="document"):
-        titles.update(title.strip() for title in batch.column("title").to_pylist())
-        text = text or any(cell.strip() for name in ("title", "description") for cell in batch.column(name).to_pylist())
-    alone = sum(count == 1 for title, count in titles.items() if title)
-    return {"titles_apart": alone / max(1, titles.total()), "has_text": text}
+def _has_text(catalogue: Catalogue) -> bool:
+    """True where a document has a title or a description."""
+    batches = catalogue.batches(["title", "description"], kind="document")
+    return any(cell.strip() for batch in batches for name in FIELDS for cell in batch.column(name).to_pylist())

@@ -17,7 +17,6 @@ from harness.core.cli import leaves, read_recipe
 
 BASE = Path(__file__).parents[2] / "jobs" / "recipes" / "oclear_small.yaml"
 MANY_PHOTOS = 16  # train photos of a class in the middle: between the two catalogues of docs/results.md
-TELLING = 0.9  # share of documents whose title no other has
 MOST_EPOCHS, FEWEST_STEPS, LEAST_EPOCHS = 100, 100, 10
 # Useful FLOPs a second: of a core with 64-pixel images, measured on two; of a GPU, a guess.
 CORE_FLOPS, GPU_FLOPS = 30e9, 20e12
@@ -31,7 +30,6 @@ class Facts:
     Args:
         classes: classes that are trained.
         photos: train photos.
-        titles_apart: share of the documents whose title no other document has; 0 without any text.
         has_text: whether any document has a title or a description.
         gpus: GPUs of this machine; 0: it trains on its cores.
         ranks: processes that train.
@@ -41,7 +39,6 @@ class Facts:
 
     classes: int
     photos: int
-    titles_apart: float
     has_text: bool
     gpus: int
     ranks: int
@@ -65,14 +62,6 @@ def shape(facts: Facts) -> Changes:
         changes["data.queries_per_step"] = 32, "each brings a document of its own"
     if not facts.has_text:
         changes["model.fusion_kind"] = "image", "no document has a text"
-    elif facts.titles_apart >= TELLING and many:
-        why = f"{facts.titles_apart:.0%} of the titles are of one document only: text may say which product it is"
-        changes |= {"model.text_dropout": (0.0, why), "model.gate_init": (0.5, why)}
-    else:
-        telling = facts.titles_apart >= TELLING
-        why = seen if telling else f"{facts.titles_apart:.0%} of the titles are of one document only"
-        why += ": the image must count"
-        changes |= {"model.text_dropout": (0.5, why), "model.gate_init": (0.1, why)}
     scale, margin = (16.0, 0.1) if facts.classes < 1_000 else (32.0, 0.2) if facts.classes < 100_000 else (64.0, 0.4)
     changes["head.scale"] = scale, f"{facts.classes:,} classes"
     changes["head.margin"] = [1.0, 0.0, margin], f"{facts.classes:,} classes"
