@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from PIL import Image
 
 from harness.artefact.artefact import Artefact, Photo
 from harness.catalogue.catalogue import Catalogue
-from harness.commands import export, search
+from harness.commands import embed, export, search
 from harness.commands.queries import QueriesConfig
 from harness.commands.queries import run as make_queries
 from harness.core.errors import UserError
@@ -97,6 +98,48 @@ def test_search_agrees_with_evaluation_on_every_query(trained: Path, artefact: P
         assert [[samples[hit.row] for hit in found] for found in hits] == [best for _, best in expected]
         scores = np.array([[hit.score for hit in found] for found in hits])
         assert (np.diff(scores) <= 0).all()
+
+
+def test_the_lines_of_python_in_the_documentation_run_as_written(
+    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[1] / "docs/your-data.md").read_text(encoding="utf-8")
+    block = page.split("### In Python\n\n")[1].split("\n\n`vectors`")[0]
+    (tmp_path / "artefacts").mkdir()
+    (tmp_path / "artefacts" / "products").symlink_to(artefact)
+    Image.new("RGB", (48, 40), "red").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(textwrap.dedent(block), found)
+    assert found["vectors"].numpy().shape == (1, 16) and found["vectors"].dtype == torch.float32
+    documents = found["artefact"].documents
+    ids = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert len(ids) == 5 and set(ids) <= set(documents.column("item").to_pylist())
+
+
+def test_embed_writes_the_vectors_of_photos_and_their_paths(
+    artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    (folder / "inside").mkdir(parents=True)
+    for name, colour in (("b.png", "red"), ("a.jpg", "blue"), ("inside/c.jpg", "green"), (".hidden.jpg", "red")):
+        Image.new("RGB", (48, 40), colour).save(folder / name)
+    (folder / "notes.txt").write_text("not an image")
+    alone, out = folder / "inside" / "c.jpg", tmp_path / "e.npy"
+    figures = embed.run(embed.EmbedConfig(artefact=artefact, photos=(alone, folder), out=out, batch_size=2))
+    names = [alone, folder / "a.jpg", folder / "b.png", alone]
+    assert (tmp_path / "e.txt").read_text().splitlines() == [str(name) for name in names]
+    vectors = np.load(out)
+    assert vectors.dtype == np.float32 and figures == {"photos": 4, "left_out": 1, "embedding_dim": 16}
+    np.testing.assert_allclose(vectors, Artefact(artefact).embed(names).numpy(), rtol=0, atol=1e-6)
+    assert "left out: photo" in capsys.readouterr().err
+    for photos, to, piece in (
+        ((folder / "notes.txt",), out, "none of 1 photos can be read"),
+        ((folder,), tmp_path / "e.csv", "is not a .npy"),
+        ((folder,), tmp_path / "none" / "e.npy", "a folder that exists"),
+    ):
+        with pytest.raises(UserError, match=piece):
+            embed.run(embed.EmbedConfig(artefact=artefact, photos=photos, out=to))
 
 
 def test_artefact_holds_the_trained_embeddings(trained: Path, artefact: Path, catalogue: Path) -> None:

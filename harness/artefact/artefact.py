@@ -1,4 +1,10 @@
-"""Search in an exported artefact: photos or texts in, the best documents out. Needs neither run nor catalogue."""
+"""Search in an exported artefact: photos or texts in, the best documents out. Needs neither run nor catalogue.
+
+from harness.artefact import Artefact
+
+artefact = Artefact("artefacts/products")
+hits = artefact.search(artefact.embed(["photo.jpg"]), 5)[0]
+"""
 
 from __future__ import annotations
 
@@ -139,17 +145,18 @@ class Artefact:
         return tokenizer
 
     @torch.no_grad()
-    def embed(self, photos: Sequence[Photo], batch_size: int = 64) -> Tensor:
-        """Unit embeddings float32 [n, d] of photos.
+    def embed(self, photos: Sequence[Photo | Path | str], batch_size: int = 64) -> Tensor:
+        """Unit embeddings float32 [n, d] of photos, or of files; `.numpy()` makes an array of them.
 
         Raises:
-            UserError: the decoder cannot read one of them.
+            UserError: a file is missing or not an image, or the decoder cannot read one of them.
         """
-        size = min(batch_size, len(photos))
+        opened = [photo if isinstance(photo, Photo) else Photo.open(Path(photo)) for photo in photos]
+        size = min(batch_size, len(opened))
         pipeline = open_pipeline(self.spec, self.backend, size, self.threads, torch.device("cpu"))
         vectors = [torch.empty(0, self.meta["embedding_dim"])]
-        for start in range(0, len(photos), size):
-            part = photos[start : start + size]
+        for start in range(0, len(opened), size):
+            part = opened[start : start + size]
             windows = np.array([photo.window for photo in part])
             # A box is searched for as if it were the whole photo: the same centred square within it.
             parameters = draw_parameters(
@@ -159,7 +166,7 @@ class Artefact:
             images, ok = pipeline.decode([photo.data for photo in part], parameters)
             if not bool(ok.all()):
                 raise UserError(
-                    f"photo {start + int(ok.int().argmin()) + 1} of {len(photos)} cannot be decoded by {self.backend}",
+                    f"photo {start + int(ok.int().argmin()) + 1} of {len(opened)} cannot be decoded by {self.backend}",
                     "Save it as an ordinary JPEG, or choose --backend reference",
                 )
             vectors.append(self._encode(images))
