@@ -241,7 +241,7 @@ class Survey:
         )
 
     def _classes(self) -> dict[str, Any] | None:
-        """What govern made: classes, and those that it left out."""
+        """Classes that govern made, and those that it left out."""
         if self.governance is None:
             return None
         names = ("num_classes", "tail_classes", "quarantined_classes", "quarantined_samples")

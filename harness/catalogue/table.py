@@ -108,7 +108,7 @@ class Manifest:
             yield from part.rows(columns)
 
     def remarks(self) -> list[str]:
-        """What was seen among the rows that were read and may not be meant."""
+        """Oddities among the rows that were read, which may not be meant."""
         return list(dict.fromkeys(note for part in self._parts for note in part.remarks()))
 
 

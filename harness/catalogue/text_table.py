@@ -103,7 +103,7 @@ class TextTable:
         return ""
 
     def remarks(self) -> list[str]:
-        """What was seen among the rows that were read and may not be meant."""
+        """Oddities among the rows that were read, which may not be meant."""
         found = []
         if self._quoted_cells:
             found.append(

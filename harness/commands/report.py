@@ -89,7 +89,7 @@ def run(config: ReportConfig) -> dict[str, Any]:
 
 
 def notes(facts: dict[str, Any], path: Path) -> list[tuple[str, bool]]:
-    """What to look at before training, the gravest first, each with whether it is good news."""
+    """Notes to read before training, the gravest first, each with True where it is good news."""
     products, texts, found = facts["products"], facts["texts"], []
     asked = {row["split"] for row in facts["splits"] if row["photos"]}
     for name, how in (("exact", "Copies"), ("near", "Near copies")):

@@ -118,7 +118,7 @@ class Watch:
             os._exit(USER_ERROR_CODE)
 
     def _beat(self) -> str:
-        """What this rank reports, but for the number of the beat."""
+        """Report of this rank, without the number of the beat."""
         return f"\n{self.pace().marks} {self.pace().patience} {int(_in_collective())}\n{self.at()}"
 
     def _look(self, heard: dict[int, tuple[str, float]]) -> None:

@@ -217,7 +217,7 @@ def _build(size: int, batch_size: int, num_threads: int, device: str, device_id:
 
 
 def _bitmap(encoded: bytes, background: Colour) -> bytes | None:
-    """What Pillow reads, as a file that DALI reads; None where Pillow gives up."""
+    """Image that Pillow reads, as a file that DALI reads; None where Pillow gives up."""
     try:
         image = decode_rgb(encoded, background)
     except ValueError:

@@ -147,7 +147,7 @@ def towers_recall(method: Method, embedder: Embedder, queries: Side, documents: 
 
 
 def from_json(values: Any) -> Baselines | None:
-    """What `dataclasses.asdict` made of baselines, after a trip through JSON; None for anything else."""
+    """Baselines from `dataclasses.asdict` of them, after a trip through JSON; None for anything else."""
     try:
         found = Baselines(**values)
         ok = isinstance(found.recall, dict) and all(isinstance(value, float | int) for value in found.recall.values())

@@ -209,7 +209,7 @@ def _query_blocks(
 
 
 class _Relevant:
-    """Which of this rank's documents are relevant to a query: those of its label, or those that `relevance` names."""
+    """Relevant documents of this rank for a query: those of its label, or those that `relevance` names."""
 
     def __init__(self, documents: Embedded, relevance: Relevance | None) -> None:
         labelled = torch.nonzero(documents.labels >= 0).flatten()

@@ -45,7 +45,7 @@ class _Pictures:
 
 
 def _task(name: str, found: Found, evaluation: Evaluation, pages: _Pictures) -> dict[str, Any]:
-    """What the template shows of a task."""
+    """Parts of a task that the template shows."""
     figures = [
         (metric.replace("_", " "), f"{found.figures[metric]:.3f}") for metric in SHOWN if metric in found.figures
     ]

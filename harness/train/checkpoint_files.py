@@ -55,7 +55,7 @@ def _steps(folder: Path, names: str) -> list[Path]:
 
 @dataclass(frozen=True)
 class Keep:
-    """What is kept: the `newest` checkpoints, the best one, and those at multiples of `every` steps (0: none)."""
+    """Checkpoints that are kept: the `newest`, the best one, and those at multiples of `every` steps (0: none)."""
 
     newest: int
     every: int = 0

@@ -25,7 +25,7 @@ TRAINING_SHARE = 0.8  # of the time budget; the rest is for evaluation, checkpoi
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What the rules look at.
+    """Facts that the rules look at.
 
     Args:
         classes: classes that are trained.
@@ -50,7 +50,7 @@ Changes = dict[str, tuple[Any, str]]  # dotted key -> value, reason
 
 
 def shape(facts: Facts) -> Changes:
-    """What follows from the catalogue and the machine, but the number of steps."""
+    """Values that follow from the catalogue and the machine, without the number of steps."""
     each = facts.photos / facts.classes
     many = each >= MANY_PHOTOS
     seen = f"{each:.1f} train photos a class"

@@ -93,7 +93,7 @@ def start_of(init_from: Path | None) -> str:
 
 
 def scalars(group: str, signs: Mapping[str, float], baselines: Baselines | None) -> dict[str, float]:
-    """What stands beside the figures of an evaluation in the log, under `group`: those of `harness.evaluate.signs`, and
+    """Figures beside those of an evaluation in the log, under `group`: those of `harness.evaluate.signs`, and
     Recall@1 of each baseline.
     """
     recall = {} if baselines is None else baselines.recall

@@ -52,7 +52,7 @@ class StepClock:
         self._last, self.now, self.marks = now, _NEXT[part], self.marks + 1
 
     def pace(self) -> Pace:
-        """How long the present part may last; between two steps for any length."""
+        """Longest time of the present part; between two steps for any length."""
         if self.now not in _NEXT:
             return Pace(self.marks)
         config = self.mesh.config
