@@ -135,7 +135,7 @@ def _other_format(data: bytes) -> str:
 
 
 def plain(data: bytes) -> bool:
-    """True where DALI and Pillow find the same pixels: an 8-bit grey or YCbCr JPEG, or an 8-bit PNG without transparency,
+    """True where DALI and Pillow find the same pixels: an 8-bit grey or YCbCr JPEG, or an 8-bit PNG without alpha,
     whose orientation is a well-formed EXIF tag (of a JPEG) or none.
     """
     if data[:3] == b"\xff\xd8\xff":
