@@ -167,7 +167,7 @@ class SumFusion(nn.Module):
             read, maps = self.patch_attention(concepts, patches)
             looks.append(self.norm(read).mean(1))
             attention = maps.mean(1)
-        parts = list(transform(torch.cat(looks)).split(len(image)))
+        parts = list(transform(torch.cat(looks)).tensor_split(len(looks)))  # also of no document
         if self.identity is not None:
             parts.append(self.identity(mean_word(words, words_hidden)))
         units = [F.normalize(part.float() if part.dtype == torch.bfloat16 else part, dim=-1) for part in parts]

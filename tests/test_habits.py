@@ -190,9 +190,9 @@ def test_ctrl_c_ends_every_stage_quietly(name: str, made: dict[str, Answer], sho
         stages(command, shop, 12)
         return
     for number in range(12):  # these refuse a folder that is there
-        said = interrupted(command.replace("again", f"again-{number}"), shop, 0.1 + 0.15 * number)
+        said = interrupted(command.replace("again", f"{name}-again-{number}"), shop, 0.1 + 0.15 * number)
         assert said is None or "Traceback" not in said, said
-        assert not list(shop.glob("again-*.tmp"))
+        assert not list(shop.glob("*again-*.tmp"))
 
 
 def test_ctrl_c_while_python_imports_says_nothing(shop: Path) -> None:

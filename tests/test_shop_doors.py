@@ -86,7 +86,9 @@ def test_cut_outs_without_text_are_trained_exported_and_found_on_the_background_
     settings = {"data.preprocess.background": BACKGROUND, "train.steps": 1}
     with trainer(tiny_config(catalogue, tmp_path / "run", **settings)) as run:
         assert run.fit()["steps"] == 1
-        rows = panel_rows(run.evaluation.run(run.method), run.loader.catalogue, run.projector.background)
+        rows = panel_rows(
+            run.validation.evaluation.run(run.method), run.loader.catalogue, run.validation.projector.background
+        )
     shown = [rows[0][0], rows[0][1][0][0], Image.open(tmp_path / "run/tensorboard/projector/sprite.png")]
     export.run(export.ExportConfig(run=tmp_path / "run", out=tmp_path / "artefact"))
     photo, sheet = next((tmp_path / "drawn").rglob("*.png")), tmp_path / "sheet.png"

@@ -264,6 +264,8 @@ def _load_errors(checkpoint: Path) -> Iterator[None]:
         yield
     except (CheckpointException, dist_checkpointing.core.CheckpointingException, KeyError, ValueError) as error:
         first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        if isinstance(first, KeyboardInterrupt):
+            raise first from error
         raise UserError(f"{checkpoint} does not fit this model ({reason(first)})", "Name another checkpoint") from error
 
 
