@@ -145,7 +145,7 @@ def test_a_rank_that_stands_still_is_named(
 @pytest.mark.parametrize(
     "world,hanging,call,place",
     [
-        (2, 1, 12, "step 2, forward, samples "),
+        pytest.param(2, 1, 12, "step 2, forward, samples ", marks=pytest.mark.full),
         pytest.param(3, 0, 11, "step 2, data", marks=pytest.mark.full),
         pytest.param(3, 2, 3, "step 0, backward, samples ", marks=pytest.mark.full),
     ],
