@@ -195,6 +195,9 @@ def test_another_view_of_the_documents_is_exported_and_told(
     known = json.loads(figures.read_text())
     rows = [{"slice": "class", "value": "never trained", "recall_at_1": 0.2}]
     rows.append({"task": "photo/image", **rows[0], "recall_at_1": 0.7})
+    figures.write_text(json.dumps({"recall_at_1": None, "photo/image/recall_at_1": None, "slices": []}))
+    export.run(export.ExportConfig(run=run, out=tmp_path / "nothing asked"))
+    assert "--view" not in capsys.readouterr().out
     for n, (image, slices, told) in enumerate(((0.4, [], False), (0.6, [], True), (0.4, rows, True))):
         views = {"recall_at_1": 0.5, "photo/image/recall_at_1": image, "slices": slices}
         figures.write_text(json.dumps({**known, **views}))

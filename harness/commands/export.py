@@ -161,6 +161,7 @@ def _better_view(config: ExportConfig, settings: RunConfig, checkpoint: Path) ->
         recalls = {"all products": (figures["recall_at_1"], figures[key])}
         if new.keys() >= {"", task}:
             recalls["products never trained on"] = (new[""], new[task])
+        recalls = {name: pair for name, pair in recalls.items() if None not in pair}  # of no query with an answer
         if any(other > both for both, other in recalls.values()):
             view = task.partition("/")[2]
             told = ", ".join(f"{name} {both:.3f} and {other:.3f}" for name, (both, other) in recalls.items())
