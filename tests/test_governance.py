@@ -109,14 +109,18 @@ def test_the_rules_are_those_of_a_plain_account(tmp_path_factory, seed, noise, e
     )
     plain = [(int(q[1:]) + DOCUMENTS, int(d[1:]), clicks, shown) for q, d, clicks, shown in rows]
     chosen, component, dropped = reference.rules(plain, config, similarity, [(0, 9), (4, 5)])
-    wanted = reference.classes(chosen, component, dropped, plain, config)
+    wanted = reference.classes(chosen, component, config)
+    facts = reference.facts(plain, config, (chosen, component, dropped))
     summary = run(config)
     found: dict[str, tuple[list[int], list[int]]] = {}
     for row in read(catalogue, "members"):
         found.setdefault(row["class_key"], ([], []))[row["kind"] == "query"].append(row["sample_id"])
     assert sorted(found.values()) == sorted(wanted.values())
-    edges = {(row["query"], row["document"]): row["reason"] for row in read(catalogue, "dropped_edges")}
-    assert edges == dropped
+    for row in read(catalogue, "facts"):
+        edges, inside, asked = facts[min(found[row["class_key"]][0])]
+        assert (row["edges"], row["clicks"], row["purity"]) == (edges, inside, inside * 10**6 // asked / 1e6)
+    reasons = {(row["query"], row["document"]): row["reason"] for row in read(catalogue, "dropped_edges")}
+    assert reasons == dropped
     assert summary["rows"] == {"used": len(set(rows)), "repeated": len(rows) - len(set(rows))}
     assert summary["relations"] == {"same": 1, "unknown": 1, "used": 3}
     counts = {reason: list(dropped.values()).count(reason) for reason in dropped.values()}
