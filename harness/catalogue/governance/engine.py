@@ -51,7 +51,7 @@ class Engine:
     def keep(self, name: str, table: ibis.Table) -> ibis.Table:
         """Runs `table` into the spill folder, and reads the result back."""
         self._steps.set_postfix_str(name, refresh=False)
-        self._steps.total = max(self._steps.total, self._steps.n + 1)  # a split takes more
+        self._steps.total = max(STEPS, self._steps.n + 1)  # a split takes more
         self.write(table, self.spill / f"{name}.parquet")
         self._steps.update()
         return self.read(self.parts(name))
