@@ -259,18 +259,25 @@ def test_bad_rows_are_counted_and_listed(tmp_path, capsys):
     [
         ("float", [3.0, 1.5, float("nan"), None, 1e300], 1),
         ("text", ["3", "1.5", " 2 ", "", "x"], 2),
+        ("csv", ["3", "1.5", " 2 ", "", "x"], 2),
         ("unsigned", [3, 2**64 - 1, 2, 1, 1], 4),
     ],
 )
 def test_numbers_of_any_type_are_taken(tmp_path, kind, values, used):
-    types = {"float": pa.float64(), "text": pa.string(), "unsigned": pa.uint64()}
+    types = {"float": pa.float64(), "unsigned": pa.uint64()}
     table = {
         "query": pa.array([f"q{i}" for i in range(5)]), "document": ["d0"] * 5,
-        "clicks": pa.array(values, types[kind]), "impressions": pa.array([9] * 5, pa.int32()),
+        "clicks": pa.array(values, types.get(kind, pa.string())), "impressions": pa.array([9] * 5, pa.int32()),
     }  # fmt: skip
-    pq.write_table(pa.table(table), tmp_path / "log.parquet")
+    log = tmp_path / ("log.csv" if kind == "csv" else "log.parquet")
+    if kind == "csv":
+        log.write_text(
+            "query,document,clicks,impressions\n" + "".join(f"q{i},d0,{n},9\n" for i, n in enumerate(values))
+        )
+    else:
+        pq.write_table(pa.table(table), log)
     with pytest.raises(UserError) as raised:
-        run(GovernConfig(catalogue=shop(tmp_path / "cat"), clicks=tmp_path / "log.parquet", min_support=1.0))
+        run(GovernConfig(catalogue=shop(tmp_path / "cat"), clicks=log, min_support=1.0))
     assert "\n" not in str(raised.value) and f"support {used}" in str(raised.value)
 
 
