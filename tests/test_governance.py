@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -80,7 +80,9 @@ def draw_rows(seed: int, noise: float, hot: int) -> list[tuple[str, str, int, in
         }
     ),
 )
-@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=4, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+)
 def test_the_rules_are_those_of_a_plain_account(tmp_path_factory, seed, noise, embedded, options):
     folder = tmp_path_factory.mktemp("rules")
     rows = draw_rows(seed, noise, hot=2)
