@@ -94,11 +94,19 @@ class PhotoTask(Task):
 
 
 def head_and_tail(classes: Path, keys: ClassKeys) -> np.ndarray:
-    """Place in KINDS of each number of `keys`, and at last of -1: int32, from a run's classes.parquet."""
-    table = pq.read_table(classes, columns=["class_key", "tail"])
-    number = pc.index_in(table["class_key"].cast(pa.large_string()), value_set=keys.keys)
-    number, tail = number.fill_null(-1).to_numpy(), table["tail"].to_numpy()
+    """Place in KINDS of each number of `keys`, and at last of -1: int32, from a run's classes.parquet.
+
+    Classes made of clicks have keys of their own and name the catalogue's keys of their documents; a key in several is
+    HEAD where one of them is.
+    """
+    own = "catalogue_keys" if "catalogue_keys" in pq.read_schema(classes).names else "class_key"
+    table = pq.read_table(classes, columns=[own, "tail"])
+    names, tail = table[own], table["tail"].to_numpy()
+    if own == "catalogue_keys":
+        tail, names = tail[pc.list_parent_indices(names).to_numpy()], pc.list_flatten(names)
+    number = pc.index_in(names.cast(pa.large_string()), value_set=keys.keys).fill_null(-1).to_numpy()
     kinds = np.full(len(keys.keys) + 1, NEVER, np.int32)
-    kinds[number] = np.where(tail, TAIL, HEAD)
+    kinds[number[tail]] = TAIL
+    kinds[number[~tail]] = HEAD
     kinds[-1] = NEVER
     return kinds
