@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -36,7 +36,7 @@ class Limits:
     seconds: float = 30.0
 
 
-async def body_parts(request: Request, most: int) -> AsyncIterator[bytes]:
+async def body_parts(request: Request, most: int) -> AsyncGenerator[bytes, None]:
     """The body of a request, piece by piece.
 
     Raises:

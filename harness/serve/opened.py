@@ -102,7 +102,7 @@ class Opened:
             asked = torch.stack([vector for row in rows if isinstance(vector := vectors[row], Tensor)])
             most = max(queries[row].k for row in rows)
             try:
-                found = self.artefact.search(asked, most, **({"where": dict(where)} if where else {}))
+                found = self.artefact.search(asked, most, dict(where))
             except UserError as error:  # a filter that an artefact had until it was replaced
                 answers = [error if row in rows else answer for row, answer in enumerate(answers)]
                 continue
