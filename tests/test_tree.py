@@ -8,7 +8,8 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LAYERS = ["core", "catalogue", "text", "data", "evaluate", "train", "artefact", "serve", "commands", "bench", "__main__"]
+LAYERS = ["core", "catalogue", "text", "data", "evaluate", "train", "artefact", "serve", "commands", "bench"]
+LAYERS += ["__main__"]
 PACKAGES = ["kernels", "models", "harness", "jobs"]
 
 

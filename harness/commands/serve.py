@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -20,9 +20,15 @@ from harness.core.errors import UserError
 from harness.core.files import printable
 from models.ranges import PositiveFloat, PositiveInt
 
+if TYPE_CHECKING:
+    from uvicorn import Server
+
+    from harness.serve.app import Service
+
 EXAMPLE = "shelfmark serve artefacts/grocery --port 8080"
 SHORTEST_KEY = 16
 BACKLOG = 2048  # connections that wait to be accepted
+KEEP_ALIVE = 30  # seconds that an idle connection stays open
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,34 @@ def run(config: ServeConfig) -> dict[str, Any]:
         requests answered, and swaps.
 
     Raises:
+        UserError: as `prepare`.
+    """
+    prepared = prepare(config)
+
+    async def serve() -> None:
+        loop = asyncio.get_running_loop()
+        reloads = []  # a task lives as long as something refers to it
+        loop.add_signal_handler(signal.SIGHUP, lambda: reloads.append(loop.create_task(prepared.service.reload())))
+        await prepared.server.serve(sockets=[prepared.listener])
+
+    for line in _greeting(config, prepared):
+        print(line, flush=True)
+    asyncio.run(serve())
+    return {"requests": prepared.server.server_state.total_requests, "swaps": prepared.service.shelf.swaps}
+
+
+class Prepared(NamedTuple):
+    """A service that only has to be started: `await server.serve(sockets=[listener])`."""
+
+    server: Server
+    service: Service
+    listener: socket.socket
+
+
+def prepare(config: ServeConfig) -> Prepared:
+    """Listens, and opens the artefact.
+
+    Raises:
         UserError: an artefact that cannot be opened, a port that is taken, a key file without good keys, or a package
             of shelfmark[serve] that is missing.
     """
@@ -81,11 +115,12 @@ def run(config: ServeConfig) -> dict[str, Any]:
     except ImportError as error:
         raise UserError(f"the service does not import ({error})", "Install shelfmark[serve]") from error
     keys = read_keys(config.api_key_file)
-    listener = listen(config.host, config.port)
+    listener = listen(config.host, config.port)  # before the artefact: a taken port is told at once
     threads = config.threads or max(1, len(os.sched_getaffinity(0)) // 2)
     torch.set_num_threads(threads)
     import_faiss().omp_set_num_threads(1)  # FAISS's threads and torch's would share the same cores
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a bad client is not worth a line
     shelf = Shelf(config.artefact, partial(Opened, backend=config.backend, threads=threads, batch=config.batch))
     limits = Limits(
         max_bytes=config.max_bytes,
@@ -105,22 +140,11 @@ def run(config: ServeConfig) -> dict[str, Any]:
             access_log=False,  # /metrics counts
             server_header=False,
             proxy_headers=False,  # nothing asks for the client's address
-            timeout_keep_alive=30,
+            timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=int(limits.seconds) + 1,
         )
     )
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a bad client is not worth a line
-
-    async def serve() -> None:
-        loop = asyncio.get_running_loop()
-        reloads = []  # a task lives as long as something refers to it
-        loop.add_signal_handler(signal.SIGHUP, lambda: reloads.append(loop.create_task(service.reload())))
-        await server.serve(sockets=[listener])
-
-    for line in _greeting(config, shelf.current, listener.getsockname()[1], bool(keys)):
-        print(line, flush=True)
-    asyncio.run(serve())
-    return {"requests": server.server_state.total_requests, "swaps": shelf.swaps}
+    return Prepared(server, service, listener)
 
 
 def read_keys(file: Path | None) -> list[str]:
@@ -145,7 +169,7 @@ def read_keys(file: Path | None) -> list[str]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, opened before the artefact: a taken port is told at once.
+    """A listening socket.
 
     Raises:
         UserError: no such address, or the port is taken or not allowed.
@@ -175,14 +199,15 @@ def allowed_hosts(host: str, more: tuple[str, ...]) -> list[str]:
     return ["localhost", "127.0.0.1", "::1", host, *more]
 
 
-def _greeting(config: ServeConfig, opened: Any, port: int, keyed: bool) -> list[str]:
+def _greeting(config: ServeConfig, prepared: Prepared) -> list[str]:
     name = f"[{config.host}]" if ":" in config.host else config.host
+    opened, at = prepared.service.shelf.current, f"http://{name}:{prepared.listener.getsockname()[1]}"
+    count = len(opened.artefact.documents)
     lines = [
-        f"{config.artefact}: {len(opened.artefact.documents):,} documents, answers {opened.takes} queries "
-        f"({opened.id})",
-        f"page: http://{name}:{port}/   routes: http://{name}:{port}/api",
+        f"{config.artefact} ({opened.id}): {count:,} documents, answers {opened.takes} queries",
+        f"page: {at}/   routes: {at}/api",
     ]
     if is_loopback(config.host):
         return [*lines, "only this machine reaches it; --host 0.0.0.0 opens it to others. Ctrl-C ends it"]
-    key = "an API key is wanted" if keyed else "NO API key is wanted (--api-key-file)"
+    key = "an API key is wanted" if config.api_key_file else "NO API key is wanted (--api-key-file)"
     return [*lines, f"every machine that reaches this address may ask; {key}; no encryption. Ctrl-C ends it"]
