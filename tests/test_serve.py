@@ -28,6 +28,7 @@ from harness.commands import serve
 from harness.commands.serve import ServeConfig
 from harness.core.errors import UserError
 from harness.core.manifest import fingerprint, write_manifest
+from harness.serve import swap
 from harness.serve.batching import Batcher, Busy
 from tests.pool import ranks
 from tests.service import Running, form, read, running
@@ -322,13 +323,16 @@ def renamed(artefact: Path, copy: Path) -> Path:
     return copy
 
 
-def test_a_swap_under_load_drops_nothing(artefact: Path, photos: list[bytes], tmp_path: Path) -> None:
+def test_a_swap_under_load_drops_nothing(
+    artefact: Path, photos: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The link is pointed elsewhere twice, once at a folder that is damaged: every request is answered rightly."""
+    monkeypatch.setattr(swap, "WATCH", 0.2)
     other, link, stop = renamed(artefact, tmp_path / "other"), tmp_path / "link", threading.Event()
     damaged = renamed(artefact, tmp_path / "damaged")
     (damaged / "artefact.json").write_text("{}")
     link.symlink_to(artefact)
-    wanted = [rows for photo in photos[:4] for rows in [expected(Artefact(artefact), Photo.read(photo), 3)]]
+    wanted = [expected(Artefact(artefact), Photo.read(photo), 3) for photo in photos[:4]]
 
     def point(folder: Path) -> None:
         (tmp_path / "next").symlink_to(folder)
