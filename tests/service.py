@@ -12,7 +12,10 @@ from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from harness.commands import export
 from harness.commands.serve import Prepared, ServeConfig, prepare
+from tests.pool import ranks
+from tests.runs import tiny_config, trainer
 
 PATIENCE = 60.0  # seconds for any answer
 
@@ -70,6 +73,19 @@ def read(client: socket.socket) -> Answered:
     if headers.get("content-type") == "application/json":
         content = json.loads(content)
     return Answered(answer.status, content, headers)
+
+
+def exported(folder: Path, catalogue: Path, **overrides: Any) -> Path:
+    """The artefact of a short run on `catalogue`."""
+    ranks(1).run(_train_and_export, folder / "run", catalogue, folder / "artefact", overrides)
+    return folder / "artefact"
+
+
+def _train_and_export(run: Path, catalogue: Path, out: Path, overrides: dict[str, Any]) -> None:
+    """In a pool."""
+    with trainer(tiny_config(catalogue, run, **{"train.steps": 1, **overrides})) as t:
+        t.fit()
+    export.run(export.ExportConfig(run=run, out=out))
 
 
 @contextmanager

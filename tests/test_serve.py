@@ -30,9 +30,7 @@ from harness.core.errors import UserError
 from harness.core.manifest import fingerprint, write_manifest
 from harness.serve import swap
 from harness.serve.batching import Batcher, Busy
-from tests.pool import ranks
-from tests.service import Running, form, read, running
-from tests.test_search import export_here, train
+from tests.service import Running, exported, form, read, running
 
 HEAD = b"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/jpeg\r\n"
 KEY = "0123456789abcdef-first"
@@ -40,10 +38,7 @@ KEY = "0123456789abcdef-first"
 
 @pytest.fixture(scope="module")
 def artefact(tmp_path_factory: pytest.TempPathFactory, catalogue: Path) -> Path:
-    folder = tmp_path_factory.mktemp("served")
-    ranks(1).run(train, folder / "run", catalogue)
-    ranks(1).run(export_here, folder / "run", folder / "artefact")
-    return folder / "artefact"
+    return exported(tmp_path_factory.mktemp("served"), catalogue)
 
 
 @pytest.fixture(scope="module")
