@@ -7,8 +7,11 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -25,14 +28,20 @@ from PIL import Image
 from harness.artefact.artefact import Artefact, Photo
 from harness.catalogue.catalogue import Catalogue
 from harness.commands import serve
+from harness.commands.queries import QueriesConfig
+from harness.commands.queries import run as make_queries
 from harness.commands.serve import ServeConfig
 from harness.core.errors import UserError
 from harness.core.manifest import fingerprint, write_manifest
 from harness.serve import swap
 from harness.serve.batching import Batcher, Busy
+from tests import test_search
+from tests.pool import ranks
 from tests.service import Running, exported, form, read, running
+from tests.twins import documents_alone
 
 HEAD = b"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/jpeg\r\n"
+ROOT = Path(__file__).parents[1]
 KEY = "0123456789abcdef-first"
 
 
@@ -406,3 +415,63 @@ def test_mistakes_of_the_command(artefact: Path, tmp_path: Path) -> None:
     assert "fewer than 16" in message(api_key_file=short)
     assert serve.allowed_hosts("127.0.0.1", ()) and serve.allowed_hosts("0.0.0.0", ()) == []
     assert torch.get_num_threads() >= 1
+
+
+@pytest.mark.full
+def test_the_command_swaps_on_sighup_and_ends_after_the_last_answer(
+    artefact: Path, photos: list[bytes], tmp_path: Path
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(artefact)
+    command = [sys.executable, "-m", "harness", "serve", str(link), "--port", "0"]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        lines = [process.stdout.readline() for _ in range(3)]
+        assert "6 documents, answers image queries" in lines[0] and "only this machine" in lines[2]
+        port = int(lines[1].split(":")[3].split("/")[0])
+        link.unlink()
+        link.symlink_to(renamed(artefact, tmp_path / "other"))
+        process.send_signal(signal.SIGHUP)
+        assert "in place of" in process.stderr.readline()
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+            half = len(photos[0]) // 2
+            client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(photos[0]) + photos[0][:half])
+            time.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            client.sendall(photos[0][half:])
+            answer = read(client)
+            assert answer.status == 200 and answer.content["artefact"] == fingerprint(tmp_path / "other")[:12]
+        assert process.wait(60) == 0
+
+
+@pytest.mark.full
+def test_texts_are_searched_for(tmp_path: Path) -> None:
+    """MAKE: words in JSON; all else is told."""
+    products = documents_alone(tmp_path / "documents")
+    make_queries(QueriesConfig(catalogue=products, min_count=2, category="shape"))
+    ranks(1).run(test_search.exported, "make", products, tmp_path / "run")
+    opened, kind = Artefact(tmp_path / "make"), "application/json"
+    with running(tmp_path / "make") as service:
+        for text in ("red disc", "a box", "日本 \N{FACE WITH TEARS OF JOY}"):
+            (hits,) = opened.search(opened.embed_texts([text]), 4)
+            answer = service.ask("POST", "/search?k=4", json.dumps({"text": text}).encode(), kind)
+            assert same(rows_of(answer.content), [(hit.row, hit.score) for hit in hits])
+        for body, status, piece in (
+            (b"", 400, "not JSON"),
+            (b"{", 400, "not JSON"),
+            (b"[" * 50_000, 400, "not JSON"),
+            (b'{"text": ' + b"1" * 9000 + b"}", 400, "not JSON"),
+            (b"\xff\xfe\x00", 400, "not JSON"),
+            (b'"red"', 422, "one text"),
+            (b'{"text": 5}', 422, "one text"),
+            (b'{"text": "red", "k": 5}', 422, "one text"),
+            (b'{"text": "  "}', 422, "not only spaces"),
+            (b'{"text": "%s"}' % (b"x" * 1001), 422, "1,001 characters"),
+            (b'{"text": "\\ud800"}', 422, "surrogate"),
+            (b" " * 100_000, 413, "65,536 bytes"),
+        ):
+            answer = service.ask("POST", "/search", body, kind)
+            assert answer.status == status and piece in answer.content["error"], (body[:40], answer)
+        assert service.ask("POST", "/search", encoded(), "image/jpeg").status == 415
+        assert service.ask("POST", "/search?box=1,1,5,5", b'{"text": "red"}', kind).status == 422

@@ -7,6 +7,8 @@ import logging
 import os
 import signal
 import socket
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import ip_address
@@ -82,6 +84,8 @@ def run(config: ServeConfig) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
         reloads = []  # a task lives as long as something refers to it
         loop.add_signal_handler(signal.SIGHUP, lambda: reloads.append(loop.create_task(prepared.service.reload())))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, prepared.server.handle_exit, number, None)
         await prepared.server.serve(sockets=[prepared.listener])
 
     for line in _greeting(config, prepared):
@@ -114,6 +118,15 @@ def prepare(config: ServeConfig) -> Prepared:
         from harness.serve.swap import Shelf
     except ImportError as error:
         raise UserError(f"the service does not import ({error})", "Install shelfmark[serve]") from error
+
+    class Ended(Server):
+        """Leaves the signals to `run`; uvicorn would end the process by the one that it got."""
+
+        @contextmanager
+        def capture_signals(self) -> Generator[None, None, None]:
+            """Does nothing."""
+            yield
+
     keys = read_keys(config.api_key_file)
     listener = listen(config.host, config.port)  # before the artefact: a taken port is told at once
     threads = config.threads or max(1, len(os.sched_getaffinity(0)) // 2)
@@ -130,7 +143,7 @@ def prepare(config: ServeConfig) -> Prepared:
         seconds=config.seconds,
     )
     service = Service(shelf, limits, config.batch, threads)
-    server = Server(
+    server = Ended(
         Config(
             make_app(service, keys, allowed_hosts(config.host, config.hosts)),
             http=guarded_protocol(limits),
