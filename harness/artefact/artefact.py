@@ -23,12 +23,12 @@ from harness.artefact.documents import read_documents
 from harness.artefact.index_read import open_index
 from harness.artefact.query_encoder import read_model, read_query_encoder
 from harness.catalogue.catalogue import nearest_first
-from harness.catalogue.images import MOST_BYTES, MOST_PIXELS, Rejected, check_image, load_image
+from harness.catalogue.images import MOST_BYTES, MOST_PIXELS, LoadedImage, Rejected, check_image, load_image
 from harness.catalogue.pixels import Colour
 from harness.core.errors import UserError
 from harness.core.files import Record, printable, read_record
 from harness.core.manifest import verify
-from harness.data.backends import open_pipeline
+from harness.data.backends import Pipeline, open_pipeline
 from harness.data.config import BACKENDS
 from harness.data.decode_pillow import decode_rgb
 from harness.data.preprocess import WHITE, PreprocessSpec, draw_parameters
@@ -65,18 +65,39 @@ class Photo:
             large = str(reason).startswith("too many pixels")
             remedy = "Raise --max-pixels, or name a smaller photo" if large else "Name a JPEG, PNG, WebP, AVIF or GIF"
             raise UserError(f"photo {path}: {reason}", remedy) from None
+        return cls._part(image, box, f"photo {path}", "--box")
+
+    @classmethod
+    def read(cls, data: bytes, box: Sequence[int] = (), max_pixels: int = MOST_PIXELS) -> Photo:
+        """Checks the bytes of a file, as `open` does.
+
+        Raises:
+            UserError: they are not an image, or a box that is empty or outside of it.
+        """
+        try:
+            return cls._part(check_image(data, max_pixels), box, "photo", "box")
+        except Rejected as reason:
+            large = str(reason).startswith("too many pixels")
+            remedy = "Send a smaller photo" if large else "Send a JPEG, PNG, WebP, AVIF or GIF"
+            raise UserError(f"photo: {reason}", remedy) from None
+
+    @classmethod
+    def _part(cls, image: LoadedImage, box: Sequence[int], name: str, flag: str) -> Photo:
+        """`box` of a checked image, the whole of it without one; `name` and `flag` are for errors."""
         if not box:
             return cls(image.data, (0, 0, image.width, image.height))
         scale = 2 if image.halved else 1
         full_width, full_height = scale * image.width, scale * image.height
-        size = f"the upright photo {path} has {full_width} x {full_height} pixels"
+        size = f"the upright {name} has {full_width} x {full_height} pixels"
         if len(box) != 4:
-            raise UserError(f"--box has {len(box)} numbers", "Give four: x,y,width,height in pixels")
+            raise UserError(f"{flag} has {len(box)} numbers", "Give four: x,y,width,height in pixels")
         x, y, width, height = box
         if width < 1 or height < 1:
-            raise UserError(f"--box {','.join(map(str, box))} is empty", f"Width and height must be at least 1; {size}")
+            raise UserError(
+                f"{flag} {','.join(map(str, box))} is empty", f"Width and height must be at least 1; {size}"
+            )
         if x < 0 or y < 0 or x + width > full_width or y + height > full_height:
-            raise UserError(f"--box {','.join(map(str, box))} leaves the photo", size[0].upper() + size[1:])
+            raise UserError(f"{flag} {','.join(map(str, box))} leaves the photo", size[0].upper() + size[1:])
         return cls(image.data, (x // scale, y // scale, max(1, width // scale), max(1, height // scale)))
 
     def picture(self, background: Colour = WHITE) -> Image.Image:
@@ -153,25 +174,32 @@ class Artefact:
         """
         opened = [photo if isinstance(photo, Photo) else Photo.open(Path(photo)) for photo in photos]
         size = min(batch_size, len(opened))
-        pipeline = open_pipeline(self.spec, self.backend, size, self.threads, torch.device("cpu"))
+        pipeline = self.decoder(size)
         vectors = [torch.empty(0, self.meta["embedding_dim"])]
         for start in range(0, len(opened), size):
-            part = opened[start : start + size]
-            windows = np.array([photo.window for photo in part])
-            # A box is searched for as if it were the whole photo: the same centred square within it.
-            parameters = draw_parameters(
-                self.spec, 0, 0, np.arange(len(part)), windows[:, 2], windows[:, 3], train=False
-            )
-            parameters["anchor"] += windows[:, :2].astype(np.int32)
-            images, ok = pipeline.decode([photo.data for photo in part], parameters)
+            found, ok = self.embed_decoded(opened[start : start + size], pipeline)
             if not bool(ok.all()):
                 raise UserError(
                     f"photo {start + int(ok.int().argmin()) + 1} of {len(opened)} cannot be decoded by {self.backend}",
                     "Save it as an ordinary JPEG, or choose --backend reference",
                 )
-            vectors.append(self._encode(images))
+            vectors.append(found)
         pipeline.close()
         return torch.cat(vectors)
+
+    def decoder(self, batch_size: int) -> Pipeline:
+        """Decoder of up to `batch_size` photos a call; for one thread at a time."""
+        return open_pipeline(self.spec, self.backend, batch_size, self.threads, torch.device("cpu"))
+
+    @torch.no_grad()
+    def embed_decoded(self, photos: Sequence[Photo], pipeline: Pipeline) -> tuple[Tensor, Tensor]:
+        """Unit embeddings float32 [n, d] of photos by an open `decoder`, and bool [n]: False for a damaged one."""
+        windows = np.array([photo.window for photo in photos])
+        # A box is searched for as if it were the whole photo: the same centred square within it.
+        parameters = draw_parameters(self.spec, 0, 0, np.arange(len(photos)), windows[:, 2], windows[:, 3], train=False)
+        parameters["anchor"] += windows[:, :2].astype(np.int32)
+        images, ok = pipeline.decode([photo.data for photo in photos], parameters)
+        return self._encode(images), ok
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
