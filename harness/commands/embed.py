@@ -54,7 +54,7 @@ def run(config: EmbedConfig) -> dict[str, Any]:
     artefact = Artefact(config.artefact)
     if artefact.meta["query"] != "image":
         raise UserError(f"{config.artefact} takes texts, not photos")
-    paths = _files(config.photos)
+    paths = files(config.photos)
     embedded: list[str] = []
     vectors = [np.empty((0, artefact.model.embedding_dim), np.float32)]
     for first in tqdm(range(0, len(paths), AT_ONCE), "embedding", unit=f" x {AT_ONCE}", leave=False, delay=5):
@@ -79,7 +79,7 @@ def run(config: EmbedConfig) -> dict[str, Any]:
     return {"photos": len(embedded), "left_out": len(paths) - len(embedded), "embedding_dim": width}
 
 
-def _files(given: Iterable[Path]) -> list[Path]:
+def files(given: Iterable[Path]) -> list[Path]:
     """Files that are named, and all in folders that are, but hidden ones; in order."""
     found = []
     for path in given:

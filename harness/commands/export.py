@@ -3,9 +3,11 @@
 artefact.json             format, method and its configuration, run, checkpoint, catalogue, decoders, versions
 encoder.safetensors       weights of the query encoder: images [n, 3, S, S] or tokens [n, L] -> unit embeddings [n, d]
 encoder.pt2               the same as a program (torch.export) for services with only torch; Shelfmark never loads it
+encoder.onnx              the same in ONNX, for services without torch; with --int8 also encoder.int8.onnx
 preprocess.json           from a photo to the encoder's input
 tokenizer/                the run's tokenizer
 documents/part-*.parquet  id map and embeddings: row i of all parts together is document i of the index
+golden/                   some queries, their embeddings and best documents, for `shelfmark verify`
 index.faiss               exact inner-product index over the embeddings
 manifest.json             size and SHA-256 of every other file
 """
@@ -23,13 +25,15 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from torch import nn
 from tqdm import tqdm
 
 from harness.artefact.artefact import ARTEFACT_FORMAT
 from harness.artefact.decoder_check import compare_decoders
 from harness.artefact.flat_index import import_faiss, write_index
+from harness.artefact.golden import write_golden
+from harness.artefact.onnx_encoder import require_onnx
+from harness.artefact.onnx_proof import write_proven_onnx
+from harness.artefact.program import make_program, write_program
 from harness.artefact.query_encoder import write_query_encoder
 from harness.catalogue.catalogue import Catalogue
 from harness.catalogue.pixels import Colour
@@ -70,6 +74,10 @@ class ExportConfig:
         split: documents of this split and of split 'all'; every document by default.
         view: what is seen of documents: both, or another view of the method, as image; evaluation measures them.
         thumbnail: longest side in pixels of the small picture kept of each document, for contact sheets; 0 keeps none.
+        golden: queries that are kept with their embeddings and best documents, for `shelfmark verify`; photos as they
+            came, of at most 1 MiB each; 0 keeps none.
+        onnx: write the encoder in ONNX too.
+        int8: write it in ONNX with weights of 8 bits too; refused where its embeddings differ too much.
         batch_size: images embedded at once.
         tensor_parallel: ranks that share one copy of the towers.
         device: cuda, cpu, or auto, the GPUs where there are any.
@@ -82,6 +90,9 @@ class ExportConfig:
     split: str | None = None
     view: str = "both"
     thumbnail: NonNegativeInt = 160
+    golden: NonNegativeInt = 16
+    onnx: bool = True
+    int8: bool = False
     batch_size: PositiveInt = 128
     tensor_parallel: PositiveInt = 1
     device: Device = "auto"
@@ -97,6 +108,8 @@ def run(config: ExportConfig) -> dict[str, Any]:
     started = time.perf_counter()
     require_free(config.out)  # on every rank, and before the work
     import_faiss()
+    if config.onnx or config.int8:
+        require_onnx(config.int8, config.golden)
     settings = open_settings(config.run, config.tensor_parallel)
     if config.view not in (views := METHODS[settings.method].views):
         raise UserError(f"--view is {config.view}", f"The views of {settings.method} are {', '.join(views)}")
@@ -129,10 +142,13 @@ def run(config: ExportConfig) -> dict[str, Any]:
         def describe() -> None:
             write_index(stage, model.embedding_dim)
             write_query_encoder(encoder, stage)
-            _write_program(encoder, _example(settings), stage / "encoder.pt2")
+            write_program(program := make_program(encoder, model), stage)
             write_json(stage / "preprocess.json", settings.data.preprocess.to_dict())
             shutil.copytree(config.run / "tokenizer", stage / "tokenizer")
+            golden = write_golden(stage, encoder, model, settings.data, catalogue, tokenizer, config.golden)
+            onnx = write_proven_onnx(program, stage, golden, config.int8) if config.onnx or config.int8 else None
             description = _description(config, settings, path, catalogue, side, model)
+            description |= {"golden": len(golden.queries), "onnx": onnx}
             write_json(stage / "artefact.json", {**description, "decoders": decoders})
 
         on_first_rank(describe, mesh, "writing index and encoder")
@@ -220,23 +236,6 @@ def _thumbnail(catalogue: Catalogue, sample_id: int, size: int, background: Colo
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
-
-
-def _example(settings: RunConfig) -> torch.Tensor:
-    """Two queries, as the encoder takes them."""
-    if (query := settings.model.query_text) is not None:
-        return torch.ones(2, query.max_length, dtype=torch.int64)
-    size = settings.data.preprocess.image_size
-    return torch.zeros(2, 3, size, size)
-
-
-def _write_program(encoder: nn.Module, example: torch.Tensor, file: Path) -> None:
-    """Saves the encoder as a program of its own, for any number of queries at once."""
-    with torch.no_grad():
-        program = torch.export.export(encoder, (example,), dynamic_shapes=({0: torch.export.Dim("queries", min=1)},))
-    buffer = io.BytesIO()  # torch's own file writer aborts the process on a full disk
-    torch.export.save(program, buffer)
-    file.write_bytes(buffer.getbuffer())
 
 
 def _description(
