@@ -60,7 +60,9 @@ def _compared(what: str, golden: Golden, vectors: np.ndarray, least: float) -> C
 
 
 def _index(artefact: Artefact, golden: Golden) -> Check:
-    wanted = float(artefact.meta.get("recall", 1.0)) - SLACK
+    index = artefact.meta.get("index")
+    told = index.get("recall_at_10") if isinstance(index, dict) else None
+    wanted = (told if isinstance(told, float) else 1.0) - SLACK
     samples = artefact.documents.column("sample_id")
     top = min(TOP, -(-len(samples) // 2))  # of fewer documents any index finds all
     found = artefact.search(torch.from_numpy(golden.embeddings), top)
