@@ -48,7 +48,9 @@ def train(run: Path, catalogue: Path, **overrides: Any) -> None:
 
 def export_here(run: Path, out: Path, batch_size: int = 128, tensor_parallel: int = 1) -> None:
     """In a pool."""
-    export.run(export.ExportConfig(run=run, out=out, batch_size=batch_size, tensor_parallel=tensor_parallel))
+    export.run(
+        export.ExportConfig(run=run, out=out, batch_size=batch_size, tensor_parallel=tensor_parallel, onnx=False)
+    )
 
 
 def found_by_evaluation(run: Path, catalogue: Path, top: int) -> tuple[list[Any], torch.Tensor, torch.Tensor]:
@@ -215,16 +217,16 @@ def test_another_view_of_the_documents_is_exported_and_told(
     rows = [{"slice": "class", "value": "never trained", "recall_at_1": 0.2}]
     rows.append({"task": "photo/image", **rows[0], "recall_at_1": 0.7})
     figures.write_text(json.dumps({"recall_at_1": None, "photo/image/recall_at_1": None, "slices": []}))
-    export.run(export.ExportConfig(run=run, out=tmp_path / "nothing asked"))
+    export.run(export.ExportConfig(run=run, out=tmp_path / "nothing asked", onnx=False))
     assert "--view" not in capsys.readouterr().out
     for n, (image, slices, told) in enumerate(((0.4, [], False), (0.6, [], True), (0.4, rows, True))):
         views = {"recall_at_1": 0.5, "photo/image/recall_at_1": image, "slices": slices}
         figures.write_text(json.dumps({**known, **views}))
-        export.run(export.ExportConfig(run=run, out=tmp_path / f"both-{n}"))
+        export.run(export.ExportConfig(run=run, out=tmp_path / f"both-{n}", onnx=False))
         said = capsys.readouterr().out
         assert (f"seen as both and as image: all products 0.500 and {image:.3f}" in said) == told, said
         assert ("products never trained on 0.200 and 0.700. --view image" in said) == bool(slices)
-    export.run(export.ExportConfig(run=run, out=tmp_path / "image", view="image"))
+    export.run(export.ExportConfig(run=run, out=tmp_path / "image", view="image", onnx=False))
     assert "--view" not in capsys.readouterr().out
     both, image = (
         np.array(ds.dataset(path / "documents").to_table(["embedding"])["embedding"].to_pylist(), np.float32)
@@ -402,7 +404,7 @@ def exported(kind: str, catalogue: Path, run: Path) -> tuple[list[str], torch.Te
         photos = embedder.embed(t.method, documents, "image") if kind == "item" else None
         queries = embedder.embed_texts(t.method, names) if photos is None else photos
         best, _ = top_k(queries, gallery, 4)
-    export.run(export.ExportConfig(run=run, out=run.parent / kind))
+    export.run(export.ExportConfig(run=run, out=run.parent / kind, onnx=False))
     return names, queries.vectors, gallery.vectors, best.tolist()
 
 

@@ -142,7 +142,7 @@ class Artefact:
         self.path = path = Path(path)
         self.threads = threads
         try:
-            record = _read_record(path)
+            record = read_meta(path)
             self.meta = record.values
             self.model, self.spec = _read_settings(record)
             self.backend = backend or _one_of(record, "backend", BACKENDS)
@@ -208,6 +208,11 @@ class Artefact:
         assert self._tokenizer is not None and query is not None, "the artefact takes photos"
         store = TokenStore.encode(self._tokenizer, {"query": list(texts)})
         return self._encode(torch.from_numpy(store.batch(np.arange(len(texts)), query.max_length, ["query"])))
+
+    @torch.no_grad()
+    def encode(self, inputs: Tensor) -> Tensor:
+        """Unit embeddings float32 [n, d] of the encoder's input: images float32 [n, 3, S, S] or tokens int64 [n, L]."""
+        return self._encode(inputs)
 
     def document(self, item: str) -> int:
         """The row of the first document with that id.
@@ -276,8 +281,12 @@ class Artefact:
             return Image.new("RGB", (64, 64), (127, 127, 127))
 
 
-def _read_record(path: Path) -> Record:
-    """artefact.json, once every file is known to be whole."""
+def read_meta(path: Path) -> Record:
+    """artefact.json of a folder, once every file is known to be whole.
+
+    Raises:
+        UserError: no artefact there, one that is damaged or of another format.
+    """
     file = path / "artefact.json"
     if not file.is_file():
         what = "no artefact: it has no artefact.json" if path.is_dir() else "no such folder"

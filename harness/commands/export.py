@@ -3,9 +3,11 @@
 artefact.json             format, method and its configuration, run, checkpoint, catalogue, decoders, versions
 encoder.safetensors       weights of the query encoder: images [n, 3, S, S] or tokens [n, L] -> unit embeddings [n, d]
 encoder.pt2               the same as a program (torch.export) for services with only torch; Shelfmark never loads it
+encoder.onnx              the same in ONNX, for services without torch; with --int8 also encoder.int8.onnx
 preprocess.json           from a photo to the encoder's input
 tokenizer/                the run's tokenizer
 documents/part-*.parquet  id map and embeddings: row i of all parts together is document i of the index
+golden/                   some queries, their embeddings and best documents, for `shelfmark verify`
 index.faiss               inner-product index over the embeddings, exact unless --index.kind is another kind than flat
 vectors.npy               the embeddings again, to be read in place; not beside a flat index, which holds them
 manifest.json             size and SHA-256 of every other file
@@ -13,7 +15,6 @@ manifest.json             size and SHA-256 of every other file
 
 from __future__ import annotations
 
-import io
 import shutil
 import time
 from contextlib import ExitStack
@@ -21,15 +22,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import nn
-
 from harness.artefact.artefact import ARTEFACT_FORMAT
 from harness.artefact.decoder_check import compare_decoders
 from harness.artefact.document_chunks import Columns, embed_documents, place_parts
 from harness.artefact.flat_index import import_faiss
+from harness.artefact.golden import write_golden
 from harness.artefact.index_export import IndexConfig, make_index
 from harness.artefact.index_kinds import choose_kind
+from harness.artefact.onnx_encoder import require_onnx
+from harness.artefact.onnx_proof import write_proven_onnx
+from harness.artefact.program import make_program, write_program
 from harness.artefact.query_encoder import write_query_encoder
 from harness.catalogue.catalogue import Catalogue
 from harness.catalogue.wholeness import require_whole
@@ -69,6 +71,10 @@ class ExportConfig:
         thumbnail: longest side in pixels of the small picture kept of each document, for contact sheets; 0 keeps none.
         vectors: numbers of the embeddings that are kept of the documents.
         index: the index.
+        golden: queries that are kept with their embeddings and best documents, for `shelfmark verify`; photos as they
+            came, of at most 1 MiB each; 0 keeps none.
+        onnx: write the encoder in ONNX too.
+        int8: write it in ONNX with weights of 8 bits too; refused where its embeddings differ too much.
         batch_size: images embedded at once.
         tensor_parallel: ranks that share one copy of the towers.
         device: cuda, cpu, or auto, the GPUs where there are any.
@@ -83,6 +89,9 @@ class ExportConfig:
     thumbnail: NonNegativeInt = 160
     vectors: Literal["float32", "float16"] = "float32"
     index: IndexConfig = field(default_factory=IndexConfig)
+    golden: NonNegativeInt = 16
+    onnx: bool = True
+    int8: bool = False
     batch_size: PositiveInt = 128
     tensor_parallel: PositiveInt = 1
     device: Device = "auto"
@@ -98,6 +107,8 @@ def run(config: ExportConfig) -> dict[str, Any]:
     started = time.perf_counter()
     require_free(config.out)  # on every rank, and before the work
     import_faiss()
+    if config.onnx or config.int8:
+        require_onnx(config.int8, config.golden)
     settings = open_settings(config.run, config.tensor_parallel)
     if config.view not in (views := METHODS[settings.method].views):
         raise UserError(f"--view is {config.view}", f"The views of {settings.method} are {', '.join(views)}")
@@ -126,11 +137,14 @@ def run(config: ExportConfig) -> dict[str, Any]:
 
         def describe() -> None:
             write_query_encoder(encoder, stage)
-            _write_program(encoder, _example(settings), stage / "encoder.pt2")
+            write_program(program := make_program(encoder, model), stage)
             write_json(stage / "preprocess.json", settings.data.preprocess.to_dict())
             shutil.copytree(config.run / "tokenizer", stage / "tokenizer")
+            golden = write_golden(stage, encoder, model, settings.data, catalogue, tokenizer, config.golden)
+            onnx = write_proven_onnx(program, stage, golden, config.int8) if config.onnx or config.int8 else None
             description = _description(config, settings, path, catalogue, side, model)
-            write_json(stage / "artefact.json", {**description, "index": index, "decoders": decoders})
+            description |= {"index": index, "golden": len(golden.queries), "onnx": onnx}
+            write_json(stage / "artefact.json", {**description, "decoders": decoders})
 
         on_first_rank(describe, mesh, "writing the encoder")
         write_manifest(stage, mesh, "sha256")
@@ -184,23 +198,6 @@ def _dependencies(config: ExportConfig, checkpoint: Path, catalogue: Catalogue, 
     columns = (config.split, config.view, config.thumbnail, config.vectors, config.batch_size, mesh.device.type)
     weights = fingerprint(checkpoint) if (checkpoint / MANIFEST).exists() else str(checkpoint.resolve())
     return {"columns": columns, "weights": weights, "catalogue": catalogue.meta, "versions": versions()}
-
-
-def _example(settings: RunConfig) -> torch.Tensor:
-    """Two queries, as the encoder takes them."""
-    if (query := settings.model.query_text) is not None:
-        return torch.ones(2, query.max_length, dtype=torch.int64)
-    size = settings.data.preprocess.image_size
-    return torch.zeros(2, 3, size, size)
-
-
-def _write_program(encoder: nn.Module, example: torch.Tensor, file: Path) -> None:
-    """Saves the encoder as a program of its own, for any number of queries at once."""
-    with torch.no_grad():
-        program = torch.export.export(encoder, (example,), dynamic_shapes=({0: torch.export.Dim("queries", min=1)},))
-    buffer = io.BytesIO()  # torch's own file writer aborts the process on a full disk
-    torch.export.save(program, buffer)
-    file.write_bytes(buffer.getbuffer())
 
 
 def _description(
