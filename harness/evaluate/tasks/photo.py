@@ -96,14 +96,15 @@ class PhotoTask(Task):
 def head_and_tail(classes: Path, keys: ClassKeys) -> np.ndarray:
     """Place in KINDS of each number of `keys`, and at last of -1: int32, from a run's classes.parquet.
 
-    A class made of clicks names the keys of its samples: a key is `head` where one of its classes is.
+    Classes made of clicks have keys of their own and name the catalogue's keys of their documents; a key in several is
+    HEAD where one of them is.
     """
-    made = "catalogue_keys" in pq.read_schema(classes).names
-    table = pq.read_table(classes, columns=["catalogue_keys" if made else "class_key", "tail"])
-    named, tail = table[0].combine_chunks(), table["tail"].to_numpy()
-    if made:
-        named, tail = named.flatten(), tail[pc.list_parent_indices(named).to_numpy()]
-    number = pc.index_in(named.cast(pa.large_string()), value_set=keys.keys).fill_null(-1).to_numpy()
+    own = "catalogue_keys" if "catalogue_keys" in pq.read_schema(classes).names else "class_key"
+    table = pq.read_table(classes, columns=[own, "tail"])
+    names, tail = table[own], table["tail"].to_numpy()
+    if own == "catalogue_keys":
+        tail, names = tail[pc.list_parent_indices(names).to_numpy()], pc.list_flatten(names)
+    number = pc.index_in(names.cast(pa.large_string()), value_set=keys.keys).fill_null(-1).to_numpy()
     kinds = np.full(len(keys.keys) + 1, NEVER, np.int32)
     kinds[number[tail]] = TAIL
     kinds[number[~tail]] = HEAD

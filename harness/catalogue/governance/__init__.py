@@ -1,0 +1,1 @@
+"""Governance: training classes made of a class column, or of a click log."""
