@@ -125,7 +125,7 @@ def hot_documents(edges: Mapping[Edge, int], config: GovernConfig) -> set[int]:
     of_query: dict[int, list[Edge]] = defaultdict(list)
     for edge in edges:
         of_query[edge[0]].append(edge)
-    queries, beaten, rivals = Counter[int](), Counter[int](), defaultdict(set)
+    queries, rivals = Counter[int](), defaultdict(Counter)
     for own in of_query.values():
         own.sort(key=lambda edge: (-edges[edge], edge[1]))
         for edge in own:
@@ -133,13 +133,13 @@ def hot_documents(edges: Mapping[Edge, int], config: GovernConfig) -> set[int]:
             tied = own[1] if len(own) > 1 and edges[own[1]] == edges[edge] else None
             rival = own[0] if edge != own[0] else tied
             if rival is not None:
-                beaten[edge[1]] += 1
-                rivals[edge[1]].add(rival[1])
+                rivals[edge[1]][rival[1]] += 1
     return {
         document
         for document, count in queries.items()
-        if len(rivals[document]) >= config.hot_documents
-        and beaten[document] * 10**6 > count * millionths(config.hot_share)
+        if (beaten := sum(rivals[document].values()))
+        and beaten**2 >= config.hot_documents * sum(n * n for n in rivals[document].values())
+        and beaten * 10**6 > count * millionths(config.hot_share)
     }
 
 

@@ -75,7 +75,7 @@ def draw_rows(seed: int, noise: float, hot: int) -> list[tuple[str, str, int, in
             "split_step": st.sampled_from([0.05, 0.3]),
             "min_vote": st.sampled_from([0.0, 0.6]),
             "max_documents_per_query": st.sampled_from([6, 15]),
-            "hot_documents": st.sampled_from([3, 50]),
+            "hot_documents": st.sampled_from([2, 50]),
             "confidence": st.sampled_from([0.5, 1.64]),
         }
     ),

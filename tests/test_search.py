@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,24 @@ def test_embed_writes_the_vectors_of_photos_and_their_paths(
     ):
         with pytest.raises(UserError, match=piece):
             embed.run(embed.EmbedConfig(artefact=artefact, photos=photos, out=to))
+
+
+def test_embed_writes_the_vectors_of_a_catalogues_query_photos(artefact: Path, catalogue: Path, tmp_path: Path) -> None:
+    """As `shelfmark govern --embeddings` reads them; files of the same bytes have the same vectors."""
+    out = tmp_path / "photos.parquet"
+    config = embed.EmbedConfig(artefact=artefact, photos=(catalogue,), out=out, split="test")
+    figures = embed.run(config)
+    whole, rows = Catalogue(catalogue), pq.read_table(out)
+    ids = whole.table(["kind"], kind="query", split="test")["sample_id"].to_pylist()
+    assert rows["sample_id"].to_pylist() == ids and figures["photos"] == len(ids)
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(whole.read_bytes(ids[-1]))
+    vectors = np.array(rows["embedding"].to_pylist(), np.float32)
+    np.testing.assert_allclose(vectors[-1:], Artefact(artefact).embed([photo]).numpy(), rtol=0, atol=1e-6)
+    with pytest.raises(UserError, match="no query photo in split 'none'"):
+        embed.run(replace(config, split="none"))
+    with pytest.raises(UserError, match=r"is not a \.parquet"):
+        embed.run(replace(config, out=tmp_path / "photos.npy"))
 
 
 def test_artefact_holds_the_trained_embeddings(trained: Path, artefact: Path, catalogue: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -104,7 +105,7 @@ def _write_catalogue(folder: Path, kinds: np.ndarray) -> None:
         (folder / name).mkdir(parents=True)
     (folder / "shards" / shard_name(0)).touch()
     ids = np.arange(len(kinds))
-    columns = {name: [""] * len(kinds) for name in SAMPLE_SCHEMA.names}
+    columns: dict[str, Any] = {name: [""] * len(kinds) for name in SAMPLE_SCHEMA.names}
     columns |= {"sample_id": ids, "item": _names(ids), "kind": kinds, "split": [SPLIT] * len(kinds)}
     pq.write_table(pa.table(columns).cast(SAMPLE_SCHEMA), folder / "samples" / "part-00000.parquet")
     np.save(folder / "index.npy", np.zeros(len(kinds), INDEX_DTYPE))

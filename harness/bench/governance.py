@@ -12,11 +12,11 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import networkx as nx
+import networkx as nx  # type: ignore[import-untyped]
 import numpy as np
 import pyarrow.parquet as pq
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
+from scipy.sparse import coo_matrix  # type: ignore[import-untyped]
+from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 from harness.bench.click_shops import Shop, real, synthetic
@@ -124,9 +124,11 @@ def _measure(shop: Shop, log: Log, method: str) -> dict[str, Any]:
     row = row[log.clicks[row] > 0]
     query, document, clicks = log.query[row], log.document[row], log.clicks[row]
     first, total = len(shop.truth.query_class), len(shop.truth.query_class) + len(shop.truth.document_class)
-    right, edges = log.right[row], np.stack([query, document + first, clicks])
+    right = log.right[row]
     started = time.perf_counter()
-    found = GROUPINGS[method](shop, log) if method in GROUPINGS else PLAIN[method](*edges, total)
+    found = (
+        GROUPINGS[method](shop, log) if method in GROUPINGS else PLAIN[method](query, document + first, clicks, total)
+    )
     seconds = time.perf_counter() - started
     clicked = np.unique(np.concatenate([query, document + first]))
     truth = np.concatenate([shop.truth.query_class, shop.truth.document_class])
@@ -134,7 +136,9 @@ def _measure(shop: Shop, log: Log, method: str) -> dict[str, Any]:
     return {
         "precision": precision,
         "recall": recall,
-        "reachable_recall": pairwise(_components(*edges[:, right], total)[clicked], truth[clicked])[1],
+        "reachable_recall": pairwise(
+            _components(query[right], document[right] + first, clicks[right], total)[clicked], truth[clicked]
+        )[1],
         "groups": len(np.unique(found[found >= 0])),
         "edges": len(row),
         "wrong_clicks": float(clicks[~right].sum() / clicks.sum()),

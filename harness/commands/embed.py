@@ -1,4 +1,7 @@
-"""`shelfmark embed`: Embed photos with an artefact's encoder: files into numpy, a catalogue's into Parquet."""
+"""`shelfmark embed`: Embed photos with an artefact's encoder into a numpy file, their paths beside it.
+
+The query photos of a catalogue become Parquet with their sample ids, which `shelfmark govern --embeddings` takes.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,6 @@ from tqdm import tqdm
 
 from harness.artefact import Artefact, Photo
 from harness.catalogue.catalogue import Catalogue, CorruptSample
-from harness.commands.ingest import parse_part
 from harness.core.errors import UserError
 from harness.core.files import printable, write_whole
 from models.ranges import PositiveInt
@@ -30,21 +32,22 @@ AT_ONCE = 256  # photos whose bytes are in memory
 class EmbedConfig:
     """Embeds photos as search does; photos that cannot be read are named and left out.
 
+    A catalogue folder stands for its query photos of one split; their embeddings become a Parquet file.
+
     Args:
         artefact: the folder that `shelfmark export` wrote.
-        photos: files, and folders whose files are all taken, in the order of their names; or one catalogue, whose query
-            photos are taken.
+        photos: files, and folders whose files are all taken, in the order of their names; or one catalogue.
         out: file NAME.npy for the unit embeddings, float32 [n, d]; row i is the photo in line i of NAME.txt. Of a
-            catalogue NAME.parquet, with the columns sample_id and embedding, as `shelfmark govern` reads them.
+            catalogue, file NAME.parquet with the columns sample_id and embedding.
+        split: of the catalogue's query photos.
         batch_size: photos embedded at once.
-        part: 'i/n' takes the i-th (from 1) of n parts of a catalogue's photos; all of them by default.
     """
 
     artefact: Path = field(kw_only=False)
     photos: tuple[Path, ...] = field(kw_only=False)
     out: Path
+    split: str = "train"
     batch_size: PositiveInt = 64
-    part: str | None = None
 
 
 def run(config: EmbedConfig) -> dict[str, Any]:
@@ -54,20 +57,18 @@ def run(config: EmbedConfig) -> dict[str, Any]:
         UserError: no photo that can be read, an artefact that takes texts or cannot be used, files that cannot be
             written.
     """
-    stored = (config.photos[0] / "catalogue.json").exists() if len(config.photos) == 1 else False
-    suffix = ".parquet" if stored else ".npy"
+    whole = len(config.photos) == 1 and (config.photos[0] / "catalogue.json").is_file()
+    suffix = ".parquet" if whole else ".npy"
     if config.out.suffix != suffix:
         raise UserError(f"--out {config.out} is not a {suffix}", "Name a file with this suffix")
-    if config.part is not None and not stored:
-        raise UserError("--part is for the photos of a catalogue")
     names = config.out.with_suffix(".txt")
     if not os.access(config.out.absolute().parent, os.W_OK):  # before the work
         raise UserError(f"--out {config.out} cannot be written", "Name a file in a folder that exists")
     artefact = Artefact(config.artefact)
     if artefact.meta["query"] != "image":
         raise UserError(f"{config.artefact} takes texts, not photos")
-    if stored:
-        return _embed_catalogue(config, artefact, Catalogue(config.photos[0]))
+    if whole:
+        return _embed_catalogue(artefact, Catalogue(config.photos[0]), config)
     paths = _files(config.photos)
     embedded: list[str] = []
     vectors = [np.empty((0, artefact.model.embedding_dim), np.float32)]
@@ -93,44 +94,37 @@ def run(config: EmbedConfig) -> dict[str, Any]:
     return {"photos": len(embedded), "left_out": len(paths) - len(embedded), "embedding_dim": width}
 
 
-def _embed_catalogue(config: EmbedConfig, artefact: Artefact, catalogue: Catalogue) -> dict[str, Any]:
-    """Embeds the query photos of a catalogue; memory does not grow with it."""
-    number, parts = (1, 1) if config.part is None else parse_part(config.part)
-    width, left_out, embedded = artefact.model.embedding_dim, 0, 0
-    schema = pa.schema([("sample_id", pa.int64()), ("embedding", pa.list_(pa.float32()))])
+def _embed_catalogue(artefact: Artefact, catalogue: Catalogue, config: EmbedConfig) -> dict[str, Any]:
+    """Embeds the catalogue's query photos of the split."""
+    width, done, total = artefact.model.embedding_dim, 0, 0
+    schema = pa.schema([("sample_id", pa.int64()), ("embedding", pa.list_(pa.float32(), width))])
     temporary = config.out.with_name(f"{config.out.name}.tmp")
-    start, end = (catalogue.num_samples * i // parts for i in (number - 1, number))
-    with (
-        pq.ParquetWriter(temporary, schema) as writer,
-        tqdm(total=end - start, desc="embedding", unit=" samples", leave=False, delay=5) as progress,
-    ):
-        for rows in catalogue.batches([], kind="query", between=(start, end - 1)):
-            samples = rows.column("sample_id").to_numpy()
-            for first in range(0, len(samples), AT_ONCE):
-                ids, photos = [], []
-                for sample in samples[first : first + AT_ONCE].tolist():
-                    size = catalogue.index[sample]
-                    try:
-                        data = catalogue.read_bytes(sample)
-                    except CorruptSample as error:
-                        print(printable(f"left out: {error}"), file=sys.stderr)
-                        left_out += 1
-                        continue
-                    photos.append(Photo(data, (0, 0, int(size["width"]), int(size["height"]))))
-                    ids.append(sample)
-                if ids:
-                    vectors = artefact.embed(photos, config.batch_size).numpy()
-                    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), width)
-                    writer.write_table(pa.table([pa.array(ids), column.cast(schema.field(1).type)], schema=schema))
-                embedded += len(ids)
-                progress.n = ids[-1] - start if ids else progress.n
-                progress.refresh()
-    if not embedded:
+    ids = catalogue.table(["kind"], kind="query", split=config.split)["sample_id"].to_pylist()
+    with pq.ParquetWriter(temporary, schema) as writer:
+        for first in tqdm(range(0, len(ids), AT_ONCE), "embedding", unit=f" x {AT_ONCE}", leave=False, delay=5):
+            photos = []
+            kept = []
+            for sample in ids[first : first + AT_ONCE]:
+                total += 1
+                try:
+                    data = catalogue.read_bytes(sample)
+                except CorruptSample as error:
+                    print(printable(f"left out: {error}"), file=sys.stderr)
+                    continue
+                entry = catalogue.index[sample]
+                photos.append(Photo(data, (0, 0, int(entry["width"]), int(entry["height"]))))
+                kept.append(sample)
+            if photos:
+                vectors = artefact.embed(photos, config.batch_size).numpy()
+                flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), width)
+                writer.write_table(pa.table([pa.array(kept, pa.int64()), flat], schema=schema))
+                done += len(kept)
+    if not done:
         temporary.unlink()
-        raise UserError(f"{catalogue.path} has no query photo there", "Name another catalogue or --part")
+        raise UserError(f"{catalogue.path} has no query photo in split {config.split!r} that can be read (--split)")
     temporary.replace(config.out)
-    print(f"{config.out}: embeddings of {embedded:,} query photos, {width} wide")
-    return {"photos": embedded, "left_out": left_out, "embedding_dim": width}
+    print(f"{config.out}: {done:,} embeddings of {width} numbers, of the query photos of {catalogue.path}")
+    return {"photos": done, "left_out": total - done, "embedding_dim": width}
 
 
 def _files(given: Iterable[Path]) -> list[Path]:

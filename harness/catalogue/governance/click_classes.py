@@ -118,7 +118,11 @@ def _before(engine: Engine, edges: ibis.Table, num_nodes: int) -> dict[str, Any]
     for entry in sorted(sizes, key=lambda entry: entry["n"]):
         bound = 1 << (entry["n"] - 1).bit_length()
         found[f"{bound // 2 + 1}-{bound}" if bound > 2 else str(entry["n"])] += entry["times"]
-    return {"components": found.total(), "largest": max((entry["n"] for entry in sizes), default=0), "sizes": dict(found)}
+    return {
+        "components": found.total(),
+        "largest": max((entry["n"] for entry in sizes), default=0),
+        "sizes": dict(found),
+    }
 
 
 def _require_rows(config: GovernConfig, by_result: dict[str, int]) -> None:

@@ -41,18 +41,19 @@ class GovernConfig:
             or query_sample_id), document (item id), clicks, impressions, and time and position if they exist.
         relations: table of documents that belong together, with the columns item_a, item_b and kind.
         relation_kinds: kinds of relations that join documents, comma-separated; all by default.
-        embeddings: Parquet files or folders of them with the columns sample_id or item, and embedding.
+        embeddings: Parquet files or folders of them with the columns sample_id and embedding.
         until: only clicks before this time count, a date or seconds since 1970; a query photo with later clicks only is
             held out.
         confidence: standard deviations of the Wilson lower bound of clicks / impressions, the support of an edge.
         min_support: lowest support of an edge between a query and a document.
         max_documents_per_query: a query that clicks more documents is a bot, and its edges are dropped.
-        hot_documents: a hot document shares queries with at least so many documents that are clicked as strongly there,
-        hot_share: and these are more than this share of its queries.
+        hot_documents: a hot document has at least so many rivals, in effect: best other documents of its queries that
+            are clicked as strongly. More than a product's documents.
+        hot_share: and more than this share of its queries have a rival.
         min_similarity: lowest cosine of the embeddings of an edge, in steps of 1e-6.
         min_share: lowest weight of an edge that links documents, as a share of the weight of its query's best edge.
         min_common: fewest queries that link two documents.
-        min_overlap: fewest of them as a share of the queries of the document of fewer queries.
+        min_overlap: fewest of them as a share of the geometric mean of the two documents' queries.
         max_documents: a component of more documents is split: --min-overlap rises inside it.
         split_step: by this step.
         min_vote: lowest share of a query's weight that falls into its class.

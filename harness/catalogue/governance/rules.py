@@ -66,8 +66,12 @@ def edges(pairs: ibis.Table, config: GovernConfig) -> ibis.Table:
 
 
 def hot(edges: ibis.Table, config: GovernConfig) -> ibis.Table:
-    """The documents that too many queries click beside others: rivals, the documents that a query clicks as strongly or
-    more, are at least --hot-documents, and more than --hot-share of the queries have one.
+    """The documents that too many queries click beside all kinds of others.
+
+    A query's rival of a document is the best other one, where it has no less support. A document is hot where more than
+    --hot-share of its queries have a rival, and these are at least --hot-documents in effect: n rivals count as many as
+    n that are equally frequent would (inverse Simpson index), so that the few other documents of its own product are
+    few however often they are clicked.
     """
     window = ibis.window(group_by="query", order_by=[_.support.desc(), _.document])
     ranked = edges.filter(~_.bot).select(
@@ -79,9 +83,11 @@ def hot(edges: ibis.Table, config: GovernConfig) -> ibis.Table:
     )
     tied = ibis.ifelse(_.next_support == _.support, _.next, ibis.null("int64"))
     ranked = ranked.select("document", rival=ibis.ifelse(_.first == _.document, tied, _.first))
-    counts = ranked.group_by("document").agg(queries=_.count(), beaten=_.rival.count(), rivals=_.rival.nunique())
-    many = _.rivals >= config.hot_documents
-    return counts.filter(many, _.beaten * MILLION > _.queries * ppm(config.hot_share)).select("document")
+    counts = ranked.group_by("document", "rival").agg(n=_.count())
+    beaten = ibis.ifelse(_.rival.isnull(), 0, _.n)
+    sums = counts.group_by("document").agg(queries=total(_.n), beaten=total(beaten), squares=total(beaten * beaten))
+    many = (_.beaten > 0) & (_.beaten * _.beaten >= config.hot_documents * _.squares)
+    return sums.filter(many, _.beaten * MILLION > _.queries * ppm(config.hot_share)).select("document")
 
 
 def judged(edges: ibis.Table, hot: ibis.Table, config: GovernConfig) -> ibis.Table:

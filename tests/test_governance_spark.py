@@ -1,0 +1,35 @@
+"""Spark gives the classes that DuckDB gives."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from pathlib import Path
+
+import pytest
+
+from harness.commands.govern import GovernConfig, run
+from tests.click_logs import write_log
+from tests.test_governance import BAD_ROWS, TIMED, draw_rows, shop
+
+
+@pytest.mark.full
+@pytest.mark.skipif(importlib.util.find_spec("pyspark") is None, reason="pyspark is not installed")
+def test_spark_gives_the_same_files(tmp_path: Path) -> None:
+    rows = [(*row, 7) for row in draw_rows(5, 0.2, hot=2)]
+    found = {}
+    for engine in ("duckdb", "spark"):
+        catalogue = shop(tmp_path / engine)
+        random.Random(engine).shuffle(rows)
+        log = write_log(tmp_path / f"{engine}.parquet", [*rows, *BAD_ROWS], TIMED)
+        relations = tmp_path / "relations.csv"
+        relations.write_text("item_a,item_b,kind\nd0,d9,same\nd4,d5,variant\n")
+        config = GovernConfig(
+            catalogue=catalogue, clicks=log, relations=relations, until="60", hot_documents=3, max_documents=2,
+            min_common=1, hold_out_classes=0.2, engine=engine, master="local-cluster[2,1,1024]",
+        )  # fmt: skip
+        summary = run(config)
+        files = {path.name: path.read_bytes() for path in (catalogue / "classes").iterdir() if path.suffix != ".json"}
+        found[engine] = files, summary
+    assert found["spark"] == found["duckdb"]
+    assert found["duckdb"][1]["components"]["split"]
