@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import networkx as nx
 
@@ -147,11 +146,43 @@ def pair(a: int, b: int) -> Edge:
     return min(a, b), max(a, b)
 
 
+def facts(
+    rows: Sequence[tuple[int, int, int, int]],
+    config: GovernConfig,
+    found: tuple[dict[int, int], dict[int, int], dict[Edge, str]],
+) -> dict[int, tuple[int, int, int]]:
+    """component -> edges and clicks inside it, and all clicks of its queries, hot documents that are dropped left out.
+
+    An edge on a hot document that another rule dropped counts as the document's others do.
+    """
+    chosen, component, dropped = found
+    clicks = Counter[Edge]()
+    for query, document, clicked, _ in set(rows):
+        clicks[query, document] += clicked
+    hot = hot_documents(
+        {
+            (q, d): wilson(n, sum(r[3] for r in set(rows) if r[:2] == (q, d)), config.confidence)
+            for (q, d), n in clicks.items()
+            if n and dropped.get((q, d)) != "bot"
+        },
+        config,
+    )
+    counts: dict[int, tuple[int, int, int]] = {}
+    for edge, n in clicks.items():
+        query, document = edge
+        candidate = dropped.get(edge, "kept") in ("kept", "share", "common", "overlap", "split", "vote")
+        if not n or query not in chosen or (document in hot and not candidate):
+            continue
+        part = chosen[query]
+        edges, inside, asked = counts.get(part, (0, 0, 0))
+        same = component.get(document, document) == part
+        counts[part] = (edges + (edge not in dropped), inside + n * same, asked + n)
+    return counts
+
+
 def classes(
     chosen: Mapping[int, int],
     component: Mapping[int, int],
-    dropped: Mapping[Edge, str],
-    rows: Any,
     config: GovernConfig,
 ) -> dict[int, tuple[list[int], list[int]]]:
     """component -> its documents and queries, of the components that are classes."""

@@ -122,11 +122,11 @@ def _unfit(config: GovernConfig) -> tuple[Any, Any]:
 
 def _hold_out(keys: ibis.Table, config: GovernConfig, file: Path) -> Path:
     """Writes the components whose class is held out: a function of its key, so that it stays so while it persists."""
-    table, bound = keys.order_by("component").to_pyarrow(), config.hold_out_classes * 2.0**64
-    chosen = []
+    held, bound = pa.array([], pa.int64()), config.hold_out_classes * 2.0**64
     if bound:
+        table = keys.order_by("component").to_pyarrow()
         chosen = [xxhash.xxh3_64_intdigest(key.as_py().encode()) < bound for key in table["class_key"]]
-    held = table["component"].filter(pa.array(chosen, pa.bool_())) if bound else pa.array([], pa.int64())
+        held = table["component"].filter(pa.array(chosen, pa.bool_()))
     pq.write_table(pa.table({"component": held}), file)
     return file
 
@@ -188,20 +188,16 @@ def _by(table: ibis.Table, column: str) -> dict[str, int]:
 
 
 def _export(local: Engine, table: ibis.Table, file: Path, order: list[str]) -> None:
-    """Writes `table` in that order, in row groups of one size: the same rows give the same bytes."""
-    local.keep(file.stem + "-ordered", table.order_by(order))
-    parts = local.parts(file.stem + "-ordered")
-    with pq.ParquetWriter(file, pq.read_schema(parts[0]).remove_metadata()) as writer:
-        pending: list[pa.RecordBatch] = []
-        rows = 0
-        for batch in local.batches(file.stem + "-ordered", None, GROUP):
-            pending.append(batch)
-            rows += len(batch)
-            if rows >= GROUP:
-                whole = pa.Table.from_batches(pending)
-                for start in range(0, rows - GROUP + 1, GROUP):
-                    writer.write_table(whole.slice(start, GROUP), GROUP)
-                rest = whole.slice(rows - rows % GROUP)
-                pending, rows = rest.to_batches(), len(rest)
-        if rows:
-            writer.write_table(pa.Table.from_batches(pending), GROUP)
+    """Writes `table` in that order, in row groups of one size: the same rows give the same bytes on every engine."""
+    name = file.stem + "-ordered"
+    local.keep(name, table.order_by(order))
+    schema = pa.schema([pa.field(field.name, field.type) for field in pq.read_schema(local.parts(name)[0])])
+    with pq.ParquetWriter(file, schema) as writer:
+        pending = schema.empty_table()
+        for batch in local.batches(name, None, GROUP):
+            pending = pa.concat_tables([pending, pa.Table.from_batches([batch]).cast(schema)])
+            while len(pending) >= GROUP:
+                writer.write_table(pending.slice(0, GROUP), GROUP)
+                pending = pending.slice(GROUP)
+        if len(pending):
+            writer.write_table(pending, GROUP)

@@ -21,6 +21,8 @@ from tqdm import tqdm
 
 from harness.core.errors import UserError
 
+STEPS = 38  # of classes from clicks that need no split
+
 
 class Engine:
     """DuckDB in this process.
@@ -35,7 +37,7 @@ class Engine:
 
     def __init__(self, spill: Path, memory: str = "") -> None:
         self.spill = spill
-        self._steps = tqdm(desc="govern", unit=" steps", leave=False, delay=5)
+        self._steps = tqdm(desc="govern", unit=" steps", total=STEPS, leave=False, delay=5)
         self._backend = self._connect(memory)
 
     def _connect(self, memory: str) -> Any:
@@ -49,6 +51,7 @@ class Engine:
     def keep(self, name: str, table: ibis.Table) -> ibis.Table:
         """Runs `table` into the spill folder, and reads the result back."""
         self._steps.set_postfix_str(name, refresh=False)
+        self._steps.total = max(STEPS, self._steps.n + 1)  # a split takes more
         self.write(table, self.spill / f"{name}.parquet")
         self._steps.update()
         return self.read(self.parts(name))

@@ -102,7 +102,7 @@ def alike(passing: ibis.Table, config: GovernConfig) -> ibis.Table:
     """The edges with the first rule of similarity and hot that drops them: pictures that are alike clear a hot one."""
     unlike = _.similarity < ppm(config.min_similarity)
     rule = ibis.cases((unlike, SIMILARITY), (_.hot & _.similarity.isnull(), HOT), else_=0)
-    return passing.mutate(rule=rule.cast("int64")).drop("hot")
+    return passing.mutate(rule=rule.cast("int64"))
 
 
 def candidates(passing: ibis.Table, config: GovernConfig) -> ibis.Table:
@@ -201,12 +201,14 @@ def dropped(judged: ibis.Table, passing: ibis.Table, outside: ibis.Table) -> ibi
 def facts(judged: ibis.Table, placed: ibis.Table, votes: ibis.Table, labels: ibis.Table) -> ibis.Table:
     """component, edges, clicks, asked, similarity of each component that queries chose.
 
-    edges and clicks lie inside it; asked are all clicks of its queries but those of bots and on hot documents;
-    similarity is the mean cosine of its edges.
+    edges and clicks lie inside it; asked are all clicks of its queries but those on hot documents that no cosine has
+    cleared; similarity is the mean cosine of its edges.
     """
     chosen = votes.filter(_.valid).select("query", "chosen")
     labels = labels.select(labelled=_.document, component=_.component)
-    counted = judged.filter(~_.hot, _.rule != BOT).inner_join(chosen, "query")
+    names = ("query", "document", "clicks")
+    counted = judged.filter(~_.hot, _.rule != BOT).select(*names).union(placed.filter(_.hot).select(*names))
+    counted = counted.inner_join(chosen, "query")
     counted = counted.left_join(labels, [("document", "labelled")])
     inside = ibis.coalesce(_.component, _.document) == _.chosen
     clicks = counted.group_by(component=_.chosen).agg(clicks=total(_.clicks, inside), asked=total(_.clicks))
