@@ -95,8 +95,8 @@ def judged(edges: ibis.Table, hot: ibis.Table, config: GovernConfig) -> ibis.Tab
 
     An edge is hot where its document is and its query clicks another document too.
     """
-    documents = _.document.count().over(ibis.window(group_by="query"))
-    found = edges.mutate(documents=documents).left_join(hot.select(hot_document=_.document), [("document", "hot_document")])
+    counted = edges.mutate(documents=_.document.count().over(ibis.window(group_by="query")))
+    found = counted.left_join(hot.select(hot_document=_.document), [("document", "hot_document")])
     rule = ibis.cases((_.bot, BOT), (_.support < ppm(config.min_support), SUPPORT), else_=0)
     names = ("query", "document", "clicks", "impressions", "support")
     return found.select(*names, hot=_.hot_document.notnull() & (_.documents > 1), rule=rule.cast("int64"))
