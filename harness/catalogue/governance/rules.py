@@ -91,11 +91,15 @@ def hot(edges: ibis.Table, config: GovernConfig) -> ibis.Table:
 
 
 def judged(edges: ibis.Table, hot: ibis.Table, config: GovernConfig) -> ibis.Table:
-    """The edges, whether their document is hot, and the first rule of bot and support that drops them."""
-    found = edges.left_join(hot.select(hot_document=_.document), [("document", "hot_document")])
+    """The edges, whether they are hot, and the first rule of bot and support that drops them.
+
+    An edge is hot where its document is and its query clicks another document too.
+    """
+    counted = edges.mutate(documents=_.document.count().over(ibis.window(group_by="query")))
+    found = counted.left_join(hot.select(hot_document=_.document), [("document", "hot_document")])
     rule = ibis.cases((_.bot, BOT), (_.support < ppm(config.min_support), SUPPORT), else_=0)
     names = ("query", "document", "clicks", "impressions", "support")
-    return found.select(*names, hot=_.hot_document.notnull(), rule=rule.cast("int64"))
+    return found.select(*names, hot=_.hot_document.notnull() & (_.documents > 1), rule=rule.cast("int64"))
 
 
 def alike(passing: ibis.Table, config: GovernConfig) -> ibis.Table:
