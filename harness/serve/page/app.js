@@ -189,11 +189,10 @@ async function explain(product) {
   Object.assign(canvas, { width: Math.ceil(scale * width), height: Math.ceil(scale * height) });
   const pen = canvas.getContext("2d"), least = Math.min(...similarity), most = Math.max(...similarity);
   pen.drawImage($("photo"), x, y, width, height, 0, 0, canvas.width, canvas.height);
-  similarity.forEach((value, n) => {
-    pen.fillStyle = `rgb(0 0 0 / ${Math.round((75 * (most - value)) / (most - least || 1))}%)`;
-    const [left, top] = [n % columns, Math.floor(n / columns)].map((place, axis) => Math.round((place * [canvas.width, canvas.height][axis]) / columns));
-    pen.fillRect(left, top, Math.ceil(canvas.width / columns), Math.ceil(canvas.height / columns));
-  });
+  const shade = new OffscreenCanvas(columns, columns), pixels = new ImageData(columns, columns);
+  similarity.forEach((value, n) => { pixels.data[4 * n + 3] = (190 * (most - value)) / (most - least || 1); }); // opacity of black
+  shade.getContext("2d").putImageData(pixels, 0, 0);
+  pen.drawImage(shade, 0, 0, canvas.width, canvas.height);
   const best = similarity.indexOf(most);
   canvas.setAttribute("aria-label", `Most like it: row ${Math.floor(best / columns) + 1}, column ${(best % columns) + 1} of ${columns}`);
   $("why").hidden = false;
