@@ -61,7 +61,7 @@ class ServeConfig:
     hosts: tuple[str, ...] = ()
     batch: PositiveInt = 32
     queue: PositiveInt = 256
-    connections: PositiveInt = 1024
+    connections: PositiveInt = 512
     max_bytes: PositiveInt = 8 << 20
     max_pixels: PositiveInt = 25_000_000
     seconds: PositiveFloat = 30.0
