@@ -91,7 +91,7 @@ def _train_and_export(run: Path, catalogue: Path, out: Path, overrides: dict[str
 @contextmanager
 def running(artefact: Path, **options: Any) -> Iterator[Running]:
     """`shelfmark serve ARTEFACT` in a thread of this process."""
-    prepared = prepare(ServeConfig(artefact=artefact, port=0, **options))
+    prepared = prepare(ServeConfig(**{"artefact": artefact, "port": 0, "threads": 1, **options}))
     started, found = threading.Event(), []
 
     async def serve() -> None:

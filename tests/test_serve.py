@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from harness.artefact.artefact import Artefact, Photo
@@ -123,6 +122,23 @@ def test_answers_are_those_of_the_artefact(service: Running, artefact: Path, pho
     wanted_picture.save(file, "JPEG", quality=85)
     assert picture.content == file.getvalue() and "immutable" in picture.headers["cache-control"]
     assert (facts["takes"], facts["documents"], facts["artefact"]) == ("image", len(opened.documents), whole)
+
+
+def test_parts_of_a_photo_that_are_like_a_document(service: Running, artefact: Path, photos: list[bytes]) -> None:
+    """Each of 16 cells has the mean similarity of the windows that cover it, by the definition."""
+    opened, box = Artefact(artefact), (3, 2, 40, 32)
+    x, y, width, height = box
+    similarity: list[list[float]] = [[] for _ in range(16)]
+    for down, along in np.ndindex(3, 3):
+        window = (x + width * along // 4, y + height * down // 4, width // 2, height // 2)
+        (vector,) = opened.embed([Photo.read(photos[1], window)])
+        for row, column in ((down, along), (down, along + 1), (down + 1, along), (down + 1, along + 1)):
+            similarity[4 * row + column].append(float(vector @ opened.vector(2)[0]))
+    answer = service.ask("POST", "/explain?row=2&box=3,2,40,32", photos[1], "image/png")
+    assert answer.content["columns"] == 4
+    assert np.allclose(answer.content["similarity"], [np.mean(cell) for cell in similarity], rtol=0, atol=1e-5)
+    assert service.ask("POST", "/explain?row=99", photos[1], "image/png").status == 404
+    assert service.ask("POST", "/explain", photos[1], "image/png").content["error"].startswith("row: ")
 
 
 def test_pages_and_probes(service: Running) -> None:
@@ -414,7 +430,6 @@ def test_mistakes_of_the_command(artefact: Path, tmp_path: Path) -> None:
     assert "No such file" in message(api_key_file=tmp_path / "none")
     assert "fewer than 16" in message(api_key_file=short)
     assert serve.allowed_hosts("127.0.0.1", ()) and serve.allowed_hosts("0.0.0.0", ()) == []
-    assert torch.get_num_threads() >= 1
 
 
 @pytest.mark.full

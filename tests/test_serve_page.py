@@ -150,6 +150,8 @@ def test_a_photo_a_part_of_it_and_filters(chromium: Any, service: Running, artef
         title = page.locator(".card b").first.inner_text()
         assert page.inner_text("#detail-title") == title and page.locator("#detail").is_visible()
         assert page.evaluate("document.querySelector('#detail-photo').naturalWidth") > 0
+        page.locator("#why").wait_for()
+        assert page.locator("#why-photo").get_attribute("aria-label").startswith("Most like it: row ")
         page.keyboard.press("Escape")
         assert not page.locator("#detail").is_visible()
         assert page.evaluate("document.activeElement.className") == "card"

@@ -25,7 +25,7 @@ from models.ranges import PositiveFloat, PositiveInt
 if TYPE_CHECKING:
     from uvicorn import Server
 
-    from harness.serve.app import Service
+    from harness.serve.service import Service
 
 EXAMPLE = "shelfmark serve artefacts/grocery --port 8080"
 SHORTEST_KEY = 16
@@ -61,7 +61,7 @@ class ServeConfig:
     hosts: tuple[str, ...] = ()
     batch: PositiveInt = 32
     queue: PositiveInt = 256
-    connections: PositiveInt = 1024
+    connections: PositiveInt = 512
     max_bytes: PositiveInt = 8 << 20
     max_pixels: PositiveInt = 25_000_000
     seconds: PositiveFloat = 30.0
@@ -112,9 +112,10 @@ def prepare(config: ServeConfig) -> Prepared:
     try:
         from uvicorn import Config, Server
 
-        from harness.serve.app import Service, make_app
+        from harness.serve.app import make_app
         from harness.serve.limits import Limits, guarded_protocol
         from harness.serve.opened import Opened
+        from harness.serve.service import Service
         from harness.serve.swap import Shelf
     except ImportError as error:
         raise UserError(f"the service does not import ({error})", "Install shelfmark[serve]") from error

@@ -36,6 +36,14 @@ class Embedding(BaseModel):
     embedding: list[float] = Field(description="Unit vector.")
 
 
+class Explanation(BaseModel):
+    """Answer of /explain."""
+
+    artefact: str = Field(description="First 12 digits of the SHA-256 of the artefact's manifest.")
+    columns: int = Field(description="The photo, or its part, in as many columns as rows of equal cells.")
+    similarity: list[float] = Field(description="Of each cell, row by row: mean cosine of the windows that cover it.")
+
+
 class About(BaseModel):
     """Answer of /artefact."""
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
-import time
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -21,117 +18,20 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import ClientDisconnect
 
-from harness.artefact.artefact import Photo
-from harness.core.errors import UserError
 from harness.core.files import printable
 from harness.serve import answers
-from harness.serve.answers import About, Documents, Embedding
+from harness.serve.answers import About, Documents, Embedding, Explanation
 from harness.serve.api_page import api_page
-from harness.serve.batching import Batcher, Busy
 from harness.serve.front import Front
-from harness.serve.limits import Limits
-from harness.serve.metrics import Metrics
-from harness.serve.opened import Answer, Query, Where
-from harness.serve.requests import BODY, PartOfPhoto, SearchParameters, boxed, filtered, photo_bytes, query_text
-from harness.serve.swap import Shelf
+from harness.serve.requests import BODY, ExplainParameters, PartOfPhoto, SearchParameters
+from harness.serve.service import Service, require_row
 
 PAGE = Path(__file__).parent / "page"
-BATCH_WAIT = 0.002  # seconds
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _PICTURE: dict[int | str, dict[str, Any]] = {200: {"content": {"image/jpeg": {}}}}
-
-
-class Service:
-    """An artefact behind a queue.
-
-    Args:
-        shelf: the artefact in use.
-        limits: of requests.
-        batch: queries embedded together at most.
-        threads: photos that are checked at once.
-    """
-
-    def __init__(self, shelf: Shelf, limits: Limits, batch: int, threads: int) -> None:
-        self.shelf, self.limits = shelf, limits
-        self.batcher = Batcher(self._work, batch, BATCH_WAIT, limits.queue)
-        self.metrics = Metrics(shelf, lambda: self.batcher.taken)
-        self._decoders = ThreadPoolExecutor(threads, "decoder")
-
-    def _work(self, queries: list[Query]) -> list[Answer | Exception]:
-        started = time.perf_counter()
-        answered = self.shelf.current.answer(queries)
-        self.metrics.batch(len(queries), time.perf_counter() - started)
-        return answered
-
-    async def answer(self, request: Request, parameters: PartOfPhoto) -> Answer:
-        """The answer to a request's photo or text.
-
-        Raises:
-            HTTPException: 4xx for a request that cannot be answered, 503 where the service is too busy.
-            ClientDisconnect: the client left; nothing was computed for it that had not begun.
-        """
-        try:
-            with self.batcher.place():
-                return await self._answer(request, parameters)
-        except Busy:
-            raise HTTPException(503, "too many requests at once: try again later", {"retry-after": "1"}) from None
-        except UserError as error:
-            raise HTTPException(422, printable(str(error), 500)) from None
-
-    async def _answer(self, request: Request, parameters: PartOfPhoto) -> Answer:
-        opened, box = self.shelf.current, boxed(parameters.box)
-        k: int = 0
-        where: Where = ()
-        if isinstance(parameters, SearchParameters):
-            k, where = parameters.k, filtered(parameters.filter, opened.columns)
-        if opened.takes == "text":
-            if box:
-                raise HTTPException(422, "box is a part of a photo, and this artefact answers texts")
-            ask = self.batcher.ask(Query(text=await query_text(request), k=k, where=where))
-        else:
-            ask = self._photo(await photo_bytes(request, self.limits), box, k, where)
-        task, gone = asyncio.ensure_future(ask), asyncio.ensure_future(request.receive())
-        try:
-            # After the body, the only thing left to receive is the end of the connection.
-            await asyncio.wait((task, gone), timeout=self.limits.seconds, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                return task.result()
-            if gone.done():
-                raise ClientDisconnect
-            late = f"not answered within {self.limits.seconds:g} seconds: try again later"
-            raise HTTPException(503, late, {"retry-after": "5"})
-        finally:
-            task.cancel()
-            gone.cancel()
-
-    async def _photo(self, data: bytes, box: tuple[int, ...], k: int, where: Where) -> Answer:
-        loop = asyncio.get_running_loop()
-        photo = await loop.run_in_executor(self._decoders, Photo.read, data, box, self.limits.max_pixels)
-        return await self.batcher.ask(Query(photo=photo, k=k, where=where))
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """Works through the queue and watches the artefact's path."""
-        tasks = [asyncio.create_task(self.batcher.run()), asyncio.create_task(self.watch())]
-        try:
-            yield
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            self.batcher.thread.shutdown()
-            self._decoders.shutdown()
-
-    async def watch(self) -> None:
-        """See `Shelf.watch`."""
-        await self.shelf.watch(self.batcher.thread)
-
-    async def reload(self) -> bool:
-        """See `Shelf.reload`."""
-        return await self.shelf.reload(self.batcher.thread)
 
 
 def make_app(service: Service, keys: Sequence[str] = (), hosts: Sequence[str] = ()) -> FastAPI:
@@ -164,6 +64,11 @@ def make_app(service: Service, keys: Sequence[str] = (), hosts: Sequence[str] = 
         answer = await service.answer(request, parameters)
         return Embedding(artefact=answer.opened.id, embedding=answer.vector.tolist())
 
+    @app.post("/explain", openapi_extra=BODY)
+    async def explain(request: Request, parameters: Annotated[ExplainParameters, InQuery()]) -> Explanation:
+        """Tells the parts of a photo that are like a document: the photo is embedded window by window."""
+        return await service.explain(request, parameters)
+
     @app.get("/artefact")
     async def artefact() -> About:
         """Describes the artefact in use, and its filters."""
@@ -173,10 +78,7 @@ def make_app(service: Service, keys: Sequence[str] = (), hosts: Sequence[str] = 
     def thumbnail(row: Annotated[int, InPath(ge=0)], artefact: str = "") -> Response:
         """A small picture of a document."""
         opened = service.shelf.current
-        if artefact not in ("", opened.id):
-            raise HTTPException(410, "the artefact was replaced: search again")
-        if row >= len(opened.artefact.documents):
-            raise HTTPException(404, f"there are {len(opened.artefact.documents):,} documents")
+        require_row(opened, row, artefact)
         file = io.BytesIO()
         opened.artefact.thumbnail(row).save(file, "JPEG", quality=85)
         age = "private, max-age=86400, immutable" if artefact else "no-store"

@@ -29,11 +29,11 @@ class Limits:
         seconds: in which a request has to arrive, and then in which it has to be answered.
     """
 
-    max_bytes: int = 8 << 20
-    max_pixels: int = 25_000_000
-    queue: int = 256
-    connections: int = 1024
-    seconds: float = 30.0
+    max_bytes: int
+    max_pixels: int
+    queue: int
+    connections: int
+    seconds: float
 
 
 async def body_parts(request: Request, most: int) -> AsyncGenerator[bytes, None]:

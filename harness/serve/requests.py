@@ -67,6 +67,13 @@ class SearchParameters(PartOfPhoto):
     )
 
 
+class ExplainParameters(PartOfPhoto):
+    """Query string of /explain."""
+
+    row: int = Field(ge=0, description="Row of the document, as /search gives it.")
+    artefact: str = Field("", max_length=64, description="The artefact that gave the row; refused if it was replaced.")
+
+
 def boxed(text: str) -> tuple[int, ...]:
     """x,y,width,height; empty without a box.
 

@@ -12,6 +12,7 @@ const state = {
   box: null, // {x, y, width, height} in pixels of the photo
   filters: new Map(), // attribute -> Set of values
   k: STEP,
+  shown: null, // product in the dialog
   running: null, // AbortController of the search under way
 };
 
@@ -81,7 +82,7 @@ async function search() {
   if (state.box) url.set("box", [state.box.x, state.box.y, state.box.width, state.box.height].join(","));
   for (const [name, values] of state.filters) for (const value of values) url.append("filter", `${name}=${value}`);
   const options = state.about.takes === "image"
-    ? { body: state.file, headers: { "Content-Type": state.file.type.startsWith("image/") ? state.file.type : "image/jpeg" } }
+    ? photoBody()
     : { body: JSON.stringify({ text }), headers: { "Content-Type": "application/json" } };
   busy(true);
   try {
@@ -94,6 +95,8 @@ async function search() {
   }
   if (state.running === running) busy(false);
 }
+
+const photoBody = () => ({ body: state.file, headers: { "Content-Type": state.file.type.startsWith("image/") ? state.file.type : "image/jpeg" } });
 
 function busy(yes) {
   $("results").setAttribute("aria-busy", yes);
@@ -163,13 +166,36 @@ function card(product, place) {
 }
 
 function showDetail(product) {
+  state.shown = product;
   $("detail-photo").removeAttribute("src");
   show($("detail-photo"), product.thumbnail);
   $("detail-title").textContent = product.title || product.id;
   $("detail-text").textContent = product.description;
   const facts = { similarity: product.score.toFixed(4), ...product.attributes, id: product.id };
   $("detail-facts").replaceChildren(...Object.entries(facts).flatMap(([name, value]) => [element("dt", "", label(name)), element("dd", "", value)]));
+  $("why").hidden = true;
   $("detail").showModal();
+  if (state.file && $("photo").naturalWidth) explain(product).catch(() => {}); // an extra: without it nothing is missing
+}
+
+// Cells of the photo, or of its part, that are less like the product than others are darkened.
+async function explain(product) {
+  const box = state.box ?? { x: 0, y: 0, ...size() }, { x, y, width, height } = box;
+  const url = new URLSearchParams({ row: product.row, artefact: new URLSearchParams(product.thumbnail.split("?")[1]).get("artefact") });
+  if (state.box) url.set("box", [x, y, width, height].join(","));
+  const { columns, similarity } = await (await ask(`explain?${url}`, { method: "POST", ...photoBody() })).json();
+  if (state.shown !== product) return;
+  const canvas = $("why-photo"), scale = Math.min(1, 400 / Math.max(width, height));
+  Object.assign(canvas, { width: Math.ceil(scale * width), height: Math.ceil(scale * height) });
+  const pen = canvas.getContext("2d"), least = Math.min(...similarity), most = Math.max(...similarity);
+  pen.drawImage($("photo"), x, y, width, height, 0, 0, canvas.width, canvas.height);
+  const shade = new OffscreenCanvas(columns, columns), pixels = new ImageData(columns, columns);
+  similarity.forEach((value, n) => { pixels.data[4 * n + 3] = (190 * (most - value)) / (most - least || 1); }); // opacity of black
+  shade.getContext("2d").putImageData(pixels, 0, 0);
+  pen.drawImage(shade, 0, 0, canvas.width, canvas.height);
+  const best = similarity.indexOf(most);
+  canvas.setAttribute("aria-label", `Most like it: row ${Math.floor(best / columns) + 1}, column ${(best % columns) + 1} of ${columns}`);
+  $("why").hidden = false;
 }
 $("detail").addEventListener("click", (event) => event.target === $("detail") && $("detail").close());
 
