@@ -1,7 +1,8 @@
 """`make demo`: every stage on a synthetic catalogue, on this machine, by the commands that a user would type.
 
-Draws products and photos of them, makes a catalogue, trains OCLEAR from scratch, measures it on held-out photos,
-exports it, and searches for eight of those photos. Writes everything to runs/demo, the figures to summary.json.
+Draws products, photos of them and a click log, makes a catalogue, makes classes of the clicks, trains OCLEAR from
+scratch, measures it on held-out photos, exports it, and searches for eight of those photos. Writes everything to
+runs/demo, the figures to summary.json.
 """
 
 from __future__ import annotations
@@ -17,16 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
 from harness.artefact.artefact import Artefact
+from harness.catalogue.catalogue import Catalogue
 from harness.commands.search import save_sheet
 from harness.core.cli import Parser, run_command
 from harness.core.errors import UserError
 from harness.core.files import write_json
 from harness.core.lock import locked
 from harness.evaluate.baselines import HISTOGRAM
+from harness.evaluate.pairwise import pairwise
 
 LAUNCHER = os.path.relpath(Path(__file__).parent / "torchrun.py")
 RECIPE = os.path.relpath(Path(__file__).parent / "recipes" / "oclear_demo.yaml")
@@ -115,7 +120,7 @@ def _stages(config: DemoConfig, out: Path) -> None:
         *("shelfmark", "ingest", "--manifest", products / "manifest.tsv", "--images", products, "--out", catalogue),
         *("--attribute-columns", "category,colour,pattern,brand"),
     )
-    stages.run("govern", "shelfmark", "govern", catalogue)
+    stages.run("govern", "shelfmark", "govern", catalogue, "--clicks", products / "clicks.parquet")
     stages.run("tokenizer", "shelfmark", "tokenizer", catalogue, "--vocab-size", config.vocab_size)
     stages.run(
         "train",
@@ -157,6 +162,21 @@ def draw_sheet(out: Path, classes: list[str]) -> None:
     save_sheet(rows, out / "contact_sheet.png")
 
 
+def class_quality(catalogue: Path) -> dict[str, Any]:
+    """Pairwise precision and recall of the classes made of clicks, beside the class column, which they did not read.
+
+    All training samples count; one without a class is a class of its own.
+    """
+    table = Catalogue(catalogue).table(["class_key"], split="train")
+    truth = np.unique(table["class_key"].to_numpy(), return_inverse=True)[1]
+    members = pq.read_table(catalogue / "classes" / "members.parquet", columns=["sample_id", "class_id"])
+    found = np.full(len(truth), -1)
+    found[np.searchsorted(table["sample_id"], members["sample_id"])] = members["class_id"]
+    precision, recall = pairwise(found, truth)
+    classes = json.loads((catalogue / "classes" / "governance.json").read_text())["num_classes"]
+    return {"classes": classes, "class_precision": precision, "class_recall": recall}
+
+
 def summarise(out: Path, seconds: dict[str, float], total: float) -> dict[str, Any]:
     """The content of summary.json."""
     evaluation = json.loads((out / "eval.json").read_text())
@@ -170,6 +190,7 @@ def summarise(out: Path, seconds: dict[str, float], total: float) -> dict[str, A
         "documents": int(evaluation["documents"]),
         "queries": int(evaluation["queries"]),
         "queries_unseen": int(by_class["never trained"]["queries"]),
+        **class_quality(out / "catalogue"),
         "images_per_second": json.loads((out / "train.json").read_text())["images_per_second"],
         "seconds": {**seconds, "all": round(total, 1)},
     }
@@ -186,16 +207,22 @@ def print_summary(summary: dict[str, Any], out: Path) -> None:
         f"{'Recall@1, products never trained on':<44}{summary['recall_at_1_unseen']:>8.3f}   "
         f"{summary['queries_unseen']} photos",
         f"{'Recall@1 by colour histogram, to compare':<44}{summary['recall_at_1_histogram']:>8.3f}",
+        f"{'Classes from clicks: pairwise precision':<44}{summary['class_precision']:>8.3f}   "
+        f"{summary['classes']} classes, beside the class column that they did not read",
+        f"{'Classes from clicks: pairwise recall':<44}{summary['class_recall']:>8.3f}",
         f"{'images per second in training':<44}{summary['images_per_second']:>8.1f}",
         "",
         "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()),
         "",
         "Look next:",
+        f"  {out}/catalogue/classes/report.html   the classes: sizes, dropped clicks, sample photos",
         f"  {out}/contact_sheet.png            eight photos and what was found, correct ones framed green",
         f"  .venv/bin/tensorboard --logdir {out}/run     curves, retrieval panel, documents in space",
         f"  .venv/bin/shelfmark search {out}/artefact PHOTO --sheet found.png",
         f"  {out}/summary.json                 these figures",
         "  docs/your-data.md                  the same commands for your own photos",
+        "",
+        f"Search with your own photos in a browser: .venv/bin/shelfmark serve {out}/artefact",
     ]
     print("\n".join(lines))
 

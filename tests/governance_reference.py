@@ -63,7 +63,7 @@ def rules(
             dropped[edge] = "support"
         elif cosine is not None and cosine < millionths(config.min_similarity):
             dropped[edge] = "similarity"
-        elif edge[1] in hot and cosine is None:
+        elif edge[1] in hot and cosine is None and asked[edge[0]] > 1:
             dropped[edge] = "hot"
         else:
             low = millionths(config.min_similarity)
@@ -165,11 +165,12 @@ def facts(
     for query, document, clicked, _ in set(rows):
         clicks[query, document] += clicked
     hot = hot_documents({e: n for e, n in supports(rows, config).items() if dropped.get(e) != "bot"}, config)
+    beside = Counter(query for (query, _), n in clicks.items() if n)
     counts: dict[int, tuple[int, int, int]] = {}
     for edge, n in clicks.items():
         query, document = edge
         candidate = dropped.get(edge, "kept") in ("kept", "share", "common", "overlap", "split", "vote")
-        if not n or query not in chosen or (document in hot and not candidate):
+        if not n or query not in chosen or (document in hot and beside[query] > 1 and not candidate):
             continue
         part = chosen[query]
         edges, inside, asked = counts.get(part, (0, 0, 0))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 from PIL import Image
 
 from harness.catalogue.catalogue import Catalogue
@@ -42,6 +43,11 @@ def test_demo_runs_to_its_table(tmp_path: Path) -> None:
     sheet = Image.open(out / "contact_sheet.png")
     assert sheet.width == 6 * 152 and sheet.height == demo.PHOTOS * 180
     assert "Recall@1 of held-out photos" in done.stdout and "Look next" in done.stdout
+    # The classes come from the clicks.
+    classes = pq.read_table(out / "catalogue" / "classes" / "classes.parquet")
+    assert summary["classes"] == len(classes) and "catalogue_keys" in classes.column_names
+    assert 0.5 < summary["class_precision"] <= 1 and 0.5 < summary["class_recall"] <= 1
+    assert (out / "catalogue" / "classes" / "report.html").exists() and "classes/report.html" in done.stdout
 
     # The photos searched for were held out of training, and a stage that fails stops the demo and is named.
     searched = {Path(row["query"]).name for row in json.loads((out / "search.json").read_text())["queries"]}

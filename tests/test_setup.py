@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # What `make` installs. The extras cu12, faiss-gpu and spark are for machines that have what they need.
-INSTALLED = [Requirement(line) for line in [*PROJECT["dependencies"], *EXTRAS["dev"], *EXTRAS["serve"]]]
+GROUPS = [PROJECT["dependencies"], *(EXTRAS[name] for name in ("dev", "serve", "onnx", "publish"))]
+INSTALLED = [Requirement(line) for lines in GROUPS for line in lines]
 
 
 def pins():

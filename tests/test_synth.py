@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from harness.catalogue.synth.clicks import LogShape, draw_log, make_truth
 from harness.catalogue.synth.products import KINDS, make_products
 from harness.catalogue.synth.shapes import cutout
 from harness.commands import ingest
@@ -121,15 +122,37 @@ def test_click_log_is_skewed_and_partly_wrong(demo: Path) -> None:
     class_of = {row["id"]: row["class_id"] for row in manifest(demo)}
     log = pq.read_table(demo / "clicks.parquet").to_pydict()
     queries, documents = ([class_of[item] for item in log[side]] for side in ("query", "document"))
-    position, impressions, clicks = (np.array(log[name]) for name in ("position", "impressions", "clicks"))
+    clicks, impressions = (np.array(log[name]) for name in ("clicks", "impressions"))
     right = np.array(queries) == np.array(documents)
-    assert 0.10 <= clicks[~right].sum() / clicks.sum() <= 0.15
+    assert {row["id"] for row in manifest(demo) if (row["kind"], row["split"]) == ("query", "train")} == {
+        query for query, good, count in zip(log["query"], right, clicks, strict=True) if good and count
+    }
     assert (clicks <= impressions).all() and (impressions > 0).all()
-    assert (clicks[~right] == 0).mean() > 0.5
-    by_position = np.bincount(position, impressions)
-    assert by_position[1] > 2 * by_position[position.max()]
-    by_product = [impressions[np.array(queries) == product].sum() for product in set(queries)]
-    assert max(by_product) > 3 * min(by_product)
+    assert 0 < clicks[~right].sum() < clicks[right].sum()
+
+
+def test_the_log_has_the_numbers_that_it_was_asked_for() -> None:
+    truth = make_truth(400, 8.0, 2.0, 20, seed=1)
+    of_query, of_document = truth.query_class, truth.document_class
+    assert set(of_query) == set(of_document) == set(range(400)) and (np.diff(of_document) >= 0).all()
+    for noise in (0.0, 0.3):
+        log = draw_log(truth, LogShape(noise=noise, hot_rate=0.0, seed=2))
+        pairs, first, copies = np.unique(
+            np.stack([log.query, log.document, log.clicks, log.impressions, log.time]),
+            axis=1, return_index=True, return_counts=True,
+        )  # fmt: skip
+        assert len(np.unique(pairs[:2], axis=1).T) == pairs.shape[1], "copies are equal in all columns"
+        assert (copies <= 2).all() and abs((copies == 2).mean() - 0.05) < 0.01
+        clicks, right = log.clicks[first], log.right[first]
+        assert (right == (of_query[log.query[first]] == of_document[log.document[first]])).all()
+        assert abs(clicks[~right].sum() / clicks.sum() - noise) < 0.02
+        assert (log.clicks <= log.impressions).all() and (log.impressions > 0).all()
+        assert set(log.query[log.right & (log.clicks > 0)]) == set(range(len(of_query)))
+        clicked = right & (clicks > 0)
+        assert (clicks[clicked] <= 2).mean() > 0.5 and clicks.max() > 100
+    hot = draw_log(truth, LogShape(noise=0.0, seed=2))
+    wrong = hot.document[~hot.right & (hot.clicks > 0)]
+    assert 0 < len(set(wrong)) <= round(0.05 * len(of_document)) and np.bincount(wrong).max() > 10
 
 
 def test_every_kind_has_a_shape_of_its_own() -> None:

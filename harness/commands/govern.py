@@ -52,7 +52,7 @@ def run(config: GovernConfig) -> dict[str, Any]:
         f"{summary['quarantined_samples']:,} samples without a class (classes/quarantine.parquet has them)"
     )
     if config.clicks is not None:
-        print(_told(summary))
+        print(f"{_told(summary)}\nreport: {config.catalogue}/classes/report.html")
     if summary["num_classes"] == 1:
         print("There is one class only: training has nothing to tell apart. Check ingest's --class-column")
     return summary
@@ -94,7 +94,12 @@ def _govern(catalogue: Catalogue, config: GovernConfig, stage: Path) -> dict[str
         if name in COMMON or (config.clicks is not None and name not in without)
     }
     recorded = {name: value for name, value in summary.items() if name not in without}
-    write_json(stage / "governance.json", {"format": GOVERNANCE_FORMAT, **recorded, "options": options})
+    governance = {"format": GOVERNANCE_FORMAT, **recorded, "options": options}
+    write_json(stage / "governance.json", governance)
+    if config.clicks is not None:
+        from harness.evaluate.class_page import write_report  # here: pictures need torch
+
+        write_report(catalogue, stage, governance)
     write_manifest(stage)
     return summary
 

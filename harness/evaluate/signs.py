@@ -100,10 +100,12 @@ def warnings(found: Mapping[str, float], baselines: Baselines | None, split: str
     """A line for each sign of `signs` that is there, with what can be done."""
     lines, recall = [], found["sample_recall_at_1"]
     better = {name: value for name, value in (baselines.recall if baselines else {}).items() if value > recall}
-    if better:
+    if baselines is not None and better:
         named = " and ".join(f"{name} ({value:.3f})" for name, value in better.items())
+        error = max((value * (1 - value) / baselines.photos) ** 0.5 for value in (recall, *better.values()))
         lines.append(
-            f"{split} recall@1 {recall:.3f} is below {named}: train for more steps, or start from imported weights "
+            f"{split} recall@1 {recall:.3f} is below {named}, standard error {error:.3f} by {baselines.photos:,} "
+            "photos: train for more steps, or start from imported weights "
             "(train.init_from, docs/weights.md)"
         )
     if found.get("documents_alike", 0) > MOST_ALIKE or found.get("document_cosine", 0) > HIGHEST_COSINE:

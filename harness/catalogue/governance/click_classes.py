@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ibis import _
 from harness.catalogue.catalogue import Catalogue
 from harness.catalogue.governance import clicks, rules
 from harness.catalogue.governance.click_files import write_files
+from harness.catalogue.governance.components import components
 from harness.catalogue.governance.config import GovernConfig
 from harness.catalogue.governance.engine import Engine, SparkEngine, row
 from harness.catalogue.governance.relations import related
@@ -74,6 +76,8 @@ def apply_rules(engine: Engine, catalogue: Catalogue, config: GovernConfig) -> d
     pairs = engine.keep("pairs", rules.pairs(rows))
     figures: dict[str, Any] = {"rows": _rows(by_result, pairs), "rows_backwards": clicks.rows_backwards(log)}
     edges = engine.keep("edges", rules.edges(pairs, config))
+    if not isinstance(engine, SparkEngine):  # where it would take as long as all rules
+        figures["before"] = _before(engine, edges, catalogue.num_samples)
     hot = engine.keep("hot", rules.hot(edges, config))
     judged = engine.keep("judged", rules.judged(edges, hot, config))
     passing = judged.filter(_.rule == 0).drop("rule")
@@ -102,6 +106,23 @@ def apply_rules(engine: Engine, catalogue: Catalogue, config: GovernConfig) -> d
     figures["components"]["links"] = row(strong.agg(n=_.count()))["n"]
     figures["edges"] = _edges(facts, dropped, config)
     return figures
+
+
+def _before(engine: Engine, edges: ibis.Table, num_nodes: int) -> dict[str, Any]:
+    """What all clicks connect, before the rules: components, largest, and sizes, which count components by their
+    queries and documents.
+    """
+    label = components(engine, "connected", edges.select(a="query", b="document"), num_nodes)
+    sizes = label.group_by("component").agg(n=_.count()).group_by("n").agg(times=_.count()).to_pyarrow().to_pylist()
+    found: Counter[str] = Counter()
+    for entry in sorted(sizes, key=lambda entry: entry["n"]):
+        bound = 1 << (entry["n"] - 1).bit_length()
+        found[f"{bound // 2 + 1}-{bound}" if bound > 2 else str(entry["n"])] += entry["times"]
+    return {
+        "components": found.total(),
+        "largest": max((entry["n"] for entry in sizes), default=0),
+        "sizes": dict(found),
+    }
 
 
 def _require_rows(config: GovernConfig, by_result: dict[str, int]) -> None:

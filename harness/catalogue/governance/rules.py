@@ -52,17 +52,15 @@ def support(clicks: Any, impressions: Any, deviations: float) -> Any:
 
 
 def edges(pairs: ibis.Table, config: GovernConfig) -> ibis.Table:
-    """query, document, clicks, impressions, support, bot of the clicked pairs."""
+    """query, document, clicks, impressions, support, documents (of the query), bot of the clicked pairs."""
     clicked = pairs.filter(_.clicks > 0)
-    documents = _.document.count().over(ibis.window(group_by="query"))
-    return clicked.select(
-        "query",
-        "document",
-        "clicks",
-        "impressions",
+    names = ("query", "document", "clicks", "impressions")
+    found = clicked.select(
+        *names,
         support=support(_.clicks, _.impressions, config.confidence),
-        bot=documents > config.max_documents_per_query,
+        documents=_.document.count().over(ibis.window(group_by="query")),
     )
+    return found.mutate(bot=_.documents > config.max_documents_per_query)
 
 
 def hot(edges: ibis.Table, config: GovernConfig) -> ibis.Table:
@@ -91,11 +89,14 @@ def hot(edges: ibis.Table, config: GovernConfig) -> ibis.Table:
 
 
 def judged(edges: ibis.Table, hot: ibis.Table, config: GovernConfig) -> ibis.Table:
-    """The edges, whether their document is hot, and the first rule of bot and support that drops them."""
+    """The edges, whether they are hot, and the first rule of bot and support that drops them.
+
+    An edge is hot where its document is and its query clicks another document too.
+    """
     found = edges.left_join(hot.select(hot_document=_.document), [("document", "hot_document")])
     rule = ibis.cases((_.bot, BOT), (_.support < ppm(config.min_support), SUPPORT), else_=0)
     names = ("query", "document", "clicks", "impressions", "support")
-    return found.select(*names, hot=_.hot_document.notnull(), rule=rule.cast("int64"))
+    return found.select(*names, hot=_.hot_document.notnull() & (_.documents > 1), rule=rule.cast("int64"))
 
 
 def alike(passing: ibis.Table, config: GovernConfig) -> ibis.Table:
