@@ -18,7 +18,7 @@ from harness.catalogue.governance.config import GovernConfig
 
 MILLION = 10**6
 TRUSTED = 2 * MILLION  # overlap of a relation: above any threshold
-# What drops an edge, in the order in which the rules are tried; an edge has the place of its rule, 0 for none.
+# Rules that drop an edge, in the order in which they are tried; an edge has the place of its rule, 0 for none.
 RULES = ("", "bot", "support", "similarity", "hot", "share", "common", "overlap", "split", "vote")
 BOT, SUPPORT, SIMILARITY, HOT, SHARE, COMMON, OVERLAP, SPLIT, VOTE = range(1, len(RULES))
 
