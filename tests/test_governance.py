@@ -166,7 +166,7 @@ def test_order_and_repetition_change_nothing(tmp_path):
             write_log(tmp_path / f"log{number}/part-{part}.parquet", rows[part::2])
         run(GovernConfig(catalogue=catalogue, clicks=tmp_path / f"log{number}", hold_out_classes=0.3))
         files = {path.name: path.read_bytes() for path in (catalogue / "classes").iterdir()}
-        for name in ("manifest.json", "report.json", "report.html"):  # they name the catalogue and the log
+        for name in ("manifest.json", "report.html", "report.json"):  # they name the folders
             del files[name]
         said = json.loads(files.pop("governance.json"))
         del said["options"]["clicks"]
