@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from harness.catalogue.governance.clicks import checked, open_log
 from harness.catalogue.governance.components import contracted, lowest
 from harness.catalogue.governance.config import GovernConfig
 from harness.catalogue.governance.engine import Engine
@@ -300,6 +301,24 @@ def test_numbers_of_any_type_are_taken(tmp_path, kind, values, used):
     with pytest.raises(UserError) as raised:
         run(GovernConfig(catalogue=shop(tmp_path / "cat"), clicks=log, min_support=1.0))
     assert "\n" not in str(raised.value) and f"support {used}" in str(raised.value)
+
+
+def test_times_of_any_type_are_seconds(tmp_path):
+    catalogue, engine = shop(tmp_path / "cat"), Engine(tmp_path)
+    samples = engine.read([catalogue / "samples/part-00000.parquet"])
+    whole = {"query": ["q0"] * 2, "document": ["d0"] * 2, "clicks": [1] * 2, "impressions": [2] * 2}
+    for kind, value, seconds in (
+        (pa.timestamp("ns", "Europe/Berlin"), 1_700_000_000_700_000_000, 1_700_000_000),
+        (pa.timestamp("us", "UTC"), 1_700_000_000_600_000, 1_700_000_000),
+        (pa.timestamp("ms"), 1_700_000_000_500, 1_700_000_000),
+        (pa.date32(), 19_675, 19_675 * 86_400),
+        (pa.int32(), 1_700_000_000, 1_700_000_000),
+    ):
+        pq.write_table(pa.table({**whole, "time": pa.array([value, None], kind)}), tmp_path / "log.parquet")
+        log = open_log(tmp_path / "log.parquet", tmp_path / "copy.parquet")
+        rows = checked(engine.read(log.files), samples, log, "train", None).select("time", "reason").to_pyarrow()
+        assert {(row["time"], row["reason"]) for row in rows.to_pylist()} == {(seconds, ""), (None, "")}, kind
+    engine.close()
 
 
 def refusal(tmp_path: Path, **options: Any) -> str:

@@ -116,7 +116,8 @@ def _check_type(file: Path, field: pa.Field) -> None:
     elif field.name.startswith(("query", "document")):
         right, wanted = text or number, "text or an integer"
     else:
-        right, wanted = text or number or pa.types.is_floating(kind) or pa.types.is_boolean(kind), "a number"
+        more = (pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
+        right, wanted = text or number or any(fits(kind) for fits in more), "a number"
     if not right and not pa.types.is_null(kind):
         raise UserError(f"{file}: column {field.name!r} is {field.type}, not {wanted}", "Write it again")
 
@@ -205,15 +206,18 @@ def _in_split(split: str) -> Any:
 
 
 def _seconds(column: Any, kind: Any) -> Any:
-    stamp = column if kind.is_timestamp() else column.cast("timestamp")
-    return stamp.truncate("s").epoch_seconds().cast("int64")
+    zoned = kind.is_unknown() or (kind.is_timestamp() and kind.timezone)  # Ibis knows none of nanoseconds with a zone
+    stamp = column.cast("timestamp('UTC')" if zoned else "timestamp")
+    # DuckDB's seconds are floats, which Ibis does not know.
+    return stamp.epoch_seconds().cast("float64").floor().cast("int64")
 
 
 def _whole(column: Any, kind: Any) -> Any:
     """The column as int64, null where it is not a whole number."""
     if kind.is_integer() or kind.is_boolean():
         return column.try_cast("int64")
-    if kind.is_floating():
+    if kind.is_floating() or kind.is_decimal():
+        column = column.cast("float64")
         safe = ibis.ifelse(column.between(-1e15, 1e15), column, ibis.null("float64"))  # NaN is above all numbers
         return ibis.ifelse(safe.cast("int64").cast("float64") == safe, safe.cast("int64"), ibis.null("int64"))
     text = column.cast("string").strip()
