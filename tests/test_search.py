@@ -265,6 +265,33 @@ def test_search_prints_and_draws(artefact: Path, tmp_path: Path, capsys: pytest.
     assert drawn.width == 4 * 152 and len(drawn.convert("RGB").getcolors(1 << 20) or []) > 50
 
 
+def test_a_search_can_be_limited_to_documents_with_some_values(
+    artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (64, 48), (200, 40, 40)).save(photo)
+    colours = Artefact(artefact).documents.column("colour").to_pylist()
+
+    def found(*where: str) -> list[int]:
+        made = search.run(search.SearchConfig(artefact=artefact, photos=(photo,), top=50, where=where))
+        return [hit["row"] for hit in made["queries"][0]["found"]]
+
+    everything = found()
+    assert len(everything) == len(colours) and len(set(colours)) > 1
+    one = f"colour={colours[0]}"
+    assert found(one) == [row for row in everything if colours[row] == colours[0]]
+    assert found(one, *(f"colour={colour}" for colour in colours)) == everything
+    assert found(one, "title=none has it") == []
+    assert "no document passes --where" in capsys.readouterr().out
+    for where, piece in (
+        ("color=red", "no column 'color' of texts. It has colour"),
+        ("thumbnail=x", "no column 'thumbnail' of texts"),
+        ("colour", "--where has 'colour'. Write NAME=VALUE"),
+    ):
+        with pytest.raises(UserError, match=piece):
+            found(where)
+
+
 def test_only_right_documents_are_framed_green() -> None:
     """From left: the query in a dark frame, then a right, a wrong and an unknown document."""
     white = Image.new("RGB", (16, 16), "white")
@@ -448,7 +475,7 @@ def test_an_artefact_of_another_format_is_refused(artefact: Path, tmp_path: Path
     del meta["model"]  # as it was
     (copy / "artefact.json").write_text(json.dumps(meta))
     write_manifest(copy)
-    with pytest.raises(UserError, match=r"has format 2, this version reads 3\. Export again"):
+    with pytest.raises(UserError, match=r"has format 2, this version reads 4\. Export its run again"):
         Artefact(copy)
 
 

@@ -8,19 +8,21 @@ hits = artefact.search(artefact.embed(["photo.jpg"]), 5)[0]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from PIL import Image
 from torch import Tensor
 
 from harness.artefact.documents import read_documents
-from harness.artefact.flat_index import read_index
+from harness.artefact.index_read import open_index
 from harness.artefact.query_encoder import read_model, read_query_encoder
+from harness.catalogue.catalogue import nearest_first
 from harness.catalogue.images import MOST_BYTES, MOST_PIXELS, Rejected, check_image, load_image
 from harness.catalogue.pixels import Colour
 from harness.core.errors import UserError
@@ -30,14 +32,12 @@ from harness.data.backends import open_pipeline
 from harness.data.config import BACKENDS
 from harness.data.decode_pillow import decode_rgb
 from harness.data.preprocess import WHITE, PreprocessSpec, draw_parameters
-from harness.evaluate.ranking import Embedded, top_k
 from harness.text.tokenizer import Tokenizer, TokenStore
 from harness.text.tower_check import require_fit
 from models.method import MethodConfig, query_kind
 from models.plain_values import from_plain
 
-ARTEFACT_FORMAT = 3
-_SPARE = 32  # documents fetched beyond those wanted, to be ordered exactly
+ARTEFACT_FORMAT = 4
 _THUMBNAIL_PIXELS = 1 << 24
 
 Box = tuple[int, int, int, int]
@@ -128,7 +128,7 @@ class Artefact:
             count = record.number("documents", 1 << 40, 1)
             self._encode = read_query_encoder(self.meta["method"], self.model, path)
             self._tokenizer = self._open_tokenizer()
-            self._index = read_index(path, self.model.embedding_dim, count)
+            self._index = open_index(path, record, self.model.embedding_dim, count)
             self.documents = read_documents(path, count)
         except OSError as error:
             raise UserError(
@@ -199,27 +199,50 @@ class Artefact:
 
     def vector(self, row: int) -> Tensor:
         """The embedding of a document, float32 [1, d]."""
-        return torch.from_numpy(self._index.reconstruct(row))[None]
+        return self._index.vectors(np.array([row]))
 
-    def search(self, queries: Tensor, k: int) -> list[list[Hit]]:
+    def passing(self, where: Mapping[str, Sequence[str]]) -> np.ndarray:
+        """bool [documents]: those that have one of the values named for each column. Columns are texts of `documents`,
+        as the catalogue's attributes.
+
+        Raises:
+            UserError: there is no such column.
+        """
+        texts = [field.name for field in self.documents.schema if field.type == pa.string()]
+        passing = np.ones(len(self.documents), bool)
+        for name, values in where.items():
+            if name not in texts:
+                near = ", ".join(printable(other, 40) for other in nearest_first(name, texts)[:20])
+                raise UserError(f"{self.path} has no column '{printable(name)}' of texts", f"It has {near}")
+            found = pc.is_in(self.documents.column(name), value_set=pa.array([*values], pa.string()))
+            passing &= found.to_numpy()
+        return passing
+
+    def search(self, queries: Tensor, k: int, where: Mapping[str, Sequence[str]] | None = None) -> list[list[Hit]]:
         """The `k` best documents (or all there are) of each query [n, d], best first.
 
         Order and scores are those of evaluation (harness/evaluate/ranking.py), ties included, unless more than 32
         documents tie with the last one: FAISS finds candidates in fp32, which are then ranked exactly.
+
+        Args:
+            queries: unit vectors, float32 [n, d].
+            k: documents wanted.
+            where: only documents that pass (see `passing`).
         """
         if not len(queries):
             return []
-        _, rows = self._index.search(queries.numpy(), min(k + _SPARE, self._index.ntotal))
-        if rows.min() < 0:
-            raise UserError(f"{self.path}: the encoder or the index gives vectors that are not numbers", "Export again")
+        passing = self.passing(where) if where else None
+        try:
+            rows, scores = self._index.search(queries, k, passing)
+        except UserError as error:
+            raise UserError(
+                f"{self.path}: the encoder or the index gives vectors that are not numbers of length 1", "Export again"
+            ) from error
         ids, titles = self.documents.column("item"), self.documents.column("title")
-        found = []
-        for query, candidates in zip(queries, rows, strict=True):
-            vectors = torch.from_numpy(self._index.reconstruct_batch(candidates))
-            best, scores = top_k(_labelless(query[None]), _labelless(vectors, torch.from_numpy(candidates)), k)
-            hits = zip(best[0].tolist(), scores[0].tolist(), strict=True)
-            found.append([Hit(row, ids[row].as_py(), titles[row].as_py(), score) for row, score in hits])
-        return found
+        return [
+            [Hit(row, ids[row].as_py(), titles[row].as_py(), score) for row, score in zip(*pair, strict=True)]
+            for pair in zip(rows.tolist(), scores.tolist(), strict=True)
+        ]
 
     def thumbnail(self, row: int) -> Image.Image:
         """The thumbnail of a document; grey if none was exported, or it is not a picture."""
@@ -228,11 +251,6 @@ class Artefact:
             return decode_rgb(check_image(data or b"", _THUMBNAIL_PIXELS).data, self.spec.background)
         except Rejected:
             return Image.new("RGB", (64, 64), (127, 127, 127))
-
-
-def _labelless(vectors: Tensor, ids: Tensor | None = None) -> Embedded:
-    ids = torch.zeros(len(vectors), dtype=torch.int64) if ids is None else ids
-    return Embedded(vectors, ids, torch.full_like(ids, -1))
 
 
 def read_meta(path: Path) -> Record:
@@ -249,7 +267,10 @@ def read_meta(path: Path) -> Record:
         raise UserError(f"artefact {path}: {problem}", "Copy it again, or export again")
     record = read_record(file, "Export again")
     if (version := record.get("format", int)) != ARTEFACT_FORMAT:
-        raise UserError(f"artefact {path} has format {version}, this version reads {ARTEFACT_FORMAT}", "Export again")
+        raise UserError(
+            f"artefact {path} has format {version}, this version reads {ARTEFACT_FORMAT}",
+            "Export its run again: shelfmark export RUN --out ARTEFACT",
+        )
     return record
 
 
