@@ -292,7 +292,7 @@ def test_an_artefact_of_another_version_says_what_to_do(
     write_manifest(folder)
     with pytest.raises(UserError):
         verify.run(verify.VerifyConfig(paths=(folder,)))
-    assert re.search(r"has format 1, this version reads \d\. Export again", capsys.readouterr().out)
+    assert re.search(r"has format 1, this version reads \d\. Export its run again", capsys.readouterr().out)
 
 
 def test_artefact_json_fits_its_schema(made: tuple[str, Path, np.ndarray, Path]) -> None:
