@@ -90,7 +90,7 @@ def draw_rows(seed: int, noise: float, hot: int) -> list[tuple[str, str, int, in
     },
 )  # fmt: skip
 @settings(
-    max_examples=3,
+    max_examples=2,
     deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 import torch
 
 from harness.catalogue.catalogue import Catalogue
@@ -31,6 +32,7 @@ def train(catalogue: Path, folder: Path, steps: int) -> dict[str, Any]:
         return {"rows": rows, "after": after, "losses": losses, "kinds": groups.codes}
 
 
+@pytest.mark.full  # trains on two ranks
 def test_rows_follow_the_keys_of_classes_made_of_clicks(catalogue: Path, tmp_path: Path) -> None:
     own = shutil.copytree(catalogue, tmp_path / "catalogue")
     shutil.rmtree(own / "classes")
