@@ -389,12 +389,12 @@ def slowly(self, *arguments):
 Trainer.train_step = slowly
 """,
     "export": """
-from harness.commands import export
-write = export.write_documents
+from harness.artefact import document_chunks
+write = document_chunks.write_documents
 def slowly(*arguments):
     wait()
     write(*arguments)
-export.write_documents = slowly
+document_chunks.write_documents = slowly
 """,
 }
 MAIN = """

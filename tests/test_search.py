@@ -473,7 +473,7 @@ def test_an_artefact_of_another_format_is_refused(artefact: Path, tmp_path: Path
     del meta["model"]  # as it was
     (copy / "artefact.json").write_text(json.dumps(meta))
     write_manifest(copy)
-    with pytest.raises(UserError, match=r"has format 2, this version reads 3\. Export again"):
+    with pytest.raises(UserError, match=r"has format 2, this version reads 4\. Export its run again"):
         Artefact(copy)
 
 

@@ -20,9 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from harness.artefact.documents import read_documents
-from harness.artefact.flat_index import read_index
+from harness.artefact.index_read import open_index
 from harness.artefact.query_encoder import read_model, read_query_encoder
-from harness.artefact.vector_index import VectorIndex
 from harness.catalogue.catalogue import nearest_first
 from harness.catalogue.images import MOST_BYTES, MOST_PIXELS, LoadedImage, Rejected, check_image, load_image
 from harness.catalogue.pixels import Colour
@@ -38,7 +37,7 @@ from harness.text.tower_check import require_fit
 from models.method import MethodConfig, query_kind
 from models.plain_values import from_plain
 
-ARTEFACT_FORMAT = 3
+ARTEFACT_FORMAT = 4
 _THUMBNAIL_PIXELS = 1 << 24
 
 Box = tuple[int, int, int, int]
@@ -150,7 +149,7 @@ class Artefact:
             count = record.number("documents", 1 << 40, 1)
             self._encode = read_query_encoder(self.meta["method"], self.model, path)
             self._tokenizer = self._open_tokenizer()
-            self._index = VectorIndex(read_index(path, self.model.embedding_dim, count))
+            self._index = open_index(path, record, self.model.embedding_dim, count)
             self.documents = read_documents(path, count)
         except OSError as error:
             raise UserError(
@@ -287,7 +286,10 @@ def _read_record(path: Path) -> Record:
         raise UserError(f"artefact {path}: {problem}", "Copy it again, or export again")
     record = read_record(file, "Export again")
     if (version := record.get("format", int)) != ARTEFACT_FORMAT:
-        raise UserError(f"artefact {path} has format {version}, this version reads {ARTEFACT_FORMAT}", "Export again")
+        raise UserError(
+            f"artefact {path} has format {version}, this version reads {ARTEFACT_FORMAT}",
+            "Export its run again: shelfmark export RUN --out ARTEFACT",
+        )
     return record
 
 

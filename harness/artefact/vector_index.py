@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,13 +9,15 @@ import torch
 from torch import Tensor
 
 from harness.artefact.flat_index import import_faiss
+from harness.artefact.index_kinds import FLAT, KINDS
+from harness.core.errors import UserError
 from harness.evaluate.ranking import Embedded, best_candidates, top_k
 
 SCANNED_ROWS = 4096  # so few rows are compared one by one
 SCANNED_SHARE = 0.02  # so small a share too: an index must look at 1 / share as many vectors for each that passes
-_SPARE = 32  # documents fetched beyond those wanted, to be ordered exactly
-_AT_ONCE = 1 << 22  # numbers of candidates' vectors in memory; 65,536 rows of a scan at width 64
-_REPEATS = 16
+_SPARE = 32  # documents that an exact index finds beyond those wanted, to be ordered exactly
+_AT_ONCE = 1 << 22  # numbers of candidates' vectors in memory
+_REPEATS = 16  # of that, for a scan
 
 
 class VectorIndex:
@@ -24,14 +25,31 @@ class VectorIndex:
 
     Args:
         index: FAISS's, inner product.
+        kind: a name in KINDS.
+        exact: float32 or float16 [rows, d], the vectors; None: the index has them.
+        effort: value of the kind's knob.
+        factor: candidates that the index finds for each row wanted.
+        kept: bool [rows], rows that may be found at all; None: all.
     """
 
-    def __init__(self, index: Any) -> None:
-        self.index, self.rows, self.width = index, index.ntotal, index.d
+    def __init__(
+        self,
+        index: Any,
+        kind: str = FLAT,
+        exact: np.ndarray | None = None,
+        effort: int = 0,
+        factor: int = 1,
+        kept: np.ndarray | None = None,
+    ) -> None:
+        self.index, self.kind, self.exact, self.effort, self.factor = index, kind, exact, effort, factor
+        self.kept = kept
+        self.rows, self.width = index.ntotal, index.d
 
     def vectors(self, rows: np.ndarray) -> Tensor:
         """Exact vectors of int64 [n] rows, float32 [n, d]."""
-        return torch.from_numpy(self.index.reconstruct_batch(rows))
+        if self.exact is None:
+            return torch.from_numpy(self.index.reconstruct_batch(rows))
+        return torch.from_numpy(self.exact[rows].astype(np.float32, copy=False))
 
     def search(self, queries: Tensor, k: int, passing: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
         """The best rows of each query, int64 [n, min(k, rows that pass)], and their scores, float64, best first.
@@ -44,32 +62,40 @@ class VectorIndex:
         Raises:
             UserError: vectors of the index or of the queries are not finite or longer than 1.
         """
+        if self.kept is not None:
+            passing = self.kept if passing is None else passing & self.kept
         count = self.rows if passing is None else int(passing.sum())
         k = min(k, count)
         if passing is not None and count <= max(SCANNED_ROWS, SCANNED_SHARE * self.rows):
             return self._scan(queries, k, np.flatnonzero(passing))
-        parts = [self._search(part, k, passing) for part in self._pieces(queries, k)]
+        wanted = min(self.rows, k * self.factor + (_SPARE if self.exact is None else 0))
+        step = max(1, _AT_ONCE // (wanted * self.width))
+        parts = [self._search(part, k, wanted, passing) for part in queries.split(step)]
         return torch.cat([rows for rows, _ in parts]), torch.cat([scores for _, scores in parts])
 
-    def _pieces(self, queries: Tensor, k: int) -> Iterator[Tensor]:
-        yield from queries.split(max(1, _AT_ONCE // ((k + _SPARE) * self.width)))
-
-    def _search(self, queries: Tensor, k: int, passing: np.ndarray | None) -> tuple[Tensor, Tensor]:
-        candidates = self._candidates(queries.numpy(), k, passing)
-        vectors = self.vectors(np.maximum(candidates, 0).reshape(-1)).view(*candidates.shape, self.width)
-        rows, scores = best_candidates(queries, vectors, torch.from_numpy(candidates), k)
+    def _search(self, queries: Tensor, k: int, wanted: int, passing: np.ndarray | None) -> tuple[Tensor, Tensor]:
+        effort = self.effort if passing is None else int(self.effort * self.rows / passing.sum())
+        found = self.candidates(queries.numpy(), wanted, effort, passing)
+        if found.max() >= self.rows:
+            raise UserError("the index names rows that it does not have")
+        vectors = self.vectors(np.maximum(found, 0).reshape(-1)).view(*found.shape, self.width)
+        rows, scores = best_candidates(queries, vectors, torch.from_numpy(found), k)
         few = (rows < 0).any(1)
         if few.any():
             allowed = np.arange(self.rows) if passing is None else np.flatnonzero(passing)
             rows[few], scores[few] = self._scan(queries[few], k, allowed)
         return rows, scores
 
-    def _candidates(self, queries: np.ndarray, k: int, passing: np.ndarray | None) -> np.ndarray:
-        """Rows int64 [n, c], -1 where the index found fewer."""
-        faiss = import_faiss()
+    def candidates(
+        self, queries: np.ndarray, wanted: int, effort: int, passing: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Rows that the index finds, int64 [n, wanted], best first by its codes; -1 where it finds fewer."""
+        faiss, kind = import_faiss(), KINDS[self.kind]
         bits = None if passing is None else faiss.IDSelectorBitmap(np.packbits(passing, bitorder="little"))
-        parameters = None if bits is None else faiss.SearchParameters(sel=bits)
-        found: np.ndarray = self.index.search(queries, min(k + _SPARE, self.rows), params=parameters)[1]
+        if kind.knob == "efSearch":
+            effort = min(max(effort, wanted), self.rows)
+        parameters = kind.parameters(effort, bits, hasattr(self.index, "chain"))
+        found: np.ndarray = self.index.search(queries, wanted, params=parameters)[1]
         return found
 
     def _scan(self, queries: Tensor, k: int, rows: np.ndarray) -> tuple[Tensor, Tensor]:
