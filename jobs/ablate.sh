@@ -29,4 +29,5 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} && -z $(option part "$@") ]]; then
         fail "the array does not count 1 to n. Give sbatch --array=1-n, or the script --part i/n for one share"
     set -- "$@" --part "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"
 fi
-exec "$VENV/bin/python" jobs/ablate.py "$@"
+# shellcheck disable=SC2086  # split into words on purpose
+exec $CONTAINER "$VENV/bin/python" jobs/ablate.py "$@"

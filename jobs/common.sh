@@ -3,7 +3,13 @@
 
 fail() {
     echo "error: $1" >&2
-    exit 2
+    finish 2
+}
+
+# finish STATUS: the end of every job. A stage of jobs/pipeline.sh notes it, and cancels the later ones where it failed.
+finish() {
+    [[ -z ${STAGE:-} ]] || bash jobs/pipeline.sh --ended "$1"
+    exit "$1"
 }
 
 # option NAME WORDS...: the value of --NAME in WORDS, the last one where there are several; empty without it.
@@ -19,17 +25,29 @@ option() {
     echo "$value"
 }
 
-# ended STATUS FOLDER: the end of the job, once launch has reported. jobs/train.sh has one of its own.
+# ended STATUS FOLDER: the end of the job, once launch has reported. Some jobs have one of their own.
 ended() {
-    exit "$1"
+    finish "$1"
+}
+
+# single WORDS...: runs `python -m harness WORDS` in this process's place on one node, and ends the job.
+single() {
+    local status=0
+    # shellcheck disable=SC2086  # split into words on purpose
+    $CONTAINER "$VENV/bin/python" -m harness "$@" || status=$?
+    finish "$status"
 }
 
 # launch FOLDER MODULE WORDS...: runs `python -m MODULE WORDS` under torchrun on every node of the job and ends the job
 # with its exit code. FOLDER is the run folder, for the report. SIGUSR1, which SLURM sends to this shell only
 # (--signal=B:USR1@SECONDS), goes to the ranks.
 launch() {
-    local folder=$1 status=0 filter tasks
+    local folder=$1 status=0 filter tasks nodes count
     shift
+    # EXCLUDE: nodes that jobs/preflight.sh has found bad.
+    nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -vxF -f <(tr , '\n' <<<"${EXCLUDE:-}")) ||
+        fail "no node of the job is left without $EXCLUDE"
+    count=$(wc -l <<<"$nodes")
     if [[ $NPROC_PER_NODE == auto ]]; then
         NPROC_PER_NODE=${SLURM_GPUS_ON_NODE:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)}
         ((NPROC_PER_NODE > 0)) || NPROC_PER_NODE=1
@@ -46,20 +64,22 @@ launch() {
     fi
 
     # The node's address as SLURM has it: its name need not resolve.
-    local first address
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    local address
+    address=$(scontrol show node "${nodes%%$'\n'*}" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
     local options=(
-        --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$NPROC_PER_NODE" --max-restarts 0
+        --nnodes "$count" --nproc-per-node "$NPROC_PER_NODE" --max-restarts 0
         --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --master-addr "$address" --master-port "$RDZV_PORT"
     )
+    # A log for each rank, which stays where one fails.
+    [[ " $TORCHRUN_ARGS" == *" --"@(log-dir|log_dir|redirects|tee)* ]] ||
+        options+=(--log-dir "$SLURM_JOB_NAME-$SLURM_JOB_ID.ranks" --tee 3)
     # A GPU's process on the CPUs and in the memory beside it.
     [[ $NUMA_BINDING == none || " $TORCHRUN_ARGS" == *" --numa"* ]] || options+=(--numa-binding "$NUMA_BINDING")
     # shellcheck disable=SC2206  # split into words on purpose
     options+=($TORCHRUN_ARGS)
 
     echo "job      $SLURM_JOB_ID $SLURM_JOB_NAME, restart ${SLURM_RESTART_COUNT:-0}, $(date '+%F %T')"
-    echo "nodes    $SLURM_JOB_NUM_NODES ($SLURM_JOB_NODELIST), processes on each $NPROC_PER_NODE, threads $OMP_NUM_THREADS," \
+    echo "nodes    $count ($SLURM_JOB_NODELIST${EXCLUDE:+ without $EXCLUDE}), processes on each $NPROC_PER_NODE, threads $OMP_NUM_THREADS," \
         "meeting at $address:$RDZV_PORT"
     echo "commit   $(git describe --always --dirty --abbrev=12 --exclude='*' 2>/dev/null || echo unknown)"
     echo "command  -m ${*@Q}"
@@ -72,10 +92,10 @@ launch() {
     # Whatever comes before the launcher listens must not end it: trap ''.
     exec 3> >(exec stdbuf -o0 tr -s '\r' '\n')
     filter=$!
-    # shellcheck disable=SC2016
-    srun --nodes "$SLURM_JOB_NUM_NODES" --ntasks "$SLURM_JOB_NUM_NODES" --ntasks-per-node 1 \
-        --quiet --kill-on-bad-exit=1 --cpu-bind=none --unbuffered \
-        bash -c 'trap "" USR1; exec "$0" jobs/torchrun.py --node-rank "$SLURM_NODEID" "$@"' \
+    # shellcheck disable=SC2016,SC2086
+    srun --nodes "$count" --ntasks "$count" --ntasks-per-node 1 ${EXCLUDE:+--exclude="$EXCLUDE"} \
+        --quiet --kill-on-bad-exit=1 --cpu-bind=none --unbuffered $SRUN_ARGS \
+        bash -c 'trap "" USR1; exec $CONTAINER "$0" jobs/torchrun.py --node-rank "$SLURM_NODEID" "$@"' \
         "$VENV/bin/python" "${options[@]}" -m "$@" >&3 2>&1 3>&- &
     tasks=$!
     exec 3>&-
@@ -103,12 +123,5 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 # Gathered classes are another number in every step: without segments that grow, the allocator keeps blocks of every size that it has met.
 # The longer name is the older one of the same variable.
 [[ -n ${PYTORCH_CUDA_ALLOC_CONF:-} ]] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-# Where a collective takes longer than mesh.timeout_minutes, each rank writes its last ones beside the log, as NAME-ID.nccl-RANK: they show
-# which rank did not come (torchfrtrace of torch reads them). Keeping the list costs microseconds a collective.
-export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
-# The names before torch 2.9, if you have set them: the newer ones would win.
-[[ -n ${TORCH_NCCL_TRACE_BUFFER_SIZE:-} ]] || export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
-[[ -n ${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-} ]] ||
-    export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$PWD/${SLURM_JOB_NAME:-shelfmark}-${SLURM_JOB_ID:-$$}.nccl-}
-[[ -x $VENV/bin/python ]] ||
+[[ -x $VENV/bin/python || -n $CONTAINER$SRUN_ARGS ]] ||
     fail "no virtual environment at $VENV. Make one there (docs/clusters.md), or name yours in jobs/cluster.env"

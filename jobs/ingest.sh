@@ -20,10 +20,12 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 }
 source jobs/common.sh
 
-if [[ -z $(option part "$@") ]]; then
+if [[ -n ${PARTS:-} ]]; then # of jobs/pipeline.sh, which leaves out those that are there
+    set -- "$@" --part "$SLURM_ARRAY_TASK_ID/$PARTS"
+elif [[ -z $(option part "$@") ]]; then
     # --array=1-n%limit is fine; any other choice of numbers does not say what n is.
     [[ ${SLURM_ARRAY_TASK_MIN:-} == 1 && ${SLURM_ARRAY_TASK_MAX:-} == "$SLURM_ARRAY_TASK_COUNT" ]] ||
         fail "the array does not count 1 to n. Give sbatch --array=1-n for n parts, or the script --part i/n for one of them"
     set -- "$@" --part "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"
 fi
-exec "$VENV/bin/python" -m harness ingest "$@"
+single ingest "$@"

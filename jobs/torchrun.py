@@ -13,8 +13,9 @@ from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from harness.core.cli import USER_ERROR_CODE
 from harness.core.launcher import Forward
-from harness.core.torchrun import first_failure, start
+from harness.core.torchrun import first_failure, own_log, start
 
 
 def launch(argv: list[str]) -> int:
@@ -28,8 +29,11 @@ def launch(argv: list[str]) -> int:
         if forward.caused(code):
             # SIGTERM: the lowest, for SLURM takes the highest of all nodes: that of the node which failed by itself.
             return 1 if code == 128 + signal.SIGTERM else code
-        # A progress bar may have left its line open; jobs/common.sh squeezes empty lines.
-        print(f"\nrank {rank} on {node} ended with {how}", file=sys.stderr)
+        if code != USER_ERROR_CODE:  # a mistake of the user, which the rank has told
+            written = own_log(error)
+            where = "" if written is None else f"; its own log: {written}"
+            # A progress bar may have left its line open; jobs/common.sh squeezes empty lines.
+            print(f"\nrank {rank} on {node} ended with {how}{where}", file=sys.stderr)
         return code
     except SignalException:
         return 1

@@ -41,7 +41,7 @@ ended() {
             echo "not requeued: stopped $((count + 1)) times at ${newest:-the start}"
         fi
     fi
-    exit "$status"
+    finish "$status"
 }
 
 if [[ ${1:--} != -* ]]; then

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+# Entered around an exchange of a training step, in which a rank waits for those that come later: a trainer measures it.
+waiting: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def share(total: int, parts: int, part: int) -> range:
@@ -43,7 +48,8 @@ def gather_shards(x: Tensor, group: ProcessGroup | None, sizes: list[int] | None
     sizes = sizes or shard_sizes(len(x), group, x.device)
     longest = max(sizes)
     gathered = x.new_empty(group.size() * longest, *x.shape[1:])
-    dist.all_gather_into_tensor(gathered, _padded(x, longest), group=group)
+    with waiting():
+        dist.all_gather_into_tensor(gathered, _padded(x, longest), group=group)
     if min(sizes) == longest:
         return gathered
     return torch.cat([gathered[r * longest : r * longest + n] for r, n in enumerate(sizes)])
@@ -78,7 +84,8 @@ def scatter_sum(x: Tensor, group: ProcessGroup, sizes: list[int]) -> Tensor:
         padding = x.new_zeros(longest - min(sizes), *x.shape[1:])
         x = torch.cat([part for rows in x.split(sizes) for part in (rows, padding[: longest - len(rows)])])
     own = x.new_empty(longest, *x.shape[1:])
-    dist.reduce_scatter_tensor(own, x.contiguous(), group=group)
+    with waiting():
+        dist.reduce_scatter_tensor(own, x.contiguous(), group=group)
     return own[: sizes[group.rank()]]
 
 

@@ -64,7 +64,7 @@ def artefact(folder: Path, rows: int = 300, seed: int = 0, first: int = 0, parts
     (folder / "preprocess.json").write_text(json.dumps(PreprocessSpec(image_size=16).to_dict()))
     meta = {"format": ARTEFACT_FORMAT, "method": "oclear", "model": asdict(MODEL), "query": "image"}
     meta |= {"embedding_dim": WIDTH, "documents": rows, "backend": "reference", "run": "a run"}
-    meta["index"] = {"kind": "flat", "parameters": {}}
+    meta |= {"index": {"kind": "flat", "parameters": {}, "recall_at_10": 1.0}}
     (folder / "artefact.json").write_text(json.dumps(meta))
     write_manifest(folder, algorithm="sha256")
     return folder

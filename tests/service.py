@@ -6,7 +6,8 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPResponse
 from pathlib import Path
@@ -32,7 +33,7 @@ class Running:
     """A service on a free port of this machine."""
 
     def __init__(self, prepared: Prepared, loop: asyncio.AbstractEventLoop) -> None:
-        self.service, self.loop = prepared.service, loop
+        self.service, self.server, self.loop = prepared.service, prepared.server, loop
         self.port: int = prepared.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/"
 
@@ -62,6 +63,14 @@ class Running:
         lines += [f"Content-Length: {len(body)}"] if body or method == "POST" else []
         lines += [f"{name}: {value}" for name, value in headers]
         return self.send("\r\n".join([*lines, "", ""]).encode() + body)
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Waits; fails where it would take too long."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
 
 
 def read(client: socket.socket) -> Answered:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 def export_to(run: Path, out: Path, **more: str) -> None:
     """In a pool, too: with 2 documents in a part."""
-    export.run(export.ExportConfig(run=run, out=out, batch_size=2, **more))  # type: ignore[arg-type]
+    export.run(export.ExportConfig(run=run, out=out, batch_size=2, onnx=False, **more))  # type: ignore[arg-type]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -139,7 +139,7 @@ def test_an_export_that_is_killed_goes_on_with_its_finished_parts(run: Path, who
 def test_an_index_of_another_kind_answers_with_exact_scores(run: Path, whole: Path, tmp_path: Path) -> None:
     kind, out = "sq8", tmp_path / "out"
     index = export.IndexConfig(kind=kind, recall=0.5)
-    export.run(export.ExportConfig(run=run, out=out, batch_size=2, index=index))
+    export.run(export.ExportConfig(run=run, out=out, batch_size=2, onnx=False, index=index))
     opened, exact = Artefact(out), Artefact(whole)
     described = json.loads((out / "artefact.json").read_text())["index"]
     assert described["kind"] == kind and described["parameters"] == {"k_factor": 1} and described["queries"] > 0

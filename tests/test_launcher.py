@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import pickle
 import subprocess
 import sys
@@ -76,3 +77,36 @@ def test_a_neighbour_on_the_network_runs_nothing(tmp_path: Path) -> None:
         for process in started.values():
             process.terminate()
             process.wait(30)
+
+
+STARTS = """
+folder=$(dirname "$(dirname "$TORCHELASTIC_ERROR_FILE")")
+echo "start $TORCHELASTIC_RESTART_COUNT" | tee -a "$STARTS"
+case $TORCHELASTIC_RESTART_COUNT in
+    0) exit 1 ;;
+    1) touch "$folder/lost"; exit 2 ;;  # a rank stood still
+    *) echo "error: no such recipe" >&2; exit 2 ;;
+esac
+"""
+
+
+def test_ranks_start_again_after_a_failure_but_not_after_a_mistake(tmp_path: Path) -> None:
+    options = ["--nproc-per-node=1", "--max-restarts=5", f"--log-dir={tmp_path}/logs", "--tee=3", "--no-python"]
+    done = subprocess.run(
+        [sys.executable, *LAUNCHERS["ours"], *options, "bash", "-c", STARTS],
+        cwd=ROOT, env={**os.environ, "STARTS": str(tmp_path / "starts")}, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 2 and (tmp_path / "starts").read_text().split() == "start 0 start 1 start 2".split()
+    again = "rank 0 ended with exit code {}: the ranks start again"
+    said = [line for line in done.stderr.splitlines() if line]
+    assert said == [again.format(1), again.format(2), "error: no such recipe"]
+    assert done.stdout.split() == "start 0 start 1 start 2".split()
+    logs = {file.parent.parent.name: file.read_text() for file in (tmp_path / "logs").rglob("stderr.log")}
+    assert logs == {"attempt_0": "", "attempt_1": "", "attempt_2": "error: no such recipe\n"}
+
+
+def test_logs_of_ranks_that_end_well_are_removed(tmp_path: Path) -> None:
+    options = ["--nproc-per-node=1", f"--log-dir={tmp_path}/logs", "--tee=3", "--no-python"]
+    line = [sys.executable, *LAUNCHERS["ours"], *options, "echo", "done"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "") and not (tmp_path / "logs").exists()

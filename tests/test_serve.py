@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import h11
 import numpy as np
 import pytest
 from PIL import Image
@@ -36,7 +37,7 @@ from harness.serve import swap
 from harness.serve.batching import Batcher, Busy
 from tests import test_search
 from tests.pool import ranks
-from tests.service import Running, exported, form, read, running
+from tests.service import Running, exported, form, read, running, until
 from tests.twins import documents_alone
 
 HEAD = b"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/jpeg\r\n"
@@ -51,7 +52,7 @@ def artefact(tmp_path_factory: pytest.TempPathFactory, catalogue: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def service(artefact: Path) -> Iterator[Running]:
-    with running(artefact, max_bytes=1 << 20, max_pixels=1_000_000, queue=64) as started:
+    with running(artefact, max_bytes=1 << 20, max_pixels=1_000_000, queue=64, seconds=600.0) as started:
         yield started
 
 
@@ -280,12 +281,25 @@ def test_slow_clients_are_ended(artefact: Path, photos: list[bytes]) -> None:
         assert service.service.batcher.taken == 0
 
 
+def test_the_time_of_a_request_begins_with_its_first_byte(service: Running) -> None:
+    """Not with the previous answer on its connection."""
+    with service.connect() as client:
+        client.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        assert read(client).status == 200
+        port = client.getsockname()[1]
+        (connection,) = (made for made in service.server.server_state.connections if made.client[1] == port)
+        until(lambda: connection.conn.their_state is h11.IDLE)
+        ends = connection.timer.when()
+        client.sendall(b"G")
+        until(lambda: connection.conn.trailing_data[0])
+        assert connection.timer.when() > ends
+
+
 def test_more_than_the_queue_or_the_connections_hold_is_refused(artefact: Path, photos: list[bytes]) -> None:
     with running(artefact, queue=1, connections=2) as service:
         with service.connect() as slow:
             slow.sendall(HEAD + b"Content-Length: 99\r\n\r\n")
-            while service.service.batcher.taken == 0:
-                time.sleep(0.01)
+            until(lambda: service.service.batcher.taken)
             answer = service.ask("POST", "/search", photos[0], "image/png")
             assert answer.status == 503 and answer.headers["retry-after"] == "1"
             assert answer.content == {"error": "too many requests at once: try again later"}
@@ -293,9 +307,22 @@ def test_more_than_the_queue_or_the_connections_hold_is_refused(artefact: Path, 
             with service.connect():
                 answer = service.ask("GET", "/healthz")
                 assert answer.status == 503 and answer.content == {"error": "too many connections: try again later"}
-        while service.service.batcher.taken:  # the client left, and with it its place
-            time.sleep(0.01)
+        until(lambda: not service.service.batcher.taken)  # the client left, and with it its place
         assert service.ask("POST", "/search", photos[0], "image/png").status == 200
+
+
+def test_a_client_that_leaves_frees_its_place(service: Running, photos: list[bytes]) -> None:
+    """Before its answer: the encoder is busy all the while."""
+    batcher, free = service.service.batcher, threading.Event()
+    batcher.thread.submit(free.wait)
+    try:
+        with service.connect() as client:
+            client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(photos[0]) + photos[0])
+            until(lambda: batcher.taken == 1)
+        until(lambda: batcher.taken == 0)
+    finally:
+        free.set()
+    assert service.ask("POST", "/search", photos[0], "image/png").status == 200
 
 
 def test_queries_that_wait_make_one_batch() -> None:
@@ -373,8 +400,7 @@ def test_a_swap_under_load_drops_nothing(
             point(damaged)
             assert not service.reload() and service.service.shelf.current.id == fingerprint(artefact)[:12]
             point(other)
-            while service.service.shelf.swaps == 0:  # the service looks by itself
-                time.sleep(0.05)
+            until(lambda: service.service.shelf.swaps)  # the service looks by itself
             for _ in range(3):
                 assert service.ask("GET", "/artefact").content["run"] == "other"
         finally:

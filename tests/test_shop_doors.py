@@ -90,7 +90,7 @@ def test_cut_outs_without_text_are_trained_exported_and_found_on_the_background_
             run.validation.evaluation.run(run.method), run.loader.catalogue, run.validation.projector.background
         )
     shown = [rows[0][0], rows[0][1][0][0], Image.open(tmp_path / "run/tensorboard/projector/sprite.png")]
-    export.run(export.ExportConfig(run=tmp_path / "run", out=tmp_path / "artefact"))
+    export.run(export.ExportConfig(run=tmp_path / "run", out=tmp_path / "artefact", onnx=False))
     photo, sheet = next((tmp_path / "drawn").rglob("*.png")), tmp_path / "sheet.png"
     search.run(search.SearchConfig(artefact=tmp_path / "artefact", photos=(photo,), sheet=sheet, top=1))
     shown += [Artefact(tmp_path / "artefact").thumbnail(0)]

@@ -195,7 +195,7 @@ def whole_run(rendezvous: Path, catalogue: Path, run: Path) -> list[str]:
             path, passed_over = checkpoint_files.newest(run / "checkpoints", t.mesh)
             assert path is not None and path.name == "step-00000001" and not passed_over
         join(Path(f"{rendezvous}-2"), SECONDS, t.mesh.rank, t.mesh.world_size)
-        export.run(export.ExportConfig(run=run, out=run.parent / "artefact"))
+        export.run(export.ExportConfig(run=run, out=run.parent / "artefact", onnx=False))
     return slept
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import signal
 import socket
@@ -116,7 +117,7 @@ def test_ranks_end_with_their_launcher(catalogue: Path, tmp_path: Path, launcher
     "world,stopped,call,place",
     [
         (2, 1, 12, "step 2, forward, samples "),
-        pytest.param(3, 2, 11, "step 2, data", marks=pytest.mark.full),
+        pytest.param(3, 2, 11, "step 2, data, samples ", marks=pytest.mark.full),
         pytest.param(3, 0, 13, "step 2, backward, samples ", marks=pytest.mark.full),
         pytest.param(3, 1, 14, "step 2, optimizer, samples ", marks=pytest.mark.full),
     ],
@@ -146,7 +147,7 @@ def test_a_rank_that_stands_still_is_named(
     "world,hanging,call,place",
     [
         pytest.param(2, 1, 12, "step 2, forward, samples ", marks=pytest.mark.full),
-        pytest.param(3, 0, 11, "step 2, data", marks=pytest.mark.full),
+        pytest.param(3, 0, 11, "step 2, data, samples ", marks=pytest.mark.full),
         pytest.param(3, 2, 3, "step 0, backward, samples ", marks=pytest.mark.full),
     ],
 )
@@ -165,9 +166,17 @@ def test_a_rank_that_hangs_is_named_and_shows_its_stacks(
     assert len(lines) == 1 and f"error: rank {hanging} stands still for " in lines[0], lines
     assert f" s in {place}" in lines[0] and f"Stacks: {run}/stacks-rank-*.txt" in lines[0]
     assert [file.name for file in run.glob("stacks-*")] == [f"stacks-rank-{hanging}.txt"]
+    # What the rank at fault has not begun, the others have.
+    recorded = {rank: last_collective(run / f"collectives-rank-{rank}") for rank in range(world)}
+    assert recorded.pop(hanging) < min(recorded.values()), recorded
     stacks = next(run.glob("stacks-*")).read_text()
-    assert re.search(r"hanging.py.* in stop\n", stacks) and "in _show_stacks" in stacks and "read_ahead" in stacks
+    assert re.search(r"hanging.py.* in stop\n", stacks) and "in _write_traces" in stacks and "read_ahead" in stacks
     assert process.returncode == 2
+
+
+def last_collective(file: Path) -> int:
+    """Number of the newest one of the world in a rank's part of the flight recorder."""
+    return int(pickle.loads(file.read_bytes())["pg_status"]["0"]["last_enqueued_collective"])
 
 
 FAILS = """
@@ -208,3 +217,30 @@ def test_a_rank_that_fails_ends_those_that_wait_for_it() -> None:
             process.kill()
     assert [process.returncode for process in ranks] == [1, 2]
     assert said[1].endswith("error: rank 1: sample 5 is missing\n") and "Traceback" not in said[0]
+
+
+FAILS_ONCE = """
+import sys, time
+from pathlib import Path
+from harness.core.mesh import Mesh, MeshConfig
+
+with Mesh(MeshConfig()) as mesh:
+    mesh.barrier()
+    if mesh.rank == 1 and Path(sys.argv[1]).exists():
+        Path(sys.argv[1]).unlink()
+        raise RuntimeError("once")
+    time.sleep(3)  # some beats
+    mesh.barrier()
+"""
+
+
+@pytest.mark.full
+def test_ranks_that_start_again_do_not_hear_of_the_failure_before(tmp_path: Path) -> None:
+    """They meet in the launcher's store, which holds what the ended ranks have written there."""
+    (tmp_path / "rank.py").write_text(FAILS_ONCE)
+    (tmp_path / "alive").touch()
+    program = ["--max-restarts=1", str(tmp_path / "rank.py"), str(tmp_path / "alive")]
+    with launched("ours", 2, program, tmp_path / "errors") as process:
+        process.wait(PATIENCE)
+    said = (tmp_path / "errors").read_text()
+    assert process.returncode == 0 and said.count("the ranks start again") == 1, said

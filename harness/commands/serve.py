@@ -35,8 +35,9 @@ KEEP_ALIVE = 30  # seconds that an idle connection stays open
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """Serves an artefact until it is stopped: a page at /, its routes at /api. Takes the next artefact into use when
-    the link ARTEFACT is pointed at it, without a lost request.
+    """Serves an artefact until it is stopped: a search page at /, its routes at /api.
+
+    Takes the next artefact into use when the link ARTEFACT is pointed at it, without a lost request.
 
     Args:
         artefact: the folder that `shelfmark export` wrote, or a link to it.

@@ -26,7 +26,7 @@ from jsonargparse.typing import register_type
 
 from harness.core.errors import UserError
 from harness.core.files import printable, read_yaml
-from harness.core.launcher import end_with_launcher
+from harness.core.launcher import end_with_launcher, start_folder
 from models.ranges import Range
 
 USER_ERROR_CODE = 2
@@ -391,15 +391,13 @@ def _has_peers() -> bool:
 
 
 def _first_to_say(what: str) -> bool:
-    """True for the first rank of this node to say `what`, numbers aside. torchrun gives each a folder of its own in one
-    that they share.
-    """
-    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not own:
+    """True for the first rank of this node to say `what`, numbers aside."""
+    folder = start_folder()
+    if folder is None:
         return True
     key = hashlib.sha256(re.sub(r"\d", "", what).encode()).hexdigest()[:16]
     try:
-        (Path(own).parent.parent / f"said-{key}").touch(exist_ok=False)
+        (folder / f"said-{key}").touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:  # better twice than never

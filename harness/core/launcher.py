@@ -7,11 +7,19 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 STOPPED_CODE = 75  # of a run that a signal stopped and that goes on by the same command: EX_TEMPFAIL
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # that stop a run
+LOST = "lost"  # file in `start_folder`: a rank stood still, which is not a mistake of the user
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+def start_folder() -> Path | None:
+    """Folder that the ranks of this node share until they start again; None where torchrun did not start them."""
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(own).parent.parent if own else None
 
 
 def end_with_launcher() -> None:

@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from harness.core.cli import OTHERS_WAIT, USER_ERROR_CODE, tell
 from harness.core.errors import UserError
+from harness.core.launcher import LOST, start_folder
 
 _LONGEST_BEAT = 1.0  # seconds between looks: the delay until a silent rank is noticed
 _LOOKS = 20  # beats within the silence after which a rank counts as lost
@@ -57,9 +59,9 @@ class Watch:
         self.patience = patience
         self.at: Callable[[], str] = lambda: "the start"  # where this rank is, in words
         self.pace: Callable[[], Pace] = Pace
-        self.folder: Path | None = None  # for the stacks of a rank that stands still
+        self.folder: Path | None = None  # for the stacks of a rank that stands still, and for the last collectives
         self.lost: UserError | None = None
-        self.waits = False
+        self.waits, self._written = False, False
         self._store = dist.distributed_c10d._get_default_store()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -101,7 +103,7 @@ class Watch:
             with suppress(RuntimeError):  # where the store is gone the run ends otherwise
                 self._store.set(f"beat/{self.rank}", f"{beats}{self._beat()}")
                 beats += 1
-                self._show_stacks()
+                self._write_traces()
                 if self._store.check([_FAILED]) and not self._ended.is_set():
                     time.sleep(OTHERS_WAIT)  # for an error of its own
                     sys.stdout.flush()
@@ -128,11 +130,13 @@ class Watch:
                 heard[rank] = beat, time.monotonic()
             elif beat != _CLOSED and time.monotonic() - when > self.patience:
                 place = f"; it was last in {beat.split(chr(10), 2)[2]}" if beat else ""
-                self.lost = UserError(
+                self._lose(
+                    [],
                     f"rank {rank} was not heard of for {self.patience:g} s{place}",
                     "See what stopped its process or machine, then start again; "
                     "mesh.timeout_minutes sets how long a rank may be silent",
                 )
+                return
 
     def _look_for_still(self, heard: dict[int, tuple[str, float]], paces: dict[int, tuple[Pace, float]]) -> None:
         """Looks for ranks that stay in one part of a step for longer than their patience; to be called on rank 0."""
@@ -156,25 +160,46 @@ class Watch:
         if any(now - heard[rank][1] > self.patience / 2 for rank in still if rank):
             return  # its process is stopped: `_look` names it
         shown = still[:_MOST_STACKS]
-        self._store.set(_STILL, " ".join(map(str, shown)))
-        self._show_stacks()
-        time.sleep(2 * min(_LONGEST_BEAT, self.patience / _LOOKS))  # in which the other ranks write theirs
         which = ", ".join(map(str, shown)) + (", …" if len(still) > len(shown) else "")
         who = f"rank {which} stands" if len(still) == 1 else f"ranks {which} stand"
         where = "" if self.folder is None else f"Stacks: {self.folder}/stacks-rank-*.txt; "
-        self.lost = UserError(
+        self._lose(
+            shown,
             f"{who} still for {now - paces[still[0]][1]:.0f} s in {places[still[0]]}",
             f"{where}mesh.step_minutes sets how long a part of a step may last",
         )
 
-    def _show_stacks(self) -> None:
-        """Writes the stacks of all threads of this process, once, if it is one that stands still."""
-        if self.folder is None or not self._store.check([_STILL]):
+    def _lose(self, still: list[int], what: str, fix: str) -> None:
+        """Ends the run by `lost`, once the ranks have written their traces; a launcher may start them again."""
+        self._store.set(_STILL, " ".join(map(str, still)))
+        self._write_traces()
+        time.sleep(2 * min(_LONGEST_BEAT, self.patience / _LOOKS))  # in which the other ranks write theirs
+        if (folder := start_folder()) is not None:
+            with suppress(OSError):
+                (folder / LOST).touch()
+        self.lost = UserError(what, fix)
+
+    def _write_traces(self) -> None:
+        """Writes this rank's last collectives, once a rank is lost, and the stacks of all its threads where it stands
+        still. The ranks' collectives are read by `torchfrtrace --prefix collectives-rank- FOLDER`.
+        """
+        if self.folder is None or self._written or not self._store.check([_STILL]):
             return
-        file = self.folder / f"stacks-rank-{self.rank}.txt"
-        if str(self.rank) in self._store.get(_STILL).decode().split():
-            with suppress(OSError), file.open("w") as out:
-                faulthandler.dump_traceback(out, all_threads=True)
+        self._written = True
+        with suppress(OSError):
+            if str(self.rank) in self._store.get(_STILL).decode().split():
+                with (self.folder / f"stacks-rank-{self.rank}.txt").open("w") as out:
+                    faulthandler.dump_traceback(out, all_threads=True)
+            if os.environ.get("TORCH_FR_BUFFER_SIZE"):
+                (self.folder / f"collectives-rank-{self.rank}").write_bytes(_recorded())
+
+
+def _recorded() -> bytes:
+    """Last collectives of this process in torch's flight recorder, a pickle: over NCCL if there are any, else gloo."""
+    module: Any = torch._C._distributed_c10d
+    dump = getattr(module, "_dump_nccl_trace", None) if torch.cuda.is_initialized() else None
+    found: bytes = (dump or module._dump_fr_trace)()
+    return found
 
 
 def _in_collective() -> bool:

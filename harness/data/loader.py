@@ -104,6 +104,14 @@ class StepLoader:
         for decoded, ready in self._ahead.steps(first, end):
             yield replace(self._whole(decoded), ready=ready)
 
+    def sample_ids(self, step: int) -> list[int]:
+        """Ids of this rank's samples in `step`, from the order only."""
+        found: list[int] = []
+        for piece in range(self.rank, self._pieces, self.world_size):
+            for draw in self._content.draw(*self._piece(step, piece)):
+                found += draw.sample_ids.tolist()
+        return found
+
     def ledgers(self, first: int, end: int) -> list[int]:
         """Ledgers of the steps first .. end - 1 over all ranks, from the order only: no sample is read."""
         sizes = self.queries_per_step, self.documents_per_step
@@ -131,8 +139,7 @@ class StepLoader:
         planned = []
         answers = self._content.answers(_positions(step - self.first_step, self.queries_per_step, 1, 0))
         for piece in range(self.rank, self._pieces, self.world_size):
-            queries = _positions(step - self.first_step, self.queries_per_step, self._pieces, piece)
-            documents = _positions(step - self.first_step, self.documents_per_step, self._pieces, piece)
+            queries, documents = self._piece(step, piece)
             q, d = self._content.draw(queries, documents)
             ids = np.concatenate([q.sample_ids, d.sample_ids])
             parameters = self.images.parameters(
@@ -141,6 +148,14 @@ class StepLoader:
             own = answers[share(self.queries_per_step, self._pieces, piece)]
             planned.append(_Planned(queries, documents, q, d, own, self.images.request(ids, parameters)))
         return planned
+
+    def _piece(self, step: int, piece: int) -> tuple[Ints, Ints]:
+        """Positions of the queries and documents of one micro-batch."""
+        step -= self.first_step
+        return (
+            _positions(step, self.queries_per_step, self._pieces, piece),
+            _positions(step, self.documents_per_step, self._pieces, piece),
+        )
 
     def _decode(self, planned: list[_Planned]) -> _Decoded:
         """Decodes this rank's share of a step and makes its batches without pixels."""

@@ -26,19 +26,20 @@ class StepClock:
         now: the present part.
         marks: parts begun so far.
         seconds: part -> seconds, of the present step.
+        waited: seconds of them in `others`, of an exact step.
     """
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
         self.now, self.marks, self._steps = "the start", 0, 0
-        self.exact = False
+        self.exact, self.waited = False, 0.0
         self.seconds: dict[str, float] = {}
         self._charged: dict[str, float] = {}  # since `take_share`
         self._last = time.perf_counter()
 
     def start(self, exact: bool) -> None:
         """Begins a step; `exact` waits for the device at every mark."""
-        self.exact, self.seconds, self.now = exact, {}, "data"
+        self.exact, self.seconds, self.waited, self.now = exact, {}, 0.0, "data"
         self.marks, self._steps = self.marks + 1, self._steps + 1
         self._last = time.perf_counter()
 
@@ -50,6 +51,18 @@ class StepClock:
         for sums in (self.seconds, self._charged):
             sums[part] = sums.get(part, 0.0) + now - self._last
         self._last, self.now, self.marks = now, _NEXT[part], self.marks + 1
+
+    @contextmanager
+    def others(self) -> Iterator[None]:
+        """Around an exchange between ranks: in an exact step its time is a wait for others, not this rank's own."""
+        if not self.exact:
+            yield
+            return
+        self.mesh.synchronize()
+        began = time.perf_counter()
+        yield
+        self.mesh.synchronize()
+        self.waited += time.perf_counter() - began
 
     def pace(self) -> Pace:
         """Longest time of the present part; between two steps for any length."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,10 @@ from harness.train.profiler import StepProfiler
 from harness.train.resume import Resume
 from harness.train.run_log import RunLog
 from harness.train.schedule import learning_rate, margin_part
+from harness.train.stragglers import Stragglers
 from harness.train.throughput import StepClock, Throughput
 from harness.train.validation import Validation
+from models import comm
 from models.batch import rank_sizes
 from models.heads.row_optimizer import RowAdamW
 from models.registry import METHODS
@@ -93,6 +96,7 @@ class Trainer:
         self.clock = StepClock(mesh)
         self.throughput = Throughput(replace(config, model=self.model_config), self.loader, mesh)
         self.damaged = guards.DamagedSamples(config.data, mesh)
+        self.stragglers = Stragglers(mesh)
         self.ledger = Ledger(mesh)
         self._data: StepData | None = None  # of the present step, once it is read
         # Start, or continuation
@@ -127,13 +131,15 @@ class Trainer:
             stacked = torch.stack(list(metrics.values()))
             sums = stacked if sums is None else sums + stacked
 
-        self.towers.reduce()
+        with clock.others():
+            self.towers.reduce()
         squared = self.towers.squared_norm()
         if head is not None:
             active, row_grad = head.row_grad
             squared += sum_of_squares(row_grad)
         # The one wait of every step: what tells whether it may touch the weights, and what ranks ask for at its end.
-        sums_of_ranks = self.mesh.sum(torch.stack([squared, *self.boundary.own(squared)]))
+        with clock.others():
+            sums_of_ranks = self.mesh.sum(torch.stack([squared, *self.boundary.own(squared)]))
         squared_norm, *asked, loss_value = torch.cat([sums_of_ranks, total[None].to(squared.dtype)]).tolist()
         self.boundary.agree(*asked)
         norm = math.sqrt(squared_norm)
@@ -167,6 +173,7 @@ class Trainer:
         profiler = StepProfiler(train.profile_steps, self.config.run_dir, self.mesh.rank)
         self.mesh.watch.at, self.mesh.watch.pace = self._place, self.clock.pace
         self.mesh.watch.folder = self.config.run_dir
+        comm.waiting = self.clock.others
         self.boundary.open()
         try:
             self.validation.compare(self.step, log)
@@ -182,7 +189,7 @@ class Trainer:
                 last = self.step == end
                 log.advance({"loss": "-" if loss is None else f"{loss:.3f}"})
                 if self.step % train.log_every == 0 or last:
-                    figures = self._figures(result)
+                    figures = self._figures(result, log)
                     if loss is None:
                         decoded = figures["speed/decode_images_per_second"]
                         log.say(f"step {self.step}: a rank reads and decodes {decoded:,.0f} images a second")
@@ -212,6 +219,7 @@ class Trainer:
                 tell(error)
             raise
         finally:
+            comm.waiting = nullcontext
             self.boundary.close()
             profiler.close()
             self.loader.close()
@@ -251,13 +259,15 @@ class Trainer:
             log.board.introduce(self.step, config, mesh, self.loader.catalogue, self.method, classes, self.notes)
         return log
 
-    def _figures(self, result: StepResult) -> dict[str, float]:
-        """Figures of a step, for the log; collective."""
+    def _figures(self, result: StepResult, log: RunLog) -> dict[str, float]:
+        """Figures of a step, for the log, which also names the ranks that hold the others up; collective."""
         rate = self.throughput.rate(self.step)
-        local = [*self.throughput.local_sums(), [self.damaged.count, 0]]
+        local = [*self.throughput.local_sums(), [self.damaged.count, 0], *self.stragglers.own(self.clock)]
         # Over the world: tensor-parallel ranks read different samples of the same step; what they have in common
         # cancels out.
         sums = self.mesh.sum(torch.cat([result.sums.double(), result.sums.new_tensor(local, dtype=torch.float64)]))
+        sums, of_ranks = sums[: -self.mesh.world_size], sums[-self.mesh.world_size :]
+        self.stragglers.tell(self.step, of_ranks.tolist(), log)
         means = (sums[:-1, 0] / sums[:-1, 1].clamp_min(1e-12)).tolist()
         names = [f"train/{name}" for name in result.names]
         metrics = dict(zip(names, means, strict=False))  # the means of the speed follow those of the metrics
@@ -280,7 +290,8 @@ class Trainer:
 
     def _place(self) -> str:
         """Step, part of it and samples of this rank, for the error of the others if it stands still."""
-        place = f"step {self.step}, {self.clock.now}"
-        if self.clock.now == "data" or self._data is None:
-            return place
-        return f"{place}, {guards.listed(guards.sample_ids(self._data))}"
+        reads = self.clock.now == "data"
+        ids = (
+            self.loader.sample_ids(self.step) if reads else [] if self._data is None else guards.sample_ids(self._data)
+        )
+        return f"step {self.step}, {self.clock.now}{f', {guards.listed(ids)}' if ids else ''}"

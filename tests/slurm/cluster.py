@@ -43,7 +43,7 @@ class Cluster:
     def command(self, *words: object, cwd: Path | None = None, **variables: str) -> str:
         """Runs one of SLURM's commands, with more `variables` in its environment; returns what it prints."""
         environment = {**self.environment, **variables}
-        done = subprocess.run([*map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, f"{words}: {done.stderr}{self.logs()}"
         return done.stdout
 
@@ -55,7 +55,7 @@ class Cluster:
         """SLURM's record of a job: JobState, ExitCode, ..."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.command("scontrol", "--oneliner", "show", "job", number)))
 
-    def wait(self, number: int | str, seconds: float = 300.0) -> dict[str, str]:
+    def wait(self, number: int | str, seconds: float = 600.0) -> dict[str, str]:
         """`job`, once it has ended and its nodes are free again."""
         end = time.monotonic() + seconds
         while (job := self.job(number))["JobState"] not in ENDED:
@@ -76,6 +76,16 @@ class Cluster:
             if mark in variables and ours in variables:
                 found.append(folder)
         return found
+
+    def kill_node(self, name: str) -> None:
+        """Ends the slurmd of a node as a crash does; what it has started lives on."""
+        file = self.folder / "run" / f"slurmd.{name}.pid"
+        os.kill(int(file.read_text()), signal.SIGKILL)
+        file.unlink()
+
+    def start_node(self, name: str) -> None:
+        """Starts the slurmd of a node."""
+        self.command("slurmd", "-N", name)
 
     def logs(self) -> str:
         """The last lines of every daemon's log."""
@@ -109,7 +119,7 @@ def cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Cluster]:
         (folder / "cgroup.conf").write_text(f"CgroupPlugin={_no_cgroups(made)}\n")
         made.command("slurmctld")
         for i in range(nodes):
-            made.command("slurmd", "-N", f"node{i + 1}")
+            made.start_node(f"node{i + 1}")
         end = time.monotonic() + 60
         while len(made.command("sinfo", "--noheader", "--Node", "--states=idle").splitlines()) < nodes:
             assert time.monotonic() < end, f"the nodes do not come up{made.logs()}"
@@ -151,7 +161,10 @@ def configuration(folder: Path, nodes: int, cpus: int) -> str:
         "MpiDefault": "none",
         "ReturnToService": 2,
         "SlurmdParameters": "config_overrides",
-        "KillWait": 10,
+        # Long enough for a loaded machine: the tests wait for events, not for times.
+        "KillWait": 120,
+        "MessageTimeout": 60,
+        "SlurmdTimeout": 20,  # after which a node whose slurmd has died is down
         "PreemptType": "preempt/partition_prio",
         "PreemptMode": "REQUEUE",
     }
@@ -159,7 +172,7 @@ def configuration(folder: Path, nodes: int, cpus: int) -> str:
     for i, port in enumerate(ports[1:], 1):
         lines.append(f"NodeName=node{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=1000")
     usual = "Nodes=ALL MaxTime=INFINITE State=UP"
-    lines.append(f"PartitionName=all Default=YES GraceTime=120 PriorityTier=1 {usual}")
+    lines.append(f"PartitionName=all Default=YES GraceTime=600 PriorityTier=1 {usual}")
     return "\n".join([*lines, f"PartitionName=urgent PriorityTier=2 {usual}", ""])
 
 

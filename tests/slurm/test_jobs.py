@@ -10,8 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,7 @@ def test_a_job_writes_one_readable_log(trained: tuple[int, str], project: Path, 
     assert re.fullmatch(rf"exit code 0 after \d\d:\d\d:\d\d, run folder runs/tiny-{number}", lines[-1])
     # No warning and nothing of the launcher's.
     assert not re.search(r"Traceback|[Ww]arn|[Ee]rror|srun|\[[WE]\d{4}", text), text
+    assert not (project / f"shelfmark-train-{number}.ranks").exists()  # no rank failed
 
 
 @pytest.mark.full
@@ -190,60 +191,104 @@ def test_a_rank_that_is_killed_ends_the_job(slurm: Cluster, project: Path, recip
     options = ("--train.steps", 100000, "--train.checkpoint_every", 0, "--run-dir", "runs/killed")
     number = slurm.submit("--nodes=2", "jobs/train.sh", recipe, *options, cwd=project, **settings)
     progress = project / "runs" / "killed" / "log.jsonl"
-    end = time.monotonic() + 200
-    while not (progress.exists() and progress.read_text()):
-        assert time.monotonic() < end, slurm.logs()
-        time.sleep(0.2)
+    until(lambda: progress.exists() and progress.read_text() != "", slurm.logs)
     (victim,) = [p for p in slurm.processes(number) if b"\0RANK=1\0" in (p / "environ").read_bytes()]
     os.kill(int(victim.name), signal.SIGKILL)
     text = log(slurm, project, "train", number, "FAILED", 137)
     assert text.splitlines()[-1].startswith("exit code 137 after")
+    (line,) = [line for line in text.splitlines() if "ended with SIGKILL; its own log: " in line]
+    written = project / line.partition("its own log: ")[2]
+    assert written.parts[-5] == f"shelfmark-train-{number}.ranks" and (written / "stderr.log").is_file()
 
 
-def started(slurm: Cluster, project: Path, recipe: Path, name: str) -> tuple[int, Path]:
-    """A long training job on both nodes that has trained a few steps: its id and its run folder."""
-    run = project / "runs" / name
-    options = ("--train.steps", LONG, "--train.checkpoint_every", 0, "--run-dir", f"runs/{name}")
-    number = slurm.submit("--nodes=2", "jobs/train.sh", recipe, *options, cwd=project, **SETTINGS)
-    end = time.monotonic() + 200
-    while not ((run / "log.jsonl").exists() and (run / "log.jsonl").read_text()):
-        assert time.monotonic() < end, slurm.logs()
+def until(what: Callable[[], bool], said: Callable[[], str]) -> None:
+    """Returns once what() holds; what is said() explains why it does not for ten minutes."""
+    end = time.monotonic() + 600
+    while not what():
+        assert time.monotonic() < end, said()
         time.sleep(0.2)
+
+
+def started(slurm: Cluster, project: Path, recipe: Path, name: str, save_every: int = 0) -> tuple[int, Path]:
+    """A long training job on both nodes that has trained, and saved, a few steps: its id and its run folder."""
+    run = project / "runs" / name
+    options = ("--train.steps", LONG, "--train.checkpoint_every", save_every, "--run-dir", f"runs/{name}")
+    number = slurm.submit("--nodes=2", "jobs/train.sh", recipe, *options, cwd=project, **SETTINGS)
+    sign = run / "checkpoints" / "latest" if save_every else run / "log.jsonl"
+    until(lambda: sign.exists() and sign.read_text() != "", slurm.logs)
     return number, run
 
 
 def goes_on(slurm: Cluster, project: Path, number: int) -> str:
     """The log of a job that is back in the queue, once it has ended well."""
-    end = time.monotonic() + 200
-    while slurm.job(number)["Restarts"] == "0" or slurm.job(number)["JobState"] != "PENDING":
-        assert time.monotonic() < end, f"{slurm.job(number)} {slurm.logs()}"
-        time.sleep(0.2)
+
+    def queued() -> bool:
+        return slurm.job(number)["Restarts"] != "0" and slurm.job(number)["JobState"] == "PENDING"
+
+    until(queued, lambda: f"{slurm.job(number)} {slurm.logs()}")
     slurm.command("scontrol", "update", f"JobId={number}", "StartTime=now")  # SLURM would wait two minutes
     return log(slurm, project, "train", number, "COMPLETED")
 
 
+def curve(run: Path) -> list[tuple[int, float]]:
+    """Steps and losses that TensorBoard shows of a run, whatever number of processes wrote them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("train/loss")]
+
+
 @pytest.fixture(scope="module")
-def undisturbed(project: Path, recipe: Path) -> list[dict[str, Any]]:
+def undisturbed(project: Path, recipe: Path) -> Path:
     plain(project, "torch.distributed.run", "--nproc-per-node", 2, "-m", "harness.train", "--config", recipe,
-          "--train.steps", LONG, "--run-dir", "runs/undisturbed")  # fmt: skip
-    return figures(project / "runs" / "undisturbed")
+          "--train.steps", LONG, "--train.checkpoint_every", 0, "--run-dir", "runs/undisturbed")  # fmt: skip
+    return project / "runs" / "undisturbed"
+
+
+def is_as_undisturbed(run: Path, undisturbed: Path) -> None:
+    assert figures(run) == figures(undisturbed)
+    assert curve(run) == curve(undisturbed) and [step for step, _ in curve(run)] == list(range(1, LONG + 1))
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("why", ["time", "preemption"])
+@pytest.mark.parametrize("why", ["time", "steps", "preemption"])
 def test_a_job_that_is_stopped_goes_on_in_the_queue(
-    slurm: Cluster, project: Path, recipe: Path, undisturbed: list[dict[str, Any]], why: str
+    slurm: Cluster, project: Path, recipe: Path, undisturbed: Path, why: str
 ) -> None:
     number, run = started(slurm, project, recipe, why)
     if why == "time":
         slurm.command("scancel", "--batch", "--signal=USR1", number)  # what #SBATCH --signal asks for
+    elif why == "steps":
+        slurm.command("scancel", "--signal=USR1", number)  # to launchers and ranks, not to the job's shell
     else:
         slurm.submit("--partition=urgent", "--nodes=2", "--exclusive", "--wrap", "true", cwd=project)
     text = goes_on(slurm, project, number)
-    (stopped,) = re.findall(rf"stopped by {'SIGUSR1' if why == 'time' else 'SIGTERM'} after step (\d+), saved", text)
+    name = "SIGTERM" if why == "preemption" else "SIGUSR1"
+    (stopped,) = re.findall(rf"stopped by {name} after step (\d+), saved", text)
     assert f"requeued at step-{int(stopped):08d}" in text and f"resumed step-{int(stopped):08d}" in text
     assert text.count("exit code 75 after") == 1 and text.splitlines()[-1].startswith("exit code 0 after")
-    assert 0 < int(stopped) < LONG and figures(run) == undisturbed
+    assert 0 < int(stopped) < LONG
+    is_as_undisturbed(run, undisturbed)
+
+
+@pytest.mark.full
+def test_a_job_goes_on_when_a_node_has_died(slurm: Cluster, project: Path, recipe: Path, undisturbed: Path) -> None:
+    """SLURM takes the node for down, and has the job back in the queue until the node is up again."""
+    number, run = started(slurm, project, recipe, "node", save_every=5)
+    slurm.kill_node("node2")
+    try:
+        until(lambda: slurm.job(number)["Restarts"] == "1", lambda: f"{slurm.job(number)} {slurm.logs()}")
+        # What a dead machine does not do: its processes end.
+        for folder in slurm.processes(number):
+            with suppress(ProcessLookupError):
+                os.kill(int(folder.name), signal.SIGKILL)
+    finally:
+        slurm.start_node("node2")
+    text = goes_on(slurm, project, number)
+    (resumed,) = re.findall(r"resumed step-(\d+)", text)
+    assert 0 < int(resumed) < LONG and "restart 1, " in text
+    is_as_undisturbed(run, undisturbed)
 
 
 @pytest.mark.full
@@ -251,10 +296,7 @@ def test_a_job_that_is_cancelled_saves_and_stays_so(slurm: Cluster, project: Pat
     number, run = started(slurm, project, recipe, "cancelled")
     slurm.command("scancel", number)
     assert slurm.wait(number)["JobState"] == "CANCELLED"
-    end = time.monotonic() + 60
-    while slurm.processes(number):
-        assert time.monotonic() < end, slurm.logs()
-        time.sleep(0.2)
+    until(lambda: slurm.processes(number) == [], slurm.logs)
     assert (run / "checkpoints" / "latest").exists() and slurm.job(number)["Restarts"] == "0"
     assert "requeued" not in (project / f"shelfmark-train-{number}.log").read_text()
 
@@ -266,7 +308,9 @@ def test_a_job_without_progress_is_requeued_so_many_times(tmp_path: Path) -> Non
     (run / "checkpoints" / "latest").write_text("step-00000007")
     (run / "requeues").write_text("2 step-00000007\n")
     text = (ROOT / "jobs" / "train.sh").read_text()
-    script = text[text.index("ended() {") : text.index("\n}\n", text.index("ended() {")) + 3]
+    script = (
+        "finish() { exit $1; }\n" + text[text.index("ended() {") : text.index("\n}\n", text.index("ended() {")) + 3]
+    )
     tools = 'scontrol() { echo "scontrol $1" >&2; echo JobState=RUNNING; }; sleep() { :; }\n'
     for expected in ("requeued at step-00000007", "not requeued: stopped 4 times at step-00000007"):
         environment = {**os.environ, "SLURM_JOB_ID": "7", "MAX_REQUEUES": "3"}
@@ -286,6 +330,80 @@ def test_the_launcher_says_how_a_rank_ended(script: str, code: int, how: str) ->
     )
     assert done.returncode == code
     assert done.stderr.strip() == f"rank 0 on node7 ended with {how}"
+
+
+@pytest.fixture
+def venv_without_node2(tmp_path: Path) -> Path:
+    """A virtual environment whose Python does not start on node2."""
+    folder = tmp_path / "venv" / "bin"
+    folder.mkdir(parents=True)
+    python = folder / "python"
+    python.write_text(f'#!/bin/bash\n[[ $SLURMD_NODENAME != node2 ]] || exit 127\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return folder.parent
+
+
+@pytest.mark.full
+def test_preflight_goes_on_without_a_bad_node(
+    slurm: Cluster, project: Path, recipe: Path, venv_without_node2: Path
+) -> None:
+    options = ("--least-share", 0.01, "--size-mib", 2)
+    good = slurm.submit("--nodes=2", "jobs/preflight.sh", *options, cwd=project, **SETTINGS)
+    text = log(slurm, project, "preflight", good, "COMPLETED")
+    assert "no node to leave out" in text and re.search(r"^node1 +node2 +[\d.]+", text, re.MULTILINE), text
+    found = json.loads((project / f"shelfmark-preflight-{good}" / "preflight.json").read_text())
+    assert found["good"] and [*found["figures"]] == ["node1", "node2"]
+    assert [row["error"] for row in (*found["pairs"], *found["collectives"])] == [None] * 7
+
+    settings = {**SETTINGS, "VENV": str(venv_without_node2)}
+    bad = slurm.submit("--nodes=2", "jobs/preflight.sh", *options, cwd=project, **settings)
+    text = log(slurm, project, "preflight", bad, "FAILED", 2)
+    assert "\n--exclude=node2\n" in text and "error: not good: node2 (did not start). Leave out node2" in text
+    then = ("--then", "jobs/train.sh", recipe, "--train.steps", 2, "--run-dir", "runs/after-preflight")
+    bad = slurm.submit("--nodes=2", "jobs/preflight.sh", *options, *then, cwd=project, **settings)
+    text = log(slurm, project, "preflight", bad, "COMPLETED")
+    assert text.count("nodes    1 (node[1-2] without node2)") == 2 and "run runs/after-preflight: steps 2, " in text
+
+
+@pytest.mark.full
+def test_a_pipeline_runs_its_stages_and_leaves_out_what_is_finished(
+    slurm: Cluster, project: Path, recipe: Path, tmp_path: Path
+) -> None:
+    manifest = make_catalogue(tmp_path, ingest=False)
+    settings = {
+        **SETTINGS, "INGEST_PARTS": "2", "INGEST_ARGS": "--attribute-columns colour,shape --workers 1",
+        "TOKENIZER_ARGS": "--vocab-size 48", "TRAIN_ARGS": "--train.steps 2", "TRAIN_SBATCH": "--nodes 2",
+        "INGEST_SBATCH": "--cpus-per-task 1", "COMMAND_SBATCH": "--cpus-per-task 1",
+    }  # fmt: skip
+    out = {name: tmp_path / name for name in ("catalogue", "run", "artefact")}
+    words = [
+        *("jobs/pipeline.sh", "--manifest", manifest, "--images", tmp_path, "--recipe", recipe),
+        *("--catalogue", out["catalogue"], "--run-dir", out["run"], "--artefact", out["artefact"]),
+    ]
+
+    def submit(**more: str) -> dict[str, str]:
+        lines = slurm.command("bash", *words, cwd=project, **settings, **more).splitlines()
+        return {line[:16].strip(): line[16:].strip() for line in lines}
+
+    stages = ["ingest", "merge", "govern", "tokenizer", "train", "eval", "export"]
+    state = tmp_path / "run.pipeline"
+    jobs = submit(GOVERN_ARGS="--min-queries 1000")
+    assert [*jobs] == stages
+    numbers = {name: int(said.removeprefix("job ")) for name, said in jobs.items()}
+    for name in stages:
+        expected = {"govern": "FAILED"}.get(name, "COMPLETED" if name in ("ingest", "merge") else "CANCELLED")
+        assert slurm.wait(numbers[name])["JobState"] == expected, (name, slurm.logs())
+    failed = f"stage govern failed with exit code 2 (job {numbers['govern']}); cancelled: tokenizer train eval export"
+    assert (state / "log").read_text().splitlines()[-1].endswith(failed)
+    assert failed in (project / f"shelfmark-govern-{numbers['govern']}.log").read_text()
+
+    jobs = submit()
+    assert [name for name in stages if jobs[name] == "finished before"] == ["ingest", "merge"]
+    assert slurm.wait(int(jobs["export"].removeprefix("job ")))["JobState"] == "COMPLETED", slurm.logs()
+    assert (out["artefact"] / "index.faiss").is_file() and (out["run"] / "checkpoints" / "latest").is_file()
+    said = [line.split(" ", 2)[2] for line in (state / "log").read_text().splitlines()]
+    assert [line.split()[0] for line in said[-5:]] == ["govern", "tokenizer", "train", "eval", "export"]
+    assert set(submit().values()) == {"finished before"}
 
 
 def test_mistakes_end_a_job_in_one_line(slurm: Cluster, project: Path, recipe: Path, tmp_path: Path) -> None:
@@ -313,5 +431,5 @@ def test_cluster_env_names_what_exists() -> None:
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck")
 def test_shellcheck() -> None:
     scripts = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "jobs").glob("*.sh"))
-    assert len(scripts) == 7
+    assert len(scripts) == 10
     subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, check=True)
