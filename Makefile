@@ -4,6 +4,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python -m
 INSTALLED := .venv/installed
+SPARK := .venv/spark
 PIP := $(RUN) pip install -qq --disable-pip-version-check
 
 # Tests start many ranks on few cores: threads of their own would only fight for them. Files run side by side on WORKERS processes.
@@ -19,7 +20,7 @@ demo: $(INSTALLED)
 test: lint
 	$(RUN) $(PYTEST) -m "not full"
 
-test-full: lint
+test-full: lint $(SPARK)
 	$(RUN) $(PYTEST)
 
 lint: $(INSTALLED)
@@ -46,4 +47,9 @@ $(INSTALLED): pyproject.toml constraints.txt requirements.lock
 	@$(PIP) -c constraints.txt torch==2.13.0
 	@$(PIP) --no-build-isolation --no-deps -e .
 	@$(RUN) pip check >/dev/null || { $(RUN) pip check; exit 1; }
+	@touch $@
+
+$(SPARK): $(INSTALLED) requirements-spark.lock
+	@echo "Building PySpark for the tests of govern --engine spark, which want Java 17 too (some minutes, once)"
+	@$(PIP) --require-hashes --no-build-isolation --no-deps --no-binary pyspark -r requirements-spark.lock
 	@touch $@

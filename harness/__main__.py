@@ -85,7 +85,12 @@ def command(name: str, argv: list[str]) -> None:
     values = parser.parse(argv).as_dict()
     json_file = values.pop("json")
     check_figures(json_file)
-    figures = module.run(config(**values))
+    try:
+        figures = module.run(config(**values))
+    except UserError as error:
+        if error.figures is not None:
+            write_figures(json_file, error.figures)
+        raise
     if os.environ.get("RANK", "0") == "0":
         write_figures(json_file, figures)
 

@@ -221,6 +221,8 @@ def print_summary(summary: dict[str, Any], out: Path) -> None:
         f"  .venv/bin/shelfmark search {out}/artefact PHOTO --sheet found.png",
         f"  {out}/summary.json                 these figures",
         "  docs/your-data.md                  the same commands for your own photos",
+        "",
+        f"Search with your own photos in a browser: .venv/bin/shelfmark serve {out}/artefact",
     ]
     print("\n".join(lines))
 

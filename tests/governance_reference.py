@@ -49,11 +49,7 @@ def rules(
     Returns:
         query -> component, document -> component (its lowest document), and edge -> reason of the dropped edges.
     """
-    clicks, seen = Counter[Edge](), Counter[Edge]()
-    for query, document, clicked, shown in set(rows):
-        clicks[query, document] += clicked
-        seen[query, document] += shown
-    edges = {edge: wilson(clicks[edge], seen[edge], config.confidence) for edge in clicks if clicks[edge]}
+    edges = supports(rows, config)
     asked = Counter(query for query, _ in edges)
     bots = {query for query, count in asked.items() if count > config.max_documents_per_query}
     hot = hot_documents({edge: value for edge, value in edges.items() if edge[0] not in bots}, config)
@@ -146,6 +142,15 @@ def pair(a: int, b: int) -> Edge:
     return min(a, b), max(a, b)
 
 
+def supports(rows: Sequence[tuple[int, int, int, int]], config: GovernConfig) -> dict[Edge, int]:
+    """Support of each edge in millionths."""
+    clicks, seen = Counter[Edge](), Counter[Edge]()
+    for query, document, clicked, shown in set(rows):
+        clicks[query, document] += clicked
+        seen[query, document] += shown
+    return {edge: wilson(clicks[edge], seen[edge], config.confidence) for edge in clicks if clicks[edge]}
+
+
 def facts(
     rows: Sequence[tuple[int, int, int, int]],
     config: GovernConfig,
@@ -159,14 +164,7 @@ def facts(
     clicks = Counter[Edge]()
     for query, document, clicked, _ in set(rows):
         clicks[query, document] += clicked
-    hot = hot_documents(
-        {
-            (q, d): wilson(n, sum(r[3] for r in set(rows) if r[:2] == (q, d)), config.confidence)
-            for (q, d), n in clicks.items()
-            if n and dropped.get((q, d)) != "bot"
-        },
-        config,
-    )
+    hot = hot_documents({e: n for e, n in supports(rows, config).items() if dropped.get(e) != "bot"}, config)
     beside = Counter(query for (query, _), n in clicks.items() if n)
     counts: dict[int, tuple[int, int, int]] = {}
     for edge, n in clicks.items():

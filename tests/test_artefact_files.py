@@ -128,7 +128,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, catalogue: Path) -> dict[str,
         copy_tokenizer(catalogue, folder)
         (folder / "preprocess.json").write_text(json.dumps(PreprocessSpec(image_size=16).to_dict()))
         meta = {
-            "format": 3,
+            "format": 4,
+            "index": {"kind": "flat", "parameters": {}},
             "method": method,
             "model": asdict(model),
             "query": query_kind(model),

@@ -142,7 +142,7 @@ def test_each_warning_on_vectors_that_deserve_it_and_none_on_others() -> None:
     found, lines = told(apart + 0.1 * torch.randn(20, 16), apart, good)
     assert found["sample_recall_at_1"] == 1.0 and lines == []
     _, lines = told(apart.roll(1, 0), apart, good)
-    below = "val recall@1 0.000 is below colour histogram (0.200) and untrained (0.050), standard error 0.089 by 20 photos"
+    below = "val recall@1 0.000 is below colour histogram (0.200) and untrained (0.050), standard error 0.089 by 20"
     assert len(lines) == 1 and below in lines[0]
     # Documents whose vectors come from one of two titles, the pictures hardly counting.
     titles = torch.randn(2, 16).repeat_interleave(10, 0)

@@ -1,5 +1,6 @@
 """Benchmarks: reports of the one form, files that repeat, mistakes in one line. What they measure is not asserted."""
 
+import dataclasses
 import json
 import math
 import os
@@ -12,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from harness.bench import bm25, decode, evaluation, head, head_memory, loader, towers
+from harness.bench import bm25, decode, evaluation, head, head_memory, loader, plain, towers
 from harness.bench.ranks import Memory
 from harness.bench.report import command_line, make_report
 from harness.commands import ingest
 from harness.core.errors import UserError
 from harness.core.tables import format_table
 from models.heads.row_optimizer import RowAdamW, RowOptimizerConfig
-from tests.catalogues import draw_rows, write_manifest
+from tests.catalogues import draw_rows, make_catalogue, write_manifest
 from tests.test_tasks import side
 
 TINY = {"images": 5, "image_size": 16, "source_size": 40, "threads": 1, "pairs": 2}
@@ -322,3 +323,14 @@ def test_bm25_predicts_categories_of_the_nearest_titles():
 def test_a_tower_that_transformers_does_not_read_is_one_line():
     with pytest.raises(UserError, match="--model has 'vit_s'"):
         towers.TowersConfig(model=("vit_s",))
+
+
+def test_the_plain_script_learns_colours_and_shapes(tmp_path):
+    catalogue = make_catalogue(tmp_path, classes=6, queries=8)
+    config = plain.PlainConfig(catalogue=catalogue, images=2400, image_size=32, threads=1)
+    report = plain.run(config)
+    check_report(report)
+    (row,) = report["rows"]
+    assert (row["queries"], row["documents"]) == (6, 6) and row["recall_at_1_never_trained"] is None
+    untrained = plain.run(dataclasses.replace(config, images=1))
+    assert report["headline"]["recall_at_1"] > max(0.5, untrained["headline"]["recall_at_1"])

@@ -236,7 +236,7 @@ def test_it_is_evaluated_exported_and_searched(
     assert report["cone"] == pytest.approx(final["spread/cone"], rel=1e-5) and 0 < report["photo/map"] <= 1
     assert any("spread" in line and "cone" in line for line in capsys.readouterr().out.splitlines())
     out = tmp_path / "artefact"
-    export.run(export.ExportConfig(run=run, out=out))
+    export.run(export.ExportConfig(run=run, out=out, onnx=False))
     assert Artefact(out).meta["query"] == "image"
     photos = sorted((catalogue.parent / "images").glob("*"))[:2]
     found = search.run(search.SearchConfig(artefact=out, photos=tuple(photos), top=3))

@@ -1,4 +1,6 @@
-"""Training on classes made of clicks: their rows follow their keys over a rebuild, and trained products are known."""
+"""Training on classes made of clicks: their rows follow their keys over a rebuild, and trained products are known; and
+the benchmark of governance by the size of the log.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 import torch
 
+from harness.bench import governance_scale
 from harness.catalogue.catalogue import Catalogue
 from harness.commands.govern import GovernConfig, run
 from harness.evaluate.tasks.photo import KINDS
@@ -17,6 +21,7 @@ from models.comm import gather_shards
 from tests.click_logs import write_log
 from tests.pool import ranks
 from tests.runs import tiny_config, trainer
+from tests.test_bench import check_report
 
 
 def train(catalogue: Path, folder: Path, steps: int) -> dict[str, Any]:
@@ -31,6 +36,7 @@ def train(catalogue: Path, folder: Path, steps: int) -> dict[str, Any]:
         return {"rows": rows, "after": after, "losses": losses, "kinds": groups.codes}
 
 
+@pytest.mark.full  # trains on two ranks
 def test_rows_follow_the_keys_of_classes_made_of_clicks(catalogue: Path, tmp_path: Path) -> None:
     own = shutil.copytree(catalogue, tmp_path / "catalogue")
     shutil.rmtree(own / "classes")
@@ -57,3 +63,12 @@ def test_rows_follow_the_keys_of_classes_made_of_clicks(catalogue: Path, tmp_pat
     torch.testing.assert_close(second["rows"][[1, 2, 3, 5]], first["after"], rtol=0, atol=0)
     assert np.isfinite(second["losses"]).all() and len(second["losses"]) == 2
     assert (second["kinds"] == KINDS.index("head")).all()
+
+
+@pytest.mark.full  # starts processes
+def test_the_benchmark_reports_each_size(tmp_path: Path) -> None:
+    report = governance_scale.run(governance_scale.GovernanceScaleConfig(rows=(2000, 3000), folder=tmp_path))
+    check_report(report)
+    assert [row["rows"] for row in report["rows"]] == [2000, 3000]
+    assert all(row["classes"] > 10 and 0 < row["edges"] < row["rows"] for row in report["rows"])
+    assert not list(tmp_path.iterdir())

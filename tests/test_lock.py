@@ -341,7 +341,7 @@ def told(command: str, run: Path, out: Path, argv: list[str]) -> str:
     from harness.train.run import train
 
     with pytest.raises(UserError) as refused:
-        train(argv) if command == "train" else export.run(export.ExportConfig(run=run, out=out))
+        train(argv) if command == "train" else export.run(export.ExportConfig(run=run, out=out, onnx=False))
     return str(refused.value)
 
 
@@ -375,7 +375,7 @@ def exported(run: Path, out: Path) -> None:
     """In a pool."""
     from harness.commands import export
 
-    export.run(export.ExportConfig(run=run, out=out))
+    export.run(export.ExportConfig(run=run, out=out, onnx=False))
 
 
 PAUSED = {
@@ -389,12 +389,12 @@ def slowly(self, *arguments):
 Trainer.train_step = slowly
 """,
     "export": """
-from harness.commands import export
-write = export.write_documents
+from harness.artefact import document_chunks
+write = document_chunks.write_documents
 def slowly(*arguments):
     wait()
     write(*arguments)
-export.write_documents = slowly
+document_chunks.write_documents = slowly
 """,
 }
 MAIN = """

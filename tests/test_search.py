@@ -48,7 +48,9 @@ def train(run: Path, catalogue: Path, **overrides: Any) -> None:
 
 def export_here(run: Path, out: Path, batch_size: int = 128, tensor_parallel: int = 1) -> None:
     """In a pool."""
-    export.run(export.ExportConfig(run=run, out=out, batch_size=batch_size, tensor_parallel=tensor_parallel))
+    export.run(
+        export.ExportConfig(run=run, out=out, batch_size=batch_size, tensor_parallel=tensor_parallel, onnx=False)
+    )
 
 
 def found_by_evaluation(run: Path, catalogue: Path, top: int) -> tuple[list[Any], torch.Tensor, torch.Tensor]:
@@ -215,16 +217,16 @@ def test_another_view_of_the_documents_is_exported_and_told(
     rows = [{"slice": "class", "value": "never trained", "recall_at_1": 0.2}]
     rows.append({"task": "photo/image", **rows[0], "recall_at_1": 0.7})
     figures.write_text(json.dumps({"recall_at_1": None, "photo/image/recall_at_1": None, "slices": []}))
-    export.run(export.ExportConfig(run=run, out=tmp_path / "nothing asked"))
+    export.run(export.ExportConfig(run=run, out=tmp_path / "nothing asked", onnx=False))
     assert "--view" not in capsys.readouterr().out
     for n, (image, slices, told) in enumerate(((0.4, [], False), (0.6, [], True), (0.4, rows, True))):
         views = {"recall_at_1": 0.5, "photo/image/recall_at_1": image, "slices": slices}
         figures.write_text(json.dumps({**known, **views}))
-        export.run(export.ExportConfig(run=run, out=tmp_path / f"both-{n}"))
+        export.run(export.ExportConfig(run=run, out=tmp_path / f"both-{n}", onnx=False))
         said = capsys.readouterr().out
         assert (f"seen as both and as image: all products 0.500 and {image:.3f}" in said) == told, said
         assert ("products never trained on 0.200 and 0.700. --view image" in said) == bool(slices)
-    export.run(export.ExportConfig(run=run, out=tmp_path / "image", view="image"))
+    export.run(export.ExportConfig(run=run, out=tmp_path / "image", view="image", onnx=False))
     assert "--view" not in capsys.readouterr().out
     both, image = (
         np.array(ds.dataset(path / "documents").to_table(["embedding"])["embedding"].to_pylist(), np.float32)
@@ -280,6 +282,33 @@ def test_search_prints_and_draws(artefact: Path, tmp_path: Path, capsys: pytest.
     assert all(f"{hit['score']:7.4f}  {hit['id']}" in out and hit["title"] in out for hit in first)
     drawn = Image.open(sheet)
     assert drawn.width == 4 * 152 and len(drawn.convert("RGB").getcolors(1 << 20) or []) > 50
+
+
+def test_a_search_can_be_limited_to_documents_with_some_values(
+    artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (64, 48), (200, 40, 40)).save(photo)
+    colours = Artefact(artefact).documents.column("colour").to_pylist()
+
+    def found(*where: str) -> list[int]:
+        made = search.run(search.SearchConfig(artefact=artefact, photos=(photo,), top=50, where=where))
+        return [hit["row"] for hit in made["queries"][0]["found"]]
+
+    everything = found()
+    assert len(everything) == len(colours) and len(set(colours)) > 1
+    one = f"colour={colours[0]}"
+    assert found(one) == [row for row in everything if colours[row] == colours[0]]
+    assert found(one, *(f"colour={colour}" for colour in colours)) == everything
+    assert found(one, "title=none has it") == []
+    assert "no document passes --where" in capsys.readouterr().out
+    for where, piece in (
+        ("color=red", "no column 'color' of texts. It has colour"),
+        ("thumbnail=x", "no column 'thumbnail' of texts"),
+        ("colour", "--where has 'colour'. Write NAME=VALUE"),
+    ):
+        with pytest.raises(UserError, match=piece):
+            found(where)
 
 
 def test_only_right_documents_are_framed_green() -> None:
@@ -375,7 +404,7 @@ def exported(kind: str, catalogue: Path, run: Path) -> tuple[list[str], torch.Te
         photos = embedder.embed(t.method, documents, "image") if kind == "item" else None
         queries = embedder.embed_texts(t.method, names) if photos is None else photos
         best, _ = top_k(queries, gallery, 4)
-    export.run(export.ExportConfig(run=run, out=run.parent / kind))
+    export.run(export.ExportConfig(run=run, out=run.parent / kind, onnx=False))
     return names, queries.vectors, gallery.vectors, best.tolist()
 
 
@@ -465,7 +494,7 @@ def test_an_artefact_of_another_format_is_refused(artefact: Path, tmp_path: Path
     del meta["model"]  # as it was
     (copy / "artefact.json").write_text(json.dumps(meta))
     write_manifest(copy)
-    with pytest.raises(UserError, match=r"has format 2, this version reads 3\. Export again"):
+    with pytest.raises(UserError, match=r"has format 2, this version reads 4\. Export its run again"):
         Artefact(copy)
 
 

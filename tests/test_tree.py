@@ -8,7 +8,8 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LAYERS = ["core", "catalogue", "text", "data", "evaluate", "train", "artefact", "commands", "bench", "__main__"]
+LAYERS = ["core", "catalogue", "text", "data", "evaluate", "train", "artefact", "serve", "commands", "bench"]
+LAYERS += ["__main__"]
 PACKAGES = ["kernels", "models", "harness", "jobs"]
 
 
@@ -43,8 +44,8 @@ def test_the_tree_names_every_module_and_no_other() -> None:
     assert sorted(named) == sorted(str(file) for file in modules() if file.name != "__init__.py")
 
 
-def test_harness_has_ten_entries_at_its_top() -> None:
-    assert len({file.parts[1] for file in modules() if file.parts[0] == "harness"} - {"__init__.py"}) <= 10
+def test_harness_has_eleven_entries_at_its_top() -> None:
+    assert len({file.parts[1] for file in modules() if file.parts[0] == "harness"} - {"__init__.py"}) <= 11
 
 
 def test_imports_point_one_way() -> None:

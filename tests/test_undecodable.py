@@ -60,17 +60,19 @@ def test_evaluation_and_export_leave_out_what_cannot_be_decoded(
         assert (figures["documents"], asked) == (whole["documents"] - 2, asked_whole - 1)
 
     capsys.readouterr()
-    made = export.run(export.ExportConfig(run=tmp_path / "run", out=tmp_path / "one-left-out", catalogue=one))
+    made = export.run(
+        export.ExportConfig(run=tmp_path / "run", out=tmp_path / "one-left-out", catalogue=one, onnx=False)
+    )
     assert f"1 of {len(documents)} document images" in capsys.readouterr().out
     kept = [*documents[:1], *documents[2:]]
     found = Artefact(tmp_path / "one-left-out")
     assert made["documents"] == found.meta["documents"] == len(kept)
     assert found.documents.column("sample_id").to_pylist() == kept
     whole_one = tmp_path / "whole"
-    export.run(export.ExportConfig(run=tmp_path / "run", out=whole_one))
+    export.run(export.ExportConfig(run=tmp_path / "run", out=whole_one, onnx=False))
     vectors = Artefact(whole_one)
     for row, sample in enumerate(kept):
         assert np.array_equal(found.vector(row).numpy(), vectors.vector(documents.index(sample)).numpy())
     with pytest.raises(UserError, match="2 of 6 document images"):
-        export.run(export.ExportConfig(run=tmp_path / "run", out=tmp_path / "refused", catalogue=three))
+        export.run(export.ExportConfig(run=tmp_path / "run", out=tmp_path / "refused", catalogue=three, onnx=False))
     assert not (tmp_path / "refused").exists()

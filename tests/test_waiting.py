@@ -15,6 +15,7 @@ from unittest.mock import patch
 import pytest
 import torch.distributed as dist
 
+from harness.artefact import document_chunks, index_export
 from harness.commands import export
 from harness.core import manifest as checksums
 from harness.core import waiting, watch
@@ -185,8 +186,8 @@ def whole_run(rendezvous: Path, catalogue: Path, run: Path) -> list[str]:
     with (
         patch.object(checksums, "checksum", slow("save", 1, checksums.checksum)),
         patch.object(probe, "predicted", slow("probe", 0, probe.predicted)),
-        patch.object(export, "write_index", slow("index", 0, export.write_index)),
-        patch.object(export, "write_documents", slow("documents", 1, export.write_documents)),
+        patch.object(index_export, "write_index", slow("index", 0, index_export.write_index)),
+        patch.object(document_chunks, "write_documents", slow("documents", 0, document_chunks.write_documents)),
     ):
         with trainer(tiny_config(catalogue, run, **settings)) as t:
             t.fit()

@@ -8,36 +8,36 @@ hits = artefact.search(artefact.embed(["photo.jpg"]), 5)[0]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from PIL import Image
 from torch import Tensor
 
 from harness.artefact.documents import read_documents
-from harness.artefact.flat_index import read_index
+from harness.artefact.index_read import open_index
 from harness.artefact.query_encoder import read_model, read_query_encoder
-from harness.catalogue.images import MOST_BYTES, MOST_PIXELS, Rejected, check_image, load_image
+from harness.catalogue.catalogue import nearest_first
+from harness.catalogue.images import MOST_BYTES, MOST_PIXELS, LoadedImage, Rejected, check_image, load_image
 from harness.catalogue.pixels import Colour
 from harness.core.errors import UserError
 from harness.core.files import Record, printable, read_record
 from harness.core.manifest import verify
-from harness.data.backends import open_pipeline
+from harness.data.backends import Pipeline, open_pipeline
 from harness.data.config import BACKENDS
 from harness.data.decode_pillow import decode_rgb
 from harness.data.preprocess import WHITE, PreprocessSpec, draw_parameters
-from harness.evaluate.ranking import Embedded, top_k
 from harness.text.tokenizer import Tokenizer, TokenStore
 from harness.text.tower_check import require_fit
 from models.method import MethodConfig, query_kind
 from models.plain_values import from_plain
 
-ARTEFACT_FORMAT = 3
-_SPARE = 32  # documents fetched beyond those wanted, to be ordered exactly
+ARTEFACT_FORMAT = 4
 _THUMBNAIL_PIXELS = 1 << 24
 
 Box = tuple[int, int, int, int]
@@ -65,18 +65,39 @@ class Photo:
             large = str(reason).startswith("too many pixels")
             remedy = "Raise --max-pixels, or name a smaller photo" if large else "Name a JPEG, PNG, WebP, AVIF or GIF"
             raise UserError(f"photo {path}: {reason}", remedy) from None
+        return cls._part(image, box, f"photo {path}", "--box")
+
+    @classmethod
+    def read(cls, data: bytes, box: Sequence[int] = (), max_pixels: int = MOST_PIXELS) -> Photo:
+        """Checks the bytes of a file, as `open` does.
+
+        Raises:
+            UserError: they are not an image, or a box that is empty or outside of it.
+        """
+        try:
+            return cls._part(check_image(data, max_pixels), box, "photo", "box")
+        except Rejected as reason:
+            large = str(reason).startswith("too many pixels")
+            remedy = "Send a smaller photo" if large else "Send a JPEG, PNG, WebP, AVIF or GIF"
+            raise UserError(f"photo: {reason}", remedy) from None
+
+    @classmethod
+    def _part(cls, image: LoadedImage, box: Sequence[int], name: str, flag: str) -> Photo:
+        """`box` of a checked image, the whole of it without one; `name` and `flag` are for errors."""
         if not box:
             return cls(image.data, (0, 0, image.width, image.height))
         scale = 2 if image.halved else 1
         full_width, full_height = scale * image.width, scale * image.height
-        size = f"the upright photo {path} has {full_width} x {full_height} pixels"
+        size = f"the upright {name} has {full_width} x {full_height} pixels"
         if len(box) != 4:
-            raise UserError(f"--box has {len(box)} numbers", "Give four: x,y,width,height in pixels")
+            raise UserError(f"{flag} has {len(box)} numbers", "Give four: x,y,width,height in pixels")
         x, y, width, height = box
         if width < 1 or height < 1:
-            raise UserError(f"--box {','.join(map(str, box))} is empty", f"Width and height must be at least 1; {size}")
+            raise UserError(
+                f"{flag} {','.join(map(str, box))} is empty", f"Width and height must be at least 1; {size}"
+            )
         if x < 0 or y < 0 or x + width > full_width or y + height > full_height:
-            raise UserError(f"--box {','.join(map(str, box))} leaves the photo", size[0].upper() + size[1:])
+            raise UserError(f"{flag} {','.join(map(str, box))} leaves the photo", size[0].upper() + size[1:])
         return cls(image.data, (x // scale, y // scale, max(1, width // scale), max(1, height // scale)))
 
     def picture(self, background: Colour = WHITE) -> Image.Image:
@@ -121,14 +142,14 @@ class Artefact:
         self.path = path = Path(path)
         self.threads = threads
         try:
-            record = _read_record(path)
+            record = read_meta(path)
             self.meta = record.values
             self.model, self.spec = _read_settings(record)
             self.backend = backend or _one_of(record, "backend", BACKENDS)
             count = record.number("documents", 1 << 40, 1)
             self._encode = read_query_encoder(self.meta["method"], self.model, path)
             self._tokenizer = self._open_tokenizer()
-            self._index = read_index(path, self.model.embedding_dim, count)
+            self._index = open_index(path, record, self.model.embedding_dim, count)
             self.documents = read_documents(path, count)
         except OSError as error:
             raise UserError(
@@ -153,25 +174,32 @@ class Artefact:
         """
         opened = [photo if isinstance(photo, Photo) else Photo.open(Path(photo)) for photo in photos]
         size = min(batch_size, len(opened))
-        pipeline = open_pipeline(self.spec, self.backend, size, self.threads, torch.device("cpu"))
+        pipeline = self.decoder(size)
         vectors = [torch.empty(0, self.meta["embedding_dim"])]
         for start in range(0, len(opened), size):
-            part = opened[start : start + size]
-            windows = np.array([photo.window for photo in part])
-            # A box is searched for as if it were the whole photo: the same centred square within it.
-            parameters = draw_parameters(
-                self.spec, 0, 0, np.arange(len(part)), windows[:, 2], windows[:, 3], train=False
-            )
-            parameters["anchor"] += windows[:, :2].astype(np.int32)
-            images, ok = pipeline.decode([photo.data for photo in part], parameters)
+            found, ok = self.embed_decoded(opened[start : start + size], pipeline)
             if not bool(ok.all()):
                 raise UserError(
                     f"photo {start + int(ok.int().argmin()) + 1} of {len(opened)} cannot be decoded by {self.backend}",
                     "Save it as an ordinary JPEG, or choose --backend reference",
                 )
-            vectors.append(self._encode(images))
+            vectors.append(found)
         pipeline.close()
         return torch.cat(vectors)
+
+    def decoder(self, batch_size: int) -> Pipeline:
+        """Decoder of up to `batch_size` photos a call; for one thread at a time."""
+        return open_pipeline(self.spec, self.backend, batch_size, self.threads, torch.device("cpu"))
+
+    @torch.no_grad()
+    def embed_decoded(self, photos: Sequence[Photo], pipeline: Pipeline) -> tuple[Tensor, Tensor]:
+        """Unit embeddings float32 [n, d] of photos by an open `decoder`, and bool [n]: False for a damaged one."""
+        windows = np.array([photo.window for photo in photos])
+        # A box is searched for as if it were the whole photo: the same centred square within it.
+        parameters = draw_parameters(self.spec, 0, 0, np.arange(len(photos)), windows[:, 2], windows[:, 3], train=False)
+        parameters["anchor"] += windows[:, :2].astype(np.int32)
+        images, ok = pipeline.decode([photo.data for photo in photos], parameters)
+        return self._encode(images), ok
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -180,6 +208,11 @@ class Artefact:
         assert self._tokenizer is not None and query is not None, "the artefact takes photos"
         store = TokenStore.encode(self._tokenizer, {"query": list(texts)})
         return self._encode(torch.from_numpy(store.batch(np.arange(len(texts)), query.max_length, ["query"])))
+
+    @torch.no_grad()
+    def encode(self, inputs: Tensor) -> Tensor:
+        """Unit embeddings float32 [n, d] of the encoder's input: images float32 [n, 3, S, S] or tokens int64 [n, L]."""
+        return self._encode(inputs)
 
     def document(self, item: str) -> int:
         """The row of the first document with that id.
@@ -194,27 +227,50 @@ class Artefact:
 
     def vector(self, row: int) -> Tensor:
         """The embedding of a document, float32 [1, d]."""
-        return torch.from_numpy(self._index.reconstruct(row))[None]
+        return self._index.vectors(np.array([row]))
 
-    def search(self, queries: Tensor, k: int) -> list[list[Hit]]:
+    def passing(self, where: Mapping[str, Sequence[str]]) -> np.ndarray:
+        """bool [documents]: those that have one of the values named for each column. Columns are texts of `documents`,
+        as the catalogue's attributes.
+
+        Raises:
+            UserError: there is no such column.
+        """
+        texts = [field.name for field in self.documents.schema if field.type == pa.string()]
+        passing = np.ones(len(self.documents), bool)
+        for name, values in where.items():
+            if name not in texts:
+                near = ", ".join(printable(other, 40) for other in nearest_first(name, texts)[:20])
+                raise UserError(f"{self.path} has no column '{printable(name)}' of texts", f"It has {near}")
+            found = pc.is_in(self.documents.column(name), value_set=pa.array([*values], pa.string()))
+            passing &= found.to_numpy()
+        return passing
+
+    def search(self, queries: Tensor, k: int, where: Mapping[str, Sequence[str]] | None = None) -> list[list[Hit]]:
         """The `k` best documents (or all there are) of each query [n, d], best first.
 
         Order and scores are those of evaluation (harness/evaluate/ranking.py), ties included, unless more than 32
         documents tie with the last one: FAISS finds candidates in fp32, which are then ranked exactly.
+
+        Args:
+            queries: unit vectors, float32 [n, d].
+            k: documents wanted.
+            where: only documents that pass (see `passing`).
         """
         if not len(queries):
             return []
-        _, rows = self._index.search(queries.numpy(), min(k + _SPARE, self._index.ntotal))
-        if rows.min() < 0:
-            raise UserError(f"{self.path}: the encoder or the index gives vectors that are not numbers", "Export again")
+        passing = self.passing(where) if where else None
+        try:
+            rows, scores = self._index.search(queries, k, passing)
+        except UserError as error:
+            raise UserError(
+                f"{self.path}: the encoder or the index gives vectors that are not numbers of length 1", "Export again"
+            ) from error
         ids, titles = self.documents.column("item"), self.documents.column("title")
-        found = []
-        for query, candidates in zip(queries, rows, strict=True):
-            vectors = torch.from_numpy(self._index.reconstruct_batch(candidates))
-            best, scores = top_k(_labelless(query[None]), _labelless(vectors, torch.from_numpy(candidates)), k)
-            hits = zip(best[0].tolist(), scores[0].tolist(), strict=True)
-            found.append([Hit(row, ids[row].as_py(), titles[row].as_py(), score) for row, score in hits])
-        return found
+        return [
+            [Hit(row, ids[row].as_py(), titles[row].as_py(), score) for row, score in zip(*pair, strict=True)]
+            for pair in zip(rows.tolist(), scores.tolist(), strict=True)
+        ]
 
     def thumbnail(self, row: int) -> Image.Image:
         """The thumbnail of a document; grey if none was exported, or it is not a picture."""
@@ -225,13 +281,12 @@ class Artefact:
             return Image.new("RGB", (64, 64), (127, 127, 127))
 
 
-def _labelless(vectors: Tensor, ids: Tensor | None = None) -> Embedded:
-    ids = torch.zeros(len(vectors), dtype=torch.int64) if ids is None else ids
-    return Embedded(vectors, ids, torch.full_like(ids, -1))
+def read_meta(path: Path) -> Record:
+    """artefact.json of a folder, once every file is known to be whole.
 
-
-def _read_record(path: Path) -> Record:
-    """artefact.json, once every file is known to be whole."""
+    Raises:
+        UserError: no artefact there, one that is damaged or of another format.
+    """
     file = path / "artefact.json"
     if not file.is_file():
         what = "no artefact: it has no artefact.json" if path.is_dir() else "no such folder"
@@ -240,7 +295,10 @@ def _read_record(path: Path) -> Record:
         raise UserError(f"artefact {path}: {problem}", "Copy it again, or export again")
     record = read_record(file, "Export again")
     if (version := record.get("format", int)) != ARTEFACT_FORMAT:
-        raise UserError(f"artefact {path} has format {version}, this version reads {ARTEFACT_FORMAT}", "Export again")
+        raise UserError(
+            f"artefact {path} has format {version}, this version reads {ARTEFACT_FORMAT}",
+            "Export its run again: shelfmark export RUN --out ARTEFACT",
+        )
     return record
 
 

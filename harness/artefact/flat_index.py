@@ -39,7 +39,7 @@ def write_index(stage: Path, width: int) -> None:
         index.write(index_head(width, sum(part.metadata.num_rows for part in parts)))
         for part in parts:
             for batch in part.iter_batches(_ROWS, columns=["embedding"]):
-                index.write(batch.column(0).flatten().to_numpy())
+                index.write(batch.column(0).flatten().to_numpy().astype("<f4", copy=False))
 
 
 def read_index(folder: Path, width: int, count: int) -> Any:

@@ -17,17 +17,17 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
+from harness.artefact.document_chunks import Columns, embed_documents, place_parts
 from harness.artefact.flat_index import write_index
 from harness.bench.ranks import Memory, is_first, on_ranks
 from harness.bench.report import bench_main, command_line, make_report, print_report
 from harness.catalogue.catalogue import CATALOGUE_FORMAT, INDEX_DTYPE, SAMPLE_SCHEMA, Catalogue, shard_name
 from harness.catalogue.writers import ROW_GROUP, NpyWriter
 from harness.commands import tokenizer
-from harness.commands.export import write_documents
 from harness.core.errors import UserError
 from harness.core.manifest import write_manifest
 from harness.core.mesh import Mesh, MeshConfig
-from harness.core.waiting import in_own_time, on_first_rank
+from harness.core.waiting import on_first_rank
 from harness.data.config import DataConfig
 from harness.data.images import Pixels
 from harness.data.preprocess import WHITE
@@ -273,12 +273,11 @@ def measure(device: torch.device, folder: Path, config: EvaluationBenchConfig) -
     embedder = evaluation.embedder
 
     def export() -> None:
-        out = folder / f"artefact-{mesh.world_size}"
-        on_first_rank(lambda: (out / "documents").mkdir(parents=True), mesh, "making a folder")
+        out, kept = (folder / f"{name}-{mesh.world_size}" for name in ("artefact", "kept"))
+        on_first_rank(out.mkdir, mesh, "making a folder")
         side = side_of(catalogue, "document", None, [], None, 0)
-        own = embedder.embed(method, side)
-        part = out / "documents" / f"part-{mesh.rank:05d}.parquet"
-        in_own_time(lambda: write_documents(part, side, own, 0, 1, WHITE), mesh, "writing the documents")
+        embed_documents(method, embedder, side, "both", Columns("float32", 0, WHITE, 1), kept, {})
+        on_first_rank(lambda: place_parts(kept, out / "documents"), mesh, "placing the documents")
         on_first_rank(lambda: write_index(out, config.embedding_dim), mesh, "writing the index")
         write_manifest(out, mesh)
 

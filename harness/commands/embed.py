@@ -69,7 +69,7 @@ def run(config: EmbedConfig) -> dict[str, Any]:
         raise UserError(f"{config.artefact} takes texts, not photos")
     if whole:
         return _embed_catalogue(artefact, Catalogue(config.photos[0]), config)
-    paths = _files(config.photos)
+    paths = files(config.photos)
     embedded: list[str] = []
     vectors = [np.empty((0, artefact.model.embedding_dim), np.float32)]
     for first in tqdm(range(0, len(paths), AT_ONCE), "embedding", unit=f" x {AT_ONCE}", leave=False, delay=5):
@@ -127,7 +127,7 @@ def _embed_catalogue(artefact: Artefact, catalogue: Catalogue, config: EmbedConf
     return {"photos": done, "left_out": total - done, "embedding_dim": width}
 
 
-def _files(given: Iterable[Path]) -> list[Path]:
+def files(given: Iterable[Path]) -> list[Path]:
     """Files that are named, and all in folders that are, but hidden ones; in order."""
     found = []
     for path in given:

@@ -3,64 +3,63 @@
 artefact.json             format, method and its configuration, run, checkpoint, catalogue, decoders, versions
 encoder.safetensors       weights of the query encoder: images [n, 3, S, S] or tokens [n, L] -> unit embeddings [n, d]
 encoder.pt2               the same as a program (torch.export) for services with only torch; Shelfmark never loads it
+encoder.onnx              the same in ONNX, for services without torch; with --int8 also encoder.int8.onnx
 preprocess.json           from a photo to the encoder's input
 tokenizer/                the run's tokenizer
 documents/part-*.parquet  id map and embeddings: row i of all parts together is document i of the index
-index.faiss               exact inner-product index over the embeddings
+golden/                   some queries, their embeddings and best documents, for `shelfmark verify`
+index.faiss               inner-product index over the embeddings, exact unless --index.kind is another kind than flat
+vectors.npy               the embeddings again, to be read in place; not beside a flat index, which holds them
 manifest.json             size and SHA-256 of every other file
 """
 
 from __future__ import annotations
 
-import io
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
-from torch import nn
-from tqdm import tqdm
+from typing import Any, Literal
 
 from harness.artefact.artefact import ARTEFACT_FORMAT
 from harness.artefact.decoder_check import compare_decoders
-from harness.artefact.flat_index import import_faiss, write_index
+from harness.artefact.document_chunks import Columns, embed_documents, place_parts
+from harness.artefact.flat_index import import_faiss
+from harness.artefact.golden import write_golden
+from harness.artefact.index_export import IndexConfig, make_index
+from harness.artefact.index_kinds import choose_kind
+from harness.artefact.onnx_encoder import require_onnx
+from harness.artefact.onnx_proof import write_proven_onnx
+from harness.artefact.program import make_program, write_program
 from harness.artefact.query_encoder import write_query_encoder
 from harness.catalogue.catalogue import Catalogue
-from harness.catalogue.pixels import Colour
 from harness.catalogue.wholeness import require_whole
 from harness.core.build import plain_query_encoder
 from harness.core.errors import UserError
 from harness.core.files import read_json, write_json
 from harness.core.manifest import MANIFEST, fingerprint, write_manifest
 from harness.core.mesh import Device, Mesh, MeshConfig
-from harness.core.staged_folder import require_free, staged_folder
+from harness.core.staged_folder import held, require_free
 from harness.core.versions import versions
-from harness.core.waiting import in_own_time, on_first_rank
+from harness.core.waiting import on_first_rank
 from harness.data.backends import decoding_threads
-from harness.evaluate.contact_sheet import picture
 from harness.evaluate.embed import Embedder, Side, side_of
-from harness.evaluate.ranking import Embedded
-from harness.text.tokenizer import FIELDS, Tokenizer
+from harness.text.tokenizer import Tokenizer
 from harness.train.config import RunConfig
 from harness.train.open_run import find_checkpoint, load_method, open_settings
-from models.comm import share
 from models.method import MethodConfig, query_kind
 from models.ranges import NonNegativeInt, PositiveInt
 from models.registry import METHODS
 
 EXAMPLE = "python jobs/torchrun.py --nproc-per-node 2 -m harness export runs/grocery --out artefacts/grocery"
-_ROWS = 4096  # rows written at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """Embeds a catalogue's documents with a run's checkpoint and writes everything that search needs into one folder.
+
+    Finished parts of an export that was interrupted or killed lie in OUT.tmp; the same command goes on from there.
 
     Args:
         run: the run folder that training wrote.
@@ -70,6 +69,12 @@ class ExportConfig:
         split: documents of this split and of split 'all'; every document by default.
         view: what is seen of documents: both, or another view of the method, as image; evaluation measures them.
         thumbnail: longest side in pixels of the small picture kept of each document, for contact sheets; 0 keeps none.
+        vectors: numbers of the embeddings that are kept of the documents.
+        index: the index.
+        golden: queries that are kept with their embeddings and best documents, for `shelfmark verify`; photos as they
+            came, of at most 1 MiB each; 0 keeps none.
+        onnx: write the encoder in ONNX too.
+        int8: write it in ONNX with weights of 8 bits too; refused where its embeddings differ too much.
         batch_size: images embedded at once.
         tensor_parallel: ranks that share one copy of the towers.
         device: cuda, cpu, or auto, the GPUs where there are any.
@@ -82,6 +87,11 @@ class ExportConfig:
     split: str | None = None
     view: str = "both"
     thumbnail: NonNegativeInt = 160
+    vectors: Literal["float32", "float16"] = "float32"
+    index: IndexConfig = field(default_factory=IndexConfig)
+    golden: NonNegativeInt = 16
+    onnx: bool = True
+    int8: bool = False
     batch_size: PositiveInt = 128
     tensor_parallel: PositiveInt = 1
     device: Device = "auto"
@@ -97,6 +107,8 @@ def run(config: ExportConfig) -> dict[str, Any]:
     started = time.perf_counter()
     require_free(config.out)  # on every rank, and before the work
     import_faiss()
+    if config.onnx or config.int8:
+        require_onnx(config.int8, config.golden)
     settings = open_settings(config.run, config.tensor_parallel)
     if config.view not in (views := METHODS[settings.method].views):
         raise UserError(f"--view is {config.view}", f"The views of {settings.method} are {', '.join(views)}")
@@ -109,33 +121,32 @@ def run(config: ExportConfig) -> dict[str, Any]:
         raise UserError(f"{catalogue.path} has no document{which}", f"The splits are {', '.join(splits)} (--split)")
     mesh_config = MeshConfig(tensor_parallel=config.tensor_parallel, device=config.device)
     with Mesh(mesh_config) as mesh, ExitStack() as stack:
-        stage = _shared_stage(config.out, mesh, stack)  # before the work: another process may be at it
+        stage, kept = _shared_stage(config.out, mesh, stack)  # before the work: another process may be at it
         require_whole(catalogue, mesh)
         path = find_checkpoint(config.run, config.checkpoint, mesh)
         method, model = load_method(settings, path, tokenizer, mesh)
+        kind = choose_kind(config.index.kind, config.index.ram, model.embedding_dim, len(side.ids))
         decoders = compare_decoders(method, settings, catalogue, config.split, tokenizer, mesh)
         embedder = Embedder(settings.data, model, tokenizer, config.batch_size, mesh)
-        own = embedder.embed(method, side, config.view)
-        side = side.select(~embedder.missing(side))
+        columns = Columns(config.vectors, config.thumbnail, settings.data.preprocess.background, threads)
+        depends = _dependencies(config, path, catalogue, mesh)
+        side = embed_documents(method, embedder, side, config.view, columns, kept, depends)
+        on_first_rank(lambda: place_parts(kept, stage / "documents"), mesh, "placing the documents")
         encoder = plain_query_encoder(settings.method, model, method.towers, mesh)
-        background = settings.data.preprocess.background
-        part = stage / "documents" / f"part-{mesh.rank:05d}.parquet"
-        in_own_time(
-            lambda: write_documents(part, side, _shared_with(own, mesh), config.thumbnail, threads, background),
-            mesh,
-            "writing the documents",
-        )
+        index = make_index(config.index, kind, stage, method, embedder, side, config.vectors, threads)
 
         def describe() -> None:
-            write_index(stage, model.embedding_dim)
             write_query_encoder(encoder, stage)
-            _write_program(encoder, _example(settings), stage / "encoder.pt2")
+            write_program(program := make_program(encoder, model), stage)
             write_json(stage / "preprocess.json", settings.data.preprocess.to_dict())
             shutil.copytree(config.run / "tokenizer", stage / "tokenizer")
+            golden = write_golden(stage, encoder, model, settings.data, catalogue, tokenizer, config.golden)
+            onnx = write_proven_onnx(program, stage, golden, config.int8) if config.onnx or config.int8 else None
             description = _description(config, settings, path, catalogue, side, model)
+            description |= {"index": index, "golden": len(golden.queries), "onnx": onnx}
             write_json(stage / "artefact.json", {**description, "decoders": decoders})
 
-        on_first_rank(describe, mesh, "writing index and encoder")
+        on_first_rank(describe, mesh, "writing the encoder")
         write_manifest(stage, mesh, "sha256")
     seconds = time.perf_counter() - started
     if mesh.rank == 0:
@@ -170,73 +181,23 @@ def _better_view(config: ExportConfig, settings: RunConfig, checkpoint: Path) ->
     return ""
 
 
-def _shared_stage(out: Path, mesh: Mesh, stack: ExitStack) -> Path:
-    """The staging folder of rank 0, which all ranks write into; it becomes `out` when rank 0 leaves the stack."""
+def _shared_stage(out: Path, mesh: Mesh, stack: ExitStack) -> tuple[Path, Path]:
+    """The staging folder of rank 0, which all ranks write into, and the folder of finished parts; the first becomes
+    `out` when rank 0 leaves the stack.
+    """
 
-    def make() -> Path:
-        stage = stack.enter_context(staged_folder(out))
-        (stage / "documents").mkdir()
-        return stage
+    def make() -> tuple[Path, Path]:
+        holder = stack.enter_context(held(out))
+        return stack.enter_context(holder.stage()), holder.kept
 
     return on_first_rank(make, mesh, "making the folder of the artefact")
 
 
-def _shared_with(own: Embedded, mesh: Mesh) -> Embedded:
-    """This rank's part of what its tensor-parallel ranks hold together: ranks in order have the rows in order."""
-    mine = share(len(own.ids), mesh.tp.size(), mesh.tp.rank())
-    return Embedded(*(column[mine.start : mine.stop] for column in (own.vectors, own.ids, own.labels)))
-
-
-def write_documents(file: Path, side: Side, own: Embedded, thumbnail: int, threads: int, background: Colour) -> None:
-    """This rank's rows, in the order of the side: consecutive ones, so that the parts follow each other."""
-    width, catalogue = own.vectors.shape[1], side.catalogue
-    texts = ["class_key", "item", *FIELDS, *catalogue.attributes]
-    schema = pa.schema(
-        [
-            ("sample_id", pa.int64()),
-            *((name, pa.string()) for name in texts),
-            ("thumbnail", pa.binary()),
-            ("embedding", pa.list_(pa.float32(), width)),
-        ]
-    )
-    first = int(side.rows_of(own.ids[:1].cpu().numpy()).sum())  # 0 where there is none
-    tables = side.read(texts, range(first, first + len(own.ids)), _ROWS)
-    with pq.ParquetWriter(file, schema) as writer, ThreadPoolExecutor(threads) as pool:
-        for number, table in enumerate(tqdm(tables, desc="documents", unit=" x 4,096", leave=False, delay=5)):
-            start = number * _ROWS
-            vectors = own.vectors[start : start + len(table)].float().cpu().numpy()
-            small = pool.map(lambda i: _thumbnail(catalogue, i, thumbnail, background), table["sample_id"].to_pylist())
-            thumbnails = pa.array([*small], pa.binary())
-            flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), width)
-            columns = [*table.combine_chunks().columns, thumbnails, flat]
-            writer.write_table(pa.Table.from_arrays([*columns], schema=schema))
-
-
-def _thumbnail(catalogue: Catalogue, sample_id: int, size: int, background: Colour) -> bytes | None:
-    if not size:
-        return None
-    image = picture(catalogue, sample_id, background)
-    image.thumbnail((size, size))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
-
-
-def _example(settings: RunConfig) -> torch.Tensor:
-    """Two queries, as the encoder takes them."""
-    if (query := settings.model.query_text) is not None:
-        return torch.ones(2, query.max_length, dtype=torch.int64)
-    size = settings.data.preprocess.image_size
-    return torch.zeros(2, 3, size, size)
-
-
-def _write_program(encoder: nn.Module, example: torch.Tensor, file: Path) -> None:
-    """Saves the encoder as a program of its own, for any number of queries at once."""
-    with torch.no_grad():
-        program = torch.export.export(encoder, (example,), dynamic_shapes=({0: torch.export.Dim("queries", min=1)},))
-    buffer = io.BytesIO()  # torch's own file writer aborts the process on a full disk
-    torch.export.save(program, buffer)
-    file.write_bytes(buffer.getbuffer())
+def _dependencies(config: ExportConfig, checkpoint: Path, catalogue: Catalogue, mesh: Mesh) -> dict[str, Any]:
+    """All that the documents' parts depend on."""
+    columns = (config.split, config.view, config.thumbnail, config.vectors, config.batch_size, mesh.device.type)
+    weights = fingerprint(checkpoint) if (checkpoint / MANIFEST).exists() else str(checkpoint.resolve())
+    return {"columns": columns, "weights": weights, "catalogue": catalogue.meta, "versions": versions()}
 
 
 def _description(
@@ -251,6 +212,7 @@ def _description(
         "similarity": "inner product of unit vectors",
         "embedding_dim": model.embedding_dim,
         "documents": len(side.ids),
+        "vectors": config.vectors,
         "split": config.split,
         "view": config.view,
         "backend": settings.data.backend,

@@ -59,7 +59,7 @@ def run(config: GovernConfig) -> dict[str, Any]:
 
 
 def _told(summary: dict[str, Any]) -> str:
-    """What the rules on clicks did, in lines."""
+    """Lines on the result of the rules on clicks."""
 
     def listed(figures: dict[str, int]) -> str:
         return ", ".join(f"{name} {count:,}" for name, count in figures.items())

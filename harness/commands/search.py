@@ -29,6 +29,8 @@ class SearchConfig:
         text: words to search for, where the artefact's method takes text (MAKE).
         item: id of a document of the artefact, to find others like it.
         top: documents to find for each query.
+        where: only documents with these values, NAME=VALUE[,NAME=VALUE…], as colour=red; of several values of one name
+            any will do. Names are those of the catalogue's attributes, class_key, item, title or description.
         box: search for this part of the photo only: x,y,width,height in pixels of the upright photo.
         max_pixels: a JPEG of up to four times as many is decoded at half its width and height; other photos of more
             are refused.
@@ -41,6 +43,7 @@ class SearchConfig:
     text: str = ""
     item: str = ""
     top: PositiveInt = 5
+    where: tuple[str, ...] = ()
     box: tuple[int, ...] = ()
     max_pixels: int = MOST_PIXELS
     sheet: Path | None = None
@@ -63,13 +66,16 @@ def run(config: SearchConfig) -> dict[str, Any]:
     if config.max_pixels < 1:
         raise UserError(f"--max-pixels is {config.max_pixels}", "It must be at least 1")
     photos = [Photo.open(path, config.box, config.max_pixels) for path in config.photos]
+    where = _where(config)
     artefact = Artefact(config.artefact, config.backend)
     _require_query(config, artefact)
     started = time.perf_counter()
-    names, pictures, found = _search(config, artefact, photos)
+    names, pictures, found = _search(config, artefact, photos, where)
     seconds = time.perf_counter() - started
     for name, hits in zip(names, found, strict=True):
         print(printable(name))
+        if where and not hits:
+            print("  no document passes --where")
         ids = [printable(hit.id, 40) for hit in hits]
         width = max(map(len, ids), default=0)
         for place, (hit, item) in enumerate(zip(hits, ids, strict=True), 1):
@@ -94,21 +100,33 @@ def _require_query(config: SearchConfig, artefact: Artefact) -> None:
         raise UserError(f"{config.artefact} answers photos, not texts", "Name photos, or search with --item ID")
 
 
+def _where(config: SearchConfig) -> dict[str, list[str]]:
+    """Values allowed for each name."""
+    where: dict[str, list[str]] = {}
+    for condition in config.where:
+        name, equals, value = condition.partition("=")
+        if not equals or not name:
+            raise UserError(f"--where has '{printable(condition)}'", "Write NAME=VALUE, as in --where colour=red")
+        where.setdefault(name, []).append(value)
+    return where
+
+
 def _search(
-    config: SearchConfig, artefact: Artefact, photos: list[Photo]
+    config: SearchConfig, artefact: Artefact, photos: list[Photo], where: dict[str, list[str]]
 ) -> tuple[list[str], list[Image.Image], list[list[Hit]]]:
     """Names and pictures of the queries, and what each finds."""
     if config.text:
-        found = artefact.search(artefact.embed_texts([config.text]), config.top)
+        found = artefact.search(artefact.embed_texts([config.text]), config.top, where)
         return [config.text], [text_picture(config.text)], found
     if config.item:
         row = artefact.document(config.item)
-        (near,) = artefact.search(artefact.vector(row), config.top + 1)
+        (near,) = artefact.search(artefact.vector(row), config.top + 1, where)
         title = artefact.documents.column("title")[row].as_py()
         others = [hit for hit in near if hit.row != row][: config.top]
         return [f"{config.item}  {title}"], [artefact.thumbnail(row)], [others]
     names, background = [str(path) for path in config.photos], artefact.spec.background
-    return names, [photo.picture(background) for photo in photos], artefact.search(artefact.embed(photos), config.top)
+    found = artefact.search(artefact.embed(photos), config.top, where)
+    return names, [photo.picture(background) for photo in photos], found
 
 
 def save_sheet(rows: list[tuple[Image.Image, list[tuple[Image.Image, str, bool | None]]]], file: Path) -> None:

@@ -1,7 +1,8 @@
 """`shelfmark verify`: Name what is damaged in catalogues, runs, checkpoints, artefacts and folders of weights.
 
 Checksums show that nothing has changed since a folder was written, not who wrote it. No code from a folder is run.
-PyTorch is loaded only for checkpoints, whose pickles are checked too.
+PyTorch is loaded only for checkpoints, whose pickles are checked too, and for artefacts, whose golden inputs are
+embedded again.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ def _findings(path: Path, config: VerifyConfig) -> Iterator[Finding]:
         yield from _catalogue(path, config)
     elif (path / "config.yaml").exists() or (path / "checkpoints").exists():
         yield from _run(path)
+    elif kind == "artefact.json":
+        yield from _artefact(path)
     elif kind is not None:
         yield _folder(path, *MARKS[kind])
     else:
@@ -92,6 +95,23 @@ def _folder(path: Path, kind: str, remedy: str) -> Finding:
 
         return Finding(f"{kind} {path}", problem(path), remedy)
     return Finding(f"{kind} {path}", verify(path), remedy)
+
+
+def _artefact(path: Path) -> Iterator[Finding]:
+    yield (sums := _folder(path, *MARKS["artefact.json"]))
+    if sums.problem:
+        return
+    from harness.artefact.artefact import Artefact  # here: it loads PyTorch
+    from harness.artefact.golden_check import check_golden
+
+    try:
+        for check in check_golden(Artefact(path)):
+            if check.left_out:
+                print(f"{printable(f'{check.what} of {path}')}: not compared; {check.left_out}")
+            else:
+                yield Finding(f"{check.what}, of {path}", check.problem, "Export again" if check.problem else "")
+    except UserError as error:  # of another format, or nothing that opens
+        yield Finding(f"golden inputs of {path}", str(error), "")
 
 
 def _run(path: Path) -> Iterator[Finding]:

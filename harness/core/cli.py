@@ -266,8 +266,8 @@ def run_command(body: Callable[[], Any]) -> int:
     several ranks that meets an error leaves the process at once: the end of its groups, or of what holds them, could
     wait for the others.
     """
-    end_with_launcher()
     try:
+        end_with_launcher()
         sys.stdout = _output(sys.stdout, sys.__stdout__, "standard output")
         sys.stderr = _output(sys.stderr, sys.__stderr__, "")
         try:
@@ -275,12 +275,12 @@ def run_command(body: Callable[[], Any]) -> int:
         finally:
             sys.stdout.flush()
         return 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        code = 130
-    except Exception as error:
-        code = tell(error)
-        if not code:
+    except (Exception, KeyboardInterrupt) as error:
+        # DuckDB takes Ctrl-C itself while it runs a query.
+        if isinstance(error, KeyboardInterrupt) or str(error) == "Query interrupted":
+            print("interrupted", file=sys.stderr, flush=True)
+            code = 130
+        elif not (code := tell(error)):
             raise
     if _has_peers():
         sys.stdout.flush()

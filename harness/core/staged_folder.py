@@ -7,6 +7,7 @@ Unfinished work on `final` lies in one folder beside it:
         new/    the future `final`
         old/    the `final` that a new one replaces, between two renames
         gone/   files on their way to deletion
+        kept/   finished parts of long work, which the next process goes on with; deleted where `final` exists
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from pathlib import Path
 from harness.core.errors import UserError
 from harness.core.lock import is_lock, locked
 
+_KEPT = "kept"
+
 
 @dataclass(frozen=True)
 class Holder:
@@ -34,6 +37,11 @@ class Holder:
 
     final: Path
     folder: Path
+
+    @property
+    def kept(self) -> Path:
+        """The folder for finished parts, which outlives a process that is killed or fails, but for a full disk."""
+        return self.folder / _KEPT
 
     def new(self) -> Path:
         """A new empty folder, deleted at the end unless it was renamed."""
@@ -80,6 +88,8 @@ class Holder:
             old.rename(self.final)
         for folder in (gone, new, old):
             _delete(folder)
+        if os.path.lexists(self.final):
+            _delete(self.kept)
         return bool(left)
 
 
@@ -101,6 +111,10 @@ def held(final: Path) -> Iterator[Holder]:
                 print(f"{final}: cleared away leftovers of a killed process in {holder.folder.name}", flush=True)
             try:
                 yield holder
+            except Exception as error:
+                if _is_full_disk(error):
+                    _delete(holder.kept)
+                raise
             finally:
                 holder.recover()
     finally:
@@ -141,7 +155,7 @@ def _require_ours(folder: Path, lock: Path) -> None:
     if is_lock(lock) or not os.path.lexists(folder):
         return
     try:
-        others = folder.is_symlink() or bool(set(os.listdir(folder)) - {lock.name})
+        others = folder.is_symlink() or bool(set(os.listdir(folder)) - {lock.name, _KEPT})
     except OSError as error:
         others = not isinstance(error, FileNotFoundError)
     # Checked again: another process may have begun in between, and writes its lock before the rest.
@@ -159,11 +173,15 @@ def _full_disk(final: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if getattr(error, "errno", None) != errno.EDQUOT and os.strerror(errno.ENOSPC) not in str(error):
+        if not _is_full_disk(error):
             raise
         raise UserError(
             f"no space left on the disk of {final}", "Free space there, or write to another disk; nothing was kept"
         ) from error
+
+
+def _is_full_disk(error: Exception) -> bool:
+    return getattr(error, "errno", None) == errno.EDQUOT or os.strerror(errno.ENOSPC) in str(error)
 
 
 def _delete(path: Path) -> None:

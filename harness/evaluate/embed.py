@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,7 +50,7 @@ class Side:
     retitle: Callable[[str | None], str] | None = None
 
     def select(self, rows: np.ndarray) -> Side:
-        """The rows where bool [n] is true."""
+        """The rows where bool [n] is true, or ascending rows int64 [m]."""
         columns = {name: column.take(rows) for name, column in self.columns.items()}
         ids, sample_ids, labels = (array[rows] for array in (self.ids, self.sample_ids, self.labels))
         return replace(self, ids=ids, sample_ids=sample_ids, labels=labels, columns=columns)
@@ -177,28 +179,46 @@ class Embedder:
     ) -> tuple[Tensor, range]:
         """`function` (a batch to [n, width]) of the method's for this rank's share of a side, float32, and the numbers
         of its rows; collective. Rows of images that cannot be decoded hold a number for a grey picture (see `missing`).
-
-        Blocks of batch_size rows, always full, so that a vector does not depend on the number of ranks.
         """
-        size, own = self.batch_size, self._own(len(side.ids))
-        reader = self.reader(side.catalogue)
-        dtype = next(method.towers.parameters()).dtype
+        own = self._own(len(side.ids))
         found = torch.empty(len(own), width, device=self.mesh.device)
-        starts, silent = range(own.start, own.stop, size), self.mesh.rank != 0
-        shown = tqdm(starts, f"embedding {side.kind}", unit=" batches", leave=False, delay=5, disable=silent)
-        blocks = [np.minimum(np.arange(start, start + size), own.stop - 1) for start in starts]
-        pixels = reader.stream(side.sample_ids[rows] for rows in blocks)
         bad: set[int] = set()
-        for start, rows, images, text in zip(shown, blocks, pixels, self._tokens(side, own), strict=True):
-            vectors = function(self._batch(side, rows, images, text[rows - start]).to(self.mesh.device, dtype))
-            found[start - own.start : start - own.start + size] = vectors[: len(text)]
-            bad.update(side.sample_ids[rows[~images.ok.cpu().numpy()]].tolist())
-        reader.close()
-        self._note_bad(side, bad)
+        for rows, vectors, ok in self.stream(method, side, function, [own]):
+            found[rows[0] - own.start : rows[-1] + 1 - own.start] = vectors
+            bad.update(side.sample_ids[rows[~ok]].tolist())
+        self.note_bad(side, bad)
         return found, own
 
-    def _note_bad(self, side: Side, own: set[int]) -> None:
-        """Remembers and names images of all ranks that could not be decoded; collective.
+    @torch.no_grad()
+    def stream(
+        self, method: Method, side: Side, function: Callable[[Batch], Tensor], ranges: Sequence[range]
+    ) -> Iterator[tuple[np.ndarray, Tensor, np.ndarray]]:
+        """`function` of the method's for ranges of rows, block by block: rows int64 [b], vectors [b, width], and bool
+        [b], False where an image cannot be decoded. The same on all ranks that share the towers.
+
+        Blocks of batch_size rows, filled up at the end of a range, so that a vector does not depend on the number of
+        ranks.
+        """
+        size = self.batch_size
+        dtype = next(method.towers.parameters()).dtype
+
+        def blocks() -> Iterator[np.ndarray]:
+            for own in ranges:
+                for start in range(own.start, own.stop, size):
+                    yield np.minimum(np.arange(start, start + size), own.stop - 1)
+
+        texts = itertools.chain.from_iterable(self._tokens(side, own) for own in ranges)
+        total, silent = sum(-(-len(own) // size) for own in ranges), self.mesh.rank != 0
+        shown = tqdm(blocks(), f"embedding {side.kind}", total, unit=" batches", leave=False, delay=5, disable=silent)
+        with closing(self.reader(side.catalogue)) as reader:
+            pixels = reader.stream(side.sample_ids[rows] for rows in blocks())
+            for rows, images, text in zip(shown, pixels, texts, strict=True):
+                batch = self._batch(side, rows, images, text[rows - rows[0]])
+                vectors, count = function(batch.to(self.mesh.device, dtype)), len(text)
+                yield rows[:count], vectors[:count], images.ok[:count].cpu().numpy()
+
+    def note_bad(self, side: Side, own: set[int]) -> None:
+        """Remembers and names images of all ranks that could not be decoded, `own` of this one; collective.
 
         Raises:
             UserError: more than one, and more than data.max_bad_fraction allows; on all ranks.

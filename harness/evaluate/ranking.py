@@ -181,6 +181,36 @@ def top_k(
     return keys & _ID_MASK, (-(keys >> ID_BITS)).double() / 2**SCORE_BITS
 
 
+@torch.no_grad()
+def best_candidates(queries: Tensor, vectors: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The best of each query's own candidates; order and scores as in `top_k`.
+
+    Args:
+        queries: [n, d].
+        vectors: [n, c, d].
+        ids: [n, c] int64, unique for a query; below 0: there is none.
+        k: documents wanted, at most c.
+
+    Returns:
+        Ids [n, k] int64, -1 where there are fewer, and their scores, float64.
+
+    Raises:
+        UserError: a vector is not finite or longer than 1.
+    """
+    if not (_sound(queries) and _sound(vectors)):
+        raise _bad_vectors(0)
+    dots = torch.einsum("nd,ncd->nc", _on_grid(queries), _on_grid(vectors))
+    best = torch.topk(_keys(dots, ids).where(ids >= 0, _LAST), k, largest=False).values
+    return (best & _ID_MASK).where(best != _LAST, -1), (-(best >> ID_BITS)).double() / 2**SCORE_BITS
+
+
+def _bad_vectors(rank: int) -> UserError:
+    return UserError(
+        f"Rank {rank} has embeddings that are not finite or longer than 1",
+        "Normalise them; if the encoder gives NaN, training has diverged: evaluate an earlier checkpoint",
+    )
+
+
 def _query_blocks(
     queries: Embedded, documents: Embedded, group: dist.ProcessGroup | None, query_block: int
 ) -> Iterator[_Block]:
@@ -190,10 +220,7 @@ def _query_blocks(
     sizes, faults = gather_shards(facts, group, [1] * _world(group)).T.tolist()
     for rank, fault in enumerate(faults):
         if fault == 1:
-            raise UserError(
-                f"Rank {rank} has embeddings that are not finite or longer than 1",
-                "Normalise them; if the encoder gives NaN, training has diverged: evaluate an earlier checkpoint",
-            )
+            raise _bad_vectors(rank)
         if fault == 2:
             raise ValueError(f"rank {rank} has query or document ids outside of 0 .. 2**{ID_BITS} - 1")
     step = max(1, query_block // len(sizes))
@@ -271,9 +298,14 @@ def _world(group: dist.ProcessGroup | None) -> int:
 
 def _fault(part: Embedded) -> int:
     """Return 0 for good input, 1 for vectors and 2 for ids out of range: a number that the ranks can exchange."""
-    if not bool((torch.linalg.vector_norm(part.vectors.float(), dim=1) <= MAX_NORM).all()):
-        return 1  # also a NaN, for which no comparison holds
+    if not _sound(part.vectors):
+        return 1
     return 2 * int(bool(((part.ids < 0) | (part.ids >= 2**ID_BITS)).any()))
+
+
+def _sound(vectors: Tensor) -> bool:
+    """True if no vector is longer than 1; not for a NaN, for which no comparison holds."""
+    return bool((torch.linalg.vector_norm(vectors.float(), dim=-1) <= MAX_NORM).all())
 
 
 def _on_grid(vectors: Tensor) -> Tensor:

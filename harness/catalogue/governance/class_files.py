@@ -48,7 +48,7 @@ def counted(members: ibis.Table, by: str) -> ibis.Table:
 
 
 def too_small(config: GovernConfig) -> tuple[Any, Any]:
-    """Whether a class is too small, and the reason in words."""
+    """True for a class that is too small, and the reason in words."""
     few_queries = _.query_members < config.min_queries
     few_documents = _.document_members < config.min_documents
     queries = _.query_members.cast("string") + f" queries, --min-queries is {config.min_queries}"

@@ -107,7 +107,7 @@ def _counts(members: ibis.Table, facts: ibis.Table) -> ibis.Table:
 
 
 def _unfit(config: GovernConfig) -> tuple[Any, Any]:
-    """Whether a component is no class, and why."""
+    """True for a component that is not a class, and the reason."""
     small, small_reason = too_small(config)
     large = _["items"] > config.max_documents
     impure = _.purity < rules.ppm(config.min_purity)

@@ -72,7 +72,7 @@ def _text_row(columns: list[str], texts: list[str], problem: str) -> list[Any]:
         value = stored(text.strip())
         if name == "time" and value:
             seconds = seconds_of(value)
-            problem = problem or ("" if seconds is not None else "time is no date")
+            problem = problem or ("" if seconds is not None else "time is not a date")
             cells.append(seconds)
         else:
             cells.append(value or None)
@@ -210,7 +210,7 @@ def _seconds(column: Any, kind: Any) -> Any:
 
 
 def _whole(column: Any, kind: Any) -> Any:
-    """The column as int64, null where it is no whole number."""
+    """The column as int64, null where it is not a whole number."""
     if kind.is_integer() or kind.is_boolean():
         return column.try_cast("int64")
     if kind.is_floating():

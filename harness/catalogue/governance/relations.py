@@ -13,7 +13,7 @@ from harness.catalogue.governance.engine import Engine
 
 def related(engine: Engine, config: GovernConfig, samples: ibis.Table) -> tuple[ibis.Table, dict[str, int]]:
     """a < b, each once, of the documents that a relation of --relation-kinds joins; and rows by result: used, unknown
-    (an item that is no document of the split), same (both are one), another kind.
+    (an item that is not a document of the split), same (both are one), another kind.
 
     Raises:
         UserError: the table cannot be used.

@@ -18,7 +18,7 @@ from harness.catalogue.governance.config import GovernConfig
 
 MILLION = 10**6
 TRUSTED = 2 * MILLION  # overlap of a relation: above any threshold
-# What drops an edge, in the order in which the rules are tried; an edge has the place of its rule, 0 for none.
+# Rules that drop an edge, in the order in which they are tried; an edge has the place of its rule, 0 for none.
 RULES = ("", "bot", "support", "similarity", "hot", "share", "common", "overlap", "split", "vote")
 BOT, SUPPORT, SIMILARITY, HOT, SHARE, COMMON, OVERLAP, SPLIT, VOTE = range(1, len(RULES))
 
@@ -52,17 +52,15 @@ def support(clicks: Any, impressions: Any, deviations: float) -> Any:
 
 
 def edges(pairs: ibis.Table, config: GovernConfig) -> ibis.Table:
-    """query, document, clicks, impressions, support, bot of the clicked pairs."""
+    """query, document, clicks, impressions, support, documents (of the query), bot of the clicked pairs."""
     clicked = pairs.filter(_.clicks > 0)
-    documents = _.document.count().over(ibis.window(group_by="query"))
-    return clicked.select(
-        "query",
-        "document",
-        "clicks",
-        "impressions",
+    names = ("query", "document", "clicks", "impressions")
+    found = clicked.select(
+        *names,
         support=support(_.clicks, _.impressions, config.confidence),
-        bot=documents > config.max_documents_per_query,
+        documents=_.document.count().over(ibis.window(group_by="query")),
     )
+    return found.mutate(bot=_.documents > config.max_documents_per_query)
 
 
 def hot(edges: ibis.Table, config: GovernConfig) -> ibis.Table:
@@ -95,8 +93,7 @@ def judged(edges: ibis.Table, hot: ibis.Table, config: GovernConfig) -> ibis.Tab
 
     An edge is hot where its document is and its query clicks another document too.
     """
-    counted = edges.mutate(documents=_.document.count().over(ibis.window(group_by="query")))
-    found = counted.left_join(hot.select(hot_document=_.document), [("document", "hot_document")])
+    found = edges.left_join(hot.select(hot_document=_.document), [("document", "hot_document")])
     rule = ibis.cases((_.bot, BOT), (_.support < ppm(config.min_support), SUPPORT), else_=0)
     names = ("query", "document", "clicks", "impressions", "support")
     return found.select(*names, hot=_.hot_document.notnull() & (_.documents > 1), rule=rule.cast("int64"))

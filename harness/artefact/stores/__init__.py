@@ -1,0 +1,1 @@
+"""Vector databases that an artefact's documents are published to."""

@@ -1,0 +1,149 @@
+"""Parts of an export: kept when it ends in the middle, checked and used again, the same on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from harness.artefact import document_chunks
+from harness.artefact.artefact import Artefact
+from harness.commands import export
+from tests.pool import ranks
+from tests.runs import tiny_config, trainer
+
+ROOT = Path(__file__).parents[1]
+
+
+def export_to(run: Path, out: Path, **more: str) -> None:
+    """In a pool, too: with 2 documents in a part."""
+    export.run(export.ExportConfig(run=run, out=out, batch_size=2, **more))  # type: ignore[arg-type]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def run(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parts") / "run"
+    with trainer(tiny_config(catalogue, folder, **{"train.steps": 2})) as t:
+        t.fit()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(run: Path) -> Path:
+    out = run.parent / "whole"
+    export_to(run, out)
+    assert sorted(file.name for file in (out / "documents").iterdir()) == [f"part-0000{n}.parquet" for n in range(3)]
+    return out
+
+
+def test_an_export_that_failed_goes_on_with_its_finished_parts(
+    run: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, real = tmp_path / "out", document_chunks.write_documents
+    kept = tmp_path / "out.tmp" / "kept"
+    calls: list[str] = []
+
+    def fails(file: Path, *args: object) -> None:
+        calls.append(file.name)
+        if len(calls) == 3:
+            raise RuntimeError("the machine goes down")
+        real(file, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(document_chunks, "write_documents", fails)
+    with pytest.raises(RuntimeError, match="goes down"):
+        export_to(run, out)
+    first, second = sorted(kept.glob("part-*"))
+    assert not out.exists() and first.name.startswith("part-00000-") and len(calls) == 3
+    content = bytearray(second.read_bytes())
+    content[100] ^= 1
+    second.write_bytes(content)
+    monkeypatch.setattr(document_chunks, "write_documents", real)
+    capsys.readouterr()
+    export_to(run, out)
+    assert "1 of 3 parts of the documents are there already" in capsys.readouterr().out
+    assert files(out) == files(whole) and sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_parts_of_another_export_are_not_used(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+
+    def fails(*args: object) -> None:
+        raise RuntimeError("the encoder is not written")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="not written"):
+        patched.setattr(export, "write_query_encoder", fails)
+        export_to(run, out)
+    export_to(run, out, vectors="float16")
+    assert "there already" not in capsys.readouterr().out
+    half = Artefact(out)
+    assert half.meta["vectors"] == "float16" and str(
+        pq.read_schema(out / "documents/part-00000.parquet").field("embedding").type
+    ).startswith("fixed_size_list<element: halffloat>")
+    export_to(run, tmp_path / "single")
+    single = Artefact(tmp_path / "single")
+    for row in range(6):
+        torch.testing.assert_close(half.vector(row), single.vector(row), rtol=0, atol=6e-4)
+        assert torch.equal(half.vector(row), single.vector(row).half().float())
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_parts_are_the_same_on_any_number_of_ranks(run: Path, whole: Path, tmp_path: Path, world: int) -> None:
+    ranks(world).run(export_to, run, tmp_path / "out")
+    found, wanted = files(tmp_path / "out"), files(whole)
+    assert found.keys() == wanted.keys()
+    for name in found:
+        if name.startswith("documents/") or name == "index.faiss":
+            assert found[name] == wanted[name], name
+
+
+KILLED = """
+import os, signal, sys
+from harness.artefact import document_chunks
+from harness.__main__ import main
+real, calls = document_chunks._write, []
+def killed(*args, **columns):
+    real(*args, **columns)
+    calls.append(1)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+document_chunks._write = killed
+sys.exit(main())
+"""
+
+
+@pytest.mark.full
+def test_an_export_that_is_killed_goes_on_with_its_finished_parts(run: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["export", str(run), "--out", str(out), "--batch-size", "2"]
+    done = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(list((tmp_path / "out.tmp" / "kept").glob("part-*.parquet"))) == 2
+    done = subprocess.run([sys.executable, "-m", "harness", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "2 of 3 parts of the documents are there already" in done.stdout, done.stderr
+    assert files(out) == files(whole) and sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_an_index_of_another_kind_answers_with_exact_scores(run: Path, whole: Path, tmp_path: Path) -> None:
+    kind, out = "sq8", tmp_path / "out"
+    index = export.IndexConfig(kind=kind, recall=0.5)
+    export.run(export.ExportConfig(run=run, out=out, batch_size=2, index=index))
+    opened, exact = Artefact(out), Artefact(whole)
+    described = json.loads((out / "artefact.json").read_text())["index"]
+    assert described["kind"] == kind and described["parameters"] == {"k_factor": 1} and described["queries"] > 0
+    assert described["recall_at_10"] >= 0.5 and described["ram_bytes"] == (out / "index.faiss").stat().st_size
+    queries = torch.cat([exact.vector(row) for row in range(6)])
+    assert opened.search(queries, 6) == exact.search(queries, 6)
+    assert np.array_equal(np.load(out / "vectors.npy"), queries.numpy())
