@@ -59,7 +59,7 @@ def test_the_figures_are_those_of_the_classes(page: tuple[dict[str, Any], str], 
     assert (edge["clicks"], edge["impressions"], edge["reason"]) == (2, 50, "support")
     least = facts["most_doubtful_classes"][0]
     assert least["purity"] == min(strip["purity"] for strip in facts["largest_classes"]) < 1
-    assert "2 clicks of 50 impressions" in text and "no clicks" in text
+    assert "clicks 2 of impressions 50" in text and "no clicks" in text
     meta = json.loads((shop / "catalogue/classes/governance.json").read_text())
     assert {name: facts[name] for name in meta} == meta
 

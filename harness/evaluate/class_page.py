@@ -31,6 +31,31 @@ _SIZES = """
 select if(size < 3, size::varchar, ((bound / 2)::bigint + 1) || '-' || bound) as name, count(*) as classes
 from (select size, pow(2, ceil(log2(size)))::bigint as bound from sized) group by name order by min(size)
 """
+# Spread evenly from the largest weight to the smallest: a wrong photo is seldom among the first.
+_MEMBERS = """
+with own as (select sample_id, kind, weight, if(kind = 'document', {documents}, {photos}) as shown,
+    row_number() over (partition by kind order by weight desc, sample_id) - 1 as place,
+    count(*) over (partition by kind) as n from members where class_id = {class_id})
+select sample_id, kind, weight from own where place = 0 or place * shown // n > (place - 1) * shown // n
+order by kind, weight desc, sample_id
+"""
+_NOISE = """
+with worst as (select * from dropped_edges
+    qualify row_number() over (partition by reason, query order by clicks desc, document) = 1)
+select * from worst qualify row_number() over (partition by reason order by clicks desc, query) <= {edges}
+order by reason, clicks desc, query
+"""
+RULES = {
+    "bot": "the photo clicks too many documents",
+    "support": "few clicks for its impressions",
+    "similarity": "the pictures differ",
+    "hot": "the document is clicked beside all kinds of others",
+    "share": "weaker than the photo's best edge",
+    "common": "too few photos lead to both documents",
+    "overlap": "few of the documents' photos lead to both",
+    "split": "the class was too large",
+    "vote": "the photo leads to several classes",
+}
 # Name on the page -> condition, order.
 LISTS = {
     "Largest classes": ("true", "size desc, class_id"),
@@ -67,9 +92,8 @@ def write_report(catalogue: Catalogue, folder: Path, governance: Mapping[str, An
     facts["suspected_noise"] = [_numbers(edge) for edge in noise]
     write_json(folder / "report.json", facts)
     title = f"Classes of {catalogue.meta.get('name', catalogue.path.name)}"
-    page = render(
-        PAGE, title=title, path=str(catalogue.path), facts=facts, lists=lists, noise=noise, notes=notes(facts)
-    )
+    shown = {"facts": facts, "lists": lists, "noise": noise, "notes": notes(facts), "rules": RULES}
+    page = render(PAGE, title=title, path=str(catalogue.path), **shown)
     write_whole(folder / "report.html", page)
 
 
@@ -131,24 +155,17 @@ class _Report:
         return self.strips(f"true qualify row_number() over (order by {order}) - 1 in ({chosen})", order)
 
     def strips(self, condition: str, order: str) -> list[dict[str, Any]]:
-        """The first classes in an order: figures and pictures, documents first, members of most weight first."""
+        """The first classes in an order: figures and pictures, documents first."""
         classes = self.ask(f"select * from sized where {condition} order by {order} limit {STRIPS}")
         for strip in classes:
-            members = self.ask(
-                f"select sample_id, kind, weight from members where class_id = {strip['class_id']} "
-                "qualify row_number() over (partition by kind order by weight desc, sample_id) "
-                f"<= if(kind = 'document', {DOCUMENTS}, {PHOTOS}) order by kind, weight desc, sample_id"
-            )
+            members = self.ask(_MEMBERS.format(class_id=strip["class_id"], documents=DOCUMENTS, photos=PHOTOS))
             strip["samples"] = [row["sample_id"] for row in members]
             strip["pictures"] = [self._member(row) for row in members]
         return classes
 
     def noise(self) -> list[dict[str, Any]]:
-        """Dropped edges of most clicks, some of each rule."""
-        edges = self.ask(
-            "select * from dropped_edges qualify row_number() over (partition by reason order by clicks desc, query, "
-            f"document) <= {NOISE} order by reason, clicks desc, query, document"
-        )
+        """Dropped edges of most clicks, some of each rule, each of another query."""
+        edges = self.ask(_NOISE.format(edges=NOISE))
         for edge in edges:
             edge["pictures"] = [self._picture(edge[kind]) for kind in ("query", "document")]
         return edges
@@ -214,7 +231,7 @@ samples.</p></div></div>
 a photo is the share of its clicks that fall into the class.</p>{% endif %}
 {% for strip in strips %}
 <div class="group"><b>{{ strip.class_key }}</b>
-<span class="soft small">{{ strip.photos }} photos · {{ strip.documents }} documents · {{ strip.clicks or 0 }} clicks ·
+<span class="soft small">photos {{ strip.photos }} · documents {{ strip.documents }} · clicks {{ strip.clicks or 0 }} ·
 purity {{ two(strip.purity) }}{% if strip.similarity is not none %} · similarity {{ two(strip.similarity) }}{% endif %}
 </span>
 <div class="strip">{% for uri, caption, document in strip.pictures %}
@@ -225,12 +242,13 @@ purity {{ two(strip.purity) }}{% if strip.similarity is not none %} · similarit
 
 <section>
 <h2>Suspected noise</h2>
-<p class="soft small">Dropped edges with the most clicks, some of each rule: the photo, and the document clicked.</p>
+<p class="soft small">Dropped edges with the most clicks, some of each rule: the photo, and the document clicked. Not
+all of them are wrong.</p>
 {% for rule, edges in noise | groupby('reason') %}
-<h3>{{ rule }}</h3>
+<h3>{{ rule }}{% if rule in rules %}: {{ rules[rule] }}{% endif %}</h3>
 <div class="strip">{% for edge in edges %}<div><div class="strip">{% for uri, caption in edge.pictures %}
 {{ picture(uri, caption, 'asked' if loop.first else 'wrong') }}{% endfor %}</div>
-<p class="soft small">{{ edge.clicks }} clicks of {{ edge.impressions }} impressions
+<p class="soft small">clicks {{ edge.clicks }} of impressions {{ edge.impressions }}
 {%- if edge.similarity is not none %}, similarity {{ two(edge.similarity) }}{% endif %}</p></div>{% endfor %}</div>
 {% else %}<p>None: every edge was kept.</p>{% endfor %}
 </section>
