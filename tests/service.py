@@ -94,7 +94,7 @@ def _train_and_export(run: Path, catalogue: Path, out: Path, overrides: dict[str
     """In a pool."""
     with trainer(tiny_config(catalogue, run, **{"train.steps": 1, **overrides})) as t:
         t.fit()
-    export.run(export.ExportConfig(run=run, out=out))
+    export.run(export.ExportConfig(run=run, out=out, onnx=False))
 
 
 @contextmanager

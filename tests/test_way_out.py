@@ -175,7 +175,7 @@ def test_what_is_missing_is_told_before_the_work(photos: Path, tmp_path: Path, m
     find = onnx_encoder.importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else find(name))
     run = photos.parent / "run"
-    with pytest.raises(UserError, match=r"onnxscript is not installed\. Install shelfmark\[export\], or leave"):
+    with pytest.raises(UserError, match=r"onnxscript is not installed\. Install shelfmark\[onnx\], or leave"):
         export.run(export.ExportConfig(run=run, out=tmp_path / "out"))
     export.run(export.ExportConfig(run=run, out=tmp_path / "out", onnx=False, golden=0))
     assert not {"encoder.onnx", "golden"} & {path.name for path in (tmp_path / "out").iterdir()}

@@ -22,7 +22,7 @@ from harness.core.errors import UserError
 from harness.core.files import printable
 
 FILE, INT8 = "encoder.onnx", "encoder.int8.onnx"
-INSTALL = "Install shelfmark[export]"
+INSTALL = "Install shelfmark[onnx]"
 LARGEST = 2_000_000_000  # bytes of weights in the file itself; protobuf takes 2**31 - 1 in all
 LEAST_COSINE = 0.9999  # with the embeddings of our encoder
 LEAST_INT8_COSINE = 0.9995  # the lowest of the golden inputs
