@@ -14,7 +14,7 @@ from tests.slurm.cluster import Cluster, cluster, missing
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
-# Does not start on node2 where $BROKEN says so; preflight then names it. `govern` fails where $REFUSES is set.
+# Does not start on a node where $BROKEN says so; preflight then names it. `govern` fails where $REFUSES is set.
 PYTHON = r"""#!/bin/bash
 if [[ $1 == -c ]]; then [[ $SLURMD_NODENAME != "${BROKEN:-}" ]]; exit; fi
 echo "$SLURMD_NODENAME ${INSIDE:-outside}: $*"
@@ -22,7 +22,7 @@ words=" $*"
 case $words in
     *" harness preflight "*)
         out=${words##* --out } && out=${out%% *}
-        if [[ $words == *" --absent node2 "* ]]; then printf node2 >"$out/exclude" && exit 2; fi
+        if [[ $words == *" --absent node1 "* ]]; then printf node1 >"$out/exclude" && exit 2; fi
         : >"$out/exclude"
         ;;
     *" harness ingest "*) mkdir -p "cat.parts/part-$SLURM_ARRAY_TASK_ID-of-$PARTS" ;;
@@ -59,8 +59,8 @@ SETTINGS = {"VENV": "venv", "NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
 def test_preflight_leaves_a_node_out_and_goes_on(slurm: Cluster, project: Path) -> None:
     options, then = ("--nodes=2", "jobs/preflight.sh", "--run-dir", "runs"), ("--then", "jobs/train.sh", "recipe.yaml")
     settings = {**SETTINGS, "CONTAINER": "env INSIDE=inside"}
-    checked = slurm.submit(*options, cwd=project, **settings, BROKEN="node2")
-    trained = slurm.submit(*options, *then, "--train.steps", 3, cwd=project, **settings, BROKEN="node2")
+    checked = slurm.submit(*options, cwd=project, **settings, BROKEN="node1")
+    trained = slurm.submit(*options, *then, "--train.steps", 3, cwd=project, **settings, BROKEN="node1")
     whole = slurm.submit(*options, *then, cwd=project, **settings)
     ends = {checked: ("FAILED", "2:0"), trained: ("COMPLETED", "0:0"), whole: ("COMPLETED", "0:0")}
     for number, end in ends.items():
@@ -69,9 +69,9 @@ def test_preflight_leaves_a_node_out_and_goes_on(slurm: Cluster, project: Path) 
         without = number != whole
         ran = [line for line in text.splitlines() if " inside: " in line]
         assert len(ran) == (1 if number == checked else 2) * (1 if without else 2)
-        assert all(line.startswith("node1 ") for line in ran) == without
+        assert all(line.startswith("node2 ") for line in ran) == without
         assert all((" --nnodes 1 " in line) == without and " --tee 3 " in line for line in ran), ran
-        assert text.count("nodes    1 (node[1-2] without node2), ") == len(ran) * without
+        assert text.count("nodes    1 (node[1-2] without node1), ") == len(ran) * without
         assert ("--train.steps 3" in ran[-1]) == (number == trained)
 
 
