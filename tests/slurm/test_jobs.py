@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from harness.catalogue.catalogue import Catalogue
+from harness.train.tensorboard import tag
 from tests.catalogues import make_catalogue
 from tests.runs import RECIPE
 from tests.slurm.cluster import Cluster, cluster, missing
@@ -236,7 +237,7 @@ def curve(run: Path) -> list[tuple[int, float]]:
 
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0})
     events.Reload()
-    return [(event.step, event.value) for event in events.Scalars("train/loss")]
+    return [(event.step, event.value) for event in events.Scalars(tag("train/loss"))]
 
 
 @pytest.fixture(scope="module")
