@@ -14,6 +14,7 @@ from tests.test_governance import BAD_ROWS, TIMED, draw_rows, shop
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)  # Spark starts slowly on a busy machine
 @pytest.mark.skipif(importlib.util.find_spec("pyspark") is None, reason="pyspark is not installed")
 def test_spark_gives_the_same_files(tmp_path: Path) -> None:
     rows = [(*row, 7) for row in draw_rows(5, 0.2, hot=0)]
