@@ -91,7 +91,8 @@ def expected(opened: Artefact, photo: Photo, k: int, where: Any = None) -> list[
 
 def same(found: list[tuple[int, float]], wanted: list[tuple[int, float]]) -> bool:
     """The same documents in the same order; scores differ by what another batch rounds."""
-    return [row for row, _ in found] == [row for row, _ in wanted] and np.allclose(found, wanted, rtol=0, atol=2e-6)
+    rows = [row for row, _ in wanted]
+    return [row for row, _ in found] == rows and np.allclose(found, wanted, rtol=0, atol=2e-6)
 
 
 def test_answers_are_those_of_the_artefact(service: Running, artefact: Path, photos: list[bytes]) -> None:

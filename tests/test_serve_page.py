@@ -158,10 +158,9 @@ def test_a_photo_a_part_of_it_and_filters(chromium: Any, service: Running, artef
 
 
 def test_nothing_passes_the_filters(chromium: Any, service: Running, artefact: Path, photo: Path) -> None:
-    documents = Artefact(artefact).documents.select(["colour", "shape"]).to_pylist()
-    pairs = {(row["colour"], row["shape"]) for row in documents}
-    colours, shapes = sorted({colour for colour, _ in pairs}), sorted({shape for _, shape in pairs})
-    colour, shape = next(pair for pair in itertools.product(colours, shapes) if pair not in pairs)
+    colours, shapes = (Artefact(artefact).documents.column(name).to_pylist() for name in ("colour", "shape"))
+    there = {*zip(colours, shapes, strict=True)}
+    colour, shape = next(pair for pair in itertools.product(colours, shapes) if pair not in there)
     with opened(chromium, service.url) as page:
         page.wait_for_selector(".samples img")
         page.set_input_files("#file", photo)

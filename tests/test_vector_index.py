@@ -169,6 +169,7 @@ def test_an_index_of_a_stranger_is_checked_before_it_is_searched(kind: str, tmp_
     places = [*range(0, min(len(content), 400), 4), *range(400, len(content) - 8, max(8, len(content) // 150))]
     for number, place in enumerate(places):
         odd = (b"\xff" * 8, struct.pack("<q", 1 << 40), struct.pack("<q", 7), bytes(8))[number % 4]
+        file.unlink()  # the one before is still mapped
         file.write_bytes(content[:place] + odd + content[place + 8 :])
         try:
             index = VectorIndex(read_kind(file, kind, WIDTH, rows), kind, vectors, 4, 2)
@@ -178,6 +179,7 @@ def test_an_index_of_a_stranger_is_checked_before_it_is_searched(kind: str, tmp_
             assert "index" in str(error) and str(error).isprintable()
     assert refused > 10
     for damaged in (content[:-100], content[: len(content) // 2], b""):
+        file.unlink()
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=rf"{FILE} is not a {kind} index of 300 vectors of 16 numbers"):
             read_kind(file, kind, WIDTH, rows)

@@ -25,7 +25,7 @@ import aiohttp
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 
-from harness.artefact.artefact import Artefact, Photo
+from harness.artefact.artefact import Artefact, Hit, Photo
 from harness.bench.photos import photos
 from harness.bench.report import bench_main, finish
 from harness.core.errors import UserError
@@ -88,7 +88,7 @@ def run(config: ServiceConfig) -> dict[str, Any]:
     if opened.meta["query"] != "image":
         raise UserError(f"{config.artefact} answers texts", "Name an artefact that answers photos")
     found = opened.search(opened.embed([Photo.read(data) for data in encoded], config.batch), config.k)
-    wanted = [[hit.row for hit in hits] for hits in found]
+    wanted = [_rows(hits) for hits in found]
     with tempfile.TemporaryDirectory() as folder:
         link, other = Path(folder) / "artefact", _copy(config.artefact, Path(folder) / "copy")
         link.symlink_to(config.artefact.resolve())
@@ -100,6 +100,10 @@ def run(config: ServiceConfig) -> dict[str, Any]:
     whole = _row("all", seen, config, None)
     headline = {name: value for name, value in whole.items() if name != "part"}
     return finish(MODULE, config, {**headline, **figures, "errors": len(seen.errors)}, [*rows, whole])
+
+
+def _rows(hits: Sequence[Hit]) -> list[int]:
+    return [hit.row for hit in hits]
 
 
 def _copy(artefact: Path, copy: Path) -> Path:
