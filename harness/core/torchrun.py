@@ -67,7 +67,8 @@ def start(argv: Sequence[str], forward: Forward) -> None:
             folders.append(folder)
         if result.failures and agent._remaining_restarts:
             rank, code, how = first_failure(ChildFailedError("", result.failures))
-            if forward.caused(code) or (code == USER_ERROR_CODE and not (folder / LOST).exists()):
+            told = any(failure.exitcode == USER_ERROR_CODE for failure in result.failures.values())
+            if forward.caused(code) or (told and not (folder / LOST).exists()):
                 agent._remaining_restarts = 0
             else:
                 print(f"\nrank {rank} ended with {how}: the ranks start again", file=sys.stderr)

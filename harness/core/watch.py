@@ -181,7 +181,7 @@ class Watch:
 
     def _write_traces(self) -> None:
         """Writes this rank's last collectives, once a rank is lost, and the stacks of all its threads where it stands
-        still. The ranks' collectives are read by `torchfrtrace --prefix collectives-rank- FOLDER`.
+        still. `torchfrtrace --prefix collectives-rank- FOLDER` compares the ranks' collectives, if NCCL's.
         """
         if self.folder is None or self._written or not self._store.check([_STILL]):
             return
