@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,10 @@ import torch
 
 from harness.artefact import document_chunks
 from harness.artefact.artefact import Artefact
-from harness.commands import export
+from harness.commands import export, remove
+from harness.core.errors import UserError
+from harness.core.manifest import write_manifest
+from tests.catalogues import make_catalogue
 from tests.pool import ranks
 from tests.runs import tiny_config, trainer
 
@@ -147,3 +151,53 @@ def test_an_index_of_another_kind_answers_with_exact_scores(run: Path, whole: Pa
     queries = torch.cat([exact.vector(row) for row in range(6)])
     assert opened.search(queries, 6) == exact.search(queries, 6)
     assert np.array_equal(np.load(out / "vectors.npy"), queries.numpy())
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf_sq8"])
+def test_documents_are_added_and_removed_without_a_new_index(
+    run: Path, whole: Path, catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Four documents, one of them taken out, then the other two: what is found is what a whole export finds."""
+    few, out = make_catalogue(tmp_path / "few", classes=4), tmp_path / "out"
+    index = export.IndexConfig(kind=kind, recall=0.5)
+    export.run(export.ExportConfig(run=run, out=out, batch_size=2, catalogue=few, index=index))
+    assert remove.run(remove.RemoveConfig(artefact=out, items=("d1",))) == {"removed": 1, "documents": 3}
+    export.run(export.ExportConfig(run=run, out=out, batch_size=2, append=True))
+    opened, exact = Artefact(out), Artefact(whole)
+    assert opened.documents.column("item").to_pylist() == exact.documents.column("item").to_pylist()
+    queries = torch.cat([exact.vector(row) for row in range(6)])
+    found = [[hit.id for hit in hits] for hits in opened.search(queries, 6)]
+    assert found == [[hit.id for hit in hits if hit.id != "d1"] for hits in exact.search(queries, 6)]
+    assert [hit.id for hit in opened.search(queries, 6, {"item": ["d0", "d1", "d5"]})[1]] == [
+        name for name in found[1] if name in ("d0", "d5")
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["few", "out"]
+    with pytest.raises(UserError, match="has no document with the id 'd1'"):
+        opened.document("d1")
+    for more, message in (
+        ({}, "has all documents of .* Nothing was added"),
+        ({"view": "image"}, "was exported with view both, not image. Export all documents into another folder"),
+        ({"vectors": "float16"}, "was exported with vectors float32, not float16"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export.run(export.ExportConfig(run=run, out=out, batch_size=2, append=True, **more))  # type: ignore[arg-type]
+    for items, message in (
+        (("d1",), "has no document with the id d1. Nothing was removed"),
+        (("d0", "d2", "d3", "d4", "d5"), "would have no document left"),
+        ((), "no document to remove"),
+    ):
+        with pytest.raises(UserError, match=message):
+            remove.run(remove.RemoveConfig(artefact=out, items=items))
+    Artefact(out)
+
+
+@pytest.mark.parametrize("rows", [[-1], [6], [2, 2], [3, 1], [0.5], [1, 2]])
+def test_removed_rows_of_a_stranger_are_checked(run: Path, whole: Path, tmp_path: Path, rows: list[int]) -> None:
+    out = shutil.copytree(whole, tmp_path / "out")
+    np.save(out / "removed.npy", np.array(rows))
+    meta = json.loads((out / "artefact.json").read_text())
+    (out / "artefact.json").write_text(json.dumps({**meta, "removed": 2 if rows in ([2, 2], [3, 1]) else 1}))
+    (out / "manifest.json").unlink()
+    write_manifest(out)
+    with pytest.raises(UserError, match=r"removed.npy (does not hold|holds rows)"):
+        Artefact(out)

@@ -26,8 +26,9 @@ from harness.artefact.artefact import Artefact
 from harness.artefact.golden import lowest_cosine, read_golden
 from harness.artefact.onnx_encoder import open_onnx, write_onnx
 from harness.artefact.program import make_program
+from harness.artefact.rows import Rows
 from harness.catalogue.catalogue import Catalogue
-from harness.commands import compare, export, verify
+from harness.commands import compare, export, remove, verify
 from harness.commands.queries import QueriesConfig
 from harness.commands.queries import run as make_queries
 from harness.core.errors import UserError
@@ -282,6 +283,23 @@ def test_verify_names_what_differs(
     assert re.search(line, capsys.readouterr().out, re.MULTILINE)
 
 
+def test_documents_that_were_removed_are_missed_by_no_proof(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(photos, tmp_path / "artefact")
+    before, documents = Artefact(photos), Artefact(photos).documents.to_pylist()
+    best = before.search(torch.from_numpy(read_golden(photos, before.model.embedding_dim).embeddings[:1]), 1)[0][0].row
+    remove.run(remove.RemoveConfig(artefact=folder, items=(documents[best]["item"],)))
+    verify.run(verify.VerifyConfig(paths=(folder,)))
+    left = [row["sample_id"] for number, row in enumerate(documents) if number != best]
+    rows = Rows(folder, at_once=2, kept=Artefact(folder).kept)
+    for first in range(len(left) + 1):
+        found = [table.column(0).to_pylist() for table in rows.batches(["sample_id"], first)]
+        assert sum(found, []) == left[first:] and rows.count == len(left)
+    told = compare.run(compare.CompareConfig(before=photos, after=folder))
+    assert (told["documents"], told["removed_first"]) == ([len(documents), len(left)], [documents[best]["item"]])
+
+
 def test_an_artefact_of_another_version_says_what_to_do(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -302,7 +320,7 @@ def test_artefact_json_fits_its_schema(made: tuple[str, Path, np.ndarray, Path])
     check.check_schema(schema)
     meta = json.loads((made[1] / "artefact.json").read_text())
     check.validate(meta)
-    assert meta.keys() == schema["properties"].keys(), "the schema names every key"
+    assert meta.keys() | {"removed"} == schema["properties"].keys(), "the schema names every key"
     for key in schema["required"]:
         assert not check.is_valid({name: value for name, value in meta.items() if name != key}), key
     for path, value in ((("format",), "3"), (("golden",), 65), (("onnx", "lowest_cosine"), 0.5), (("documents",), 0)):

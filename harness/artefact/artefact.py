@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ from torch import Tensor
 from harness.artefact.documents import read_documents
 from harness.artefact.index_read import open_index
 from harness.artefact.query_encoder import read_model, read_query_encoder
+from harness.artefact.removed import read_kept
 from harness.catalogue.catalogue import nearest_first
 from harness.catalogue.images import MOST_BYTES, MOST_PIXELS, LoadedImage, Rejected, check_image, load_image
 from harness.catalogue.pixels import Colour
@@ -36,6 +38,9 @@ from harness.text.tokenizer import Tokenizer, TokenStore
 from harness.text.tower_check import require_fit
 from models.method import MethodConfig, query_kind
 from models.plain_values import from_plain
+
+if TYPE_CHECKING:
+    from harness.core.mesh import Mesh
 
 ARTEFACT_FORMAT = 4
 _THUMBNAIL_PIXELS = 1 << 24
@@ -130,6 +135,7 @@ class Artefact:
         model: configuration of the method.
         documents: the id map, row i = document i of the index: sample_id, item, title, description, attributes,
             class_key, thumbnail.
+        kept: bool [documents], False for those that `shelfmark remove` took out; None: all are there.
 
     Raises:
         UserError: no artefact there, one that is damaged or of another format, no faiss, no DALI.
@@ -142,7 +148,7 @@ class Artefact:
         self.path = path = Path(path)
         self.threads = threads
         try:
-            record = read_meta(path)
+            record = open_record(path)
             self.meta = record.values
             self.model, self.spec = _read_settings(record)
             self.backend = backend or _one_of(record, "backend", BACKENDS)
@@ -150,6 +156,7 @@ class Artefact:
             self._encode = read_query_encoder(self.meta["method"], self.model, path)
             self._tokenizer = self._open_tokenizer()
             self._index = open_index(path, record, self.model.embedding_dim, count)
+            self._index.kept = self.kept = read_kept(path, record, count)
             self.documents = read_documents(path, count)
         except OSError as error:
             raise UserError(
@@ -220,10 +227,11 @@ class Artefact:
         Raises:
             UserError: there is none.
         """
-        row = int(pc.index(self.documents.column("item"), item).as_py())
-        if row < 0:
+        found = pc.equal(self.documents.column("item"), item).to_numpy()
+        rows = np.flatnonzero(found if self.kept is None else found & self.kept)
+        if not len(rows):
             raise UserError(f"{self.path} has no document with the id '{item}'")
-        return row
+        return int(rows[0])
 
     def vector(self, row: int) -> Tensor:
         """The embedding of a document, float32 [1, d]."""
@@ -281,8 +289,8 @@ class Artefact:
             return Image.new("RGB", (64, 64), (127, 127, 127))
 
 
-def read_meta(path: Path) -> Record:
-    """artefact.json of a folder, once every file is known to be whole.
+def open_record(path: Path, mesh: Mesh | None = None) -> Record:
+    """artefact.json, once every file is known to be whole; with `mesh` collective.
 
     Raises:
         UserError: no artefact there, one that is damaged or of another format.
@@ -291,7 +299,7 @@ def read_meta(path: Path) -> Record:
     if not file.is_file():
         what = "no artefact: it has no artefact.json" if path.is_dir() else "no such folder"
         raise UserError(f"{path}: {what}", "Name a folder that `shelfmark export` wrote")
-    if problem := verify(path):
+    if problem := verify(path, mesh):
         raise UserError(f"artefact {path}: {problem}", "Copy it again, or export again")
     record = read_record(file, "Export again")
     if (version := record.get("format", int)) != ARTEFACT_FORMAT:

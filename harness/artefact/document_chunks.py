@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from harness.catalogue.pixels import Colour
 from harness.core.errors import UserError
 from harness.core.files import read_json, write_json
 from harness.core.manifest import checksum
-from harness.core.staged_folder import sync
+from harness.core.staged_folder import share_file, sync
 from harness.core.waiting import in_own_time, of_all_ranks, on_first_rank
 from harness.evaluate.contact_sheet import picture
 from harness.evaluate.embed import Embedder, Side
@@ -127,15 +127,12 @@ def embed_documents(
     return side.select(~embedder.missing(side))
 
 
-def place_parts(folder: Path, documents: Path) -> None:
-    """Puts all parts into the folder `documents` of the same disk, under their final names."""
+def place_parts(folders: Sequence[Path], documents: Path) -> None:
+    """Puts the parts of all folders, one after the other, into the folder `documents` of the same disk."""
     documents.mkdir()
-    for file in sorted(folder.glob("part-*.parquet")):
-        place = documents / f"{file.stem.rpartition('-')[0]}.parquet"
-        try:
-            place.hardlink_to(file)
-        except OSError:  # a file system without links: a process killed from here on loses the part
-            file.rename(place)
+    files = [file for folder in folders for file in sorted(folder.glob("part-*.parquet"))]
+    for number, file in enumerate(files):
+        share_file(file, documents / f"part-{number:05d}.parquet")
 
 
 def _prepare(folder: Path, mark: dict[str, Any]) -> None:

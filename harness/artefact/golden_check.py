@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from harness.artefact.artefact import Artefact
@@ -64,12 +65,14 @@ def _index(artefact: Artefact, golden: Golden) -> Check:
     told = index.get("recall_at_10") if isinstance(index, dict) else None
     wanted = (told if isinstance(told, float) else 1.0) - SLACK
     samples = artefact.documents.column("sample_id")
-    top = min(TOP, -(-len(samples) // 2))  # of fewer documents any index finds all
+    gone = set() if artefact.kept is None else set(samples.filter(pa.array(~artefact.kept)).to_pylist())
+    top = min(TOP, -(-(len(samples) - len(gone)) // 2))  # of fewer documents any index finds all
     found = artefact.search(torch.from_numpy(golden.embeddings), top)
     shares = []
     for query, hits in zip(golden.queries, found, strict=True):
-        right = {samples[hit.row].as_py() for hit in hits} & set(query.found[:top])
-        shares.append(len(right) / top)
+        left = [sample for sample in query.found if sample not in gone][:top]
+        right = {samples[hit.row].as_py() for hit in hits} & set(left)
+        shares.append(len(right) / len(left) if left else 1.0)
     recall = float(np.mean(shares))
     problem = "" if recall >= wanted else f"below {wanted:.2f} of exact search"
     return Check(f"index, recall@{top} {recall:.3f} of {len(found)} golden inputs", problem)

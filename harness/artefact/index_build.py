@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -18,8 +18,10 @@ from harness.artefact.flat_index import FILE, import_faiss
 from harness.artefact.index_kinds import ROWS_PER_LIST, IndexKind
 from harness.artefact.vectors_file import sample
 from harness.core.errors import UserError
-from harness.core.mesh import Mesh
 from harness.core.waiting import in_own_time, on_first_rank
+
+if TYPE_CHECKING:
+    from harness.core.mesh import Mesh
 
 _SHARD_ROWS = 1 << 20
 _BLOCK = 1 << 14  # vectors added at once
@@ -30,7 +32,9 @@ _CODE_ROUNDS = 25
 _ROTATION_ROUNDS = 4
 
 
-def build_index(kind: IndexKind, vectors: np.ndarray, stage: Path, threads: int, mesh: Mesh) -> None:
+def build_index(
+    kind: IndexKind, vectors: np.ndarray, stage: Path, threads: int, mesh: Mesh, old: Path | None = None, first: int = 0
+) -> None:
     """Writes stage/index.faiss; collective.
 
     Args:
@@ -39,44 +43,62 @@ def build_index(kind: IndexKind, vectors: np.ndarray, stage: Path, threads: int,
         stage: a folder that all ranks see.
         threads: of this rank.
         mesh: the ranks.
+        old: index of the `first` vectors, of this kind, to which the others are added without training; None: there
+            is none.
+        first: vectors in `old`.
     """
-    trained, rows = stage / "trained.faiss", len(vectors)
+    trained, rows, listed, faiss = stage / "trained.faiss", len(vectors), kind.knob == "nprobe", import_faiss()
 
     def train() -> None:
         use_threads(threads, alone=True)
-        index = kind.make(vectors.shape[1], rows)
-        train_index(index, vectors)
-        if kind.knob != "nprobe":
-            add(index, vectors, range(rows))
-        import_faiss().write_index(index, str(trained if kind.knob == "nprobe" else stage / FILE))
+        if old is None:
+            index = kind.make(vectors.shape[1], rows)
+            train_index(index, vectors)
+        else:
+            index = faiss.read_index(str(old), faiss.IO_FLAG_MMAP if listed else 0)
+        if listed:
+            _empty(index)
+        else:
+            add(index, vectors, range(first, rows))
+        faiss.write_index(index, str(trained if listed else stage / FILE))
 
-    on_first_rank(train, mesh, "training the index" if kind.knob == "nprobe" else "building the index")
-    if kind.knob != "nprobe":
+    on_first_rank(train, mesh, "training the index" if listed else "building the index")
+    if not listed:
         return
-    size = shard_rows(rows, mesh)
-    shards = [range(start, min(start + size, rows)) for start in range(0, rows, size)]
+    size = shard_rows(rows - first, mesh)
+    shards = [range(start, min(start + size, rows)) for start in range(first, rows, size)]
+    files = [stage / f"index-{number:05d}.faiss" for number in range(len(shards))]
 
     def fill() -> None:
         use_threads(threads)
         for number in range(mesh.rank, len(shards), mesh.world_size):
-            index = import_faiss().read_index(str(trained))
+            index = faiss.read_index(str(trained))
             add(index, vectors, shards[number], mesh.rank == 0)
-            import_faiss().write_index(index, str(_shard(stage, number)))
+            faiss.write_index(index, str(files[number]))
+
+    def merge() -> None:
+        _merge(stage / FILE, trained, [*([] if old is None else [old]), *files])
+        for file in (trained, *files):
+            file.unlink()
 
     in_own_time(fill, mesh, "filling the index")
-    on_first_rank(lambda: _merge(stage, trained, len(shards)), mesh, "merging the index")
+    on_first_rank(merge, mesh, "merging the index")
 
 
-def _shard(stage: Path, number: int) -> Path:
-    return stage / f"index-{number:05d}.faiss"
+def _empty(index: Any) -> None:
+    """Takes all vectors out of an index with lists, which may be mapped."""
+    ivf = index_lists(index)
+    lists = import_faiss().ArrayInvertedLists(ivf.nlist, ivf.code_size)
+    ivf.replace_invlists(lists, True)
+    lists.this.disown()
+    index.ntotal = ivf.ntotal = 0
 
 
-def _merge(stage: Path, trained: Path, count: int) -> None:
-    """Writes stage/index.faiss list by list from the shards, which are mapped, not read; FAISS's merge_ondisk would
-    write the lists into a second file, found by its path on this machine.
+def _merge(merged: Path, trained: Path, files: Sequence[Path]) -> None:
+    """Writes an index list by list from those of `files`, which are mapped, not read; FAISS's merge_ondisk would write
+    the lists into a second file, found by its path on this machine.
     """
     faiss = import_faiss()
-    files = [_shard(stage, number) for number in range(count)]
     shards = [faiss.read_index(str(file), faiss.IO_FLAG_MMAP) for file in files]
     parts = [index_lists(shard).invlists for shard in shards]
     index = faiss.read_index(str(trained))
@@ -87,15 +109,13 @@ def _merge(stage: Path, trained: Path, count: int) -> None:
     head, kind = faiss.serialize_index(index).tobytes(), struct.pack("<4sqq", b"ilar", ivf.nlist, ivf.code_size)
     if head[-32:] != kind + b"sprs" + bytes(8):  # no list has a vector
         raise UserError(f"faiss {faiss.__version__} writes lists in an unknown format", "Take faiss 1.15")
-    with (stage / FILE).open("wb") as out:
+    with merged.open("wb") as out:
         out.write(head[:-32] + kind + b"full" + struct.pack("<q", ivf.nlist) + totals.tobytes())
         for number in range(ivf.nlist):
             for read, width in ((_codes, ivf.code_size), (_ids, 1)):
                 for part, size in zip(parts, sizes[number], strict=True):
                     if size:
                         out.write(read(part, number, size * width).tobytes())
-    for file in (trained, *files):
-        file.unlink()
 
 
 def _codes(part: Any, number: int, size: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from harness.artefact.flat_index import FILE, write_index
 from harness.artefact.index_build import build_index, use_threads
@@ -58,6 +59,8 @@ def make_index(
     side: Side,
     dtype: str,
     threads: int,
+    old: Path | None = None,
+    first: int = 0,
 ) -> dict[str, Any]:
     """Writes the index of stage/documents; collective.
 
@@ -67,9 +70,11 @@ def make_index(
         stage: the folder of the artefact.
         method: embeds the queries that the index is tuned on.
         embedder: its mesh's ranks build.
-        side: the documents.
+        side: documents of the catalogue.
         dtype: float32 or float16, of the exact vectors.
         threads: of this rank.
+        old: artefact whose index of the `first` vectors the others are added to; None: there is none.
+        first: vectors in it.
 
     Returns:
         kind, parameters of a search, recall_at_10, queries (that it was measured on), ram_bytes, build_seconds.
@@ -78,7 +83,7 @@ def make_index(
         UserError: the kind does not reach the recall.
     """
     mesh, width = embedder.mesh, embedder.model.embedding_dim
-    rows = len(side.ids)
+    rows = sum(pq.read_metadata(part).num_rows for part in (stage / "documents").iterdir())
     if kind == FLAT:
         on_first_rank(lambda: write_index(stage, width), mesh, "writing the index")
         report = {"kind": FLAT, "parameters": {}, "recall_at_10": 1.0, "queries": 0}
@@ -92,9 +97,10 @@ def make_index(
         ram = shown(KINDS[kind].ram_bytes(width, rows))
         print(f"index of {rows:,} vectors, kind {kind}: {ram} of memory, about {seconds:,.0f} s to build", flush=True)
 
-    on_first_rank(plan, mesh, "planning the index")
+    if old is None:
+        on_first_rank(plan, mesh, "planning the index")
     started = time.perf_counter()
-    build_index(KINDS[kind], vectors, stage, threads, mesh)
+    build_index(KINDS[kind], vectors, stage, threads, mesh, None if old is None else old / FILE, first)
     seconds = time.perf_counter() - started
     queries = tuning_queries(method, embedder, side)
     nearest = exact_nearest(vectors, queries, mesh)

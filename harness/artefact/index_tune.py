@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -13,9 +13,11 @@ from harness.artefact.index_build import index_lists
 from harness.artefact.index_kinds import FLAT, KINDS
 from harness.artefact.vector_index import VectorIndex
 from harness.core.errors import UserError
-from harness.core.mesh import Mesh
 from harness.core.waiting import of_all_ranks
 from models.comm import share
+
+if TYPE_CHECKING:
+    from harness.core.mesh import Mesh
 
 DEPTH = 10  # of the recall
 FACTORS = (1, 2, 4, 8, 16, 32, 64)  # candidates for each document wanted

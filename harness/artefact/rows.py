@@ -25,9 +25,10 @@ class Rows:
     Args:
         folder: the artefact.
         at_once: rows in memory.
+        kept: bool [rows], those that are read; None: all.
 
     Attributes:
-        count: their number.
+        count: number of rows that are read.
         width: of the vectors.
         texts: names of the columns of text: class_key, item, title, description, then the catalogue's attributes.
 
@@ -35,19 +36,21 @@ class Rows:
         UserError: the files cannot be read, or hold no vectors.
     """
 
-    def __init__(self, folder: Path, at_once: int = AT_ONCE) -> None:
+    def __init__(self, folder: Path, at_once: int = AT_ONCE, kept: np.ndarray | None = None) -> None:
         self.folder, self.at_once = folder, at_once
         self._parts = sorted((folder / "documents").glob("part-*.parquet"))
         if not self._parts:
             raise UserError(f"{folder}/documents has no part", "Export again")
         try:
-            self.count = sum(pq.read_metadata(part).num_rows for part in self._parts)
+            written = sum(pq.read_metadata(part).num_rows for part in self._parts)
             schema = pq.read_schema(self._parts[0])
         except (pa.ArrowException, OSError) as error:
             raise self._unreadable(error) from error
         kind = schema.field("embedding").type if "embedding" in schema.names else None
         if not isinstance(kind, pa.FixedSizeListType) or kind.value_type not in (pa.float16(), pa.float32()):
             raise UserError(f"{self._parts[0]} has no column of vectors", "Export again")
+        self._kept = np.ones(written, bool) if kept is None else kept
+        self.count = int(self._kept.sum())
         self.width: int = kind.list_size
         self.texts = [field.name for field in schema if field.type == pa.string() and field.name not in _KEPT]
 
@@ -69,16 +72,21 @@ class Rows:
 
     def _record_batches(self, columns: list[str], skip: int) -> Iterator[pa.RecordBatch]:
         """The columns' record batches without the first `skip` rows; row groups that hold only these are not read."""
+        place = 0
         for part in self._parts:
             with pq.ParquetFile(part) as file:
                 for group in range(file.metadata.num_row_groups):
-                    if skip >= (rows := file.metadata.row_group(group).num_rows):
-                        skip -= rows
+                    rows = file.metadata.row_group(group).num_rows
+                    if skip >= (kept := int(self._kept[place : place + rows].sum())):
+                        skip -= kept
+                        place += rows
                         continue
                     for batch in file.iter_batches(self.at_once, row_groups=[group], columns=columns):
-                        if skip < len(batch):
-                            yield batch.slice(skip).select(columns)
-                        skip = max(0, skip - len(batch))
+                        good = batch.filter(pa.array(self._kept[place : place + len(batch)]))
+                        place += len(batch)
+                        if skip < len(good):
+                            yield good.slice(skip).select(columns)
+                        skip = max(0, skip - len(good))
 
     def _unreadable(self, error: Exception) -> UserError:
         reason = printable(" ".join(str(error).split()))

@@ -277,7 +277,7 @@ def measure(device: torch.device, folder: Path, config: EvaluationBenchConfig) -
         on_first_rank(out.mkdir, mesh, "making a folder")
         side = side_of(catalogue, "document", None, [], None, 0)
         embed_documents(method, embedder, side, "both", Columns("float32", 0, WHITE, 1), kept, {})
-        on_first_rank(lambda: place_parts(kept, out / "documents"), mesh, "placing the documents")
+        on_first_rank(lambda: place_parts([kept], out / "documents"), mesh, "placing the documents")
         on_first_rank(lambda: write_index(out, config.embedding_dim), mesh, "writing the index")
         write_manifest(out, mesh)
 

@@ -214,8 +214,12 @@ def _cosines(a: Tensor, b: Tensor) -> dict[str, float]:
 
 def _documents(before: Artefact, after: Artefact) -> dict[str, Any]:
     """Documents by their ids: how many there are, are new and are gone, and the first of these."""
-    told: dict[str, Any] = {"documents": [len(before.documents), len(after.documents)]}
     old, new = (_items(artefact) for artefact in (before, after))
+    if before.kept is not None:
+        old = old.filter(pa.array(before.kept))
+    if after.kept is not None:
+        new = new.filter(pa.array(after.kept))
+    told: dict[str, Any] = {"documents": [len(old), len(new)]}
     for name, these, others in (("added", new, old), ("removed", old, new)):
         gone = these.filter(pc.invert(pc.is_in(these, value_set=others)))
         told |= {name: len(gone), f"{name}_first": gone.slice(0, NAMED).to_pylist()}

@@ -20,9 +20,12 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from harness.artefact.artefact import ARTEFACT_FORMAT
+import numpy as np
+import pyarrow.parquet as pq
+
+from harness.artefact.artefact import ARTEFACT_FORMAT, open_record
 from harness.artefact.decoder_check import compare_decoders
 from harness.artefact.document_chunks import Columns, embed_documents, place_parts
 from harness.artefact.flat_index import import_faiss
@@ -32,7 +35,9 @@ from harness.artefact.index_kinds import choose_kind
 from harness.artefact.onnx_encoder import require_onnx
 from harness.artefact.onnx_proof import write_proven_onnx
 from harness.artefact.program import make_program, write_program
+from harness.artefact.query_encoder import FILE as ENCODER
 from harness.artefact.query_encoder import write_query_encoder
+from harness.artefact.removed import FILE as REMOVED
 from harness.catalogue.catalogue import Catalogue
 from harness.catalogue.wholeness import require_whole
 from harness.core.build import plain_query_encoder
@@ -40,7 +45,7 @@ from harness.core.errors import UserError
 from harness.core.files import read_json, write_json
 from harness.core.manifest import MANIFEST, fingerprint, write_manifest
 from harness.core.mesh import Device, Mesh, MeshConfig
-from harness.core.staged_folder import held, require_free
+from harness.core.staged_folder import held, require_free, share_file
 from harness.core.versions import versions
 from harness.core.waiting import on_first_rank
 from harness.data.backends import decoding_threads
@@ -52,6 +57,7 @@ from models.method import MethodConfig, query_kind
 from models.ranges import NonNegativeInt, PositiveInt
 from models.registry import METHODS
 
+_WHOLE = "Export all documents into another folder, without --append"
 EXAMPLE = "python jobs/torchrun.py --nproc-per-node 2 -m harness export runs/grocery --out artefacts/grocery"
 
 
@@ -64,6 +70,8 @@ class ExportConfig:
     Args:
         run: the run folder that training wrote.
         out: the artefact folder to create; it appears only when it is complete.
+        append: add documents to the artefact that is there: those of the catalogue that it does not have. Its other
+            files, made of the same checkpoint, view, split and numbers, stay; its index is not trained again.
         checkpoint: a step folder of the run, or best (train.keep_best); the newest complete one by default.
         catalogue: another catalogue to export; the run's own by default.
         split: documents of this split and of split 'all'; every document by default.
@@ -82,6 +90,7 @@ class ExportConfig:
 
     run: Path = field(kw_only=False)
     out: Path
+    append: bool = False
     checkpoint: Path | None = None
     catalogue: Path | None = None
     split: str | None = None
@@ -105,7 +114,8 @@ def run(config: ExportConfig) -> dict[str, Any]:
             decoders that differ.
     """
     started = time.perf_counter()
-    require_free(config.out)  # on every rank, and before the work
+    if not config.append:
+        require_free(config.out)  # on every rank, and before the work
     import_faiss()
     if config.onnx or config.int8:
         require_onnx(config.int8, config.golden)
@@ -121,40 +131,53 @@ def run(config: ExportConfig) -> dict[str, Any]:
         raise UserError(f"{catalogue.path} has no document{which}", f"The splits are {', '.join(splits)} (--split)")
     mesh_config = MeshConfig(tensor_parallel=config.tensor_parallel, device=config.device)
     with Mesh(mesh_config) as mesh, ExitStack() as stack:
-        stage, kept = _shared_stage(config.out, mesh, stack)  # before the work: another process may be at it
+        stage, kept = _shared_stage(config, mesh, stack)  # before the work: another process may be at it
         require_whole(catalogue, mesh)
         path = find_checkpoint(config.run, config.checkpoint, mesh)
         method, model = load_method(settings, path, tokenizer, mesh)
-        kind = choose_kind(config.index.kind, config.index.ram, model.embedding_dim, len(side.ids))
+        old = _earlier(config, path, side, mesh) if config.append else None
+        wanted = config.index.kind if old is None else old.kind
+        kind = choose_kind(wanted, config.index.ram, model.embedding_dim, len(side.ids))
         decoders = compare_decoders(method, settings, catalogue, config.split, tokenizer, mesh)
         embedder = Embedder(settings.data, model, tokenizer, config.batch_size, mesh)
         columns = Columns(config.vectors, config.thumbnail, settings.data.preprocess.background, threads)
         depends = _dependencies(config, path, catalogue, mesh)
-        side = embed_documents(method, embedder, side, config.view, columns, kept, depends)
-        on_first_rank(lambda: place_parts(kept, stage / "documents"), mesh, "placing the documents")
+        new = side if old is None else side.select(~np.isin(side.sample_ids, old.samples))
+        new = embed_documents(method, embedder, new, config.view, columns, kept, depends)
+        folders = [kept] if old is None else [config.out / "documents", kept]
+        on_first_rank(lambda: place_parts(folders, stage / "documents"), mesh, "placing the documents")
         encoder = plain_query_encoder(settings.method, model, method.towers, mesh)
-        index = make_index(config.index, kind, stage, method, embedder, side, config.vectors, threads)
+        first, folder = (0, None) if old is None else (len(old.samples), config.out)
+        index = make_index(config.index, kind, stage, method, embedder, side, config.vectors, threads, folder, first)
+        count = first + len(new.ids)
 
         def describe() -> None:
             write_query_encoder(encoder, stage)
+            removed = {} if old is None else old.carry(config.out, stage)
             write_program(program := make_program(encoder, model), stage)
             write_json(stage / "preprocess.json", settings.data.preprocess.to_dict())
             shutil.copytree(config.run / "tokenizer", stage / "tokenizer")
             golden = write_golden(stage, encoder, model, settings.data, catalogue, tokenizer, config.golden)
             onnx = write_proven_onnx(program, stage, golden, config.int8) if config.onnx or config.int8 else None
-            description = _description(config, settings, path, catalogue, side, model)
-            description |= {"index": index, "golden": len(golden.queries), "onnx": onnx}
-            write_json(stage / "artefact.json", {**description, "decoders": decoders})
+            description = _description(config, settings, path, catalogue, count, model)
+            description |= {
+                "index": index,
+                "golden": len(golden.queries),
+                "onnx": onnx,
+                "decoders": decoders,
+                **removed,
+            }
+            write_json(stage / "artefact.json", description)
 
         on_first_rank(describe, mesh, "writing the encoder")
         write_manifest(stage, mesh, "sha256")
     seconds = time.perf_counter() - started
     if mesh.rank == 0:
-        print(f"{config.out}: {len(side.ids):,} documents of {catalogue.path} in {seconds:.1f} s")
+        print(f"{config.out}: {count:,} documents of {catalogue.path} in {seconds:.1f} s")
         print(f"{config.out}/{MANIFEST}: SHA-256 {fingerprint(config.out)}")
         if better := _better_view(config, settings, path):
             print(better)
-    return {"documents": len(side.ids), "embedding_dim": model.embedding_dim, "seconds": round(seconds, 3)}
+    return {"documents": count, "embedding_dim": model.embedding_dim, "seconds": round(seconds, 3)}
 
 
 def _better_view(config: ExportConfig, settings: RunConfig, checkpoint: Path) -> str:
@@ -181,16 +204,55 @@ def _better_view(config: ExportConfig, settings: RunConfig, checkpoint: Path) ->
     return ""
 
 
-def _shared_stage(out: Path, mesh: Mesh, stack: ExitStack) -> tuple[Path, Path]:
+def _shared_stage(config: ExportConfig, mesh: Mesh, stack: ExitStack) -> tuple[Path, Path]:
     """The staging folder of rank 0, which all ranks write into, and the folder of finished parts; the first becomes
     `out` when rank 0 leaves the stack.
     """
 
     def make() -> tuple[Path, Path]:
-        holder = stack.enter_context(held(out))
-        return stack.enter_context(holder.stage()), holder.kept
+        holder = stack.enter_context(held(config.out))
+        return stack.enter_context(holder.stage(replace=config.append)), holder.kept
 
     return on_first_rank(make, mesh, "making the folder of the artefact")
+
+
+class _Earlier(NamedTuple):
+    """The artefact that documents are added to: its index's kind, and the sample ids of its rows."""
+
+    kind: str
+    samples: np.ndarray
+    removed: int
+
+    def carry(self, folder: Path, stage: Path) -> dict[str, int]:
+        """Takes over what was removed, once the new query encoder is known to be the old one."""
+        if (folder / ENCODER).read_bytes() != (stage / ENCODER).read_bytes():
+            raise UserError(f"{folder} holds another query encoder than this checkpoint's", _WHOLE)
+        if not self.removed:
+            return {}
+        share_file(folder / REMOVED, stage / REMOVED)
+        return {"removed": self.removed}
+
+
+def _earlier(config: ExportConfig, checkpoint: Path, side: Side, mesh: Mesh) -> _Earlier:
+    record = open_record(config.out, mesh)
+    same = {
+        "run": config.run.resolve().name,
+        "checkpoint": checkpoint.name,
+        "view": config.view,
+        "split": config.split,
+        "vectors": config.vectors,
+    }
+    for name, value in same.items():
+        if record.values.get(name) != value:
+            raise UserError(f"{config.out} was exported with {name} {record.values.get(name)}, not {value}", _WHOLE)
+    kind = str(record.values["index"]["kind"])
+    if config.index.kind not in ("auto", kind):
+        raise UserError(f"--index.kind is {config.index.kind}, the index of {config.out} is of kind {kind}", _WHOLE)
+    parts = sorted((config.out / "documents").glob("part-*.parquet"))
+    samples = np.concatenate([pq.read_table(part, columns=["sample_id"]).column(0).to_numpy() for part in parts])
+    if np.isin(side.sample_ids, samples).all():
+        raise UserError(f"{config.out} has all documents of {side.catalogue.path}", "Nothing was added")
+    return _Earlier(kind, samples, int(record.values.get("removed", 0)))
 
 
 def _dependencies(config: ExportConfig, checkpoint: Path, catalogue: Catalogue, mesh: Mesh) -> dict[str, Any]:
@@ -201,7 +263,7 @@ def _dependencies(config: ExportConfig, checkpoint: Path, catalogue: Catalogue, 
 
 
 def _description(
-    config: ExportConfig, settings: RunConfig, checkpoint: Path, catalogue: Catalogue, side: Side, model: MethodConfig
+    config: ExportConfig, settings: RunConfig, checkpoint: Path, catalogue: Catalogue, count: int, model: MethodConfig
 ) -> dict[str, Any]:
     return {
         "format": ARTEFACT_FORMAT,
@@ -211,7 +273,7 @@ def _description(
         "query_tokens": 0 if model.query_text is None else model.query_text.max_length,
         "similarity": "inner product of unit vectors",
         "embedding_dim": model.embedding_dim,
-        "documents": len(side.ids),
+        "documents": count,
         "vectors": config.vectors,
         "split": config.split,
         "view": config.view,

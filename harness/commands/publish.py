@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import torch
 
-from harness.artefact.artefact import read_meta
+from harness.artefact.artefact import open_record
 from harness.artefact.golden import read_golden
+from harness.artefact.removed import read_kept
 from harness.artefact.rows import Rows
 from harness.artefact.stores.publication import Publication, prove, write
 from harness.artefact.stores.store import Layout, open_store
@@ -56,8 +57,9 @@ def run(config: PublishConfig) -> dict[str, Any]:
             other columns; the comparison fails.
     """
     started = time.perf_counter()
-    read_meta(config.artefact)
-    rows = Rows(config.artefact)
+    record = open_record(config.artefact)
+    kept = read_kept(config.artefact, record, record.number("documents", 1 << 40, 1))
+    rows = Rows(config.artefact, kept=kept)
     golden = read_golden(config.artefact, rows.width)
     with closing(open_store(config.to)) as store:
         publication = Publication(rows, fingerprint(config.artefact)[:16], store.longest)

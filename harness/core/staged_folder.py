@@ -184,6 +184,14 @@ def _is_full_disk(error: Exception) -> bool:
     return getattr(error, "errno", None) == errno.EDQUOT or os.strerror(errno.ENOSPC) in str(error)
 
 
+def share_file(source: Path | str, target: Path | str) -> None:
+    """Puts a file that never changes into another folder: a second name of it where the disk has links, else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def _delete(path: Path) -> None:
     if path.is_symlink():
         path.unlink()
