@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import re
@@ -295,7 +296,7 @@ def test_documents_that_were_removed_are_missed_by_no_proof(
     rows = Rows(folder, at_once=2, kept=Artefact(folder).kept)
     for first in range(len(left) + 1):
         found = [table.column(0).to_pylist() for table in rows.batches(["sample_id"], first)]
-        assert sum(found, []) == left[first:] and rows.count == len(left)
+        assert [*itertools.chain.from_iterable(found)] == left[first:] and rows.count == len(left)
     told = compare.run(compare.CompareConfig(before=photos, after=folder))
     assert (told["documents"], told["removed_first"]) == ([len(documents), len(left)], [documents[best]["item"]])
 
