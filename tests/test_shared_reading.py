@@ -221,6 +221,7 @@ def flops_of_a_run(catalogue: Path, run: Path, tensor_parallel: int) -> list[flo
     return logged
 
 
+@pytest.mark.full
 def test_utilisation_counts_the_tokens_that_are_there(catalogue: Path, tmp_path: Path) -> None:
     """The same for any layout, and other lines for steps of other texts."""
     found = [ranks(n).run(flops_of_a_run, catalogue, tmp_path / f"{n}-{tp}", tp) for n, tp in ((1, 1), (2, 1), (2, 2))]

@@ -177,6 +177,7 @@ def test_the_best_and_every_third_checkpoint_are_kept(catalogue: Path, tmp_path:
         find_checkpoint(run, Path("best"))
 
 
+@pytest.mark.full
 def test_a_run_ends_early_where_evaluations_do_not_improve(catalogue: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"train.steps": 9, "train.evaluate_every": 2, "train.keep_best": "map"}
     settings |= {"train.early_stop": 2, "optimizer.lr": 1e-12}  # too small to change a figure

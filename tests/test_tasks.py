@@ -154,6 +154,7 @@ def found(products: Path, noise: Path) -> tuple[Report, dict[str, Any]]:
     return report, known
 
 
+@pytest.mark.full
 def test_every_number_of_ranks_finds_the_same(products: Path, noise: Path, found: tuple[Report, Any]) -> None:
     for report, _ in ranks(3).run(evaluated, products, {"evaluation.distractors": [str(noise)]}):
         assert report.figures == found[0].figures and report.rows == found[0].rows and report.panel == found[0].panel

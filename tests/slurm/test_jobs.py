@@ -187,6 +187,7 @@ def test_an_array_shares_the_cells_of_an_ablation(
     assert [line.split(" | ")[:2] for line in table[4:]] == [["| one", "1"], ["| two", "1"], ["| three", "1"]]
 
 
+@pytest.mark.full
 def test_a_rank_that_is_killed_ends_the_job(slurm: Cluster, project: Path, recipe: Path) -> None:
     settings = {**SETTINGS, "NPROC_PER_NODE": "auto"}
     options = ("--train.steps", 100000, "--train.checkpoint_every", 0, "--run-dir", "runs/killed")
