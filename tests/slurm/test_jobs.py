@@ -200,7 +200,7 @@ def test_a_rank_that_is_killed_ends_the_job(slurm: Cluster, project: Path, recip
     assert text.splitlines()[-1].startswith("exit code 137 after")
     (line,) = [line for line in text.splitlines() if "ended with SIGKILL; its own log: " in line]
     written = project / line.partition("its own log: ")[2]
-    assert written.parts[-5] == f"shelfmark-train-{number}.ranks" and (written / "stderr.log").is_file()
+    assert written.parts[-4] == f"shelfmark-train-{number}.ranks" and (written / "stderr.log").is_file()
 
 
 def until(what: Callable[[], bool], said: Callable[[], str]) -> None:
@@ -281,12 +281,17 @@ def test_a_job_goes_on_when_a_node_has_died(slurm: Cluster, project: Path, recip
     slurm.kill_node("node2")
     try:
         until(lambda: slurm.job(number)["Restarts"] == "1", lambda: f"{slurm.job(number)} {slurm.logs()}")
-        # What a dead machine does not do: its processes end.
-        for folder in slurm.processes(number):
-            with suppress(ProcessLookupError):
-                os.kill(int(folder.name), signal.SIGKILL)
+
+        def ended() -> bool:
+            for folder in slurm.processes(number):  # a dead machine has none
+                with suppress(ProcessLookupError):
+                    os.kill(int(folder.name), signal.SIGKILL)
+            return not slurm.processes(number) and slurm.job(number)["JobState"] == "PENDING"
+
+        until(ended, lambda: f"{slurm.job(number)} {slurm.logs()}")
     finally:
         slurm.start_node("node2")
+    until(lambda: "node2" in slurm.command("sinfo", "--noheader", "--Node", "--states=idle"), slurm.logs)
     text = goes_on(slurm, project, number)
     (resumed,) = re.findall(r"resumed step-(\d+)", text)
     assert 0 < int(resumed) < LONG and "restart 1, " in text
