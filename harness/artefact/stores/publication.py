@@ -28,6 +28,7 @@ TOP = 10
 SHARE = 0.1  # of the rows, nearly so many of which pass the filter of the proof
 _TIE = 1e-6  # scores so near are one
 _LEFT_OUT = ("description",)  # long, and no filter
+_UNIQUE = ("item", "title")  # of each document, and no filter
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def digest(rows: pa.Table) -> str:
 
 def _filter(publication: Publication) -> tuple[tuple[str, str], float]:
     """A column and a text that nearly SHARE of the first rows have, and what share it is."""
-    names = [name for name in publication.texts if name not in ("item", "title")]
+    names = [name for name in publication.texts if name not in _UNIQUE]
     table = next(iter(publication.rows.batches(names)))
     choices = []
     for name in names:
