@@ -14,7 +14,7 @@ import pytest
 from tests.kills import CASES
 
 ROOT = Path(__file__).parents[1]
-SLOW = {"synth": 6, "train": 5}  # every so many operations: hundreds, seconds each
+SLOW = {"synth": 6, "train": 5, "export": 4}  # every so many operations: hundreds, seconds each
 SHARE = "append merge tokenizer-kept govern-again ingest".split()  # those that replace, remove or add to what is there
 
 
