@@ -15,8 +15,12 @@ from harness.catalogue.catalogue import Catalogue
 from tests.shops import draw_shop
 
 ROOT = Path(__file__).parent.parent
-# TensorBoard does not end by itself.
-SHELL = 'set -eu\ntensorboard() { timeout 15 tensorboard "$@" || [ $? = 124 ]; }\n'
+# TensorBoard and the service do not end by themselves.
+SHELL = '''set -eu
+limited() { timeout 30 "$@" || [ $? = 124 ]; }
+tensorboard() { limited tensorboard "$@"; }
+shelfmark() { if [ "$1" = serve ]; then limited shelfmark "$@"; else command shelfmark "$@"; fi; }
+'''
 
 
 def blocks(page: str, *sections: str) -> str:
@@ -90,3 +94,4 @@ def test_the_commands_of_a_page_run_unchanged(page: str, sections: tuple[str, ..
     told = run(blocks(page, *sections), tmp_path)
     assert "recall_at_1" in told and "found" in told
     assert (tmp_path / "found.png").stat().st_size > 1000
+    assert page != "README.md" or "http://127.0.0.1:8080/" in told
