@@ -16,11 +16,11 @@ from tests.shops import draw_shop
 
 ROOT = Path(__file__).parent.parent
 # TensorBoard and the service do not end by themselves.
-SHELL = '''set -eu
+SHELL = """set -eu
 limited() { timeout 30 "$@" || [ $? = 124 ]; }
 tensorboard() { limited tensorboard "$@"; }
 shelfmark() { if [ "$1" = serve ]; then limited shelfmark "$@"; else command shelfmark "$@"; fi; }
-'''
+"""
 
 
 def blocks(page: str, *sections: str) -> str:
