@@ -55,8 +55,11 @@ def read_kind(file: Path, name: str, width: int, count: int) -> Any:
     if head != faiss.serialize_index(like)[:4].tobytes() + struct.pack("<iq", width, count):
         raise fault
     limit = faiss.get_deserialization_vector_byte_limit()
+    empty = index_lists(like) and faiss.downcast_index(index_lists(like))
+    # FAISS computes tables of a product quantiser when it reads one, within the same limit.
+    tables = 4 * empty.nlist * empty.pq.M * empty.pq.ksub if hasattr(empty, "pq") else 0
     try:
-        faiss.set_deserialization_vector_byte_limit(file.stat().st_size)
+        faiss.set_deserialization_vector_byte_limit(file.stat().st_size + tables)
         # Lists stay in the file, which is mapped.
         index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP if kind.knob == "nprobe" else 0)
     except (RuntimeError, MemoryError) as error:
