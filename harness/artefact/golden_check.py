@@ -19,7 +19,7 @@ SLACK = 0.1  # recall of so few queries is this much below that of many, at the 
 
 
 class Check(NamedTuple):
-    """What was compared, with its figure; the problem ('' = none); whether it was left out."""
+    """A comparison with its figure; the problem ('' = none); a reason where it was left out."""
 
     what: str
     problem: str = ""

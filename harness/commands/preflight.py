@@ -58,7 +58,7 @@ class PreflightConfig:
 
 @dataclass
 class Findings:
-    """What was measured; the same on all ranks.
+    """Measurements; the same on all ranks.
 
     Attributes:
         figures: place -> name -> number, more is better; the least of the place's ranks.

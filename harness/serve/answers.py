@@ -59,7 +59,7 @@ class About(BaseModel):
 
 
 def documents(answer: Answer) -> Documents:
-    """What was found, by the artefact that found it."""
+    """Documents found, by the artefact that found it."""
     return Documents(artefact=answer.opened.id, found=[_found(answer.opened, hit) for hit in answer.hits])
 
 

@@ -22,7 +22,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class _Now(Collector):
-    """What is read when it is asked for: queue, artefact, replacements."""
+    """Metrics that are read when they are asked for: queue, artefact, replacements."""
 
     def __init__(self, shelf: Shelf, queue: Callable[[], int]) -> None:
         self._shelf, self._queue = shelf, queue

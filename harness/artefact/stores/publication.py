@@ -33,7 +33,7 @@ _UNIQUE = ("item", "title")  # of each document, and no filter
 
 @dataclass(frozen=True)
 class Publication:
-    """What goes into a collection.
+    """Content of a collection.
 
     Args:
         rows: the documents.

@@ -109,8 +109,8 @@ def apply_rules(engine: Engine, catalogue: Catalogue, config: GovernConfig) -> d
 
 
 def _before(engine: Engine, edges: ibis.Table, num_nodes: int) -> dict[str, Any]:
-    """What all clicks connect, before the rules: components, largest, and sizes, which count components by their
-    queries and documents.
+    """Samples connected by all clicks, before the rules: components, largest, and sizes, which count components by
+    their queries and documents.
     """
     label = components(engine, "connected", edges.select(a="query", b="document"), num_nodes)
     sizes = label.group_by("component").agg(n=_.count()).group_by("n").agg(times=_.count()).to_pyarrow().to_pylist()
