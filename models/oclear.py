@@ -276,10 +276,10 @@ class Oclear(Method):
         self, batches: Sequence[Batch], queries: Tensor, documents: Tensor, factors: _Factors | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The head's loss of these micro-batches; queries [q, d], documents [n, d] or [n, 2, d]."""
-        of_queries, of_documents = (torch.cat([getattr(b, f"{s}_weights") for b in batches]) for s in SIDES)
+        weights = [torch.cat([getattr(b, f"{seen}_weights") for b in batches]) for seen in (*SIDES, "alone")]
         query_labels, labels = (torch.cat([getattr(b, f"{s}_labels") for b in batches]) for s in SIDES)
         kinds = 1 if documents.dim() == 2 else 2
-        weights = [of_queries, *[of_documents] * kinds]
+        weights = weights[: 1 + kinds]
         if factors is not None:
             weights = [weight.double() * factor for weight, factor in zip(weights, factors, strict=False)]
         assert self.head is not None, "the caller looked"
@@ -295,18 +295,19 @@ class Oclear(Method):
         kinds of documents, weighted; metrics are the fused ones'.
         """
         labels, related = self._labels(batches)
-        weights = torch.cat([b.query_weights * b.document_weights for b in batches])
         settings = ContrastiveConfig(temperature=self.config.temperature)
         sizes = rank_sizes(batches, "query")
 
-        def loss_of(found: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss_of(found: Tensor, seen: str) -> tuple[Tensor, dict[str, Tensor]]:
+            weights = torch.cat([b.query_weights * getattr(b, f"{seen}_weights") for b in batches])
             return contrastive_loss(
                 queries, found, labels, settings, self.data_group, weights=weights, related=related, sizes=sizes
             )
 
         if documents.dim() == 2:
-            return loss_of(documents)
-        (loss, metrics), (alone, _) = (loss_of(kind) for kind in documents.unbind(1))
+            return loss_of(documents, "document")
+        fused, image = documents.unbind(1)
+        (loss, metrics), (alone, _) = loss_of(fused, "document"), loss_of(image, "alone")
         anchor = self.config.image_anchor
         return (loss + anchor * alone) / (1 + anchor), metrics
 
@@ -318,15 +319,16 @@ class Oclear(Method):
         if self.head is None or not (anchor or share):
             return None
         sides = []
-        for side in SIDES:
-            pieces = [getattr(b, f"{side}_weights") * (getattr(b, f"{side}_labels") >= 0) for b in batches]
+        for seen, side in zip((*SIDES, "alone"), (*SIDES, "document"), strict=True):
+            pieces = [getattr(b, f"{seen}_weights") * (getattr(b, f"{side}_labels") >= 0) for b in batches]
             sides.append(torch.cat(pieces).double().sum())
         sums = torch.stack(sides)
         dist.all_reduce(sums, group=self.data_group)
-        total, sums = sums.sum(), sums.clamp_min(torch.finfo(sums.dtype).tiny)
-        photo, document = (1 - share) / sums[0], share / sums[1] / (1 + anchor)
+        total, sums = sums[:2].sum(), sums.clamp_min(torch.finfo(sums.dtype).tiny)
+        both = 1 + anchor * sums[2] / sums[1]  # a document's weight with its image alone
+        photo, document = (1 - share) / sums[0], share / sums[1] / both
         if not share:
-            photo = document = 1 / (sums[0] + (1 + anchor) * sums[1])
+            photo = document = 1 / (sums[0] + both * sums[1])
         return total * photo, total * document, total * document * anchor
 
     def embed_query(self, batch: Batch) -> Tensor:

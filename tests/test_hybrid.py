@@ -38,6 +38,8 @@ SUM = replace(BASE, fusion_kind="sum", fusion_weights=(1.0, 0.7, 0.4))
 STEPS = {
     "concept, classes and pairs": replace(BASE, contrast_weight=0.7),
     "sum, images alone, sides, pairs": replace(SUM, contrast_weight=2.0, image_anchor=0.5, document_share=0.3),
+    "sum, mosaics, sides, pairs": replace(SUM, contrast_weight=1.0, image_anchor=0.5, document_share=0.3),
+    "sum, mosaics": replace(SUM, image_anchor=0.5),
     "sum, images alone": replace(SUM, image_anchor=0.5),
     "concept, sides": replace(BASE, document_share=0.6, separate_transforms=False),
     "sum, pairs and images alone": replace(SUM, objective="contrastive", image_anchor=2.0),
@@ -67,9 +69,9 @@ def pairs(n: int = 7) -> Batch:
     )
 
 
-def dense_pairs(queries: Tensor, documents: Tensor, batch: Batch, temperature: float) -> Tensor:
-    """Symmetric InfoNCE of all pairs at once, without those that are no negatives: of one class, or damaged."""
-    weights, labels = (batch.query_weights * batch.document_weights).double(), batch.query_labels
+def dense_pairs(queries: Tensor, documents: Tensor, batch: Batch, weights: Tensor, temperature: float) -> Tensor:
+    """Symmetric InfoNCE of all pairs at once, without those that are no negatives: of one class, or of weight 0."""
+    weights, labels = (batch.query_weights * weights).double(), batch.query_labels
     logits = F.normalize(queries, dim=-1) @ F.normalize(documents, dim=-1).T / temperature
     hidden = ((labels[:, None] == labels) & (labels >= 0)) | (weights == 0)
     hidden.fill_diagonal_(False)
@@ -82,15 +84,20 @@ def dense_step(config: OclearConfig, batch: Batch, towers: OclearTowers, rows: T
     anchor, share = config.image_anchor, config.document_share
     queries, fused, _ = towers(batch.query_images, batch.document_images, batch.document_tokens)
     alone = towers.image_document(batch.document_images)
-    of_pairs = [dense_pairs(queries, x, batch, config.temperature) for x in (fused, alone)]
+    unmixed = batch.document_weights.clone()  # a mosaic counts with its text only
+    if batch.document_mosaics.numel():
+        unmixed[batch.document_mosaics] = 0
+    seen = ((fused, batch.document_weights), (alone, unmixed))
+    of_pairs = [dense_pairs(queries, x, batch, weights, config.temperature) for x, weights in seen]
     pair_loss = (of_pairs[0] + anchor * of_pairs[1]) / (1 + anchor)
     if config.objective == "contrastive":
         return pair_loss
     known = batch.query_labels >= 0
-    photo, document = batch.query_weights.double() * known, batch.document_weights.double() * known
+    photo = batch.query_weights.double() * known
+    document = torch.cat([batch.document_weights.double() * known, anchor * unmixed.double() * known])
     if share:
-        photo, document = (1 - share) * photo / photo.sum(), share * document / document.sum() / (1 + anchor)
-    weights = torch.cat([photo, document, anchor * document])
+        photo, document = (1 - share) * photo / photo.sum(), share * document / document.sum()
+    weights = torch.cat([photo, document])
     found, labels = torch.cat([queries, fused, alone]), batch.query_labels.repeat(3)
     return dense_loss(found, rows, labels, weights, replace(HEAD, scale=2**0.5 * torch.tensor(6.0).double().log())) + (
         config.contrast_weight * pair_loss
@@ -101,6 +108,8 @@ def check_step(name: str, tensor_parallel: int, micro_batches: int) -> None:
     from models.transformer import MegatronBuilder
 
     config, whole = STEPS[name], pairs()
+    if "mosaics" in name:
+        whole = replace(whole, document_mosaics=torch.arange(len(whole.document_ids)) % 3 == 1)
     with layout(tensor_parallel) as mesh:
         torch.manual_seed(0)
         towers = OclearTowers(config, MegatronBuilder(mesh.groups)).double()
