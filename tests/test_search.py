@@ -220,12 +220,14 @@ def test_another_view_of_the_documents_is_exported_and_told(
     export.run(export.ExportConfig(run=run, out=tmp_path / "nothing asked", onnx=False))
     assert "--view" not in capsys.readouterr().out
     for n, (image, slices, told) in enumerate(((0.4, [], False), (0.6, [], True), (0.4, rows, True))):
-        views = {"recall_at_1": 0.5, "photo/image/recall_at_1": image, "slices": slices}
+        warned = ["warning: val recall@1 0.500 is below imported towers"] * bool(slices)
+        views = {"recall_at_1": 0.5, "photo/image/recall_at_1": image, "slices": slices, "warnings": warned}
         figures.write_text(json.dumps({**known, **views}))
         export.run(export.ExportConfig(run=run, out=tmp_path / f"both-{n}", onnx=False))
         said = capsys.readouterr().out
         assert (f"seen as both and as image: all products 0.500 and {image:.3f}" in said) == told, said
         assert ("products never trained on 0.200 and 0.700. --view image" in said) == bool(slices)
+        assert ("is below imported towers" in said) == bool(slices)
     export.run(export.ExportConfig(run=run, out=tmp_path / "image", view="image", onnx=False))
     assert "--view" not in capsys.readouterr().out
     both, image = (

@@ -175,17 +175,25 @@ def run(config: ExportConfig) -> dict[str, Any]:
     if mesh.rank == 0:
         print(f"{config.out}: {count:,} documents of {catalogue.path} in {seconds:.1f} s")
         print(f"{config.out}/{MANIFEST}: SHA-256 {fingerprint(config.out)}")
-        if better := _better_view(config, settings, path):
-            print(better)
+        for line in _remarks(config, settings, path):
+            print(line)
     return {"documents": count, "embedding_dim": model.embedding_dim, "seconds": round(seconds, 3)}
 
 
-def _better_view(config: ExportConfig, settings: RunConfig, checkpoint: Path) -> str:
-    """A line on another view by which the run's evaluation of this checkpoint found more, of all products or of those
-    never trained on; empty without one.
+def _remarks(config: ExportConfig, settings: RunConfig, checkpoint: Path) -> list[str]:
+    """Lines of the run's evaluation of this checkpoint that its export should tell: its warnings, as of a recall below
+    that of the weights that the run started from, and a view that finds more.
     """
     file = config.run / f"eval-{checkpoint.name.removeprefix('step-')}.json"
-    figures = read_json(file) if config.view == "both" and file.exists() else {}
+    figures = read_json(file) if file.exists() else {}
+    better = _better_view(figures, settings.evaluation.split) if config.view == "both" else ""
+    return [*figures.get("warnings", []), *filter(None, [better])]
+
+
+def _better_view(figures: dict[str, Any], split: str) -> str:
+    """A line on another view by which an evaluation found more, of all products or of those never trained on; empty
+    without one.
+    """
     of_class = [row for row in figures.get("slices", []) if (row["slice"], row["value"]) == ("class", "never trained")]
     new = {row.get("task", ""): row["recall_at_1"] for row in of_class}
     for key in figures:
@@ -199,7 +207,6 @@ def _better_view(config: ExportConfig, settings: RunConfig, checkpoint: Path) ->
         if any(other > both for both, other in recalls.values()):
             view = task.partition("/")[2]
             told = ", ".join(f"{name} {both:.3f} and {other:.3f}" for name, (both, other) in recalls.items())
-            split = settings.evaluation.split
             return f"{split} recall@1 of documents seen as both and as {view}: {told}. --view {view} exports the latter"
     return ""
 

@@ -103,7 +103,7 @@ class Validation:
             if metric := config.train.keep_best:
                 checkpoint_files.note_best(config.run_dir / "checkpoints", step, metric, report.figures)
             # Last, for its presence tells that the evaluation is complete.
-            write_json(self._file(step), {**report.figures, "slices": report.rows})
+            write_json(self._file(step), {**report.figures, "slices": report.rows, "warnings": told[1:]})
             return self._exhausted(step)
 
         self.ended = on_first_rank(show, self.mesh, "drawing the panel")
