@@ -64,7 +64,9 @@ def run(config: ClickLogConfig) -> dict[str, Any]:
 
 def main() -> int:
     """Entry point of `python -m harness.bench.click_log`."""
-    return bench_main(MODULE, ClickLogConfig, run, "Click log with known truth for a catalogue with a class column.", EXAMPLE)
+    return bench_main(
+        MODULE, ClickLogConfig, run, "Click log with known truth for a catalogue with a class column.", EXAMPLE
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from __future__ import annotations
 import shutil
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -75,7 +75,8 @@ class ExportConfig:
         checkpoint: a step folder of the run, or best (train.keep_best); the newest complete one by default.
         catalogue: another catalogue to export; the run's own by default.
         split: documents of this split and of split 'all'; every document by default.
-        view: what is seen of documents: both, or another view of the method, as image; evaluation measures them.
+        view: what is seen of documents: both, another view of the method, as image, or best: the view with the highest
+            Recall@1 when training evaluated this checkpoint, of all products and of those never trained on alike.
         thumbnail: longest side in pixels of the small picture kept of each document, for contact sheets; 0 keeps none.
         vectors: numbers of the embeddings that are kept of the documents.
         index: the index.
@@ -120,7 +121,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     if config.onnx or config.int8:
         require_onnx(config.int8, config.golden)
     settings = open_settings(config.run, config.tensor_parallel)
-    if config.view not in (views := METHODS[settings.method].views):
+    if (asked := config.view) not in (views := (*METHODS[settings.method].views, "best")):
         raise UserError(f"--view is {config.view}", f"The views of {settings.method} are {', '.join(views)}")
     catalogue = Catalogue(config.catalogue or settings.data.catalogue)
     tokenizer = Tokenizer.load(config.run)
@@ -134,6 +135,9 @@ def run(config: ExportConfig) -> dict[str, Any]:
         stage, kept = _shared_stage(config, mesh, stack)  # before the work: another process may be at it
         require_whole(catalogue, mesh)
         path = find_checkpoint(config.run, config.checkpoint, mesh)
+        figures = on_first_rank(lambda: _evaluated(config.run, path), mesh, "reading the evaluation")
+        if asked == "best":
+            config = replace(config, view=_best_view(figures, path))
         method, model = load_method(settings, path, tokenizer, mesh)
         old = _earlier(config, path, side, mesh) if config.append else None
         wanted = config.index.kind if old is None else old.kind
@@ -175,40 +179,62 @@ def run(config: ExportConfig) -> dict[str, Any]:
     if mesh.rank == 0:
         print(f"{config.out}: {count:,} documents of {catalogue.path} in {seconds:.1f} s")
         print(f"{config.out}/{MANIFEST}: SHA-256 {fingerprint(config.out)}")
-        for line in _remarks(config, settings, path):
+        for line in _remarks(asked, config.view, figures, settings.evaluation.split):
             print(line)
     return {"documents": count, "embedding_dim": model.embedding_dim, "seconds": round(seconds, 3)}
 
 
-def _remarks(config: ExportConfig, settings: RunConfig, checkpoint: Path) -> list[str]:
-    """Lines of the run's evaluation of this checkpoint that its export should tell: its warnings, as of a recall below
-    that of the weights that the run started from, and a view that finds more.
-    """
-    file = config.run / f"eval-{checkpoint.name.removeprefix('step-')}.json"
-    figures = read_json(file) if file.exists() else {}
-    better = _better_view(figures, settings.evaluation.split) if config.view == "both" else ""
-    return [*figures.get("warnings", []), *filter(None, [better])]
+def _evaluated(run: Path, checkpoint: Path) -> dict[str, Any]:
+    """The run's evaluation of this checkpoint; empty without one."""
+    file = run / f"eval-{checkpoint.name.removeprefix('step-')}.json"
+    return read_json(file) if file.exists() else {}
 
 
-def _better_view(figures: dict[str, Any], split: str) -> str:
-    """A line on another view by which an evaluation found more, of all products or of those never trained on; empty
-    without one.
+def _recalls(figures: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Recall@1 of an evaluation by view of the documents, both first: of all products, and of those never trained on,
+    as far as every view has it.
     """
-    of_class = [row for row in figures.get("slices", []) if (row["slice"], row["value"]) == ("class", "never trained")]
-    new = {row.get("task", ""): row["recall_at_1"] for row in of_class}
-    for key in figures:
-        task, _, figure = key.rpartition("/")
-        if figure != "recall_at_1" or task.count("/") != 1:
-            continue
-        recalls = {"all products": (figures["recall_at_1"], figures[key])}
-        if new.keys() >= {"", task}:
-            recalls["products never trained on"] = (new[""], new[task])
-        recalls = {name: pair for name, pair in recalls.items() if None not in pair}  # of no query with an answer
-        if any(other > both for both, other in recalls.values()):
-            view = task.partition("/")[2]
-            told = ", ".join(f"{name} {both:.3f} and {other:.3f}" for name, (both, other) in recalls.items())
-            return f"{split} recall@1 of documents seen as both and as {view}: {told}. --view {view} exports the latter"
-    return ""
+    tasks = [key.rpartition("/")[0] for key in figures if key.endswith("/recall_at_1")]
+    views = {"both": ""} | {task.partition("/")[2]: task for task in tasks if task.count("/") == 1}
+    rows = [row for row in figures.get("slices", []) if (row["slice"], row["value"]) == ("class", "never trained")]
+    new = {row.get("task", ""): row["recall_at_1"] for row in rows}
+    kinds = {
+        "all products": {view: figures.get(f"{task}/recall_at_1".lstrip("/")) for view, task in views.items()},
+        "products never trained on": {view: new.get(task) for view, task in views.items()},
+    }
+    named = [name for name, recalls in kinds.items() if None not in recalls.values()]  # None: no query has an answer
+    return {view: {name: kinds[name][view] for name in named} for view in views}
+
+
+def _best_view(figures: dict[str, Any], checkpoint: Path) -> str:
+    """The view with the highest Recall@1 by an evaluation, the mean over `_recalls`; the first of equals.
+
+    Raises:
+        UserError: there was no evaluation, or it found no answer to any query.
+    """
+    recalls = _recalls(figures)
+    if not recalls["both"]:
+        raise UserError(
+            f"--view best: training did not evaluate {checkpoint.name}",
+            "Name a view, or a --checkpoint that was evaluated (train.evaluate_every)",
+        )
+    return max(recalls, key=lambda view: sum(recalls[view].values()))
+
+
+def _remarks(asked: str, view: str, figures: dict[str, Any], split: str) -> list[str]:
+    """Lines of the evaluation of a checkpoint that its export tells: the warnings, as of a recall below that of the
+    weights that the run started from, and Recall@1 by view where another view finds more or was looked for.
+    """
+    recalls = _recalls(figures)
+    better = [
+        other for other in recalls if any(value > recalls["both"][name] for name, value in recalls[other].items())
+    ]
+    lines = list(figures.get("warnings", []))
+    if asked == "best" or (asked == "both" and better):
+        told = (f"{name} {' and '.join(f'{r[name]:.3f}' for r in recalls.values())}" for name in recalls["both"])
+        chosen = f"exported as {view}" if asked == "best" else f"--view {better[0]} exports the latter"
+        lines.append(f"{split} recall@1 of documents seen as {' and as '.join(recalls)}: {', '.join(told)}. {chosen}")
+    return lines
 
 
 def _shared_stage(config: ExportConfig, mesh: Mesh, stack: ExitStack) -> tuple[Path, Path]:
