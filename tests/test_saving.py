@@ -6,7 +6,9 @@ import errno
 import json
 import math
 import os
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -99,6 +101,16 @@ def test_every_rank_writes_and_hashes_its_share(
     assert checkpoint_files.problem(tmp_path / "run/checkpoints/step-00000002") == ""
 
 
+def test_a_manifest_takes_no_sum_of_a_file_that_has_another_size(tmp_path: Path) -> None:
+    (tmp_path / "rows").write_bytes(b"abc")
+    sums = {"rows": (3, manifest.checksum(tmp_path / "rows"))}
+    manifest.write_manifest(tmp_path, known=sums)
+    assert manifest.verify(tmp_path) == ""
+    (tmp_path / "rows").write_bytes(b"ab")  # a disk that lost a part of it
+    with pytest.raises(OSError, match="rows has 2 bytes, not the 3 that were written"):
+        manifest.write_manifest(tmp_path, known=sums)
+
+
 def as_before(config: RunConfig) -> bool:
     """In a pool: saves as earlier versions did, all moments of the towers gathered by one rank; whether a load gives
     the state back, and a save as of now holds tensors of the same names.
@@ -133,8 +145,8 @@ def test_a_checkpoint_of_an_earlier_version_loads_and_names_the_same_tensors(cat
 
 
 def train(config: RunConfig, late: bool = False, fails_on: int = -1) -> tuple[str, list[tuple[int, list[int]]]]:
-    """In a pool: trains; the error that ended it, and (step, checkpoints there) before each step. `late`: each write
-    takes until the step after the next begins; `fails_on`: the second save finds no room on that rank.
+    """In a pool: trains; the error that ended it, and (step, checkpoints there) before each step. `late`: each write of
+    the last rank takes until the step after the next begins; `fails_on`: the second save finds no room on that rank.
     """
     real, saves, seen = FolderWriter._write, 0, []
 
@@ -145,7 +157,8 @@ def train(config: RunConfig, late: bool = False, fails_on: int = -1) -> tuple[st
             nonlocal saves
             saves += self.folder.name == "towers"
             until, deadline = min(t.step + 2, STEPS), time.monotonic() + 20
-            while late and self.folder.name == "towers" and t.step < until and time.monotonic() < deadline:
+            waits = late and t.mesh.rank == t.mesh.world_size - 1 and self.folder.name == "towers"
+            while waits and t.step < until and time.monotonic() < deadline:
                 time.sleep(0.005)
             if saves == 2 and t.mesh.rank == fails_on:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -196,6 +209,19 @@ def test_a_full_disk_of_one_rank_stops_all_or_none(catalogue: Path, tmp_path: Pa
     config = tiny_config(catalogue, tmp_path / "on", **settings, **{"train.checkpoint_full_disk": "go_on"})
     assert [error for error, _ in ranks(2).run(train, config, False, 1)] == ["", ""]
     assert steps_saved(tmp_path / "on") == [2, 5] and len(losses(tmp_path / "on")) == STEPS
+
+
+def test_a_run_on_a_small_disk_goes_on_and_resumes_with_more_room(
+    catalogue: Path, small_disk: Callable[[int], Path]
+) -> None:
+    disk = small_disk(2560)  # room for the run's other files and one checkpoint, not for two
+    config = tiny_config(catalogue, disk / "run", **SETTINGS, **{"train.checkpoint_full_disk": "go_on"})
+    for error, _ in ranks(2).run(train, config):
+        assert "step-00000005.tmp was not written: the disk is full. Earlier checkpoints are untouched" in error
+    assert steps_saved(disk / "run") == [2] and len(losses(disk / "run")) == STEPS
+    subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+    assert [error for error, _ in ranks(2).run(train, config)] == ["", ""]
+    assert steps_saved(disk / "run") == [2, 4, 5]
 
 
 # --- steps that are not finite ---
