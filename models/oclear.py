@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from models.batch import Batch, Reads, rank_sizes
+from models.explanation import Explanation
 from models.fields import TRAINING_ONLY
-from models.fusion import ConcatFusion, ConceptFusion, ResidualTransform, SumFusion
+from models.fusion import ConcatFusion, ConceptFusion, Fused, ResidualTransform, SumFusion
 from models.heads.cached import cached_losses
 from models.heads.class_parallel import ClassParallelHead
 from models.heads.contrastive import (
@@ -154,6 +155,11 @@ class OclearTowers(nn.Module):
 
     def document(self, images: Tensor, tokens: Tensor, padded: bool = True) -> tuple[Tensor, Tensor]:
         """images [n, 3, S, S], tokens [n, L] -> (embeddings [n, d], not normalised; gates [n]); padded as TextTower."""
+        vectors, fused = self.fused_document(images, tokens, padded)
+        return vectors, fused.gate
+
+    def fused_document(self, images: Tensor, tokens: Tensor, padded: bool = True) -> tuple[Tensor, Fused]:
+        """As `document`, with all that the fusion gives in the gates' place."""
         patches, pooled = self.vision(images)
         return self._fuse(patches, pooled, tokens, padded, False)
 
@@ -170,12 +176,10 @@ class OclearTowers(nn.Module):
         """
         patches, pooled = self.vision(torch.cat([query_images, images]))
         q = len(query_images)
-        documents, gate = self._fuse(patches[q:], pooled[q:], tokens, padded, alone)
-        return self.query_transform(pooled[:q]), documents, gate
+        documents, fused = self._fuse(patches[q:], pooled[q:], tokens, padded, alone)
+        return self.query_transform(pooled[:q]), documents, fused.gate
 
-    def _fuse(
-        self, patches: Tensor, pooled: Tensor, tokens: Tensor, padded: bool, alone: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _fuse(self, patches: Tensor, pooled: Tensor, tokens: Tensor, padded: bool, alone: bool) -> tuple[Tensor, Fused]:
         words, hidden = self.text(tokens, padded), words_hidden(tokens, self.pad_id)
         if isinstance(self.fusion, SumFusion):
             fused, image = self.fusion(pooled, patches, words, hidden, self.document_transform)
@@ -184,7 +188,7 @@ class OclearTowers(nn.Module):
             fused = self.fusion(pooled, patches, words, hidden)
             vector = self.document_transform(fused.vector)
             image = self.document_transform(pooled) if alone else vector
-        return torch.stack([vector, image], 1) if alone else vector, fused.gate
+        return torch.stack([vector, image], 1) if alone else vector, fused
 
 
 class OclearQuery(nn.Module):
@@ -223,6 +227,7 @@ class Oclear(Method):
         self, config: OclearConfig, towers: OclearTowers, head: ClassParallelHead | None, data_group: ProcessGroup
     ) -> None:
         self.config, self.towers, self.head, self.data_group = config, towers, head, data_group
+        self.parts = _parts(config)
 
     def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Loss (the same on every rank) of each micro-batch and metrics as local [sum, weight]: positive_cosine,
@@ -342,6 +347,23 @@ class Oclear(Method):
             else self.towers.document(images, *self._texts(batch))[0]
         )
         return F.normalize(found.float(), dim=-1)
+
+    def explain_document(self, batch: Batch) -> Explanation:
+        """See Method. Of a concept-aware fusion the parts are those before the transformation network, and their
+        weights the gate; attention is the concepts' mean.
+        """
+        vectors, fused = self.towers.fused_document(batch.document_images, *self._texts(batch))
+        parts = torch.stack(fused.parts, 1)
+        weights = torch.stack([parts.new_ones(len(parts)) * weight for weight in fused.weights], 1)
+        attention = fused.attention.mean(1) if {"steered", "concepts"} & {*self.parts} else None
+        return Explanation(F.normalize(vectors.float(), dim=-1), parts, weights, attention)
+
+
+def _parts(config: OclearConfig) -> tuple[str, ...]:
+    if config.fusion_kind == "sum":
+        names = zip(("image", "steered", "text"), config.fusion_weights, strict=True)
+        return tuple(name for name, weight in names if weight or name == "image")
+    return ("image", "concepts") if config.fusion_kind == "concept" else ()
 
 
 def _classifies(config: OclearConfig) -> bool:
