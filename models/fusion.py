@@ -82,14 +82,18 @@ class ConceptFusion(nn.Module):
         with torch.no_grad():
             self.gate.bias.add_(math.log(gate_init / (1 - gate_init)))
 
-    def forward(self, image: Tensor, patches: Tensor, words: Tensor, words_hidden: Tensor) -> Fused:
-        """image [b, h]; patches [b, P, h]; words [b, L, t]; words_hidden bool [b, 1, 1, L], True = padding."""
+    def forward(
+        self, image: Tensor, patches: Tensor, words: Tensor, words_hidden: Tensor, every_text: bool = False
+    ) -> Fused:
+        """image [b, h]; patches [b, P, h]; words [b, L, t]; words_hidden bool [b, 1, 1, L], True = padding; every_text
+        leaves out no text.
+        """
         concepts, _ = self.text_attention(self.memory.expand(len(image), -1, -1), words, words_hidden)
         concepts, attention = self.patch_attention(concepts, patches)
         fused = self.norm(concepts).mean(1)
         gate = torch.sigmoid(self.gate(torch.cat([image, fused], -1)))
         mix = gate
-        if self.training and self.text_dropout:
+        if self.training and self.text_dropout and not every_text:
             mix = gate * (torch.rand_like(gate) >= self.text_dropout)
         rest = 1 - mix
         parts = (rest * image, mix * fused)
@@ -105,7 +109,9 @@ class ConcatFusion(nn.Module):
         super().__init__()
         self.join = nn.Linear(hidden_size + text_size, hidden_size) if text_size else None
 
-    def forward(self, image: Tensor, patches: Tensor, words: Tensor, words_hidden: Tensor) -> Fused:
+    def forward(
+        self, image: Tensor, patches: Tensor, words: Tensor, words_hidden: Tensor, every_text: bool = False
+    ) -> Fused:
         """As ConceptFusion, with zeros [b] and [b, 1, P] for gate and attention."""
         nothing = image.new_zeros(patches.shape[:2])
         if self.join is None:
@@ -159,6 +165,7 @@ class SumFusion(nn.Module):
         words: Tensor,
         words_hidden: Tensor,
         transform: Callable[[Tensor], Tensor],
+        every_text: bool = False,
     ) -> tuple[Fused, Tensor]:
         """Arguments as ConceptFusion, and the documents' transform [n, h] -> [n, d].
 
@@ -177,7 +184,7 @@ class SumFusion(nn.Module):
         if self.identity is not None:
             parts.append(self.identity(mean_word(words, words_hidden)))
         units = [F.normalize(part.float() if part.dtype == torch.bfloat16 else part, dim=-1) for part in parts]
-        if self.identity is not None and self.training and self.text_dropout:
+        if self.identity is not None and self.training and self.text_dropout and not every_text:
             units[-1] = units[-1] * (torch.rand_like(units[-1][:, :1]) >= self.text_dropout)
         weights = [self.weights[0], *(weight for weight in self.weights[1:] if weight)]
         weighted = torch.stack([weight * unit for weight, unit in zip(weights, units, strict=True)])
