@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from harness.artefact.documents import parts_of
 from harness.core.errors import UserError
 from harness.core.files import printable
 from harness.evaluate.ranking import Embedded, top_k
@@ -31,6 +32,7 @@ class Rows:
         count: number of rows that are read.
         width: of the vectors.
         texts: names of the columns of text: class_key, item, title, description, then the catalogue's attributes.
+        shares: names of the columns of float32 with the shares of the embeddings' parts.
 
     Raises:
         UserError: the files cannot be read, or hold no vectors.
@@ -52,6 +54,7 @@ class Rows:
         self._kept = np.ones(written, bool) if kept is None else kept
         self.count = int(self._kept.sum())
         self.width: int = kind.list_size
+        self.shares = [*parts_of(schema).values()]
         self.texts = [field.name for field in schema if field.type == pa.string() and field.name not in _KEPT]
 
     def batches(self, columns: Sequence[str], first: int = 0) -> Iterator[pa.Table]:

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from harness.artefact.artefact import ARTEFACT_FORMAT, open_record
 from harness.artefact.decoder_check import compare_decoders
 from harness.artefact.document_chunks import Columns, embed_documents, place_parts
+from harness.artefact.documents import PART, parts_of
 from harness.artefact.flat_index import import_faiss
 from harness.artefact.golden import write_golden
 from harness.artefact.index_export import IndexConfig, make_index
@@ -53,7 +54,7 @@ from harness.evaluate.embed import Embedder, Side, side_of
 from harness.text.tokenizer import Tokenizer
 from harness.train.config import RunConfig
 from harness.train.open_run import find_checkpoint, load_method, open_settings
-from models.method import MethodConfig, query_kind
+from models.method import Method, MethodConfig, query_kind
 from models.ranges import NonNegativeInt, PositiveInt
 from models.registry import METHODS
 
@@ -144,8 +145,9 @@ def run(config: ExportConfig) -> dict[str, Any]:
         kind = choose_kind(wanted, config.index.ram, model.embedding_dim, len(side.ids))
         decoders = compare_decoders(method, settings, catalogue, config.split, tokenizer, mesh)
         embedder = Embedder(settings.data, model, tokenizer, config.batch_size, mesh)
-        columns = Columns(config.vectors, config.thumbnail, settings.data.preprocess.background, threads)
-        depends = _dependencies(config, path, catalogue, mesh)
+        parts = _parts(config, method, catalogue) if old is None else old.parts  # an older version wrote none
+        columns = Columns(config.vectors, config.thumbnail, settings.data.preprocess.background, threads, parts)
+        depends = {**_dependencies(config, path, catalogue, mesh), "parts": parts}
         new = side if old is None else side.select(~np.isin(side.sample_ids, old.samples))
         new = embed_documents(method, embedder, new, config.view, columns, kept, depends)
         folders = [kept] if old is None else [config.out / "documents", kept]
@@ -182,6 +184,15 @@ def run(config: ExportConfig) -> dict[str, Any]:
         for line in _remarks(asked, config.view, figures, settings.evaluation.split):
             print(line)
     return {"documents": count, "embedding_dim": model.embedding_dim, "seconds": round(seconds, 3)}
+
+
+def _parts(config: ExportConfig, method: Method, catalogue: Catalogue) -> tuple[str, ...]:
+    """Parts of the embeddings whose shares become columns."""
+    parts = method.parts if config.view == "both" else ()
+    for name in catalogue.attributes:
+        if name in [f"{PART}{part}" for part in parts]:
+            raise UserError(f"{catalogue.path} has an attribute {name}, which export writes itself", "Rename it")
+    return parts
 
 
 def _evaluated(run: Path, checkpoint: Path) -> dict[str, Any]:
@@ -250,11 +261,14 @@ def _shared_stage(config: ExportConfig, mesh: Mesh, stack: ExitStack) -> tuple[P
 
 
 class _Earlier(NamedTuple):
-    """The artefact that documents are added to: its index's kind, and the sample ids of its rows."""
+    """The artefact that documents are added to: its index's kind, the sample ids of its rows, the number of those that
+    were removed, and the parts whose shares it has.
+    """
 
     kind: str
     samples: np.ndarray
     removed: int
+    parts: tuple[str, ...]
 
     def carry(self, folder: Path, stage: Path) -> dict[str, int]:
         """Takes over what was removed, once the new query encoder is known to be the old one."""
@@ -285,7 +299,8 @@ def _earlier(config: ExportConfig, checkpoint: Path, side: Side, mesh: Mesh) -> 
     samples = np.concatenate([pq.read_table(part, columns=["sample_id"]).column(0).to_numpy() for part in parts])
     if np.isin(side.sample_ids, samples).all():
         raise UserError(f"{config.out} has all documents of {side.catalogue.path}", "Nothing was added")
-    return _Earlier(kind, samples, int(record.values.get("removed", 0)))
+    shares = tuple(parts_of(pq.read_schema(parts[0])))
+    return _Earlier(kind, samples, int(record.values.get("removed", 0)), shares)
 
 
 def _dependencies(config: ExportConfig, checkpoint: Path, catalogue: Catalogue, mesh: Mesh) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class Validation:
             log.say(line)
 
         def show() -> bool:
-            panels.show(report, step, log.board, self.projector)
+            panels.show(report, step, log.board, self.projector, config.data.preprocess)
             if len(told) > 1:
                 log.board.warn(told[1:], step)
             if metric := config.train.keep_best:
