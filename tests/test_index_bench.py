@@ -35,7 +35,7 @@ def test_drawn_vectors_are_unit_vectors_on_the_disk_and_queries_lie_farther_out(
 
 
 def test_a_kind_that_does_not_exist_is_told() -> None:
-    with pytest.raises(UserError, match="--kinds has hnws. It can have flat, hnsw"):
+    with pytest.raises(UserError, match=r"--kinds has hnws\. It can have flat, hnsw"):
         index.IndexBenchConfig(kinds=("hnws",))
 
 
