@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from harness.catalogue.classes import KINDS
 from harness.core.errors import UserError
 from harness.core.mesh import Mesh
 from harness.core.waiting import on_first_rank
@@ -108,10 +109,7 @@ class Resume:
             **self.ledger.state(step),
             "order_id": self.loader.order.order_id,
             "phases": [asdict(phase) for phase in self.phases],
-            "positions": {
-                "query": steps * self.loader.queries_per_step,
-                "document": steps * self.loader.documents_per_step,
-            },
+            "positions": {kind: steps * count for kind, count in zip(KINDS, self.loader.samples(step), strict=True)},
             "tokenizer": self.tokenizer_id,
             "queries": self.queries_id,
             "config": self.config.to_dict(),
