@@ -168,7 +168,8 @@ def stages_of(config: RunConfig) -> list[Stage]:
     if not config.train.stages:
         return [Stage(1, 0, config.train.steps, None, config)]
     found: list[Stage] = []
-    first, frozen = 0, ()
+    first = 0
+    frozen: tuple[str, ...] = ()
     for number, settings in enumerate(config.train.stages, 1):
         stage = Stage(
             number, first, first + settings.steps, settings, _as_in(config, settings), settings.frozen != frozen
@@ -184,12 +185,25 @@ def _as_in(config: RunConfig, settings: StageConfig) -> RunConfig:
     changes = {name: value for name, value in settings.objective_changes.items() if name in known}
     size = settings.image_size or config.data.preprocess.image_size
     data = replace(config.data, preprocess=replace(config.data.preprocess, image_size=size))
-    return replace(config, model=replace(config.model, **changes), data=data)  # type: ignore[type-var]
+    return replace(config, model=replace(config.model, **changes), data=data)
 
 
 def stage_at(stages: Sequence[Stage], step: int) -> Stage:
     """The stage of update `step` (0-based); behind the last step the last one."""
     return next(stage for stage in reversed(stages) if stage.first <= step)
+
+
+def begun(settings: Sequence[StageConfig], step: int) -> list[tuple[int, StageConfig]]:
+    """Stages of train.stages that the run has begun in its first `step` steps: (first step, settings but for steps).
+
+    A run without stages has one that sets nothing.
+    """
+    found, first = [], 0
+    for stage in settings or [StageConfig(steps=max(1, step))]:
+        if first < step:
+            found.append((first, replace(stage, steps=1)))
+        first += stage.steps
+    return found
 
 
 def stretches(stages: Sequence[Stage]) -> list[Stretch]:

@@ -108,6 +108,7 @@ class Throughput:
         self._text = text
         self._config: RunConfig | None = None
         self.enter(config, 0)
+        self.start()
         # (images read, seconds of reading, share of the read-ahead that was ready, FLOPs of the texts) of each step
         # since the last `local_sums`.
         self._steps: list[tuple[float, ...]] = []

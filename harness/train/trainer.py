@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,7 +184,7 @@ class Trainer:
             if again:
                 report = self.validation.run(self.step, log)
             self.clock.start(exact=False)
-            for data in self._steps(self.step if self.validation.ended else end, log):
+            for data in self.steps(self.step if self.validation.ended else end, log.say):
                 profiler.before(self.step)
                 result = self.train_step(data)
                 profiler.after(self.step - 1)
@@ -231,14 +231,17 @@ class Trainer:
         evaluated = {} if report is None else {**report.figures, "slices": report.rows}
         return {"steps": self.step, "loss": loss, **speed.summary(), **evaluated}
 
-    def _steps(self, end: int, log: RunLog) -> Iterator[StepData]:
-        """Data of the steps up to `end`; each stage begins before its first."""
+    def steps(self, end: int, say: Callable[[str], None] = lambda line: None) -> Iterator[StepData]:
+        """Data of the steps from the present one up to `end`, for `train_step`; each stage begins before its first.
+
+        `say` takes lines for the log.
+        """
         while self.step < end:
             stage = stage_at(self.stages, self.step)
             if stage.settings is not None:
                 with self.throughput.paused(), self.clock.between("the beginning of a stage"):
                     parts = (self.method, self.towers, self.rows, self.loader, self.mesh)
-                    stage_start.begin(stage, self.step, *parts, log.say)
+                    stage_start.begin(stage, self.step, *parts, say)
                 self.throughput.enter(stage.config, self.step)
             yield from self.loader.steps(self.step, min(end, stage.end))
 
