@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
@@ -23,6 +23,11 @@ class ImageInput(Protocol):
     @property
     def image_size(self) -> int:
         """Side of the square input in pixels; that of data.preprocess."""
+        ...
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch: an input's side is a multiple of it."""
         ...
 
 
@@ -133,17 +138,28 @@ class Method(ABC):
     """A method as trainer, evaluation and export see it; a method's class derives from it.
 
     Attributes:
+        config: its configuration.
         towers: the parameters that are trained.
-        head: the class-parallel head, if the objective has one.
+        head: the class-parallel head, if an objective of the run has one.
         memory: state of training besides towers and head, the same on every rank: memory banks.
         parts: names of the parts that a document's vector is made of, as `explain_document` gives them; none where it
             cannot be taken apart.
     """
 
+    config: Any
     towers: nn.Module
     head: ClassParallelHead | None = None
     memory: nn.Module | None = None
     parts: tuple[str, ...] = ()
+
+    @property
+    def trained_head(self) -> ClassParallelHead | None:
+        """The head, where the present objective trains it."""
+        return self.head
+
+    def change_objective(self, **changes: Any) -> None:
+        """Trains from now on with these fields of the configuration, which are TRAINING_ONLY or the objective."""
+        self.config = replace(self.config, **changes)
 
     @abstractmethod
     def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:

@@ -253,7 +253,7 @@ class Oclear(Method):
     Args:
         config: the method's configuration.
         towers: OclearTowers, plain or tensor-parallel.
-        head: the class-parallel head; None with the contrastive objective, or without training.
+        head: the class-parallel head; None where no objective of the run trains it, or without training.
         data_group: ranks that bring different samples.
     """
 
@@ -265,6 +265,11 @@ class Oclear(Method):
         self.config, self.towers, self.head, self.data_group = config, towers, head, data_group
         self.parts = _parts(config)
 
+    @property
+    def trained_head(self) -> ClassParallelHead | None:
+        """See Method."""
+        return self.head if _classifies(self.config) else None
+
     def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Loss (the same on every rank) of each micro-batch and metrics as local [sum, weight]: positive_cosine,
         accuracy, gate; those of pairs beside classes are pair_positive_cosine and pair_accuracy.
@@ -274,7 +279,7 @@ class Oclear(Method):
         factors = self._side_factors(batches)
 
         def loss_of(queries: Tensor, documents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            if self.head is None:
+            if self.trained_head is None:
                 return self._pairs(batches, queries, documents)
             loss, metrics = self._classes(batches, queries, documents, factors)
             pairs, of_pairs = self._pairs(batches, queries, documents)
@@ -380,7 +385,7 @@ class Oclear(Method):
         the step stays what the head divides by; None where every sample counts alike. Collective.
         """
         anchor, share = self.config.image_anchor, self.config.document_share
-        if self.head is None or not (anchor or share):
+        if self.trained_head is None or not (anchor or share):
             return None
         sides = []
         for seen, side in zip((*SIDES, "alone"), (*SIDES, "document"), strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +51,9 @@ class TowerOptimizer:
 
     def __init__(self, towers: nn.Module, config: OptimizerConfig, mesh: Mesh) -> None:
         self.mesh, self.config = mesh, config
-        freeze(towers, config.frozen)
+        freeze(towers, config.frozen)  # before gradient buffers are made
+        self._trained = [p for p in towers.parameters() if p.requires_grad]
+        self._held: set[Tensor] = set()  # what the inner optimizers have of the parameters in `hold`
         dtype = next(towers.parameters()).dtype
         overlap = config.overlap == "always" or (config.overlap == "auto" and mesh.device.type == "cuda")
         any_shape = megatron_config(TransformerShape(num_attention_heads=mesh.tp.size()), mesh.tp.size())
@@ -104,6 +106,37 @@ class TowerOptimizer:
             notes.append(f"learning rates of the towers' parts: {rates[0]:.3g} to {rates[-1]:.3g} x optimizer.lr")
         return notes
 
+    def hold(self, patterns: Sequence[str], key: str) -> None:
+        """Trains all parameters but those that a pattern names, until the next call; `key` of the configuration holds
+        the patterns.
+
+        What is held gets no gradient, and AdamW leaves it as it is where its moments are 0 (`forget`). It keeps its
+        memory, and its zeros are reduced with the other gradients.
+
+        Raises:
+            UserError: a pattern names nothing, or nothing is left to train.
+        """
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+        freeze(self.ddp.module, patterns, key)
+        self._held = set()
+        for part in self._parts:
+            for parameter, (group, place) in part.model_param_group_index_map.items():
+                if not parameter.requires_grad:
+                    self._held.add(part.optimizer.param_groups[group]["params"][place])
+        if self._overlapped is not None:
+            self._overlapped.restart()
+
+    def forget(self) -> None:
+        """Begins AdamW's moments and its number of steps again."""
+        for part in self._parts:
+            for state in part.optimizer.state.values():
+                for name in state.keys() & {"step", "exp_avg", "exp_avg_sq"}:
+                    state[name].zero_()
+            for group in part.optimizer.param_groups:
+                if "step" in group:  # of a fused AdamW
+                    group["step"] = 0
+
     def zero_grad(self) -> None:
         """Sets all gradients to 0."""
         self.ddp.zero_grad_buffer()
@@ -155,8 +188,24 @@ class TowerOptimizer:
         """One AdamW update at `lr`; every rank then holds all updated parameters."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_mult"]
-        with cuda_type_names():
+        with cuda_type_names(), self._halved():
             self.optimizer.step_with_ready_grads()
+
+    @contextmanager
+    def _halved(self) -> Iterator[None]:
+        """Inside the block what is held has groups of its own, without learning rate and weight decay."""
+        # Not groups of megatron-core's: those of equal factors are one to its load_state_dict.
+        inner = [part.optimizer for part in self._parts] if self._held else []
+        whole = [optimizer.param_groups for optimizer in inner]
+        halves = [[_halves(group, self._held) for group in groups] for groups in whole]
+        for optimizer, split in zip(inner, halves, strict=True):
+            optimizer.param_groups = [half for pair in split for half in pair if half["params"]]
+        yield
+        for optimizer, groups, split in zip(inner, whole, halves, strict=True):
+            optimizer.param_groups = groups
+            for group, pair in zip(groups, split, strict=True):
+                if steps := [half["step"] for half in pair if "step" in half]:  # of a fused AdamW
+                    group["step"] = max(steps)
 
     def sharded_state_dict(self, model_state: dict[str, Any], loading: bool) -> dict[str, Any]:
         """State of the optimizer for `model_state`, the towers' own as ShardedTensors: this rank's share of it, without
@@ -225,6 +274,12 @@ class TowerOptimizer:
             # Where little is trained, a rank may have no share of it; megatron-core reads its step all the same.
             if not part.optimizer.state:
                 part.optimizer.state["no share"] = {"step": torch.tensor(0.0)}
+
+
+def _halves(group: dict[str, Any], held: set[Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A parameter group in two: what is trained, and what is held."""
+    trained, still = ([p for p in group["params"] if (p in held) is side] for side in (False, True))
+    return {**group, "params": trained}, {**group, "params": still, "lr": 0.0, "weight_decay": 0.0}
 
 
 def _ranges(part: Any) -> Iterator[tuple[nn.Parameter, Any]]:

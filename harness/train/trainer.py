@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from harness.data.loader import StepLoader
 from harness.data.step_data import StepData
 from harness.evaluate.evaluation import Report
 from harness.text.tower_check import require_texts_fit
-from harness.train import checkpoint, guards
+from harness.train import checkpoint, guards, stage_start
 from harness.train.boundary import Boundary
 from harness.train.config import RunConfig
 from harness.train.ema import Ema
@@ -31,7 +32,7 @@ from harness.train.profiler import StepProfiler
 from harness.train.resume import Resume
 from harness.train.run_log import RunLog
 from harness.train.saver import Saver
-from harness.train.schedule import learning_rate, margin_part
+from harness.train.stages import stage_at, stages_of, stretches, trained_model
 from harness.train.stragglers import Stragglers
 from harness.train.throughput import StepClock, Throughput
 from harness.train.validation import Validation
@@ -71,16 +72,17 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.stages = config, mesh, stages_of(config)
         # Data
-        reads = METHODS[config.method].reads(config.model)
-        self.loader = StepLoader(config.data, config.seed, reads, mesh.dp.rank(), mesh.dp.size(), mesh.device, mesh.tp)
+        reads, ranks = METHODS[config.method].reads(config.model), (mesh.dp.rank(), mesh.dp.size())
+        parts = stretches(self.stages)
+        self.loader = StepLoader(config.data, config.seed, reads, *ranks, mesh.device, mesh.tp, parts)
         self.tokenizer = self.loader.tokenizer
         require_texts_fit(self.tokenizer.special, config.model)
         # Model
         self.method, self.model_config = build(
             config.method,
-            config.model,
+            trained_model(self.stages),
             config.head,
             mesh,
             num_classes=self.loader.order.num_classes,
@@ -92,12 +94,13 @@ class Trainer:
         towers, head, decay = self.method.towers, self.method.head, config.train.ema_decay
         self.towers = TowerOptimizer(towers, config.optimizer, mesh)
         self.rows = None if head is None else RowAdamW.for_head(head, config.optimizer.rows)
+        stage_start.require_parts(self.stages, self.towers)
         self.ema = Ema(towers, decay) if decay else None
         self.parts = checkpoint.Trainable(towers, head, self.towers, self.rows, self.ema, self.method.memory)
         self.validation = Validation(config, mesh, self.loader, self.method, self.ema)
         # Meters and guards
         self.clock = StepClock(mesh)
-        self.throughput = Throughput(replace(config, model=self.model_config), self.loader, mesh)
+        self.throughput = Throughput(self.stages[0].config, self.model_config.text, self.loader, mesh)
         self.damaged = guards.DamagedSamples(config.data, mesh)
         self.finite = guards.FiniteGate(config, mesh)
         self.stragglers = Stragglers(mesh)
@@ -113,17 +116,18 @@ class Trainer:
 
     def train_step(self, data: StepData) -> StepResult:
         """One optimizer step over all its micro-batches."""
-        config, head, clock, self._data = self.config, self.method.head, self.clock, data
+        config, head, clock, self._data = self.config, self.method.trained_head, self.clock, data
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         batches = [batch.to(self.mesh.device, dtype) for batch in data.batches]
         clock.mark("data")
-        lr = learning_rate(config.optimizer, self.step, config.train.steps)
+        stage = stage_at(self.stages, self.step)
+        lr = stage.learning_rate(self.step)
         self.mesh.seed_streams(config.seed, self.step)
         self.towers.zero_grad()
         if head is not None and self.rows is not None:
             labels, weights = torch.cat([b.labels for b in data.batches]), torch.cat([b.weights for b in data.batches])
-            part = margin_part(config.train.margin_schedule, config.train.margin_warmup, self.step)
             sizes = rank_sizes(data.batches, "query", "document")
+            part = stage.margin_part(self.step)
             self.rows.catch_up(head.begin_step(labels, weights, self.step, part, sizes))
 
         total, sums, names = torch.zeros((), device=self.mesh.device), None, []
@@ -166,8 +170,8 @@ class Trainer:
         return StepResult(total, names, sums, norm)
 
     def _end_step(self, data: StepData) -> None:
-        if self.method.head is not None:
-            self.method.head.end_step()
+        if self.method.trained_head is not None:
+            self.method.trained_head.end_step()
         self.clock.mark("optimizer")
         self.step += 1
         self.ledger.add(data.ledger)
@@ -180,7 +184,7 @@ class Trainer:
         end = min(train.steps, train.stop_at or train.steps)
         report: Report | None = None
         loss: float | None = None
-        speed.start(self.step)
+        speed.start()
         profiler = StepProfiler(train.profile_steps, self.config.run_dir, self.mesh.rank)
         self.mesh.watch.at, self.mesh.watch.pace = self._place, self.clock.pace
         self.mesh.watch.folder = self.config.run_dir
@@ -191,7 +195,7 @@ class Trainer:
             if again:
                 report = self.validation.run(self.step, log)
             self.clock.start(exact=False)
-            for data in self.loader.steps(self.step, self.step if self.validation.ended else end):
+            for data in self.steps(self.step if self.validation.ended else end, log.say):
                 profiler.before(self.step)
                 result = self.train_step(data)
                 profiler.after(self.step - 1)
@@ -208,8 +212,8 @@ class Trainer:
                         log.say(f"step {self.step}: a rank reads and decodes {decoded:,.0f} images a second")
                     loss = figures["train/loss"] if math.isfinite(figures["train/loss"]) else loss
                     log.scalars(self.step, {name: x for name, x in figures.items() if math.isfinite(x)})
-                    self.damaged.require_few(self.step, int(figures["data/bad_samples"]), speed.images(self.step))
-                    speed.start_window(self.step)
+                    self.damaged.require_few(self.step, int(figures["data/bad_samples"]), speed.images)
+                    speed.start_window()
                 with speed.paused():
                     saves, evaluates = last or self._saves(), self.validation.due(self.step)
                     if saves or self.boundary.written:
@@ -243,7 +247,21 @@ class Trainer:
             self.loader.close()
             log.close()
         evaluated = {} if report is None else {**report.figures, "slices": report.rows}
-        return {"steps": self.step, "loss": loss, **speed.summary(self.step), **evaluated}
+        return {"steps": self.step, "loss": loss, **speed.summary(), **evaluated}
+
+    def steps(self, end: int, say: Callable[[str], None] = lambda line: None) -> Iterator[StepData]:
+        """Data of the steps from the present one up to `end`, for `train_step`; each stage begins before its first.
+
+        `say` takes lines for the log.
+        """
+        while self.step < end:
+            stage = stage_at(self.stages, self.step)
+            if stage.settings is not None:
+                with self.throughput.paused(), self.clock.between("the beginning of a stage"):
+                    parts = (self.method, self.towers, self.rows, self.loader, self.mesh)
+                    stage_start.begin(stage, self.step, *parts, say)
+                self.throughput.enter(stage.config, self.step)
+            yield from self.loader.steps(self.step, min(end, stage.end))
 
     def save(self) -> Path:
         """Writes a checkpoint of the present step and waits for it; collective."""
@@ -273,7 +291,7 @@ class Trainer:
 
     def _figures(self, result: StepResult, log: RunLog) -> dict[str, float]:
         """Figures of a step, for the log, which also names the ranks that hold the others up; collective."""
-        rate = self.throughput.rate(self.step)
+        rate = self.throughput.rate
         local = [*self.throughput.local_sums(), [self.damaged.count, 0], *self.stragglers.own(self.clock)]
         # Over the world: tensor-parallel ranks read different samples of the same step; what they have in common
         # cancels out.
@@ -284,11 +302,13 @@ class Trainer:
         names = [f"train/{name}" for name in result.names]
         metrics = dict(zip(names, means, strict=False))  # the means of the speed follow those of the metrics
         seconds = {f"step_seconds/{part}": value for part, value in self.clock.seconds.items()}
+        stage = stage_at(self.stages, self.step - 1)
         return {
             "train/loss": result.loss.item(),
             **metrics,
             "train/gradient_norm": result.norm,
-            "train/learning_rate": learning_rate(self.config.optimizer, self.step - 1, self.config.train.steps),
+            "train/learning_rate": stage.learning_rate(self.step - 1),
+            **({} if stage.settings is None else {"train/stage": float(stage.number)}),
             **self.throughput.figures(rate, means[len(names) :], self.clock.take_share("data")),
             "data/bad_samples": sums[-1, 0].item(),
             **seconds,
@@ -302,7 +322,7 @@ class Trainer:
         """
         if math.isfinite(norm) and math.isfinite(loss):
             return ""
-        head, norms = self.method.head, self.towers.part_norms()
+        head, norms = self.method.trained_head, self.towers.part_norms()
         if head is not None:
             norms["rows"] = float(head.row_grad[1].norm())
         resumed = self.resume.checkpoint is not None and self.step == self.resume.step
