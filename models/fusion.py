@@ -41,11 +41,15 @@ class CrossAttention(nn.Module):
 
 
 class Fused(NamedTuple):
-    """Fused vector [b, h] of a document, gate [b] in (0, 1), attention of the concepts over patches [b, slots, P]."""
+    """Fused vector [b, h] of a document, gate [b] in (0, 1), attention of the concepts over patches [b, slots, P]; the
+    parts [b, h] whose sum the vector is, and the weights [b] that they have in it; none where it is no sum.
+    """
 
     vector: Tensor
     gate: Tensor
     attention: Tensor
+    parts: tuple[Tensor, ...] = ()
+    weights: tuple[Tensor | float, ...] = ()
 
 
 class ConceptFusion(nn.Module):
@@ -91,7 +95,9 @@ class ConceptFusion(nn.Module):
         mix = gate
         if self.training and self.text_dropout and not every_text:
             mix = gate * (torch.rand_like(gate) >= self.text_dropout)
-        return Fused(mix * fused + (1 - mix) * image, gate[:, 0], attention.mean(1))
+        rest = 1 - mix
+        parts = (rest * image, mix * fused)
+        return Fused(parts[0] + parts[1], gate[:, 0], attention.mean(1), parts, (rest[:, 0], mix[:, 0]))
 
 
 class ConcatFusion(nn.Module):
@@ -181,8 +187,9 @@ class SumFusion(nn.Module):
         if self.identity is not None and self.training and self.text_dropout and not every_text:
             units[-1] = units[-1] * (torch.rand_like(units[-1][:, :1]) >= self.text_dropout)
         weights = [self.weights[0], *(weight for weight in self.weights[1:] if weight)]
-        total = torch.stack([weight * unit for weight, unit in zip(weights, units, strict=True)]).sum(0)
-        return Fused(total.to(image.dtype), attention.new_zeros(len(image)), attention), parts[0]
+        weighted = torch.stack([weight * unit for weight, unit in zip(weights, units, strict=True)])
+        total, nothing = weighted.sum(0).to(image.dtype), attention.new_zeros(len(image))
+        return Fused(total, nothing, attention, weighted.unbind(0), tuple(weights)), parts[0]
 
 
 class ResidualTransform(nn.Module):

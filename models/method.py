@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 
 from models.batch import Batch, Reads
+from models.explanation import Explanation
 from models.heads.class_parallel import ClassParallelHead
 from models.shape import TransformerBuilder
 
@@ -22,6 +23,11 @@ class ImageInput(Protocol):
     @property
     def image_size(self) -> int:
         """Side of the square input in pixels; that of data.preprocess."""
+        ...
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch: an input's side is a multiple of it."""
         ...
 
 
@@ -132,16 +138,28 @@ class Method(ABC):
     """A method as trainer, evaluation and export see it; a method's class derives from it.
 
     Attributes:
+        config: its configuration.
         towers: the parameters that are trained.
-        head: the class-parallel head, if the objective has one.
+        head: the class-parallel head, if an objective of the run has one.
         memory: state of training besides towers and head, the same on every rank: memory banks.
-        modalities: names of what `modal_weights` weighs; none where a document has no such weights.
+        parts: names of the parts that a document's vector is made of, as `explain_document` gives them; none where it
+            cannot be taken apart.
     """
 
+    config: Any
     towers: nn.Module
     head: ClassParallelHead | None = None
     memory: nn.Module | None = None
-    modalities: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
+
+    @property
+    def trained_head(self) -> ClassParallelHead | None:
+        """The head, where the present objective trains it."""
+        return self.head
+
+    def change_objective(self, **changes: Any) -> None:
+        """Trains from now on with these fields of the configuration, which are TRAINING_ONLY or the objective."""
+        self.config = replace(self.config, **changes)
 
     @abstractmethod
     def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
@@ -159,8 +177,8 @@ class Method(ABC):
     def embed_document(self, batch: Batch, seen: str = "both") -> Tensor:
         """Unit embeddings float32 [n, d]; `seen` is one of the method's `views`."""
 
-    def modal_weights(self, batch: Batch) -> Tensor:
-        """Weights of the batch's documents, float32 [n, len(modalities)]; evaluation reports their means."""
+    def explain_document(self, batch: Batch) -> Explanation:
+        """The vectors of `embed_document` with their parts, in the order of `parts`, and the attention over patches."""
         raise NotImplementedError
 
     @property

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from models.batch import Batch, Reads, rank_sizes
+from models.explanation import Explanation
 from models.fields import TRAINING_ONLY
-from models.fusion import ConcatFusion, ConceptFusion, ResidualTransform, SumFusion
+from models.fusion import ConcatFusion, ConceptFusion, Fused, ResidualTransform, SumFusion
 from models.heads.cached import cached_losses
 from models.heads.class_parallel import ClassParallelHead
 from models.heads.contrastive import (
@@ -165,6 +166,11 @@ class OclearTowers(nn.Module):
 
     def document(self, images: Tensor, tokens: Tensor, padded: bool = True) -> tuple[Tensor, Tensor]:
         """images [n, 3, S, S], tokens [n, L] -> (embeddings [n, d], not normalised; gates [n]); padded as TextTower."""
+        vectors, fused = self.fused_document(images, tokens, padded)
+        return vectors, fused.gate
+
+    def fused_document(self, images: Tensor, tokens: Tensor, padded: bool = True) -> tuple[Tensor, Fused]:
+        """As `document`, with all that the fusion gives in the gates' place."""
         patches, pooled = self.vision(images)
         return self._fuse(patches, pooled, tokens, padded)
 
@@ -188,8 +194,8 @@ class OclearTowers(nn.Module):
         """
         patches, pooled = self.vision(torch.cat([query_images, images]))
         q = len(query_images)
-        documents, gate = self._fuse(patches[q:], pooled[q:], tokens, padded, alone, wrong_texts)
-        return self.query_transform(pooled[:q]), documents, gate
+        documents, fused = self._fuse(patches[q:], pooled[q:], tokens, padded, alone, wrong_texts)
+        return self.query_transform(pooled[:q]), documents, fused.gate
 
     def _fuse(
         self,
@@ -199,26 +205,26 @@ class OclearTowers(nn.Module):
         padded: bool,
         alone: bool = False,
         wrong_texts: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Fused]:
         words, hidden = self.text(tokens, padded), words_hidden(tokens, self.pad_id)
         seen = (pooled.detach(), patches.detach()) if self.stop_gradient else (pooled, patches)
-        vector, image, gate = self._document(*seen, words, hidden)
+        vector, image, fused = self._document(*seen, words, hidden)
         found = [vector]
         if alone:
             found.append(self.document_transform(pooled) if image is None or self.stop_gradient else image)
         if wrong_texts:
             found.append(self._document(*seen, words.roll(1, 0), hidden.roll(1, 0), every_text=True)[0])
-        return torch.stack(found, 1) if len(found) > 1 else vector, gate
+        return torch.stack(found, 1) if len(found) > 1 else vector, fused
 
     def _document(
         self, pooled: Tensor, patches: Tensor, words: Tensor, hidden: Tensor, every_text: bool = False
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Fused embeddings [n, d], those of the images alone where they come with it, and gates [n]."""
+    ) -> tuple[Tensor, Tensor | None, Fused]:
+        """Fused embeddings [n, d], those of the images alone where they come with it, and what the fusion gives."""
         if isinstance(self.fusion, SumFusion):
             fused, image = self.fusion(pooled, patches, words, hidden, self.document_transform, every_text)
-            return fused.vector, image, fused.gate
+            return fused.vector, image, fused
         fused = self.fusion(pooled, patches, words, hidden, every_text)
-        return self.document_transform(fused.vector), None, fused.gate
+        return self.document_transform(fused.vector), None, fused
 
 
 class OclearQuery(nn.Module):
@@ -247,7 +253,7 @@ class Oclear(Method):
     Args:
         config: the method's configuration.
         towers: OclearTowers, plain or tensor-parallel.
-        head: the class-parallel head; None with the contrastive objective, or without training.
+        head: the class-parallel head; None where no objective of the run trains it, or without training.
         data_group: ranks that bring different samples.
     """
 
@@ -257,6 +263,12 @@ class Oclear(Method):
         self, config: OclearConfig, towers: OclearTowers, head: ClassParallelHead | None, data_group: ProcessGroup
     ) -> None:
         self.config, self.towers, self.head, self.data_group = config, towers, head, data_group
+        self.parts = _parts(config)
+
+    @property
+    def trained_head(self) -> ClassParallelHead | None:
+        """See Method."""
+        return self.head if _classifies(self.config) else None
 
     def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Loss (the same on every rank) of each micro-batch and metrics as local [sum, weight]: positive_cosine,
@@ -267,7 +279,7 @@ class Oclear(Method):
         factors = self._side_factors(batches)
 
         def loss_of(queries: Tensor, documents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            if self.head is None:
+            if self.trained_head is None:
                 return self._pairs(batches, queries, documents)
             loss, metrics = self._classes(batches, queries, documents, factors)
             pairs, of_pairs = self._pairs(batches, queries, documents)
@@ -373,7 +385,7 @@ class Oclear(Method):
         the step stays what the head divides by; None where every sample counts alike. Collective.
         """
         anchor, share = self.config.image_anchor, self.config.document_share
-        if self.head is None or not (anchor or share):
+        if self.trained_head is None or not (anchor or share):
             return None
         sides = []
         for seen, side in zip((*SIDES, "alone"), (*SIDES, "document"), strict=True):
@@ -401,6 +413,23 @@ class Oclear(Method):
             else self.towers.document(images, *self._texts(batch))[0]
         )
         return F.normalize(found.float(), dim=-1)
+
+    def explain_document(self, batch: Batch) -> Explanation:
+        """See Method. Of a concept-aware fusion the parts are those before the transformation network, and their
+        weights the gate; attention is the concepts' mean.
+        """
+        vectors, fused = self.towers.fused_document(batch.document_images, *self._texts(batch))
+        parts = torch.stack(fused.parts, 1)
+        weights = torch.stack([parts.new_ones(len(parts)) * weight for weight in fused.weights], 1)
+        attention = fused.attention.mean(1) if {"steered", "concepts"} & {*self.parts} else None
+        return Explanation(F.normalize(vectors.float(), dim=-1), parts, weights, attention)
+
+
+def _parts(config: OclearConfig) -> tuple[str, ...]:
+    if config.fusion_kind == "sum":
+        names = zip(("image", "steered", "text"), config.fusion_weights, strict=True)
+        return tuple(name for name, weight in names if weight or name == "image")
+    return ("image", "concepts") if config.fusion_kind == "concept" else ()
 
 
 def _classifies(config: OclearConfig) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import is_dataclass
+from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from models.ranges import Range
@@ -14,7 +15,7 @@ LARGEST = 1 << 31  # any number of a configuration; sizes that cost memory have 
 
 def from_plain(kind: type[T], values: Any, where: str) -> T:
     """An instance of the dataclass `kind`, with fields of bool, int, float, str, the types of models/ranges.py,
-    Literal, tuples, and other such dataclasses.
+    Literal, tuples, other such dataclasses, and one of these or None, which is left out.
 
     Args:
         kind: the dataclass.
@@ -33,6 +34,8 @@ def from_plain(kind: type[T], values: Any, where: str) -> T:
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
+    if NoneType in get_args(kind):
+        (kind,) = set(get_args(kind)) - {NoneType}
     if is_dataclass(kind):
         return from_plain(kind, value, where)  # type: ignore[arg-type]
     if get_origin(kind) is tuple:

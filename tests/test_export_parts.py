@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from harness.artefact import document_chunks
+from harness.artefact import document_chunks, index_tune
 from harness.artefact.artefact import Artefact
 from harness.commands import export, remove
 from harness.core.errors import UserError
@@ -115,7 +116,7 @@ def test_parts_are_the_same_on_any_number_of_ranks(run: Path, whole: Path, tmp_p
 
 KILLED = """
 import os, signal, sys
-from harness.artefact import document_chunks
+from harness.artefact import document_chunks, index_tune
 from harness.__main__ import main
 real, calls = document_chunks._write, []
 def killed(*args, **columns):
@@ -151,6 +152,21 @@ def test_an_index_of_another_kind_answers_with_exact_scores(run: Path, whole: Pa
     queries = torch.cat([exact.vector(row) for row in range(6)])
     assert opened.search(queries, 6) == exact.search(queries, 6)
     assert np.array_equal(np.load(out / "vectors.npy"), queries.numpy())
+
+
+def test_a_recall_out_of_reach_ends_the_export_and_keeps_its_parts(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    many, out = make_catalogue(tmp_path / "many", classes=40), tmp_path / "out"
+    monkeypatch.setattr(index_tune, "FACTORS", (1,))  # its codes have the last word
+    index = export.IndexConfig(kind="sq8", recall=1.0)
+    config = export.ExportConfig(run=run, out=out, catalogue=many, onnx=False, index=index)
+    with pytest.raises(UserError, match=r"an index of kind sq8 finds 0\..* less than --index\.recall 1") as told:
+        export.run(config)
+    assert "Take --index.kind ivf_sq8, ivf_flat, hnsw or flat" in str(told.value) and not out.exists()
+    capsys.readouterr()
+    export.run(dataclasses.replace(config, index=export.IndexConfig()))
+    assert "1 of 1 parts of the documents are there already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf_sq8"])

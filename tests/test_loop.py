@@ -434,7 +434,7 @@ def test_bf16_trains_and_begins_like_fp32(catalogue: Path, tmp_path: Path) -> No
 def test_the_contrastive_objective_trains_on_pairs(catalogue: Path, tmp_path: Path) -> None:
     with trainer(tiny_config(catalogue, tmp_path / "run", **{"model.objective": "contrastive"})) as t:
         assert t.method.head is None and t.rows is None
-        assert t.loader.documents_per_step == 8
+        assert t.loader.samples(0)[1] == 8
         figures = t.fit()
     assert figures["steps"] == 4 and math.isfinite(figures["loss"])
     assert checkpoint_files.read_state(tmp_path / "run/checkpoints/step-00000004")["positions"]["document"] == 32

@@ -4,7 +4,7 @@ Parameters, activations and traffic are those of a dry run (harness/train/dry_ru
 does not fit. Whatever has one number for each parameter or class row follows from their counts. Memory is that of a
 training step beside the process itself (libraries, decoder) and evaluation; writing a checkpoint needs more, a figure
 of its own. Texts are taken to be as long as their towers allow (for FLOPs see --text-length). MB and GB are 10^6 and
-10^9 bytes.
+10^9 bytes. Of a recipe with stages the figures are those of the stage that needs most of each.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from harness.text.catalogue_facts import prepared
 from harness.text.tokenizer import Tokenizer
 from harness.train.config import RunConfig, build, check, parsed
 from harness.train.dry_run import DryRun, dry_run, samples
-from harness.train.flops import active_rows, step_parts, with_length
+from harness.train.flops import Work, active_rows, step_parts, with_length
 from harness.train.param_groups import freeze
+from harness.train.stages import Stage, stages_of
 from models.heads.class_parallel import ClassHeadConfig, rows_per_rank
 from models.heads.row_optimizer import RowOptimizerConfig
 from models.plain.transformer import PlainBuilder
@@ -92,7 +93,8 @@ def with_sizes(config: RunConfig, asked: EstimateConfig) -> tuple[RunConfig, int
     """
     data, model = config.data, config.model
     vocab = model.text.vocab_size or asked.vocab_size
-    classes = (asked.num_classes or config.head.num_classes) if METHODS[config.method].classifies(model) else -1
+    classifies = any(stage.classifies for stage in stages_of(config))
+    classes = (asked.num_classes or config.head.num_classes) if classifies else -1
     if not classes:
         classes = _told("--num-classes", lambda: ClassOrder.open(data.catalogue, config.seed).num_classes)
     if not vocab:
@@ -110,18 +112,14 @@ def figures_of(config: RunConfig, num_classes: int, world: int, text_length: int
     On GPUs, whatever this machine has, unless mesh.device is cpu.
     """
     model, cuda = config.model, config.mesh.device != "cpu"
-    active = active_rows(num_classes, config.head.sample_rate, sum(samples(config)))
-    try:
-        run = dry_run(config, world, active, cuda)
-    except Exception as error:
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"a dry run of this recipe on {world} rank(s) fails: {why}", "A real one would too") from error
+    length = min(text_length or model.text.max_length, model.text.max_length)
+    stages = [_of_stage(stage, num_classes, world, length) for stage in stages_of(config)]
+    largest = max(stages, key=lambda found: sum(found.memory.values()))
+    slowest = max(stages, key=lambda found: found.flops)
+    run, memory, parts = largest.run, largest.memory, slowest.parts
     towers, trained = parameters(config)
     own = min(num_classes, rows_per_rank(num_classes, world))
-    length = min(text_length or model.text.max_length, model.text.max_length)
-    parts = step_parts(with_length(config, "text", length), num_classes)
-    memory = memory_per_rank(config, world, own, active * own / max(1, num_classes), run)
-    return {
+    figures = {
         "world": world,
         "tensor_parallel": config.mesh.tensor_parallel,
         "device": "cuda" if cuda else "cpu",
@@ -136,10 +134,57 @@ def figures_of(config: RunConfig, num_classes: int, world: int, text_length: int
         "peak_memory_per_rank": sum(memory.values()),
         "saving_memory": float(_SAVING * run.trained),
         "flops_per_step": {name: asdict(part) for name, part in parts.items()},
-        "flops_per_step_total": sum(part.total for part in parts.values()),
-        "sent_per_step_and_rank": sent(config, world, run),
+        "flops_per_step_total": slowest.flops,
+        "sent_per_step_and_rank": max((found.sent for found in stages), key=lambda sent: sum(sent.values())),
         "checkpoint_bytes": checkpoint_bytes(config, num_classes, towers, trained, run.bank),
     }
+    if config.train.stages:
+        figures["stages"] = [
+            {
+                "steps": found.stage.end - found.stage.first,
+                "peak_memory_per_rank": sum(found.memory.values()),
+                "flops_per_step_total": found.flops,
+            }
+            for found in stages
+        ]
+    return figures
+
+
+@dataclass(frozen=True)
+class _StageFigures:
+    """Figures that differ between the stages of a run."""
+
+    stage: Stage
+    run: DryRun
+    memory: dict[str, float]
+    parts: dict[str, Work]
+    sent: dict[str, float]
+
+    @property
+    def flops(self) -> float:
+        """Of a step."""
+        return sum(part.total for part in self.parts.values())
+
+
+def _of_stage(stage: Stage, num_classes: int, world: int, length: int) -> _StageFigures:
+    """Dry runs of a stage with texts of `length` tokens for its FLOPs.
+
+    Raises:
+        UserError: they fail.
+    """
+    config, held = stage.config, () if stage.settings is None else stage.settings.frozen
+    active = active_rows(num_classes, config.head.sample_rate, sum(samples(config))) if stage.classifies else 0.0
+    try:
+        run = dry_run(config, world, active, config.mesh.device != "cpu", held)
+    except UserError:
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"a dry run of this recipe on {world} rank(s) fails: {why}", "A real one would too") from error
+    own = min(num_classes, rows_per_rank(num_classes, world))
+    memory = memory_per_rank(config, world, own, active * own / max(1, num_classes), run)
+    parts = step_parts(with_length(config, "text", length), num_classes, held)
+    return _StageFigures(stage, run, memory, parts, sent(config, world, run))
 
 
 def parameters(config: RunConfig) -> tuple[int, int]:
@@ -161,7 +206,7 @@ def memory_per_rank(config: RunConfig, world: int, own: int, active: float, run:
     denominators = FP32 * (run.trained if cuda else 2 * run.largest) / ranks
     peak = max(run.peak, FP32 * config.model.embedding_dim * active + max(reduced, denominators))
     # The images of a step, and those read ahead, on the device that decodes; tensor-parallel ranks share the reading.
-    images = sum(samples(config)) / ranks * 3 * config.model.vision.image_size**2
+    images = sum(samples(config)) / ranks * 3 * config.data.preprocess.image_size**2
     read = FP32 * images / config.mesh.tensor_parallel
     return {
         "weights": float(size * run.parameters),
@@ -225,6 +270,10 @@ def table(figures: Mapping[str, Any]) -> str:
     }
     for name, part in figures["flops_per_step"].items():
         said[f"FLOPs of a step: {name}"] = f"{sum(part.values()) / 1e9:,.3f} G"
+    for number, stage in enumerate(figures.get("stages", []), 1):
+        said[f"stage {number}: steps"] = f"{stage['steps']:,}"
+        said[f"stage {number}: peak of a step, memory of a rank"] = _bytes(stage["peak_memory_per_rank"])
+        said[f"stage {number}: FLOPs of a step, all ranks"] = f"{stage['flops_per_step_total'] / 1e9:,.3f} G"
     said |= {
         "FLOPs of a step, all ranks": f"{figures['flops_per_step_total'] / 1e9:,.3f} G",
         **terms("sent by a rank in a step", "sent_per_step_and_rank"),

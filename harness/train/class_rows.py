@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +29,11 @@ from tqdm import tqdm
 from harness.catalogue.classes import KINDS
 from harness.core.errors import UserError
 from harness.core.mesh import Mesh
+from harness.core.progress import progress
 from harness.core.waiting import on_first_rank
 from harness.data.images import ImageReader
 from harness.data.loader import StepLoader
+from harness.data.preprocess import PreprocessSpec
 from models.batch import Batch
 from models.comm import gather_shards, share
 from models.heads.class_parallel import ClassParallelHead, rows_per_rank
@@ -171,26 +174,78 @@ def start_new_rows(
     new = gather_shards(own + head.start, head.row_group)  # ascending, as the ranges are
     length, state = _mean_length(head, classes), optimizer.row_state()
     state["paid"][own] = optimizer.log_decay
-    reader = ImageReader(
-        loader.catalogue,
-        loader.config.preprocess,
-        loader.config.backend,
-        batch_size,
-        loader.config.threads,
-        mesh.device,
-        mesh.tp,
-    )
-    training = method.towers.training
+    pieces = new.split(CLASSES_AT_ONCE)
+    for piece, directions, _found in _means(method, loader, loader.config.preprocess, pieces, batch_size, mesh):
+        rows = (length * directions).float()
+        head.rows[piece] = rows.to(head.rows.dtype)
+        if "master" in state:
+            state["master"][piece] = rows
+
+
+@torch.no_grad()
+def start_at_class_means(
+    method: Method, optimizer: RowAdamW, loader: StepLoader, step: int, batch_size: int, mesh: Mesh
+) -> int:
+    """Sets all rows as `start_new_rows` sets new ones, as long as random rows are, with fresh state of the optimizer;
+    collective. A rank holds the sums of CLASSES_AT_ONCE classes at a time.
+
+    Args:
+        method, optimizer, loader, batch_size, mesh: as `start_new_rows`.
+        step: whose image size the samples have.
+
+    Returns:
+        number of classes with a sample that could be read.
+    """
+    head = method.head
+    assert head is not None, "class means belong to a head"
+    length, classes = _random_length(head), head.config.num_classes
+    firsts, count = range(0, classes, CLASSES_AT_ONCE), 0
+    pieces = (torch.arange(first, min(classes, first + CLASSES_AT_ONCE), device=mesh.device) for first in firsts)
+    bar = progress("class means", len(firsts), 0, f" x {CLASSES_AT_ONCE:,} classes") if mesh.rank == 0 else None
+    for place, directions, found in _means(method, loader, loader.spec(step), pieces, batch_size, mesh):
+        head.rows[place] = (length * directions).to(head.rows.dtype)
+        count += found
+        if bar is not None:
+            bar.update()
+    if bar is not None:
+        bar.close()
+    optimizer.restart()
+    return count
+
+
+@torch.no_grad()
+def start_at_random(head: ClassParallelHead, optimizer: RowAdamW) -> None:
+    """Sets all rows to those that a new head has, with fresh state of the optimizer."""
+    head.rows.copy_(head.initial_rows(head.rows.device, head.rows.dtype))
+    optimizer.restart()
+
+
+def _means(
+    method: Method,
+    loader: StepLoader,
+    spec: PreprocessSpec,
+    pieces: Iterable[Tensor],
+    batch_size: int,
+    mesh: Mesh,
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Directions of the mean embeddings of class ids (`pieces`, the same on every rank), without damaged samples, by
+    the towers in evaluation mode; collective.
+
+    Yields:
+        of each piece: this rank's rows int64 [n] whose class has one, the unit vectors float64 [n, d], and the number
+        of classes over all ranks that have one.
+    """
+    head, training = method.head, method.towers.training
+    assert head is not None, "rows belong to a head"
+    config = loader.config
+    reader = ImageReader(loader.catalogue, spec, config.backend, batch_size, config.threads, mesh.device, mesh.tp)
     method.towers.eval()
     try:
-        for piece in new.split(CLASSES_AT_ONCE):
+        for piece in pieces:
             sums = _summed_embeddings(method, loader, reader, piece.cpu().numpy(), batch_size, mesh)
-            found = (piece >= head.start) & (piece < head.stop) & (sums.abs().sum(1) > 0)
-            rows = (length * torch.nn.functional.normalize(sums[found])).float()
-            place = piece[found] - head.start
-            head.rows[place] = rows.to(head.rows.dtype)
-            if "master" in state:
-                state["master"][place] = rows
+            found = sums.abs().sum(1) > 0
+            mine = found & (piece >= head.start) & (piece < head.stop)
+            yield piece[mine] - head.start, torch.nn.functional.normalize(sums[mine]), int(found.sum())
     finally:
         method.towers.train(training)
         reader.close()
@@ -230,7 +285,12 @@ def _mean_length(head: ClassParallelHead, classes: ClassMap) -> float:
     total = torch.tensor([float(lengths.sum()), len(lengths)], dtype=torch.float64, device=head.rows.device)
     dist.all_reduce(total, group=head.row_group)
     length, count = total.tolist()
-    return length / count if count else head.config.init_std * math.sqrt(head.config.embedding_dim)
+    return length / count if count else _random_length(head)
+
+
+def _random_length(head: ClassParallelHead) -> float:
+    """Length of a random row; 1 where these are 0."""
+    return head.config.init_std * math.sqrt(head.config.embedding_dim) or 1.0
 
 
 def _summed_embeddings(
@@ -245,7 +305,7 @@ def _summed_embeddings(
     for kind, (ids, places) in first_members(loader.config.catalogue / "classes", classes).items():
         embed = method.embed_query if kind == "query" else method.embed_document
         blocks = share(-(-len(ids) // batch_size), mesh.dp.size(), mesh.dp.rank())
-        shown = tqdm(blocks, f"new classes: {kind}", unit=" batches", leave=False, delay=5, disable=mesh.rank != 0)
+        shown = tqdm(blocks, f"class means: {kind}", unit=" batches", leave=False, delay=5, disable=mesh.rank != 0)
         for block in shown:
             # Always a full block, so that a vector does not depend on the number of ranks.
             rows = np.arange(block * batch_size, (block + 1) * batch_size)

@@ -8,11 +8,12 @@ import argparse
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import jsonargparse
+from jsonargparse.typing import register_type
 
 from harness.core.cli import Parser, leaves, read_recipe
 from harness.core.errors import UserError
@@ -22,6 +23,7 @@ from harness.evaluate.evaluation import EvaluationConfig
 from harness.train.loggers import missing
 from harness.train.profiler import parse_window
 from harness.train.schedule import OptimizerConfig
+from harness.train.stages import Stages, stage_errors
 from models.heads.class_parallel import ClassHeadConfig
 from models.method import MethodConfig
 from models.presets import PRESETS, expand
@@ -38,6 +40,7 @@ IDENTITY = (
     *("data.query_attributes", "data.masking"),
     *("optimizer.rows.state", "optimizer.rows.bf16_rows", "optimizer.frozen"),  # what there is state of
 )
+register_type(Stages, list, Stages.of)
 PRESET_KEYS = {f"model.{tower}.preset": tower for tower in PRESETS}
 
 
@@ -46,7 +49,9 @@ class TrainConfig:
     """The loop.
 
     Args:
-        steps: optimizer steps of the run.
+        steps: optimizer steps of the run; with stages their sum, which may be left out.
+        stages: stretches of the run with an objective, class rows, rates, frozen parts and image size of their own, in
+            order (docs/recipes.md); by default one.
         precision: fp32, tf32 (fp32 whose products a GPU rounds to TF32, 10 bits, on tensor cores), or bf16 (bf16 towers
             with fp32 master weights).
         margin_schedule: growth of the margin from 0 to its value over the steps of margin_warmup: linear, or cosine
@@ -57,12 +62,19 @@ class TrainConfig:
         checkpoint_every: steps between two checkpoints; 0 saves none by the count of steps.
         checkpoint_minutes: minutes after a checkpoint until the next one; 0 saves none by the clock. A run also saves
             at its end, and when SIGTERM, SIGINT, SIGUSR1 or SIGHUP stops it.
+        checkpoint_async: write checkpoints in the background, from a copy of each rank's tensors in the host's memory,
+            while training goes on; at most one at a time. The last one of a run is waited for.
+        checkpoint_full_disk: stop ends the run where a checkpoint cannot be written; go_on says so and trains on, until
+            the last one.
         keep_checkpoints: newest checkpoints to keep.
         keep_every: also save at every multiple of this many steps, and keep these checkpoints; 0 keeps none of them.
         keep_best: figure of the evaluation (map, recall_at_1, photo/map, …): also save at every evaluation, and keep
             the checkpoint where it was highest, which `--checkpoint best` names; empty keeps none.
         early_stop: end the run after this many evaluations in a row that did not raise the figure of keep_best; 0
             trains to the last step. Wants evaluate_every.
+        nonfinite: stop ends the run where a loss or gradient norm is not finite; skip leaves the step out, without an
+            update, and names its samples in the run folder.
+        skip_budget: steps that a process may leave out before it stops all the same.
         resume: auto continues the newest checkpoint in the run folder if there is one; never starts from scratch and
             refuses a used folder.
         new_phase: a resume on a catalogue that was governed again continues with its classes and order, as a new data
@@ -79,6 +91,7 @@ class TrainConfig:
     """
 
     steps: PositiveInt = 1000
+    stages: Stages = field(default_factory=Stages)
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     margin_schedule: Literal["constant", "linear", "cosine"] = "linear"
     margin_warmup: NonNegativeInt = 0
@@ -86,10 +99,14 @@ class TrainConfig:
     evaluate_every: NonNegativeInt = 0
     checkpoint_every: NonNegativeInt = 0
     checkpoint_minutes: NonNegativeFloat = 15.0
+    checkpoint_async: bool = False
+    checkpoint_full_disk: Literal["stop", "go_on"] = "stop"
     keep_checkpoints: PositiveInt = 2
     keep_every: NonNegativeInt = 0
     keep_best: str = ""
     early_stop: NonNegativeInt = 0
+    nonfinite: Literal["stop", "skip"] = "stop"
+    skip_budget: NonNegativeInt = 10
     resume: Literal["auto", "never"] = "auto"
     new_phase: bool = False
     init_from: Path | None = None
@@ -126,7 +143,11 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, ready for YAML or JSON; keys without value are left out, as in a recipe."""
-        set_values = asdict(self, dict_factory=lambda pairs: {key: value for key, value in pairs if value is not None})
+        unset = {"stages": ()}  # no part of a run without them
+        set_values = asdict(
+            self,
+            dict_factory=lambda pairs: {k: value for k, value in pairs if value is not None and value != unset.get(k)},
+        )
         return json.loads(json.dumps(set_values, default=str))
 
 
@@ -191,13 +212,13 @@ def parsed(argv: list[str], more: type | None = None, prog: str = "", example: s
         UserError: unknown keys (with the nearest one), values of another type.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what decides on the parser's keys
-    for name in ("config", "method", *PRESET_KEYS):
+    for name in ("config", "method", "train.steps", "train.stages", *PRESET_KEYS):
         first.add_argument(f"--{name}", nargs="?", default="")
     given = vars(first.parse_known_args(argv)[0])
     recipe = read_recipe(Path(given["config"])) if given["config"] else {}
     if given["method"]:
         recipe["method"] = given["method"]
-    recipe = _with_presets(recipe, given)
+    recipe = _with_steps(_with_presets(recipe, given), given)
     p = _parser_of(recipe)
     if more is not None:
         p.prog, p.description, p.epilog = prog, str(more.__doc__).partition("\n")[0], f"example: {example}"
@@ -222,6 +243,16 @@ def _with_presets(recipe: Mapping[str, Any], given: Mapping[str, str]) -> dict[s
     return flat
 
 
+def _with_steps(flat: dict[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
+    """The recipe in dotted keys, with the sum of its stages as train.steps where neither it nor what is `given` on the
+    command line has that.
+    """
+    stages = given["train.stages"] or flat.get("train.stages")
+    if not stages or given["train.steps"] or "train.steps" in flat:
+        return flat
+    return {**flat, "train.steps": sum(stage.steps for stage in Stages.of(stages))}
+
+
 def load(run: Path) -> RunConfig:
     """The configuration that a run folder holds.
 
@@ -241,7 +272,7 @@ def check(config: RunConfig, world: int) -> None:
     """Raises one UserError for the first thing that does not fit together."""
     errors = config.model.errors(config.mesh.tensor_parallel) + config.data.errors() + config.train.errors()
     errors += config.evaluation.errors(config.method)
-    errors += config.optimizer.errors("optimizer")
+    errors += config.optimizer.errors("optimizer") + stage_errors(config)
     parse_window(config.train.profile_steps)
     if config.data.preprocess.image_size != config.model.vision.image_size:
         errors.append(

@@ -9,7 +9,7 @@ import sys
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -167,7 +167,7 @@ class DryRun:
     sent: Mapping[str, float]
 
 
-def dry_run(config: RunConfig, world: int, active: float, cuda: bool) -> DryRun:
+def dry_run(config: RunConfig, world: int, active: float, cuda: bool, held: Sequence[str] = ()) -> DryRun:
     """Runs the losses of a step and their backward on the first of `world` ranks; weights, their gradients and images
     are not transient.
 
@@ -176,6 +176,7 @@ def dry_run(config: RunConfig, world: int, active: float, cuda: bool) -> DryRun:
         world: ranks.
         active: rows of the class head that take part, over all ranks; 0: there is no head.
         cuda: as a GPU would keep activations.
+        held: parts of the towers that are not trained in these steps of the run only, as in optimizer.frozen.
     """
     spec, model = METHODS[config.method], config.model
     with _mesh_of(config, world) as mesh, Shapes():
@@ -187,6 +188,7 @@ def dry_run(config: RunConfig, world: int, active: float, cuda: bool) -> DryRun:
         trained = [p for p in towers.parameters() if p.requires_grad]
         for p in trained:  # gradients go on to megatron-core's buffer
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        freeze(towers, held, "train.stages")
         head = None
         if active:
             settings = replace(
@@ -234,7 +236,7 @@ def made_batch(config: RunConfig, sizes: dict[str, list[int]], dtype: torch.dtyp
     On the host are only its masks and the documents' tokens.
     """
     model, reads = config.model, METHODS[config.method].reads(config.model)
-    n, queries, side = sizes["document"][0], sizes["query"][0], model.vision.image_size
+    n, queries, side = sizes["document"][0], sizes["query"][0], config.data.preprocess.image_size
     photos, texts = (0, queries) if reads.kind == "texts" else (queries, 0)
     hidden = masked(config.data.masking, reads.text_length, reads.num_patches)
     with _disable_current_modes():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,9 +121,9 @@ def active_rows(num_classes: int, sample_rate: float, samples: int) -> float:
     return sample_rate * num_classes + (1 - sample_rate) * min(samples, num_classes)
 
 
-def step_parts(config: RunConfig, num_classes: int) -> dict[str, Work]:
+def step_parts(config: RunConfig, num_classes: int, held: Sequence[str] = ()) -> dict[str, Work]:
     """Model FLOPs of one optimizer step over all ranks, by part of the towers, with texts of max_length tokens; the
-    class head's by formula.
+    class head's by formula. `held`: as in `dry_run`.
     """
     spec, model = METHODS[config.method], config.model
     reads = spec.reads(model)
@@ -136,6 +136,7 @@ def step_parts(config: RunConfig, num_classes: int) -> dict[str, Work]:
     with torch.random.fork_rng(devices=[]), Shapes(), sdpa_kernel(SDPBackend.MATH):
         towers = spec.towers(model, PlainBuilder())
         freeze(towers, config.optimizer.frozen)
+        freeze(towers, held, "train.stages")
         method: Any = spec.assemble(model, towers, head, FakeProcessGroup._create_internal(0, 1))
         fill_banks(method.memory)
         with _Counter(towers) as counter:

@@ -10,9 +10,11 @@ from harness.core.mesh import Mesh
 from harness.core.tables import format_table
 from harness.data.loader import StepLoader
 from harness.train.config import RunConfig, TrainConfig
+from harness.train.stages import stages_of
 from harness.train.tensorboard import facts
 from models.method import Method
 
+KINDS = {"query": "photos", "document": "documents"}
 SPEED = ("steps", "loss", "seconds", "images_per_second")  # of the final figures; all others are the evaluation's
 
 
@@ -21,28 +23,39 @@ def introduction(config: RunConfig, mesh: Mesh, loader: StepLoader, method: Meth
     train, order = config.train, loader.order
     known = facts(mesh, loader.catalogue, method, order.num_classes, config.model.embedding_dim)
     data, size = known["Catalogue"], known["Size"]
-    steps = {"photos": (loader.queries_per_step, "query"), "documents": (loader.documents_per_step, "document")}
-    reads = {name: (count, order.slots(kind)) for name, (count, kind) in steps.items() if count}
+    stages, per_step = stages_of(config), {}
+    totals = dict.fromkeys(KINDS, 0)
+    for stage in stages:
+        counts = dict(zip(KINDS, loader.samples(stage.first), strict=True))
+        per_step[stage.number] = " and ".join(f"{count:,} {KINDS[kind]}" for kind, count in counts.items() if count)
+        totals = {kind: total + counts[kind] * (stage.end - stage.first) for kind, total in totals.items()}
+    if len(set(per_step.values())) > 1:
+        per_step = {number: f"{text} in stage {number}" for number, text in per_step.items()}
     epochs = [
-        f"{count * train.steps / slots:,.1f} of {slots:,} {name}" for name, (count, slots) in reads.items() if slots
+        f"{total / slots:,.1f} of {slots:,} {KINDS[kind]}"
+        for kind, total in totals.items()
+        if total and (slots := order.slots(kind))
     ]
-    counts = f"{data['queries']:,} photos, {data['documents']:,} documents, {data['classes']:,} classes"
+    size_of_data = f"{data['queries']:,} photos, {data['documents']:,} documents, {data['classes']:,} classes"
     lines = {
         "run": f"{config.run_dir}, {config.method}, step {step:,} to {train.steps:,}",
-        "catalogue": f"{data['folder']}: {counts}; splits {data['in splits']}",
+        "catalogue": f"{data['folder']}: {size_of_data}; splits {data['in splits']}",
         "model": f"{size['parameters of the towers']} parameters in the towers, "
         f"{size['parameters of the class rows']} in the class rows",
         "layout": size["ranks"],
-        "a step": " and ".join(f"{count:,} {name}" for name, (count, _) in reads.items()),
+        "a step": ", ".join(dict.fromkeys(per_step.values())),
         "epochs": ", ".join(epochs),
         "checkpoints": _checkpoints(train, config.run_dir, step),
         "evaluation": f"on split {config.evaluation.split}, {_every(train.evaluate_every, step, train.steps)}",
     }
-    if method.head is not None and step < train.margin_warmup and train.margin_schedule != "constant":
-        lines["margin"] = (
-            f"grows to {list(config.head.margin)} until step {train.margin_warmup:,}; until then the loss may rise, "
-            "because the same embeddings are judged more strictly"
-        )
+    if train.stages:
+        lines |= {f"stage {stage.number}": str(stage) for stage in stages}
+    for stage in stages:
+        if stage.classifies and step < (until := stage.margin_until) and train.margin_schedule != "constant":
+            lines["margin"] = (
+                f"grows to {list(config.head.margin)} until step {until:,}; until then the loss may rise, "
+                "because the same embeddings are judged more strictly"
+            )
     return [f"{name:<12}{text}" for name, text in lines.items()]
 
 

@@ -25,6 +25,7 @@ class OverlappedReduction:
     def __init__(self, groups: list[Any], names: dict[nn.Parameter, str]) -> None:
         self.groups, self.names = groups, names
         self._starts = [group.start_grad_sync for group in groups]
+        self._params = [set(group.params) for group in groups]
         self._ready: set[int] = set()
         self._next, self._first_step = 0, True
         for number, group in enumerate(groups):
@@ -57,6 +58,13 @@ class OverlappedReduction:
                 )
             self._start(number)
         self._first_step = False
+
+    def restart(self) -> None:
+        """Learns again, in the next step, which parameters get a gradient."""
+        for group, params in zip(self.groups, self._params, strict=True):
+            group.params, group.golden_per_param_grad_ready_counts = set(params), {}
+            group.is_first_batch = True
+        self._first_step = True
 
     def begin(self) -> None:
         """Forgets the last step's reductions; to be called before backward."""

@@ -11,17 +11,17 @@ from torch import nn
 from harness.core.errors import UserError
 
 
-def freeze(towers: nn.Module, patterns: Sequence[str]) -> None:
-    """Freezes every parameter that a pattern names; to be called before gradient buffers are made.
+def freeze(towers: nn.Module, patterns: Sequence[str], key: str = "optimizer.frozen") -> None:
+    """Freezes every parameter that a pattern names; `key` of the configuration holds the patterns.
 
     Raises:
         UserError: a pattern names nothing, or nothing is left to train.
     """
     for pattern in patterns:
-        for parameter in _named(towers, pattern, "optimizer.frozen"):
+        for parameter in _named(towers, pattern, key):
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in towers.parameters()):
-        raise UserError("optimizer.frozen leaves no parameter of the towers to train", "Name fewer parts")
+        raise UserError(f"{key} leaves no parameter of the towers to train", "Name fewer parts")
 
 
 def lr_factors(towers: nn.Module, layer_decay: float, by_name: Sequence[str]) -> dict[nn.Parameter, float]:

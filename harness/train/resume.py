@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from harness.catalogue.classes import KINDS
 from harness.core.errors import UserError
 from harness.core.mesh import Mesh
 from harness.core.waiting import on_first_rank
@@ -27,6 +28,7 @@ from harness.train.config import RunConfig, difference, identity_changes
 from harness.train.imported_weights import init_towers
 from harness.train.ledger import Ledger
 from harness.train.open_run import find_checkpoint
+from harness.train.stages import Stages, begun
 from models.fields import training_only
 from models.method import Method
 
@@ -108,10 +110,7 @@ class Resume:
             **self.ledger.state(step),
             "order_id": self.loader.order.order_id,
             "phases": [asdict(phase) for phase in self.phases],
-            "positions": {
-                "query": steps * self.loader.queries_per_step,
-                "document": steps * self.loader.documents_per_step,
-            },
+            "positions": {kind: steps * count for kind, count in zip(KINDS, self.loader.samples(step), strict=True)},
             "tokenizer": self.tokenizer_id,
             "queries": self.queries_id,
             "config": self.config.to_dict(),
@@ -131,6 +130,7 @@ class Resume:
         self._require_queries(path, state)  # before the identity: they give the model its number of keywords
         changes = difference(state["config"], config.to_dict())
         self._require_identity(changes)
+        self._require_stages(state)
         # On other classes or another order of the samples a new data phase begins, if the recipe allows it.
         self.phases = _saved_phases(path, state)
         moved, allowed = self.phases[-1].order_id != order.order_id, config.train.new_phase
@@ -206,7 +206,7 @@ class Resume:
         """
         path = named
         if on_first_rank((named / "checkpoints").is_dir, self.mesh, "looking for checkpoints"):
-            path = find_checkpoint(named, None, self.mesh)
+            path = find_checkpoint(named, None, self.mesh, head=True)
         elif problem := checkpoint_files.problem(named, self.mesh):
             raise UserError(f"train.init_from {named}: {problem}", "Name a run folder or one of its step folders")
         state = checkpoint_files.read_state(path)
@@ -264,6 +264,16 @@ class Resume:
             raise UserError(
                 f"{self.config.run_dir} was trained with {forbidden[0]} = {old}, not {new}",
                 "That makes another run: choose another --run-dir, or set the key back",
+            )
+
+    def _require_stages(self, state: dict[str, Any]) -> None:
+        """Raises UserError where stages that the checkpoint has begun were others."""
+        step = state["step"]
+        before = Stages.of(state["config"]["train"].get("stages", []))
+        if begun(before, step) != begun(self.config.train.stages, step):
+            raise UserError(
+                f"{self.config.run_dir} was trained to step {step:,} with other stages than train.stages has now",
+                "Stages that begin later may change: set the others back, or choose another --run-dir",
             )
 
     def _another_order(self, trained: Phase) -> UserError:

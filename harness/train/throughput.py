@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from harness.data.loader import StepLoader
 from harness.data.step_data import StepData
 from harness.train.config import RunConfig
 from harness.train.flops import StepFlops, utilisation
+from models.method import TextInput
 
 _NEXT = {"data": "forward", "forward": "backward", "backward": "optimizer", "optimizer": "what follows a step"}
 
@@ -53,6 +55,14 @@ class StepClock:
         self._last, self.now, self.marks = now, _NEXT[part], self.marks + 1
 
     @contextmanager
+    def between(self, what: str) -> Iterator[None]:
+        """Around work of any length before a step, which is charged to none of its parts."""
+        self.now = what
+        yield
+        self._steps = 0  # the step behind it may compile, and fills the read-ahead
+        self.start(self.exact)
+
+    @contextmanager
     def others(self) -> Iterator[None]:
         """Around an exchange between ranks: in an exact step its time is a wait for others, not this rank's own."""
         if not self.exact:
@@ -84,27 +94,43 @@ class Throughput:
     """Speed of a run, for the lines of its log and for its final figures.
 
     Args:
-        config: of the run, with the model as it was built.
+        config: of the run's first stage.
+        text: configuration of the documents' texts, with its vocabulary.
         loader: of the run.
         mesh: the ranks.
+
+    Attributes:
+        images: read over all ranks since `start`.
     """
 
-    def __init__(self, config: RunConfig, loader: StepLoader, mesh: Mesh) -> None:
-        self.mesh, self.precision = mesh, config.train.precision
-        self.images_per_step = loader.queries_per_step + loader.documents_per_step  # over all ranks
-        self.flops = StepFlops.for_meters(config, loader.order.num_classes, loader.documents_per_step, mesh.device)
+    def __init__(self, config: RunConfig, text: TextInput, loader: StepLoader, mesh: Mesh) -> None:
+        self.mesh, self.loader, self.precision = mesh, loader, config.train.precision
+        self._text = text
+        self._config: RunConfig | None = None
+        self.enter(config, 0)
+        self.start()
         # (images read, seconds of reading, share of the read-ahead that was ready, FLOPs of the texts) of each step
         # since the last `local_sums`.
         self._steps: list[tuple[float, ...]] = []
 
-    def start(self, step: int) -> None:
-        """Begins the run, or its continuation, after `step` finished steps."""
-        self._first, self._started, self._paused = step, time.perf_counter(), 0.0
-        self.start_window(step)
+    def enter(self, config: RunConfig, step: int) -> None:
+        """Begins a stage of the run at `step`, which trains as `config` says."""
+        if config == self._config:
+            return
+        self._config = config
+        config = replace(config, model=replace(config.model, text=self._text))
+        self.images_per_step = sum(self.loader.samples(step))  # over all ranks
+        classes, documents = self.loader.order.num_classes, self.loader.samples(step)[1]
+        self.flops = StepFlops.for_meters(config, classes, documents, self.mesh.device)
 
-    def start_window(self, step: int) -> None:
+    def start(self) -> None:
+        """Begins the run, or its continuation."""
+        self.images, self._started, self._paused = 0, time.perf_counter(), 0.0
+        self.start_window()
+
+    def start_window(self) -> None:
         """Begins the window that `rate` looks at."""
-        self._window_first, self._window_started = step, time.perf_counter()
+        self._window_images, self._window_started = self.images, time.perf_counter()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -117,15 +143,13 @@ class Throughput:
 
     def add(self, data: StepData) -> None:
         """Adds a step."""
+        self.images += self.images_per_step
         self._steps.append((data.images, data.read_seconds, data.ready, self.flops.texts(data.texts)))
 
-    def images(self, step: int) -> int:
-        """Images over all ranks since `start`."""
-        return self.images_per_step * (step - self._first)
-
-    def rate(self, step: int) -> float:
+    @property
+    def rate(self) -> float:
         """Images a second over all ranks in the present window."""
-        return self.images_per_step * (step - self._window_first) / (time.perf_counter() - self._window_started)
+        return (self.images - self._window_images) / (time.perf_counter() - self._window_started)
 
     def local_sums(self) -> list[list[float]]:
         """This rank's sums since the last call, [3, 2]: summed over the world, each row's first by its second are the
@@ -156,8 +180,8 @@ class Throughput:
             "speed/decode_images_per_second": decode_rate,  # of one rank's reader: all images by all seconds
         }
 
-    def summary(self, step: int) -> dict[str, float]:
+    def summary(self) -> dict[str, float]:
         """Seconds since `start`, and images a second, pauses left out."""
         seconds = time.perf_counter() - self._started
-        rate = self.images(step) / max(1e-9, seconds - self._paused)
+        rate = self.images / max(1e-9, seconds - self._paused)
         return {"seconds": round(seconds, 1), "images_per_second": round(rate, 1)}

@@ -74,6 +74,14 @@ class RowAdamW:
         """
         return self._table.state
 
+    def restart(self) -> None:
+        """Begins the state of all rows again, as they are; they owe no weight decay."""
+        for name, tensor in self._table.state.items():
+            if name == "master":
+                tensor.copy_(self._table.rows)
+            else:  # as kernels.row_update.row_state
+                tensor.fill_(self.log_decay if name == "paid" else name.endswith("_scales"))
+
     def catch_up(self, active: Tensor) -> None:
         """Pays the weight decay that `active` rows (int64 [a], local) still owe; call before they are read."""
         if not self.config.weight_decay or self.log_decay == 0.0:
