@@ -1,4 +1,4 @@
-"""Why documents are found: parts of their vectors and attention over their patches, as numbers and as pictures."""
+"""Explanations of documents: parts of their vectors and attention over their patches, as numbers and as pictures."""
 
 from __future__ import annotations
 
