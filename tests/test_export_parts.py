@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import signal
@@ -155,18 +154,15 @@ def test_an_index_of_another_kind_answers_with_exact_scores(run: Path, whole: Pa
 
 
 def test_a_recall_out_of_reach_ends_the_export_and_keeps_its_parts(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many, out = make_catalogue(tmp_path / "many", classes=40), tmp_path / "out"
     monkeypatch.setattr(index_tune, "FACTORS", (1,))  # its codes have the last word
-    index = export.IndexConfig(kind="sq8", recall=1.0)
-    config = export.ExportConfig(run=run, out=out, catalogue=many, onnx=False, index=index)
-    with pytest.raises(UserError, match=r"an index of kind sq8 finds 0\..* less than --index\.recall 1") as told:
-        export.run(config)
-    assert "Take --index.kind ivf_sq8, ivf_flat, hnsw or flat" in str(told.value) and not out.exists()
-    capsys.readouterr()
-    export.run(dataclasses.replace(config, index=export.IndexConfig()))
-    assert "1 of 1 parts of the documents are there already" in capsys.readouterr().out
+    index = export.IndexConfig(kind="ivf_rabitq", recall=1.0)
+    with pytest.raises(UserError, match=r"an index of kind ivf_rabitq finds 0\..* less than --index\.recall 1") as told:
+        export.run(export.ExportConfig(run=run, out=out, catalogue=many, onnx=False, index=index))
+    assert "flat, which keep more of each vector, or --index.recall 0." in str(told.value) and not out.exists()
+    assert len(list((tmp_path / "out.tmp" / "kept").glob("part-00000-*.parquet"))) == 1
 
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf_sq8"])

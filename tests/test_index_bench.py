@@ -1,11 +1,11 @@
-"""The index benchmark: vectors of a mixture fitted to others, and rows that are there as soon as a kind is ready."""
+"""Benchmarks of indexes and exports: vectors of a mixture fitted to others, rows as soon as a kind is ready."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from harness.bench import index
+from harness.bench import export, index
 from harness.bench.mixture import FASHION, Mixture, cosines, write_drawn
 from harness.core.errors import UserError
 from tests.test_bench import check_report
@@ -49,3 +49,17 @@ def test_each_kind_is_reported_when_it_is_ready() -> None:
     listed, flat = last["rows"]
     assert flat["recall_at_10"] == 1.0 and flat["build_cpu_s"] is None and listed["recall_at_10"] > 0.8
     assert listed["tuned_recall_at_10"] >= 0.95 and not listed["failed"] and listed["of_faiss"] > 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["flat", "ivf_sq8"])
+def test_a_catalogue_without_images_is_exported_in_stages(kind: str) -> None:
+    report = export.run(export.ExportBenchConfig(documents=3000, kind=kind, ranks=2))
+    check_report(report)
+    assert [row["stage"] for row in report["rows"]] == ["open", "documents", "index", "checksums"]
+    assert report["headline"]["largest_peak_mib"] > 0
+
+
+def test_documents_of_another_kind_of_index_are_refused() -> None:
+    with pytest.raises(UserError, match=r"--kind is tree\. It can be flat"):
+        export.ExportBenchConfig(kind="tree")

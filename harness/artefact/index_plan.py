@@ -18,7 +18,7 @@ from harness.artefact.index_kinds import IndexKind
 from harness.artefact.vectors_file import sample
 
 _ROWS = 1 << 13  # of a calibration
-_GRAPH_SHARE = 32  # one in so many rows, if more
+_GRAPH_ROWS, _GRAPH_SHARE = 1 << 14, 32  # of that of a graph; one in so many rows, if more
 _WRITTEN = 1 << 25  # bytes of a test of the disk
 
 
@@ -43,7 +43,7 @@ def plan_seconds(
         lists = 1 if index_lists(index) is None else index_lists(index).nlist
         part, fewer = sample(vectors, min(wanted, max(_ROWS, 2 * lists))), min(rounds, 2)
         seconds += _timed(partial(step, part, fewer), clock) * wanted * rounds / (len(part) * fewer)
-    part = sample(vectors, max(_ROWS, rows // _GRAPH_SHARE) if kind.knob == "efSearch" else _ROWS)
+    part = sample(vectors, max(_GRAPH_ROWS, rows // _GRAPH_SHARE) if kind.knob == "efSearch" else _ROWS)
     written = _writing(kind, vectors, folder, clock)
     if kind.knob == "efSearch":
         return seconds + _graph_seconds(index, part, rows, clock) + written

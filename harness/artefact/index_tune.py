@@ -52,7 +52,8 @@ def exact_nearest(vectors: np.ndarray, queries: np.ndarray, mesh: Mesh) -> np.nd
 
     def own() -> Found:
         mine = share(len(vectors), mesh.world_size, mesh.rank)
-        scores, rows = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+        scores: np.ndarray = np.empty((len(queries), 0), np.float32)
+        rows: np.ndarray = np.empty((len(queries), 0), np.int64)
         for start in range(mine.start, mine.stop, _BLOCK):
             block = np.asarray(vectors[start : min(start + _BLOCK, mine.stop)], np.float32)
             wanted = min(DEPTH + SPARE, len(block))

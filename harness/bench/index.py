@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.artefact.flat_index import FILE, import_faiss
+from harness.artefact.flat_index import FILE, import_faiss, index_head, read_index
 from harness.artefact.index_build import build_index, use_threads
 from harness.artefact.index_kinds import FLAT, KINDS, IndexKind
 from harness.artefact.index_plan import plan_seconds
@@ -124,7 +124,11 @@ def measure(device: torch.device, folder: Path, name: str, config: IndexBenchCon
     queries, nearest = asked["queries"], asked["nearest"]
     row: dict[str, Any] = {"kind": name, "planned_mb": kind.ram_bytes(config.width, config.vectors) / 1e6}
     made: dict[str, Any] = dict.fromkeys(("planned_build_cpu_s", "build_cpu_s", "build_s", "build_peak_mb"))
-    if name != FLAT:
+    if name == FLAT:
+        with (folder / FILE).open("wb") as out:
+            out.write(index_head(config.width, config.vectors))
+            vectors.tofile(out)
+    else:
         made["planned_build_cpu_s"] = plan_seconds(kind, vectors, 1, folder, time.process_time)
         before, started, used = memory.start(), time.perf_counter(), time.process_time()
         build_index(kind, vectors, folder, config.threads, mesh)
@@ -132,12 +136,9 @@ def measure(device: torch.device, folder: Path, name: str, config: IndexBenchCon
         made["build_peak_mb"] = (memory.peak() - before) / 1e6
     before = memory.start()
     if name == FLAT:
-        bare = import_faiss().IndexFlatIP(config.width)
-        bare.add(np.asarray(vectors))
-        index = VectorIndex(bare)
+        index = VectorIndex(read_index(folder, config.width, config.vectors))
     else:
-        bare = read_kind(folder / FILE, name, config.width, config.vectors)
-        index = VectorIndex(bare, name, vectors)
+        index = VectorIndex(read_kind(folder / FILE, name, config.width, config.vectors), name, vectors)
         index.candidates(queries[:_TOUCHING], DEPTH, config.vectors if kind.knob == "nprobe" else DEPTH)
     row |= made | {"mb": (memory.peak() - before) / 1e6}
     tuned, failed = Tuned(0, 1, 1.0), ""
