@@ -207,6 +207,13 @@ def losses_of(found: Any) -> list[float]:
     return [loss for loss, _, _ in found[0]]
 
 
+def require_equal(found: Any, wanted: Any) -> None:
+    """Two results of `trained` are bit-equal, as far as the first has steps."""
+    assert losses_of(found) == losses_of(wanted)[-len(found[0]) :]
+    same(found[1], wanted[1])
+    assert found[2] == wanted[2]
+
+
 @pytest.mark.parametrize(
     ("world", "tensor_parallel", "stop"),
     [(2, 1, BOUNDARY), *(pytest.param(*x, marks=FULL) for x in ((2, 1, 2), (2, 1, 4), (1, 1, 4), (4, 2, BOUNDARY)))],
@@ -221,8 +228,8 @@ def test_resumed_equals_uninterrupted_to_the_digit(
     shutil.copytree(tmp_path / "b", tmp_path / "c")
     resumed = pool.run(trained, catalogue, tmp_path / "b", tensor_parallel, 6, WHOLE)
     for found, wanted in zip(resumed, straight, strict=True):
-        same(losses_of(found), losses_of(wanted)[stop:])
-        same(list(found[1:]), list(wanted[1:]))
+        assert len(found[0]) == 6 - stop
+        require_equal(found, wanted)
     elsewhere = losses_of(trained(catalogue, tmp_path / "c", 1, 6, WHOLE))
     assert elsewhere == pytest.approx(losses_of(straight[0])[stop:], rel=1e-4)
 
@@ -238,16 +245,27 @@ def test_a_boundary_that_was_interrupted_is_done_again(catalogue: Path, tmp_path
             t.train_step(data)
             if t.step == BOUNDARY:
                 t.save()
-    resumed = trained(catalogue, tmp_path / "b", 1, 6, WHOLE)
-    same(list(resumed[1:]), list(straight[1:]))
+    require_equal(trained(catalogue, tmp_path / "b", 1, 6, WHOLE), straight)
+
+
+def test_random_rows_are_those_of_a_new_head_with_fresh_state(catalogue: Path, tmp_path: Path) -> None:
+    settings = WHOLE | {"train.stages": [{"steps": 2}, {"steps": 4, "rows": "random"}]}
+    _, before, _ = trained(catalogue, tmp_path / "run", 1, 2, settings)
+    with trainer(tiny_config(catalogue, tmp_path / "run", **settings), ready=False) as t:
+        head, state = t.method.head, t.rows.row_state()
+        new = head.initial_rows(head.rows.device, head.rows.dtype)
+        assert not torch.equal(head.rows, new) and before["row_step"].any() and before["exp_avg"].any()
+        next(t.steps(6))
+        assert torch.equal(head.rows, new)
+        assert not any(state[name].any() for name in ("row_step", "exp_avg", "exp_avg_sq"))
+        assert t.rows.log_decay < 0 and bool((state["paid"] == t.rows.log_decay).all())
 
 
 def test_one_stage_that_sets_nothing_is_a_run_without_stages(catalogue: Path, tmp_path: Path) -> None:
     plain = {key: value for key, value in WHOLE.items() if key != "train.stages"}
     without = trained(catalogue, tmp_path / "a", 1, 3, plain)
     one = trained(catalogue, tmp_path / "b", 1, 3, plain | {"train.stages": [{"steps": 6}]})
-    same(losses_of(one), losses_of(without))
-    same(list(one[1:]), list(without[1:]))
+    require_equal(one, without)
     assert "stages" not in tiny_config(catalogue, tmp_path / "a", **plain).to_dict()["train"]
 
 
