@@ -142,13 +142,14 @@ def trainer(recipe: dict[str, Any], num_classes: int, mesh: Any) -> Any:
     from harness.train.ema import Ema
     from harness.train.ledger import Ledger
     from harness.train.optimizer import TowerOptimizer
+    from harness.train.stages import stages_of
     from harness.train.throughput import StepClock
     from harness.train.trainer import Trainer
     from models.heads.row_optimizer import RowAdamW
 
     made: Any = Trainer.__new__(Trainer)
     made.config = config = config_of(recipe, mesh.world_size)
-    made.mesh, made.clock, made.step = mesh, StepClock(mesh), 0
+    made.mesh, made.clock, made.step, made.stages = mesh, StepClock(mesh), 0, stages_of(config)
     made.ledger, made.boundary = Ledger(mesh), Boundary(mesh, 0)
     made.method, made.model_config = build(
         config.method,

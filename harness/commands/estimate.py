@@ -119,7 +119,7 @@ def figures_of(config: RunConfig, num_classes: int, world: int, text_length: int
     run, memory, parts = largest.run, largest.memory, slowest.parts
     towers, trained = parameters(config)
     own = min(num_classes, rows_per_rank(num_classes, world))
-    figures = {
+    figures: dict[str, Any] = {
         "world": world,
         "tensor_parallel": config.mesh.tensor_parallel,
         "device": "cuda" if cuda else "cpu",

@@ -62,8 +62,8 @@ class OverlappedReduction:
     def restart(self) -> None:
         """Learns again, in the next step, which parameters get a gradient."""
         for group, params in zip(self.groups, self._params, strict=True):
-            group.params, group.golden_per_param_grad_ready_counts = set(params), {}
-            group.is_first_batch = True
+            group.params, group.is_first_batch = set(params), True
+            group.golden_per_param_grad_ready_counts, group.per_param_grad_ready_counts = {}, {}
         self._first_step = True
 
     def begin(self) -> None:
