@@ -60,7 +60,7 @@ def exact_nearest(vectors: np.ndarray, queries: np.ndarray, mesh: Mesh) -> np.nd
             found = faiss.knn(queries, block, wanted, metric=faiss.METRIC_INNER_PRODUCT)
             scores, rows = np.hstack([scores, found[0]]), np.hstack([rows, found[1] + start])
             best = np.argsort(-scores, 1, kind="stable")[:, : DEPTH + SPARE]
-            scores, rows = (np.take_along_axis(values, best, 1) for values in (scores, rows))
+            scores, rows = np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)
         return ordered(exact, asked, torch.from_numpy(rows), min(DEPTH, rows.shape[1]))
 
     nearest: np.ndarray = merged(of_all_ranks(own, mesh, "exact search"), DEPTH)[0].numpy()
