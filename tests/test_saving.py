@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -144,9 +145,12 @@ def test_a_checkpoint_of_an_earlier_version_loads_and_names_the_same_tensors(cat
 # --- in the background ---
 
 
-def train(config: RunConfig, late: bool = False, fails_on: int = -1) -> tuple[str, list[tuple[int, list[int]]]]:
+def train(
+    config: RunConfig, late: bool = False, fails_on: int = -1, stops_at: int = -1
+) -> tuple[str, list[tuple[int, list[int]]]]:
     """In a pool: trains; the error that ended it, and (step, checkpoints there) before each step. `late`: each write of
-    the last rank takes until the step after the next begins; `fails_on`: the second save finds no room on that rank.
+    the last rank takes until the step after the next begins; `fails_on`: the second save finds no room on that rank;
+    `stops_at`: a signal comes to the first rank before that step.
     """
     real, saves, seen = FolderWriter._write, 0, []
 
@@ -185,6 +189,8 @@ def content(run: Path) -> dict[str, bytes]:
 
 def test_a_save_in_the_background_is_that_of_its_step_and_appears_when_all_ranks_have_written(
     catalogue: Path, tmp_path: Path
+            if t.step == stops_at and t.mesh.rank == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
 ) -> None:
     for name, asynchronous in (("waits", False), ("later", True)):
         config = tiny_config(catalogue, tmp_path / name, **SETTINGS, **{"train.checkpoint_async": asynchronous})
@@ -228,6 +234,10 @@ def test_a_run_on_a_small_disk_goes_on_and_resumes_with_more_room(
 
 
 def with_nan(config: RunConfig, at: tuple[int, ...], on: int) -> tuple[str, list[bool]]:
+    config = tiny_config(catalogue, tmp_path / "signal", **settings, **{"train.checkpoint_full_disk": "go_on"})
+    for error, _ in ranks(2).run(train, config, False, 1, 2):
+        assert "step-00000003.tmp was not written" in error, "a run that a signal ends says so"
+    assert steps_saved(tmp_path / "signal") == [2]
     """In a pool: trains with a loss that is not a number in steps `at` on one rank; the error, and for each step
     whether it changed anything.
     """

@@ -87,6 +87,7 @@ class Save:
 
     Attributes:
         bytes: of the tensors that this rank writes, so of its copy.
+        step: of the checkpoint.
 
     Raises:
         UserError: a weight is not finite; nothing is written.
@@ -103,7 +104,7 @@ class Save:
                 f"step {step}: a weight is not finite, or beyond {LARGEST_WEIGHT:g}; no checkpoint was written",
                 f"Lower optimizer.lr, then start again: the run resumes {good[0]}" if good else "Lower optimizer.lr",
             )
-        self.mesh, self.keep, self.final = mesh, keep, folder / f"step-{step:08d}"
+        self.step, self.mesh, self.keep, self.final = step, mesh, keep, folder / f"step-{step:08d}"
         self._temporary = folder / f"{self.final.name}.tmp"
         self._thread: threading.Thread | None = None
         with _disk_errors(self._temporary):
