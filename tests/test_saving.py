@@ -16,12 +16,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from harness.commands.checkpoint import CheckpointConfig
 from harness.commands.checkpoint import run as run_checkpoint
 from harness.core import manifest
 from harness.core.errors import UserError
-from harness.train import checkpoint, checkpoint_files
+from harness.train import checkpoint, checkpoint_files, checkpoint_reader
 from harness.train.checkpoint_writer import FolderWriter
 from harness.train.config import RunConfig
 from harness.train.optimizer import TowerOptimizer, blocks
@@ -112,6 +113,24 @@ def test_a_manifest_takes_no_sum_of_a_file_that_has_another_size(tmp_path: Path)
         manifest.write_manifest(tmp_path, known=sums)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_rows_are_read_into_their_tensors_by_pieces(tmp_path: Path) -> None:
+    rows = torch.randn(1000, 7)
+    saved = {"rows": rows, "moments": rows.bfloat16(), "steps": torch.arange(1000), "decay": torch.tensor(3.0)}
+    dcp.save(saved, checkpoint_id=tmp_path)
+    found = {"rows": torch.zeros(7, 1000).T, **{name: torch.zeros_like(saved[name]) for name in [*saved][1:]}}
+    real, unpickled = torch.load, []
+
+    def counted(*given: Any, **named: Any) -> Any:
+        unpickled.append(real(*given, **named))
+        return unpickled[-1]
+
+    with patch.object(checkpoint_reader, "PIECE", 4096), patch.object(torch, "load", counted):
+        dcp.load(found, storage_reader=checkpoint_reader.RowReader(tmp_path))
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
+    assert [x.shape for x in unpickled] == [()], "only what is no row"
+
+
 def as_before(config: RunConfig) -> bool:
     """In a pool: saves as earlier versions did, all moments of the towers gathered by one rank; whether a load gives
     the state back, and a save as of now holds tensors of the same names.
@@ -170,6 +189,8 @@ def train(
 
         def seeing(data: Any) -> Any:
             published = (config.run_dir / "checkpoints").glob("step-????????")
+            if t.step == stops_at and t.mesh.rank == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
             seen.append((t.step, sorted(int(path.name[5:]) for path in published)))
             return step(data)
 
@@ -189,8 +210,6 @@ def content(run: Path) -> dict[str, bytes]:
 
 def test_a_save_in_the_background_is_that_of_its_step_and_appears_when_all_ranks_have_written(
     catalogue: Path, tmp_path: Path
-            if t.step == stops_at and t.mesh.rank == 0:
-                os.kill(os.getpid(), signal.SIGTERM)
 ) -> None:
     for name, asynchronous in (("waits", False), ("later", True)):
         config = tiny_config(catalogue, tmp_path / name, **SETTINGS, **{"train.checkpoint_async": asynchronous})
@@ -215,6 +234,10 @@ def test_a_full_disk_of_one_rank_stops_all_or_none(catalogue: Path, tmp_path: Pa
     config = tiny_config(catalogue, tmp_path / "on", **settings, **{"train.checkpoint_full_disk": "go_on"})
     assert [error for error, _ in ranks(2).run(train, config, False, 1)] == ["", ""]
     assert steps_saved(tmp_path / "on") == [2, 5] and len(losses(tmp_path / "on")) == STEPS
+    config = tiny_config(catalogue, tmp_path / "signal", **settings, **{"train.checkpoint_full_disk": "go_on"})
+    for error, _ in ranks(2).run(train, config, False, 1, 2):
+        assert "step-00000003.tmp was not written" in error, "a run that a signal ends says so"
+    assert steps_saved(tmp_path / "signal") == [2]
 
 
 def test_a_run_on_a_small_disk_goes_on_and_resumes_with_more_room(
@@ -234,10 +257,6 @@ def test_a_run_on_a_small_disk_goes_on_and_resumes_with_more_room(
 
 
 def with_nan(config: RunConfig, at: tuple[int, ...], on: int) -> tuple[str, list[bool]]:
-    config = tiny_config(catalogue, tmp_path / "signal", **settings, **{"train.checkpoint_full_disk": "go_on"})
-    for error, _ in ranks(2).run(train, config, False, 1, 2):
-        assert "step-00000003.tmp was not written" in error, "a run that a signal ends says so"
-    assert steps_saved(tmp_path / "signal") == [2]
     """In a pool: trains with a loss that is not a number in steps `at` on one rank; the error, and for each step
     whether it changed anything.
     """
