@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -15,12 +16,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from harness.commands.checkpoint import CheckpointConfig
 from harness.commands.checkpoint import run as run_checkpoint
 from harness.core import manifest
 from harness.core.errors import UserError
-from harness.train import checkpoint, checkpoint_files
+from harness.train import checkpoint, checkpoint_files, checkpoint_reader
 from harness.train.checkpoint_writer import FolderWriter
 from harness.train.config import RunConfig
 from harness.train.optimizer import TowerOptimizer, blocks
@@ -111,6 +113,24 @@ def test_a_manifest_takes_no_sum_of_a_file_that_has_another_size(tmp_path: Path)
         manifest.write_manifest(tmp_path, known=sums)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_rows_are_read_into_their_tensors_by_pieces(tmp_path: Path) -> None:
+    rows = torch.randn(1000, 7)
+    saved = {"rows": rows, "moments": rows.bfloat16(), "steps": torch.arange(1000), "decay": torch.tensor(3.0)}
+    dcp.save(saved, checkpoint_id=tmp_path)
+    found = {"rows": torch.zeros(7, 1000).T, **{name: torch.zeros_like(saved[name]) for name in [*saved][1:]}}
+    real, unpickled = torch.load, []
+
+    def counted(*given: Any, **named: Any) -> Any:
+        unpickled.append(real(*given, **named))
+        return unpickled[-1]
+
+    with patch.object(checkpoint_reader, "PIECE", 4096), patch.object(torch, "load", counted):
+        dcp.load(found, storage_reader=checkpoint_reader.RowReader(tmp_path))
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
+    assert [x.shape for x in unpickled] == [()], "only what is no row"
+
+
 def as_before(config: RunConfig) -> bool:
     """In a pool: saves as earlier versions did, all moments of the towers gathered by one rank; whether a load gives
     the state back, and a save as of now holds tensors of the same names.
@@ -144,9 +164,12 @@ def test_a_checkpoint_of_an_earlier_version_loads_and_names_the_same_tensors(cat
 # --- in the background ---
 
 
-def train(config: RunConfig, late: bool = False, fails_on: int = -1) -> tuple[str, list[tuple[int, list[int]]]]:
+def train(
+    config: RunConfig, late: bool = False, fails_on: int = -1, stops_at: int = -1
+) -> tuple[str, list[tuple[int, list[int]]]]:
     """In a pool: trains; the error that ended it, and (step, checkpoints there) before each step. `late`: each write of
-    the last rank takes until the step after the next begins; `fails_on`: the second save finds no room on that rank.
+    the last rank takes until the step after the next begins; `fails_on`: the second save finds no room on that rank;
+    `stops_at`: a signal comes to the first rank before that step.
     """
     real, saves, seen = FolderWriter._write, 0, []
 
@@ -166,6 +189,8 @@ def train(config: RunConfig, late: bool = False, fails_on: int = -1) -> tuple[st
 
         def seeing(data: Any) -> Any:
             published = (config.run_dir / "checkpoints").glob("step-????????")
+            if t.step == stops_at and t.mesh.rank == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
             seen.append((t.step, sorted(int(path.name[5:]) for path in published)))
             return step(data)
 
@@ -209,6 +234,10 @@ def test_a_full_disk_of_one_rank_stops_all_or_none(catalogue: Path, tmp_path: Pa
     config = tiny_config(catalogue, tmp_path / "on", **settings, **{"train.checkpoint_full_disk": "go_on"})
     assert [error for error, _ in ranks(2).run(train, config, False, 1)] == ["", ""]
     assert steps_saved(tmp_path / "on") == [2, 5] and len(losses(tmp_path / "on")) == STEPS
+    config = tiny_config(catalogue, tmp_path / "signal", **settings, **{"train.checkpoint_full_disk": "go_on"})
+    for error, _ in ranks(2).run(train, config, False, 1, 2):
+        assert "step-00000003.tmp was not written" in error, "a run that a signal ends says so"
+    assert steps_saved(tmp_path / "signal") == [2]
 
 
 def test_a_run_on_a_small_disk_goes_on_and_resumes_with_more_room(

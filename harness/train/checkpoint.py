@@ -41,6 +41,7 @@ from harness.core.waiting import in_own_time, on_first_rank
 from harness.train import checkpoint_files
 from harness.train import checkpoint_tensors as tensors
 from harness.train.checkpoint_files import Keep, reason
+from harness.train.checkpoint_reader import RowReader
 from harness.train.checkpoint_tensors import AVERAGE, MEMORY, Trainable
 from harness.train.checkpoint_writer import FolderWriter
 from harness.train.class_rows import ClassMap, move_rows
@@ -86,6 +87,7 @@ class Save:
         background: a thread writes this rank's part from a copy in the host's memory, so that training goes on.
 
     Attributes:
+        step: of the checkpoint.
         bytes: of the tensors that this rank writes, so of its copy.
 
     Raises:
@@ -103,7 +105,7 @@ class Save:
                 f"step {step}: a weight is not finite, or beyond {LARGEST_WEIGHT:g}; no checkpoint was written",
                 f"Lower optimizer.lr, then start again: the run resumes {good[0]}" if good else "Lower optimizer.lr",
             )
-        self.mesh, self.keep, self.final = mesh, keep, folder / f"step-{step:08d}"
+        self.step, self.mesh, self.keep, self.final = step, mesh, keep, folder / f"step-{step:08d}"
         self._temporary = folder / f"{self.final.name}.tmp"
         self._thread: threading.Thread | None = None
         with _disk_errors(self._temporary):
@@ -250,11 +252,11 @@ def _load_head(
         first, last = class_range(classes.num_before, mesh.row_group.rank(), mesh.row_group.size())
         for name, into in tensors.row_tensors(head, optimizer).items():
             before = into.new_empty(last - first, *into.shape[1:])
-            dcp.load({name: tensors.logical(before, classes.num_before, mesh)}, checkpoint_id=folder)
+            dcp.load({name: tensors.logical(before, classes.num_before, mesh)}, storage_reader=RowReader(folder))
             move_rows(before, into, classes, mesh.row_group)
             del state[name], before
     if state:
-        dcp.load(state, checkpoint_id=folder)
+        dcp.load(state, storage_reader=RowReader(folder))
     if optimizer is not None:
         optimizer.log_decay = float(state["log_decay"])
 

@@ -22,6 +22,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _DistWrapper
 
+_CHUNK = 1 << 18  # bytes
+
 
 class FolderWriter:
     """Plans `folder` with all ranks; collective.
@@ -109,9 +111,11 @@ class _Hashed:
         self.file, self.digest, self.size = file, xxhash.xxh3_64(), 0
 
     def write(self, data: Any) -> int:
-        self.digest.update(data)
-        self.size += self.file.write(data)
-        return len(data)
+        view = memoryview(data)
+        for start in range(0, len(view), _CHUNK):  # what was hashed is still in the core's cache when it is written
+            self.digest.update(view[start : start + _CHUNK])
+            self.size += self.file.write(view[start : start + _CHUNK])
+        return len(view)
 
     def tell(self) -> int:
         return self.size

@@ -29,7 +29,7 @@ class Saver:
         boundary: tells when all ranks have written a checkpoint in the background.
 
     Attributes:
-        step: of the newest checkpoint, which may still be on its way to the disk.
+        step: of the newest checkpoint that this process has resumed or written.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Saver:
                 self._tell(save.bytes, log)
             else:
                 save.finish()
-        self.step = step
+                self.step = step
         self.boundary.saved()
 
     def finish(self, log: RunLog | None = None) -> None:
@@ -80,6 +80,7 @@ class Saver:
         if save is not None:
             with self._going_on(log, last=False):
                 save.finish()
+                self.step = save.step
 
     def _tell(self, own: int, log: RunLog | None) -> None:
         """Says, once, how much memory the copies take; collective."""

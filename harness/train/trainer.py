@@ -219,9 +219,9 @@ class Trainer:
                     if saves or self.boundary.written:
                         self.saver.finish(log)
                     if saves:
+                        ends = last or self.boundary.stop
                         # The best checkpoint has to be there before best.json names it.
-                        waits = last or self.boundary.stop or (evaluates and train.keep_best != "")
-                        self.saver.save(self.step, log, waits, last)
+                        self.saver.save(self.step, log, ends or (evaluates and train.keep_best != ""), ends)
                     if evaluates and not self.boundary.stop:
                         report = self.validation.run(self.step, log)
                     if (saves or evaluates) and not last:
@@ -231,7 +231,7 @@ class Trainer:
                 # The steps that end in a line of the log are timed exactly.
                 self.clock.start(exact=self.step % train.log_every == train.log_every - 1)
             self.saver.finish(log)
-            if self.saver.step < self.step:  # a signal came during an evaluation
+            if self.saver.step < self.step:  # a signal came during an evaluation, or the disk was full
                 self.save()
             if self.mesh.rank == 0 and (self.validation.ended or self.step == train.steps) and not self.boundary.stop:
                 log.board.finish()
