@@ -19,7 +19,7 @@ import textwrap
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 from docstring_parser import parse as parse_docstring
 
@@ -79,7 +79,8 @@ def command(name: str, argv: list[str]) -> None:
     places = [field.name for field in fields(config) if not field.kw_only]
     for place in places:
         several: Any = {"nargs": "*", "default": ()} if get_origin(kinds[place]) is tuple else {}
-        parser.add_argument(place, type=Path, help=texts[place], **several)
+        kind = kinds[place] if get_origin(kinds[place]) is Literal else Path
+        parser.add_argument(place, type=kind, help=texts[place], **several)
     parser.add_class_arguments(config, skip=set(places))
     parser.add_argument("--json", type=Path | None, default=None, help="file for the figures that the command reports")
     values = parser.parse(argv).as_dict()

@@ -36,16 +36,22 @@ class Alignment(nn.Module):
 
         With both, the title of a product with `titled` false (bool [n]) does not count.
         """
-        whitened = [
+        return self.parts(image, title, titled).sum(1)
+
+    def parts(self, image: Tensor | None, title: Tensor | None, titled: Tensor | None = None) -> Tensor:
+        """Arguments as `forward` -> what each view adds to its vector, [n, views, width]."""
+        views = [
             (vectors.to(self.mean) - self.mean[view]) @ self.map[view]
             for view, vectors in enumerate((image, title))
             if vectors is not None
         ]
-        expected = whitened[0]
-        if len(whitened) == 2:
-            expected = (whitened[0] + whitened[1]) / (1 + self.correlation)
+        expected = torch.stack(views, 1)
+        if len(views) == 2:
+            both = expected / (1 + self.correlation)
             if titled is not None:
-                expected = torch.where(titled[:, None], expected, whitened[0])
+                only = torch.stack([views[0], torch.zeros_like(views[1])], 1)
+                both = torch.where(titled[:, None, None], both, only)
+            expected = both
         return self.correlation.sqrt() * expected
 
     @torch.no_grad()

@@ -41,7 +41,7 @@ class Batch:
     last; query_keywords int64 [q, K]: those that the query names; masked_tokens int64 [d, L]: the titles with their
     masked words replaced, and masked_words bool [d, L]: the mask of those; masked_patches bool [d, P]: patches to be
     hidden, row-major; masked_titles bool [d]: titles that are masked as a whole; other_tokens int64 [d, L]: for each
-    document its own title or that of another document.
+    document its own title or that of another document; document_mosaics bool [d]: images that show other documents too.
 
     On the host, so that nothing waits for the device: query_lengths int64 [q], document_lengths [d],
     masked_lengths [d] (0 for a title that is masked as a whole), other_lengths [d]: tokens of the texts before padding
@@ -68,6 +68,7 @@ class Batch:
     masked_patches: Tensor = field(default_factory=_no_masks)
     masked_titles: Tensor = field(default_factory=_no_masks)
     other_tokens: Tensor = field(default_factory=_no_ids)
+    document_mosaics: Tensor = field(default_factory=_no_masks)
     query_lengths: Tensor = field(default_factory=_no_lengths)
     document_lengths: Tensor = field(default_factory=_no_lengths)
     masked_lengths: Tensor = field(default_factory=_no_lengths)
@@ -99,6 +100,12 @@ class Batch:
     def host(self) -> Batch:
         """The batch as it came, whose labels and masks can be read without a wait for the device."""
         return self if self.origin is None else self.origin
+
+    @property
+    def alone_weights(self) -> Tensor:
+        """Weights of the documents seen by their images alone: [d]; 0 for a mosaic, which shows several."""
+        mosaics = self.document_mosaics
+        return self.document_weights * ~mosaics if mosaics.numel() else self.document_weights
 
     def with_lengths(self, pad: int) -> Batch:
         """This batch, which is on the host, with the lengths of its texts; `pad` occurs only behind a text."""

@@ -58,13 +58,15 @@ class ModalAdaptation(nn.Module):
         self.body = nn.Sequential(nn.Linear(3 * embedding_dim, embedding_dim), nn.GELU(), nn.Linear(embedding_dim, 3))
 
     def forward(self, title: Tensor, image: Tensor, fused: Tensor, modalities: str) -> tuple[Tensor, Tensor]:
-        """Vectors [n, d] each; `modalities` is one of Modalities -> (product [n, d], weights [n, 3])."""
+        """Vectors [n, d] each; `modalities` is one of Modalities -> (parts [n, 3, d], whose sum is the product's
+        vector; their weights [n, 3]).
+        """
         units = torch.stack([F.normalize(x, dim=-1) for x in (title, image, fused)], 1)
         if modalities == "learned":
             weights = self.body(units.flatten(1)).softmax(-1)
         else:
             weights = torch.stack([units.new_full((len(units),), weight) for weight in _FIXED[modalities]], 1)
-        return (weights[:, :, None] * units).sum(1), weights
+        return weights[:, :, None] * units, weights
 
 
 class Match(nn.Module):

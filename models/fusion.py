@@ -41,11 +41,15 @@ class CrossAttention(nn.Module):
 
 
 class Fused(NamedTuple):
-    """Fused vector [b, h] of a document, gate [b] in (0, 1), attention of the concepts over patches [b, slots, P]."""
+    """Fused vector [b, h] of a document, gate [b] in (0, 1), attention of the concepts over patches [b, slots, P]; the
+    parts [b, h] whose sum the vector is, and the weights [b] that they have in it; none where it is no sum.
+    """
 
     vector: Tensor
     gate: Tensor
     attention: Tensor
+    parts: tuple[Tensor, ...] = ()
+    weights: tuple[Tensor | float, ...] = ()
 
 
 class ConceptFusion(nn.Module):
@@ -78,16 +82,22 @@ class ConceptFusion(nn.Module):
         with torch.no_grad():
             self.gate.bias.add_(math.log(gate_init / (1 - gate_init)))
 
-    def forward(self, image: Tensor, patches: Tensor, words: Tensor, words_hidden: Tensor) -> Fused:
-        """image [b, h]; patches [b, P, h]; words [b, L, t]; words_hidden bool [b, 1, 1, L], True = padding."""
+    def forward(
+        self, image: Tensor, patches: Tensor, words: Tensor, words_hidden: Tensor, every_text: bool = False
+    ) -> Fused:
+        """image [b, h]; patches [b, P, h]; words [b, L, t]; words_hidden bool [b, 1, 1, L], True = padding; every_text
+        leaves out no text.
+        """
         concepts, _ = self.text_attention(self.memory.expand(len(image), -1, -1), words, words_hidden)
         concepts, attention = self.patch_attention(concepts, patches)
         fused = self.norm(concepts).mean(1)
         gate = torch.sigmoid(self.gate(torch.cat([image, fused], -1)))
         mix = gate
-        if self.training and self.text_dropout:
+        if self.training and self.text_dropout and not every_text:
             mix = gate * (torch.rand_like(gate) >= self.text_dropout)
-        return Fused(mix * fused + (1 - mix) * image, gate[:, 0], attention.mean(1))
+        rest = 1 - mix
+        parts = (rest * image, mix * fused)
+        return Fused(parts[0] + parts[1], gate[:, 0], attention.mean(1), parts, (rest[:, 0], mix[:, 0]))
 
 
 class ConcatFusion(nn.Module):
@@ -99,7 +109,9 @@ class ConcatFusion(nn.Module):
         super().__init__()
         self.join = nn.Linear(hidden_size + text_size, hidden_size) if text_size else None
 
-    def forward(self, image: Tensor, patches: Tensor, words: Tensor, words_hidden: Tensor) -> Fused:
+    def forward(
+        self, image: Tensor, patches: Tensor, words: Tensor, words_hidden: Tensor, every_text: bool = False
+    ) -> Fused:
         """As ConceptFusion, with zeros [b] and [b, 1, P] for gate and attention."""
         nothing = image.new_zeros(patches.shape[:2])
         if self.join is None:
@@ -153,6 +165,7 @@ class SumFusion(nn.Module):
         words: Tensor,
         words_hidden: Tensor,
         transform: Callable[[Tensor], Tensor],
+        every_text: bool = False,
     ) -> tuple[Fused, Tensor]:
         """Arguments as ConceptFusion, and the documents' transform [n, h] -> [n, d].
 
@@ -171,11 +184,12 @@ class SumFusion(nn.Module):
         if self.identity is not None:
             parts.append(self.identity(mean_word(words, words_hidden)))
         units = [F.normalize(part.float() if part.dtype == torch.bfloat16 else part, dim=-1) for part in parts]
-        if self.identity is not None and self.training and self.text_dropout:
+        if self.identity is not None and self.training and self.text_dropout and not every_text:
             units[-1] = units[-1] * (torch.rand_like(units[-1][:, :1]) >= self.text_dropout)
         weights = [self.weights[0], *(weight for weight in self.weights[1:] if weight)]
-        total = torch.stack([weight * unit for weight, unit in zip(weights, units, strict=True)]).sum(0)
-        return Fused(total.to(image.dtype), attention.new_zeros(len(image)), attention), parts[0]
+        weighted = torch.stack([weight * unit for weight, unit in zip(weights, units, strict=True)])
+        total, nothing = weighted.sum(0).to(image.dtype), attention.new_zeros(len(image))
+        return Fused(total, nothing, attention, weighted.unbind(0), tuple(weights)), parts[0]
 
 
 class ResidualTransform(nn.Module):

@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup
 
 from models.alignment import Alignment
 from models.batch import Batch, Reads, rank_sizes
+from models.explanation import Explanation
 from models.fields import TRAINING_ONLY
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss
 from models.heads.mean import averaged, global_mean, weight_errors, weighted_sum
@@ -196,11 +197,16 @@ class ItemTowers(nn.Module):
         """Vectors that a search compares: unit vectors float32 [b, h]."""
         if self.alignment is None:
             return self.view(images, tokens, seen, padded)
+        return F.normalize(self.aligned_parts(images, tokens, seen, padded).sum(1).float(), dim=-1)
+
+    def aligned_parts(self, images: Tensor, tokens: Tensor, seen: str = "both", padded: bool = True) -> Tensor:
+        """What each view adds to the embedding before it is normalised: [b, views, h]. With `alignment` only."""
+        assert self.alignment is not None, "the caller looked"
         image, title = (
             self.view(images, tokens, name, padded) if seen in (name, "both") else None for name in ("image", "title")
         )
         titled = (tokens != self.config.text.pad_id).any(1)
-        return F.normalize(self.alignment(image, title, titled).float(), dim=-1)
+        return self.alignment.parts(image, title, titled)
 
     def view(self, images: Tensor, tokens: Tensor, seen: str, padded: bool = True) -> Tensor:
         """The global vector as a unit vector, float32 [b, h]."""
@@ -256,6 +262,7 @@ class Item(Method):
 
     def __init__(self, config: ItemConfig, towers: ItemTowers, head: None, data_group: ProcessGroup) -> None:
         self.config, self.towers, self.data_group = config, towers, data_group
+        self.parts = ("image", "title") if config.aligned else ()
 
     def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """`loss` of each micro-batch, an equal part of the step's: each has means of its own."""
@@ -353,6 +360,12 @@ class Item(Method):
         batch = batch.trimmed("document")
         padded = batch.padded("document")
         return self.towers.embedding(batch.document_images, batch.document_tokens, seen, padded)
+
+    def explain_document(self, batch: Batch) -> Explanation:
+        """See Method: image and title, with model.aligned; the global vector of both together has no parts."""
+        batch = batch.trimmed("document")
+        parts = self.towers.aligned_parts(batch.document_images, batch.document_tokens, padded=batch.padded("document"))
+        return Explanation(F.normalize(parts.sum(1).float(), dim=-1), parts, torch.ones_like(parts[:, :, 0]))
 
     @property
     def calibration(self) -> Calibration | None:

@@ -23,6 +23,7 @@ from torch.distributed import ProcessGroup
 from models.batch import Batch, Reads, rank_sizes
 from models.comm import gather_shards, gather_with_grad, own_slice, shard_sizes
 from models.cross_modal import CrossModal, Match, ModalAdaptation, Modalities
+from models.explanation import Explanation
 from models.fields import TRAINING_ONLY
 from models.heads.contrastive import ContrastiveConfig, contrastive_loss, same_product
 from models.heads.mean import averaged, global_mean, weight_errors, weighted_sum
@@ -129,11 +130,13 @@ class MakeConfig:
 
 
 class Products(NamedTuple):
-    """n products: embedding [n, d] and image vector [n, d], not normalised; weights [n, 3] of title, image and fused
-    vector; words [n, L, t] of the title tower, patches [n, P, v] of the image tower.
+    """n products: embedding [n, d], which is the sum of its parts [n, 3, d], and image vector [n, d], not normalised;
+    weights [n, 3] of title, image and fused vector; words [n, L, t] of the title tower, patches [n, P, v] of the image
+    tower.
     """
 
     embedding: Tensor
+    parts: Tensor
     image: Tensor
     weights: Tensor
     words: Tensor
@@ -173,8 +176,8 @@ class MakeTowers(nn.Module):
         words = self.text(tokens, padded)
         title, image = self.text_project(self.text.pool(tokens, words)), self.image_project(pooled)
         fused = self.fused_project(self.fusion(words, self.padding(tokens, padded), patches)[0])
-        embedding, weights = self.adaptation(title, image, fused, modalities)
-        return Products(embedding, image, weights, words, patches)
+        parts, weights = self.adaptation(title, image, fused, modalities)
+        return Products(parts.sum(1), parts, image, weights, words, patches)
 
     def padding(self, tokens: Tensor, padded: bool) -> Tensor | None:
         """Mask of the titles' words that the fusion hides: bool [n, L], or None."""
@@ -220,7 +223,7 @@ class Make(Method):
     """
 
     towers: MakeTowers
-    modalities = ("title", "image", "fused")
+    parts = ("title", "image", "fused")
 
     def __init__(self, config: MakeConfig, towers: MakeTowers, head: None, data_group: ProcessGroup) -> None:
         self.config, self.towers, self.data_group = config, towers, data_group
@@ -276,7 +279,7 @@ class Make(Method):
             terms["mpm"] = self._mpm(products, batch)
         total, more = weighted_sum(use, terms)
         metrics |= more
-        for i, name in enumerate(self.modalities):
+        for i, name in enumerate(self.parts):
             local = torch.stack([products.weights.detach()[:, i].to(weights) @ weights, weights.sum()])
             metrics[f"weight_{name}"] = local.to(total)
         return total, metrics
@@ -413,9 +416,10 @@ class Make(Method):
         """Unit embeddings of the batch's documents, float32 [n, d]; `seen` both, title or image: a modality drop."""
         return F.normalize(self._products(batch, seen).embedding.float(), dim=-1)
 
-    def modal_weights(self, batch: Batch) -> Tensor:
-        """Weights of title, image and fused vector of the batch's documents, float32 [n, 3]."""
-        return self._products(batch, "both").weights.float()
+    def explain_document(self, batch: Batch) -> Explanation:
+        """See Method: title, image and fused vector, with the weights of Modal Adaptation."""
+        found = self._products(batch, "both")
+        return Explanation(F.normalize(found.embedding.float(), dim=-1), found.parts, found.weights.float())
 
     def _products(self, batch: Batch, seen: str) -> Products:
         modalities = self.config.modalities if seen == "both" else seen

@@ -1,4 +1,4 @@
-"""Lets megatron-core 0.16 run on a CPU; on a GPU only its checkpoint writer is patched.
+"""Lets megatron-core 0.16 run on a CPU.
 
 megatron-core writes `torch.cuda.current_device()`, `device='cuda'` and `'torch.cuda.FloatTensor'` into a few modules
 that otherwise need no GPU. torch itself is never patched: in each module named in `PATCHED` the global name `torch` is
@@ -12,7 +12,6 @@ import contextlib
 import functools
 import importlib
 import logging
-import queue
 import sys
 import types
 import warnings
@@ -32,8 +31,6 @@ PATCHED = {
     "megatron.core.distributed.param_and_grad_buffer": "buffers allocated on torch.cuda.current_device()",
     "megatron.core.optimizer.optimizer": "found_inf lives on 'cuda'",
     "megatron.core.optimizer.distrib_optimizer": "state shards allocated on torch.cuda.current_device()",
-    "megatron.core.dist_checkpointing.strategies.filesystem_async": "synchronize() before writing",
-    "megatron.core.dist_checkpointing.strategies.state_dict_saver": "collective flags on 'cuda'",
     "megatron.core.dist_checkpointing.exchange_utils": "exchange buffers on 'cuda'",
     "megatron.core.dist_checkpointing.strategies.fully_parallel": "exchange buffers on 'cuda'",
 }
@@ -116,7 +113,6 @@ def install() -> None:
         with accelerators.hidden():
             for name in (*USED, *PATCHED):
                 importlib.import_module(name)
-    _mend_checkpoint_writer(sys.modules["megatron.core.dist_checkpointing.strategies.filesystem_async"])
     # On a CPU the tracker's streams share torch's one generator, so its warning about that fires at every fork.
     rng = logging.getLogger("megatron.core.tensor_parallel.random")
     rng.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
@@ -137,33 +133,6 @@ def use_cpu(cpu: bool) -> None:
         _replaced.clear()
     for name in PATCHED:
         sys.modules[name].torch = _CpuTorch() if cpu else torch  # type: ignore[attr-defined]
-
-
-def _mend_checkpoint_writer(filesystem_async: Any) -> None:
-    """Replaces the checkpoint writer, also on GPUs: ours writes its buckets in this process.
-
-    The stock writer forks for every save, from a process full of threads (gloo or NCCL, DALI), and first starts a
-    *spawned* manager that imports the main module again: 5 s, a hang if that module has no guard, an orphan if the rank
-    is killed.
-    """
-    writer = filesystem_async.FileSystemWriterAsync
-
-    def write_here(transforms: Any, _use_msc: bool, _rank: int, buckets: list[Any], results: queue.Queue[Any]) -> None:
-        written: dict[int, Any] = {}
-        for number, bucket in enumerate(buckets):
-            counts: queue.Queue[int] = queue.Queue()
-            counts.put(number)  # the stock worker takes its number from the queue at its end
-            outcome: queue.Queue[Any] = queue.Queue()
-            writer.write_preloaded_data(transforms, number, bucket, outcome, counts, use_fsync=True)
-            _, written[number] = outcome.get_nowait()
-            if isinstance(written[number], Exception):
-                results.put(written[number])
-                return
-        results.put(written)
-
-    writer.write_preloaded_data_multiproc = staticmethod(write_here)
-    results: queue.Queue[Any] = queue.Queue()
-    filesystem_async._get_write_results_queue = lambda: results
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 from torch import Tensor, nn
 
 from models.batch import Batch, Reads
+from models.explanation import Explanation
 from models.heads.class_parallel import ClassParallelHead
 from models.shape import TransformerBuilder
 
@@ -141,14 +142,15 @@ class Method(ABC):
         towers: the parameters that are trained.
         head: the class-parallel head, if an objective of the run has one.
         memory: state of training besides towers and head, the same on every rank: memory banks.
-        modalities: names of what `modal_weights` weighs; none where a document has no such weights.
+        parts: names of the parts that a document's vector is made of, as `explain_document` gives them; none where it
+            cannot be taken apart.
     """
 
     config: Any
     towers: nn.Module
     head: ClassParallelHead | None = None
     memory: nn.Module | None = None
-    modalities: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
 
     @property
     def trained_head(self) -> ClassParallelHead | None:
@@ -175,8 +177,8 @@ class Method(ABC):
     def embed_document(self, batch: Batch, seen: str = "both") -> Tensor:
         """Unit embeddings float32 [n, d]; `seen` is one of the method's `views`."""
 
-    def modal_weights(self, batch: Batch) -> Tensor:
-        """Weights of the batch's documents, float32 [n, len(modalities)]; evaluation reports their means."""
+    def explain_document(self, batch: Batch) -> Explanation:
+        """The vectors of `embed_document` with their parts, in the order of `parts`, and the attention over patches."""
         raise NotImplementedError
 
     @property

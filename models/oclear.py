@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from models.batch import Batch, Reads, rank_sizes
+from models.explanation import Explanation
 from models.fields import TRAINING_ONLY
-from models.fusion import ConcatFusion, ConceptFusion, ResidualTransform, SumFusion
+from models.fusion import ConcatFusion, ConceptFusion, Fused, ResidualTransform, SumFusion
 from models.heads.cached import cached_losses
 from models.heads.class_parallel import ClassParallelHead
 from models.heads.contrastive import (
@@ -67,8 +68,11 @@ class OclearConfig:
         temperature: of the contrastive objective.
         contrast_weight: of InfoNCE over the step's pairs beside the classes; above 0 each photo brings a document of
             its class (data.documents_per_step has no effect).
+        contrast_margin: taken off the cosine of each pair in InfoNCE: above 0 it is AM-softmax.
+        wrong_texts: each document's image with another document's text is one more negative in InfoNCE.
         image_anchor: weight of a document's image alone as a further document of its class in training, relative to
             the fused one; 0 trains on none.
+        fused_stop_gradient: losses of fused documents do not train the image tower; photos and images alone do.
         document_share: of the documents in the class loss, the photos have the rest; 0 counts every sample alike.
     """
 
@@ -86,7 +90,10 @@ class OclearConfig:
     objective: Literal["classification", "contrastive"] = "classification"
     temperature: PositiveFloat = field(default=0.07, metadata=TRAINING_ONLY)
     contrast_weight: NonNegativeFloat = field(default=0.0, metadata=TRAINING_ONLY)
+    contrast_margin: NonNegativeFloat = field(default=0.0, metadata=TRAINING_ONLY)
+    wrong_texts: bool = field(default=False, metadata=TRAINING_ONLY)
     image_anchor: NonNegativeFloat = field(default=0.0, metadata=TRAINING_ONLY)
+    fused_stop_gradient: bool = field(default=False, metadata=TRAINING_ONLY)
     document_share: UnitIntervalBelow1 = field(default=0.0, metadata=TRAINING_ONLY)
     query_text = None  # queries are photos
 
@@ -107,6 +114,11 @@ class OclearConfig:
             )
         if not any(self.fusion_weights):
             errors.append("model.fusion_weights are all 0: a document has no vector")
+        if self.wrong_texts and not _pairs_up(self):
+            errors.append("model.wrong_texts are negatives of InfoNCE; set model.contrast_weight above 0")
+        weightless = self.fusion_kind == "sum" and not any(self.fusion_weights[1:])
+        if self.wrong_texts and (self.fusion_kind == "image" or weightless):
+            errors.append("model.wrong_texts: the text is no part of a document's vector (model.fusion_kind)")
         return errors
 
 
@@ -116,7 +128,7 @@ class OclearTowers(nn.Module):
     def __init__(self, config: OclearConfig, build: TransformerBuilder) -> None:
         super().__init__()
         hidden = config.vision.hidden_size
-        self.pad_id = config.text.pad_id
+        self.pad_id, self.stop_gradient = config.text.pad_id, config.fused_stop_gradient
         self.vision = vision_tower(config.vision, build)
         self.text = TextTower(config.text, build)
         self.fusion: ConceptFusion | SumFusion | ConcatFusion
@@ -154,37 +166,65 @@ class OclearTowers(nn.Module):
 
     def document(self, images: Tensor, tokens: Tensor, padded: bool = True) -> tuple[Tensor, Tensor]:
         """images [n, 3, S, S], tokens [n, L] -> (embeddings [n, d], not normalised; gates [n]); padded as TextTower."""
+        vectors, fused = self.fused_document(images, tokens, padded)
+        return vectors, fused.gate
+
+    def fused_document(self, images: Tensor, tokens: Tensor, padded: bool = True) -> tuple[Tensor, Fused]:
+        """As `document`, with all that the fusion gives in the gates' place."""
         patches, pooled = self.vision(images)
-        return self._fuse(patches, pooled, tokens, padded, False)
+        return self._fuse(patches, pooled, tokens, padded)
 
     def image_document(self, images: Tensor) -> Tensor:
         """Documents by their images alone: [n, 3, S, S] -> [n, d], not normalised."""
         return self.document_transform(self.vision(images)[1])
 
     def forward(
-        self, query_images: Tensor, images: Tensor, tokens: Tensor, padded: bool = True, alone: bool = False
+        self,
+        query_images: Tensor,
+        images: Tensor,
+        tokens: Tensor,
+        padded: bool = True,
+        alone: bool = False,
+        wrong_texts: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Both in one pass of the shared image tower -> (queries [q, d], documents [n, d], gates [n]).
 
-        With `alone`, documents are [n, 2, d]: fused, and by their images alone.
+        With `alone` or `wrong_texts`, documents are [n, 2 or 3, d]: fused; by their images alone; fused with the text
+        of the document before, all texts whole.
         """
         patches, pooled = self.vision(torch.cat([query_images, images]))
         q = len(query_images)
-        documents, gate = self._fuse(patches[q:], pooled[q:], tokens, padded, alone)
-        return self.query_transform(pooled[:q]), documents, gate
+        documents, fused = self._fuse(patches[q:], pooled[q:], tokens, padded, alone, wrong_texts)
+        return self.query_transform(pooled[:q]), documents, fused.gate
 
     def _fuse(
-        self, patches: Tensor, pooled: Tensor, tokens: Tensor, padded: bool, alone: bool
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        patches: Tensor,
+        pooled: Tensor,
+        tokens: Tensor,
+        padded: bool,
+        alone: bool = False,
+        wrong_texts: bool = False,
+    ) -> tuple[Tensor, Fused]:
         words, hidden = self.text(tokens, padded), words_hidden(tokens, self.pad_id)
+        seen = (pooled.detach(), patches.detach()) if self.stop_gradient else (pooled, patches)
+        vector, image, fused = self._document(*seen, words, hidden)
+        found = [vector]
+        if alone:
+            found.append(self.document_transform(pooled) if image is None or self.stop_gradient else image)
+        if wrong_texts:
+            found.append(self._document(*seen, words.roll(1, 0), hidden.roll(1, 0), every_text=True)[0])
+        return torch.stack(found, 1) if len(found) > 1 else vector, fused
+
+    def _document(
+        self, pooled: Tensor, patches: Tensor, words: Tensor, hidden: Tensor, every_text: bool = False
+    ) -> tuple[Tensor, Tensor | None, Fused]:
+        """Fused embeddings [n, d], those of the images alone where they come with it, and what the fusion gives."""
         if isinstance(self.fusion, SumFusion):
-            fused, image = self.fusion(pooled, patches, words, hidden, self.document_transform)
-            vector = fused.vector
-        else:
-            fused = self.fusion(pooled, patches, words, hidden)
-            vector = self.document_transform(fused.vector)
-            image = self.document_transform(pooled) if alone else vector
-        return torch.stack([vector, image], 1) if alone else vector, fused.gate
+            fused, image = self.fusion(pooled, patches, words, hidden, self.document_transform, every_text)
+            return fused.vector, image, fused
+        fused = self.fusion(pooled, patches, words, hidden, every_text)
+        return self.document_transform(fused.vector), None, fused
 
 
 class OclearQuery(nn.Module):
@@ -223,6 +263,7 @@ class Oclear(Method):
         self, config: OclearConfig, towers: OclearTowers, head: ClassParallelHead | None, data_group: ProcessGroup
     ) -> None:
         self.config, self.towers, self.head, self.data_group = config, towers, head, data_group
+        self.parts = _parts(config)
 
     @property
     def trained_head(self) -> ClassParallelHead | None:
@@ -264,9 +305,16 @@ class Oclear(Method):
 
     def _encode(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], Tensor]:
         tokens, padded = self._texts(batch)
-        alone = self.config.image_anchor > 0
-        queries, documents, gate = self.towers(batch.query_images, batch.document_images, tokens, padded, alone)
+        config = self.config
+        queries, documents, gate = self.towers(
+            batch.query_images, batch.document_images, tokens, padded, config.image_anchor > 0, config.wrong_texts
+        )
         return (queries, documents), gate
+
+    def _kinds(self, documents: Tensor) -> dict[str, Tensor]:
+        """Documents as `OclearTowers.forward` gives them, by what they are: each [n, d]."""
+        kinds = ["document", *["alone"] * (self.config.image_anchor > 0), *["wrong"] * self.config.wrong_texts]
+        return dict(zip(kinds, documents.unbind(1) if len(kinds) > 1 else [documents], strict=True))
 
     def _texts(self, batch: Batch) -> tuple[Tensor, bool]:
         """The documents' tokens, trimmed, and whether there is padding among them."""
@@ -280,40 +328,57 @@ class Oclear(Method):
     def _classes(
         self, batches: Sequence[Batch], queries: Tensor, documents: Tensor, factors: _Factors | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The head's loss of these micro-batches; queries [q, d], documents [n, d] or [n, 2, d]."""
-        of_queries, of_documents = (torch.cat([getattr(b, f"{s}_weights") for b in batches]) for s in SIDES)
+        """The head's loss of these micro-batches; queries [q, d], documents as `OclearTowers.forward`."""
+        kinds = self._kinds(documents)
+        kinds.pop("wrong", None)
+        weights = [torch.cat([getattr(b, f"{kind}_weights") for b in batches]) for kind in ("query", *kinds)]
         query_labels, labels = (torch.cat([getattr(b, f"{s}_labels") for b in batches]) for s in SIDES)
-        kinds = 1 if documents.dim() == 2 else 2
-        weights = [of_queries, *[of_documents] * kinds]
         if factors is not None:
             weights = [weight.double() * factor for weight, factor in zip(weights, factors, strict=False)]
         assert self.head is not None, "the caller looked"
         return self.head(
-            torch.cat([queries, *(documents.unbind(1) if kinds == 2 else [documents])]),
-            torch.cat([query_labels, *[labels] * kinds]),
+            torch.cat([queries, *kinds.values()]),
+            torch.cat([query_labels, *[labels] * len(kinds)]),
             torch.cat(weights),
-            rank_sizes(batches, "query", *["document"] * kinds),
+            rank_sizes(batches, "query", *["document"] * len(kinds)),
         )
 
     def _pairs(self, batches: Sequence[Batch], queries: Tensor, documents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """InfoNCE over the pairs of the whole step; arguments as `_classes`. With images alone, the mean of both
         kinds of documents, weighted; metrics are the fused ones'.
         """
-        labels, related = self._labels(batches)
-        weights = torch.cat([b.query_weights * b.document_weights for b in batches])
-        settings = ContrastiveConfig(temperature=self.config.temperature)
+        kinds, (labels, related) = self._kinds(documents), self._labels(batches)
+        settings = ContrastiveConfig(temperature=self.config.temperature, margin=self.config.contrast_margin)
         sizes = rank_sizes(batches, "query")
 
-        def loss_of(found: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss_of(kind: str, **hard: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            weights = torch.cat([b.query_weights * getattr(b, f"{kind}_weights") for b in batches])
             return contrastive_loss(
-                queries, found, labels, settings, self.data_group, weights=weights, related=related, sizes=sizes
-            )
+                queries, kinds[kind], labels, settings, self.data_group,
+                weights=weights, related=related, sizes=sizes, **hard,
+            )  # fmt: skip
 
-        if documents.dim() == 2:
-            return loss_of(documents)
-        (loss, metrics), (alone, _) = (loss_of(kind) for kind in documents.unbind(1))
+        loss, metrics = loss_of("document", **self._wrong_texts(batches, kinds, labels))
+        if "alone" not in kinds:
+            return loss, metrics
         anchor = self.config.image_anchor
-        return (loss + anchor * alone) / (1 + anchor), metrics
+        return (loss + anchor * loss_of("alone")[0]) / (1 + anchor), metrics
+
+    def _wrong_texts(self, batches: Sequence[Batch], kinds: dict[str, Tensor], labels: Tensor) -> dict[str, Any]:
+        """Hard negatives of `contrastive_loss`: each image with the text of the document before it in its micro-batch.
+
+        It has the labels of the text's document, so that it is no negative of photos of that document's class, nor of
+        those that name it: it may be right for them, as where the picture shows that product too. It does not count
+        where the two texts are equal.
+        """
+        if "wrong" not in kinds:
+            return {}
+        of_texts = torch.cat([x.roll(1, 0) for x in labels.split([len(b.query_ids) for b in batches])])
+        other = [(b.document_tokens != b.document_tokens.roll(1, 0)).any(1) for b in batches]
+        return {
+            "negatives": (kinds["wrong"][:, None], of_texts[:, None]),
+            "negative_weights": torch.cat(other)[:, None],
+        }
 
     def _side_factors(self, batches: Sequence[Batch]) -> _Factors | None:
         """Factors on the weights of photos, fused documents and images alone in the class loss, so that their sum over
@@ -323,15 +388,16 @@ class Oclear(Method):
         if self.trained_head is None or not (anchor or share):
             return None
         sides = []
-        for side in SIDES:
-            pieces = [getattr(b, f"{side}_weights") * (getattr(b, f"{side}_labels") >= 0) for b in batches]
+        for seen, side in zip((*SIDES, "alone"), (*SIDES, "document"), strict=True):
+            pieces = [getattr(b, f"{seen}_weights") * (getattr(b, f"{side}_labels") >= 0) for b in batches]
             sides.append(torch.cat(pieces).double().sum())
         sums = torch.stack(sides)
         dist.all_reduce(sums, group=self.data_group)
-        total, sums = sums.sum(), sums.clamp_min(torch.finfo(sums.dtype).tiny)
-        photo, document = (1 - share) / sums[0], share / sums[1] / (1 + anchor)
+        total, sums = sums[:2].sum(), sums.clamp_min(torch.finfo(sums.dtype).tiny)
+        both = 1 + anchor * sums[2] / sums[1]  # a document's weight with its image alone
+        photo, document = (1 - share) / sums[0], share / sums[1] / both
         if not share:
-            photo = document = 1 / (sums[0] + (1 + anchor) * sums[1])
+            photo = document = 1 / (sums[0] + both * sums[1])
         return total * photo, total * document, total * document * anchor
 
     def embed_query(self, batch: Batch) -> Tensor:
@@ -347,6 +413,23 @@ class Oclear(Method):
             else self.towers.document(images, *self._texts(batch))[0]
         )
         return F.normalize(found.float(), dim=-1)
+
+    def explain_document(self, batch: Batch) -> Explanation:
+        """See Method. Of a concept-aware fusion the parts are those before the transformation network, and their
+        weights the gate; attention is the concepts' mean.
+        """
+        vectors, fused = self.towers.fused_document(batch.document_images, *self._texts(batch))
+        parts = torch.stack(fused.parts, 1)
+        weights = torch.stack([parts.new_ones(len(parts)) * weight for weight in fused.weights], 1)
+        attention = fused.attention.mean(1) if {"steered", "concepts"} & {*self.parts} else None
+        return Explanation(F.normalize(vectors.float(), dim=-1), parts, weights, attention)
+
+
+def _parts(config: OclearConfig) -> tuple[str, ...]:
+    if config.fusion_kind == "sum":
+        names = zip(("image", "steered", "text"), config.fusion_weights, strict=True)
+        return tuple(name for name, weight in names if weight or name == "image")
+    return ("image", "concepts") if config.fusion_kind == "concept" else ()
 
 
 def _classifies(config: OclearConfig) -> bool:

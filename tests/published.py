@@ -50,6 +50,8 @@ def artefact(folder: Path, rows: int = 300, seed: int = 0, first: int = 0, parts
             "colour": pa.array([COLOURS[i % 3] if i % 7 else None for i in numbers], pa.string()),
             "shoe size": pa.array([str(i % 11) for i in numbers]),
             "thumbnail": pa.array([None] * rows, pa.binary()),
+            "part_image": pa.array(vectors[:, 0]),
+            "part_text": pa.array(1 - vectors[:, 0]),
             "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), WIDTH),
         }
     )

@@ -207,6 +207,7 @@ def test_a_run_warns_after_its_warm_up(
         assert signs == []
         return
     assert any(line.startswith(f"warning: {sign}") for line in signs)
+    assert set(signs) <= set(json.loads((tmp_path / "run/eval-00000004.json").read_text())["warnings"])  # export's
     board = EventAccumulator(str(tmp_path / "run/tensorboard"))
     board.Reload()
     (shown,) = board.Tensors("run/warnings/text_summary")

@@ -10,10 +10,11 @@ from contextlib import closing
 from datetime import datetime
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from harness.bench import bm25, decode, evaluation, head, head_memory, loader, plain, towers
+from harness.bench import bm25, click_log, decode, evaluation, governance, head, head_memory, loader, plain, towers
 from harness.bench.ranks import Memory
 from harness.bench.report import command_line, make_report
 from harness.commands import ingest
@@ -334,3 +335,46 @@ def test_the_plain_script_learns_colours_and_shapes(tmp_path):
     assert (row["queries"], row["documents"]) == (6, 6) and row["recall_at_1_never_trained"] is None
     untrained = plain.run(dataclasses.replace(config, images=1))
     assert report["headline"]["recall_at_1"] > max(0.5, untrained["headline"]["recall_at_1"])
+
+
+@pytest.mark.full
+def test_governance_is_compared_with_the_truth_beside_other_groupings():
+    report = governance.run(governance.GovernanceConfig(classes=40, noise=(0.2,)))
+    check_report(report)
+    assert [row["shop"] for row in report["rows"]] == [governance.TUNED] * 5 + [governance.OTHER] * 5
+    tuned = {row["method"]: row for row in report["rows"] if row["shop"] == governance.TUNED}
+    precision = {method: row["precision"] for method, row in tuned.items()}
+    assert precision["governed"] > precision["without embeddings"] > precision["label propagation"]
+    assert precision["label propagation"] > precision["components"]
+    for row in tuned.values():
+        assert row["reachable_recall"] > 0.9 and row["pairs_of_2_clicks"] > 0.5 and 0.2 < row["wrong_clicks"] < 0.3
+    headline = report["headline"]
+    assert headline["precision_at_20_noise"] == precision["governed"] > 0.9
+    assert headline["recall_at_20_noise_components"] == tuned["components"]["recall"]
+    with pytest.raises(UserError, match="belong together"):
+        governance.GovernanceConfig(embeddings=("photos.parquet",))
+
+
+def test_a_click_log_of_a_catalogue_holds_its_classes(tmp_path):
+    rows = draw_rows(tmp_path, classes=6, queries=6, size=16, seed=0)
+    manifest, catalogue = write_manifest(tmp_path / "manifest.tsv", rows), tmp_path / "catalogue"
+    ingest.run(ingest.IngestConfig(manifest=manifest, images=tmp_path, out=catalogue, workers=1))
+    config = click_log.ClickLogConfig(catalogue=catalogue, out=tmp_path / "clicks.parquet", noise=0.0)
+    report = click_log.run(config)
+    check_report(report)
+    log = pq.read_table(config.out).to_pandas()
+    classes = {row["id"]: row["class_id"] for row in rows}
+    right = log["query"].map(classes) == log["document"].map(classes)
+    trained = {row["id"] for row in rows if row["kind"] == "query" and row["split"] == "train"}
+    assert set(log["query"]) == set(log["query"][right & (log["clicks"] > 0)]) == trained
+    wrong = log["clicks"][~right].sum() / log["clicks"].sum()  # on hot documents only
+    assert 0 < wrong < 0.5 and report["headline"]["wrong_clicks"] == pytest.approx(wrong)
+    assert report["rows"] == [{"queries": 24, "documents": 6, "rows": len(log), "clicks": log["clicks"].sum()}]
+
+    for row in rows:
+        row["id"] = row["class_id"]  # photos by the id of their product
+    write_manifest(manifest, rows)
+    same = tmp_path / "same"
+    ingest.run(ingest.IngestConfig(manifest=manifest, images=tmp_path, out=same, workers=1))
+    with pytest.raises(UserError, match="photos with the same id"):
+        click_log.run(dataclasses.replace(config, catalogue=same))

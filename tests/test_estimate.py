@@ -208,6 +208,17 @@ def test_flops_of_a_step_are_what_torch_counts():
     assert flops_per_step(config, 77) == sum(part.total for part in parts.values())
 
 
+@pytest.mark.full
+def test_wrong_texts_cost_a_second_pass_of_the_fusion_and_none_of_a_tower():
+    recipe = TINY | {"model.contrast_weight": 1.0, "model.fusion_kind": "sum", "data.queries_per_step": 3}
+    plain, wrong = (step_parts(parse(flags(recipe | {"model.wrong_texts": x}))[0], 77) for x in (False, True))
+    assert plain.keys() == wrong.keys()
+    for part in plain:
+        factor = {"fusion": 2, "document_transform": 2}.get(part, 1)
+        assert part == "losses" or wrong[part].forward == pytest.approx(factor * plain[part].forward, rel=1e-9), part
+    assert wrong["losses"].forward > plain["losses"].forward
+
+
 def test_a_step_costs_what_its_own_texts_cost():
     """Documents of 5 and of 40 tokens against what torch counts of each without padding."""
     recipe = TINY | {

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from harness.artefact import document_chunks
+from harness.artefact import document_chunks, index_tune
 from harness.artefact.artefact import Artefact
 from harness.commands import export, remove
 from harness.core.errors import UserError
@@ -115,7 +115,7 @@ def test_parts_are_the_same_on_any_number_of_ranks(run: Path, whole: Path, tmp_p
 
 KILLED = """
 import os, signal, sys
-from harness.artefact import document_chunks
+from harness.artefact import document_chunks, index_tune
 from harness.__main__ import main
 real, calls = document_chunks._write, []
 def killed(*args, **columns):
@@ -151,6 +151,18 @@ def test_an_index_of_another_kind_answers_with_exact_scores(run: Path, whole: Pa
     queries = torch.cat([exact.vector(row) for row in range(6)])
     assert opened.search(queries, 6) == exact.search(queries, 6)
     assert np.array_equal(np.load(out / "vectors.npy"), queries.numpy())
+
+
+def test_a_recall_out_of_reach_ends_the_export_and_keeps_its_parts(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many, out = make_catalogue(tmp_path / "many", classes=40), tmp_path / "out"
+    monkeypatch.setattr(index_tune, "FACTORS", (1,))  # its codes have the last word
+    index = export.IndexConfig(kind="ivf_rabitq", recall=1.0)
+    with pytest.raises(UserError, match=r"an index of kind ivf_rabitq finds 0\..* less than --index\.recall 1") as told:
+        export.run(export.ExportConfig(run=run, out=out, catalogue=many, onnx=False, index=index))
+    assert "flat, which keep more of each vector, or --index.recall 0." in str(told.value) and not out.exists()
+    assert len(list((tmp_path / "out.tmp" / "kept").glob("part-00000-*.parquet"))) == 1
 
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf_sq8"])

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.batch import Batch
+from models.batch import TENSORS, Batch
 from models.fusion import SumFusion
 from models.heads.class_parallel import ClassHeadConfig, ClassParallelHead
 from models.oclear import METHOD, Oclear, OclearConfig, OclearTowers
@@ -38,6 +38,16 @@ SUM = replace(BASE, fusion_kind="sum", fusion_weights=(1.0, 0.7, 0.4))
 STEPS = {
     "concept, classes and pairs": replace(BASE, contrast_weight=0.7),
     "sum, images alone, sides, pairs": replace(SUM, contrast_weight=2.0, image_anchor=0.5, document_share=0.3),
+    "sum, AM-softmax, stopped, images alone, wrong texts": replace(
+        SUM, contrast_weight=0.7, contrast_margin=0.3, fused_stop_gradient=True, image_anchor=0.5, wrong_texts=True
+    ),
+    "concept, pairs, wrong texts": replace(BASE, objective="contrastive", wrong_texts=True),
+    "concat, AM-softmax, wrong texts": replace(
+        BASE, fusion_kind="concat", contrast_weight=2.0, contrast_margin=0.2, wrong_texts=True
+    ),
+    "concept, stopped": replace(BASE, fused_stop_gradient=True, document_share=0.5, image_anchor=1.0),
+    "sum, mosaics, sides, pairs": replace(SUM, contrast_weight=1.0, image_anchor=0.5, document_share=0.3),
+    "sum, mosaics": replace(SUM, image_anchor=0.5),
     "sum, images alone": replace(SUM, image_anchor=0.5),
     "concept, sides": replace(BASE, document_share=0.6, separate_transforms=False),
     "sum, pairs and images alone": replace(SUM, objective="contrastive", image_anchor=2.0),
@@ -67,40 +77,77 @@ def pairs(n: int = 7) -> Batch:
     )
 
 
-def dense_pairs(queries: Tensor, documents: Tensor, batch: Batch, temperature: float) -> Tensor:
-    """Symmetric InfoNCE of all pairs at once, without those that are no negatives: of one class, or damaged."""
-    weights, labels = (batch.query_weights * batch.document_weights).double(), batch.query_labels
-    logits = F.normalize(queries, dim=-1) @ F.normalize(documents, dim=-1).T / temperature
+def dense_pairs(
+    config: OclearConfig, queries: Tensor, documents: Tensor, batch: Batch, weights: Tensor, wrong: Tensor | None = None
+) -> Tensor:
+    """Symmetric InfoNCE of all pairs at once, without those that are no negatives: of one class, or of weight 0. Its
+    first direction has the further logits `wrong` [n, n], without those that are -inf.
+    """
+    weights, labels = (batch.query_weights * weights).double(), batch.query_labels
+    cosine = F.normalize(queries, dim=-1) @ F.normalize(documents, dim=-1).T
+    logits = (cosine - config.contrast_margin * torch.eye(len(cosine), dtype=torch.float64)) / config.temperature
     hidden = ((labels[:, None] == labels) & (labels >= 0)) | (weights == 0)
     hidden.fill_diagonal_(False)
-    terms = [x.masked_fill(hidden, float("-inf")).logsumexp(1) - x.diag() for x in (logits, logits.T)]
+    sides = [x.masked_fill(hidden, float("-inf")) for x in (logits, logits.T)]
+    if wrong is not None:
+        sides[0] = torch.cat([sides[0], wrong.masked_fill(weights == 0, float("-inf"))], 1)
+    terms = [side.logsumexp(1) - logits.diag() for side in sides]
     return (sum(terms) / 2) @ weights / weights.sum()
 
 
-def dense_step(config: OclearConfig, batch: Batch, towers: OclearTowers, rows: Tensor) -> Tensor:
-    """The loss of a whole step, from the description of the keys."""
+def dense_wrong_texts(
+    config: OclearConfig, queries: Tensor, batch: Batch, towers: OclearTowers, pieces: list[Tensor]
+) -> Tensor:
+    """Logits [n, n] of the photos and each document's image with the text of the one before it in its piece of the
+    step; -inf for photos of that one's class, and where its text is the document's own.
+    """
+    found = torch.full((len(queries), len(queries)), float("-inf"), dtype=torch.float64)
+    unit = F.normalize(queries, dim=-1)
+    for piece in pieces:
+        for place, row in enumerate(piece.tolist()):
+            other = int(piece[place - 1])
+            if torch.equal(batch.document_tokens[row], batch.document_tokens[other]):
+                continue
+            images, tokens = batch.document_images[row, None], batch.document_tokens[other, None]
+            document, label = F.normalize(towers.document(images, tokens)[0][0], dim=-1), batch.query_labels[other]
+            negative = (batch.query_labels != label) | (label < 0)
+            found[negative, row] = (unit @ document)[negative] / config.temperature
+    return found
+
+
+def dense_step(config: OclearConfig, batch: Batch, towers: OclearTowers, rows: Tensor, pieces: list[Tensor]) -> Tensor:
+    """The loss of a whole step, from the description of the keys; `pieces`: places of each micro-batch's documents."""
     anchor, share = config.image_anchor, config.document_share
     queries, fused, _ = towers(batch.query_images, batch.document_images, batch.document_tokens)
     alone = towers.image_document(batch.document_images)
-    of_pairs = [dense_pairs(queries, x, batch, config.temperature) for x in (fused, alone)]
-    pair_loss = (of_pairs[0] + anchor * of_pairs[1]) / (1 + anchor)
+    unmixed = batch.document_weights.clone()  # a mosaic counts with its text only
+    if batch.document_mosaics.numel():
+        unmixed[batch.document_mosaics] = 0
+    wrong = dense_wrong_texts(config, queries, batch, towers, pieces) if config.wrong_texts else None
+    of_fused = dense_pairs(config, queries, fused, batch, batch.document_weights, wrong)
+    pair_loss = (of_fused + anchor * dense_pairs(config, queries, alone, batch, unmixed)) / (1 + anchor)
     if config.objective == "contrastive":
         return pair_loss
     known = batch.query_labels >= 0
-    photo, document = batch.query_weights.double() * known, batch.document_weights.double() * known
+    photo = batch.query_weights.double() * known
+    document = torch.cat([batch.document_weights.double() * known, anchor * unmixed.double() * known])
     if share:
-        photo, document = (1 - share) * photo / photo.sum(), share * document / document.sum() / (1 + anchor)
-    weights = torch.cat([photo, document, anchor * document])
+        photo, document = (1 - share) * photo / photo.sum(), share * document / document.sum()
+    weights = torch.cat([photo, document])
     found, labels = torch.cat([queries, fused, alone]), batch.query_labels.repeat(3)
     return dense_loss(found, rows, labels, weights, replace(HEAD, scale=2**0.5 * torch.tensor(6.0).double().log())) + (
         config.contrast_weight * pair_loss
     )
 
 
-def check_step(name: str, tensor_parallel: int, micro_batches: int) -> None:
+def check_step(name: str, tensor_parallel: int, micro_batches: int, first_empty: bool) -> None:
     from models.transformer import MegatronBuilder
 
     config, whole = STEPS[name], pairs()
+    if "mosaics" in name:
+        whole = replace(whole, document_mosaics=torch.arange(len(whole.document_ids)) % 3 == 1)
+    if config.wrong_texts:  # equal texts of two classes beside each other
+        whole = replace(whole, document_tokens=whole.document_tokens[[0, 0, 2, 3, 4, 5, 6]])
     with layout(tensor_parallel) as mesh:
         torch.manual_seed(0)
         towers = OclearTowers(config, MegatronBuilder(mesh.groups)).double()
@@ -108,10 +155,15 @@ def check_step(name: str, tensor_parallel: int, micro_batches: int) -> None:
         plain.load_state_dict(merged_state_dict(towers, mesh.tp))
         head = ClassParallelHead(HEAD, mesh.row_group, mesh.dp, dtype=torch.float64, copy_group=mesh.tp)
         rows = head.full_weight().clone().requires_grad_()
-        wanted = dense_step(config, whole, plain, rows)
+        every, size = torch.arange(7), mesh.dp.size()
+        shares = [every[:0], *every.tensor_split(size - 1)] if first_empty else every.tensor_split(size)
+        places = [piece for own in shares for piece in own.tensor_split(micro_batches)]
+        wanted = dense_step(config, whole, plain, rows, places)
         wanted.backward()
 
-        own = part(whole, mesh.dp.rank(), mesh.dp.size())
+        start = sum(len(own) for own in shares[: mesh.dp.rank()])
+        mine = slice(start, start + len(shares[mesh.dp.rank()]))
+        own = replace(whole, **{field: getattr(whole, field)[mine] for field in TENSORS})
         batches = [part(own, micro, micro_batches) for micro in range(micro_batches)]
         classes = METHOD.classifies(config)
         if classes:
@@ -132,7 +184,13 @@ def check_step(name: str, tensor_parallel: int, micro_batches: int) -> None:
     [(2, 1, 2), *(pytest.param(*x, marks=pytest.mark.full) for x in ((1, 1, 1), (3, 1, 1), (4, 2, 2), (2, 2, 1)))],
 )
 def test_a_step_equals_its_dense_statement(name: str, world: int, tensor_parallel: int, micro_batches: int) -> None:
-    ranks(world).run(check_step, name, tensor_parallel, micro_batches)
+    ranks(world).run(check_step, name, tensor_parallel, micro_batches, False)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", STEPS)
+def test_a_rank_without_pairs_takes_part(name: str) -> None:
+    ranks(3).run(check_step, name, 1, 1, True)
 
 
 def test_hybrid_steps_read_pairs() -> None:
@@ -184,6 +242,53 @@ def test_parts_of_weight_0_have_no_parameters_and_the_others_add_up() -> None:
                                                  patches)[0]).mean(1)  # fmt: skip
     parts = zip(fusion.weights, (transform(image), transform(steered), fusion.identity(words.mean(1))), strict=True)
     close(vector, sum(weight * F.normalize(x, dim=-1) for weight, x in parts), "sum")
+
+
+@pytest.mark.parametrize("config", [SUM, BASE], ids=["sum", "concept"])
+def test_the_stop_keeps_fused_losses_off_the_image_tower(config: OclearConfig) -> None:
+    """Photos and images alone train it; the vectors are the same; text, fusion and transforms learn as without it."""
+    batch, found = pairs(), {}
+    for stop in (False, True):
+        torch.manual_seed(0)
+        towers = OclearTowers(replace(config, fused_stop_gradient=stop), PlainBuilder()).double()
+        queries, documents, _ = towers(batch.query_images, batch.document_images, batch.document_tokens, alone=True)
+        tower = list(towers.vision.parameters())
+        for name, x in (("photos", queries), ("fused", documents[:, 0]), ("alone", documents[:, 1])):
+            grads = torch.autograd.grad(x.square().sum(), tower, retain_graph=True, allow_unused=True)
+            total = sum(float(g.abs().sum()) for g in grads if g is not None)
+            assert (total == 0) == (stop and name == "fused"), name
+        rest = [p for name, p in towers.named_parameters() if not name.startswith(("vision.", "query_transform."))]
+        learned = torch.autograd.grad(documents[:, 0].square().sum(), rest)
+        found[stop] = [queries, documents, *learned]
+    assert all(torch.equal(a, b) for a, b in zip(found[False], found[True], strict=True))
+
+
+@pytest.mark.parametrize("config", [SUM, BASE], ids=["sum", "concept"])
+def test_wrong_texts_are_never_left_out(config: OclearConfig) -> None:
+    """Else the image alone, a right answer, would be a negative."""
+    batch = pairs()
+    towers = OclearTowers(replace(config, text_dropout=1.0), PlainBuilder()).double().train()
+    seen = towers(batch.query_images, batch.document_images, batch.document_tokens, wrong_texts=True)[1]
+    towers.eval()
+    wanted = towers.document(batch.document_images, batch.document_tokens.roll(1, 0))[0]
+    close(seen[:, 1], wanted, "wrong texts")
+    own = towers.document(batch.document_images, batch.document_tokens)[0]
+    assert (seen[:, 0] - own).abs().amax(1).min() > 1e-6, "its own text is left out"
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({}, "negatives of InfoNCE"),
+        ({"contrast_weight": 1.0, "fusion_kind": "image"}, "no part of a document's vector"),
+        ({"contrast_weight": 1.0, "fusion_weights": (1.0, 0.0, 0.0)}, "no part of a document's vector"),
+        ({"contrast_weight": 1.0}, None),
+        ({"objective": "contrastive"}, None),
+    ],
+)
+def test_wrong_texts_need_pairs_and_texts(change: dict[str, Any], error: str | None) -> None:
+    errors = replace(SUM, wrong_texts=True, **change).errors(1)
+    assert (not errors) if error is None else (len(errors) == 1 and error in errors[0])
 
 
 def test_the_texts_own_vector_is_left_out_of_its_share() -> None:

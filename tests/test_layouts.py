@@ -184,6 +184,27 @@ def test_saved_at_one_layout_loaded_at_another(seeded: tuple[Path, Path], tmp_pa
             assert abs(loss / expected - 1) < 1e-5
 
 
+LAYOUTS = [(1, 1), (2, 1), (2, 2), (3, 1), (4, 1), (4, 2), (4, 4)]  # ranks, tensor parallel; 3 divides no tower
+
+
+@FULL
+@pytest.mark.parametrize(("world", "tensor_parallel"), LAYOUTS)
+def test_a_run_goes_on_at_any_layout(world: int, tensor_parallel: int, catalogue: Path, tmp_path: Path) -> None:
+    """50 more steps with sampled classes: the same samples, and losses to 1e-4."""
+    settings = {**SETTINGS, "head.sample_rate": 0.3, "train.steps": 55}
+    ranks(world).run(seed_and_train, catalogue, tmp_path / "run", settings, tensor_parallel, 5)
+    wanted, ledgers = [], set()
+    for others, other_tensor_parallel in sorted(LAYOUTS, key=lambda layout: layout != (world, tensor_parallel)):
+        run = copy(tmp_path / "run", tmp_path / f"on-{others}-{other_tensor_parallel}")
+        found = ranks(others).run(losses, catalogue, run, settings, other_tensor_parallel, 55, True)[0]
+        wanted = wanted or found  # the same layout comes first
+        assert len(found) == 50
+        for step, ((loss, _), (expected, _)) in enumerate(zip(found, wanted, strict=True)):
+            assert abs(loss / expected - 1) < 1e-4, f"to {others} x {other_tensor_parallel}, step {step}"
+        ledgers.add(json.loads((run / "checkpoints/step-00000055/state.json").read_text())["ledger"])
+    assert len(ledgers) == 1
+
+
 def test_the_newest_complete_checkpoint_is_taken(seeded: tuple[Path, Path], tmp_path: Path) -> None:
     catalogue, _ = seeded
     run = tmp_path / "run"

@@ -71,7 +71,7 @@ def test_a_logger_gets_everything_until_it_fails(
     noted = (tmp_path / "run/noted").read_text().splitlines()
     assert noted[:2] == ["settings 0 4 0.001", "run/summary 0 | **Recipe** | |"]
     assert [line.split()[:2] for line in noted[2:]] == [
-        ["scalars", "1"], ["scalars", "2"], ["scalars", "2"], ["retrieval/panel", "2"]
+        ["scalars", "1"], ["scalars", "2"], ["scalars", "2"], ["retrieval/panel", "2"], ["retrieval/why", "2"]
     ]  # fmt: skip
     assert "train/loss" in noted[2] and "retrieval/map" in noted[4] and noted[5].endswith(" uint8 3 3")
     assert sorted(logged(tmp_path / "run", "train/loss")) == [1, 2, 3, 4]

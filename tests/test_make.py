@@ -281,7 +281,7 @@ def test_title_or_image_alone_is_a_product_without_the_other() -> None:
     other = replace(batch, document_tokens=batch.document_tokens.flip(0))
     assert torch.equal(make.embed_document(batch, "image"), make.embed_document(other, "image"))
     assert not torch.equal(make.embed_document(batch), make.embed_document(batch, "image"))
-    torch.testing.assert_close(make.modal_weights(batch).sum(1), torch.ones(4))
+    torch.testing.assert_close(make.explain_document(batch).weights.sum(1), torch.ones(4))
     torch.testing.assert_close(MakeQuery(towers)(batch.query_tokens), make.embed_query(batch))
 
 

@@ -53,7 +53,8 @@ def published(folder: Path, to: str, **values: Any) -> dict[str, Any]:
 def opened(folder: Path, to: str) -> tuple[Store, Rows]:
     """The collection after publishing, and the artefact's rows."""
     rows, store = Rows(folder), open_store(to)
-    store.create(Layout(Publication(rows, "", store.longest).texts, rows.width, rows.count, "flat"))
+    texts = Publication(rows, "", store.longest).texts
+    store.create(Layout(texts, rows.width, rows.count, "flat", tuple(rows.shares)))
     return store, rows
 
 
@@ -78,6 +79,9 @@ def check_it_all(address: Address, tmp_path: Path, capsys: pytest.CaptureFixture
     everything = store.fetch(range(300))
     assert pc.sum(pc.is_null(everything.column("colour"))).as_py() == 43, "an attribute that is missing stays so"
     assert store.fetch([5, 10**15]).column("item").to_pylist() == ["item 5"]
+    (hit,) = ours.search(ours.vector(5), 1)[0]
+    shares = {name: store.fetch([5]).column(f"part_{name}")[0].as_py() for name in ("image", "text")}
+    assert hit.row == 5 and hit.parts == pytest.approx(shares, abs=1e-6) and sum(shares.values()) == pytest.approx(1)
     store.close()
 
     told = published(new, to)
@@ -110,7 +114,7 @@ from harness.artefact.stores.store import Layout, open_store
 rows = Rows(Path(sys.argv[1]), at_once=64)
 store = open_store(sys.argv[2])
 published = publication.Publication(rows, "mark", store.longest)
-store.create(Layout(published.texts, rows.width, rows.count, "flat"))
+store.create(Layout(published.texts, rows.width, rows.count, "flat", tuple(rows.shares)))
 upsert, done = store.upsert, []
 def dying(table):
     if len(done) == int(sys.argv[3]):
@@ -136,7 +140,7 @@ def kill_and_go_on(to: str, folder: Path) -> None:
     store, rows = opened(folder, to)
     assert store.count() == 300
     publication = Publication(rows, "mark", store.longest)
-    (table,) = rows.batches(["sample_id", *publication.texts, "embedding"])
+    (table,) = rows.batches(publication.columns)
     assert digest(store.fetch(range(300))) == digest(publication.prepared(table))
     store.close()
 

@@ -223,11 +223,13 @@ def test_an_evaluation_shows_its_worst_queries(evaluated: Path) -> None:
     rows = re.findall(r"first right document at place (\d+)", text)
     assert rows and [*map(int, rows)] == sorted(map(int, rows), reverse=True) and int(rows[-1]) > 1
     worst = pictures_of(text, "Worst queries")
-    assert len(worst) == len(rows) * 7  # the query, its document and the five found
+    assert len(worst) == len(rows) * 13  # the query, its document and the five found, then why these six
     frames = re.findall(r'<figure class="(\w+)">', text.split("<h2>Worst queries</h2>")[1])
     assert frames[:3] == ["asked", "right", "wrong"] and set(frames) == {"asked", "right", "wrong"}
     assert "Products most confused" in text and "<h2>Score of the first document</h2>" in text
     assert "Recall by class" in text and "<script" not in text
+    assert len(pictures_of(text, "Why documents are found")) == 3 * 3
+    assert text.count("<summary>Why these documents</summary>") == len(rows)
 
 
 def test_a_phone_shows_the_pages_without_overflow(shop: Path, page: Any, evaluated: Path, tmp_path: Path) -> None:

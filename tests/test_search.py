@@ -220,21 +220,31 @@ def test_another_view_of_the_documents_is_exported_and_told(
     export.run(export.ExportConfig(run=run, out=tmp_path / "nothing asked", onnx=False))
     assert "--view" not in capsys.readouterr().out
     for n, (image, slices, told) in enumerate(((0.4, [], False), (0.6, [], True), (0.4, rows, True))):
-        views = {"recall_at_1": 0.5, "photo/image/recall_at_1": image, "slices": slices}
+        warned = ["warning: val recall@1 0.500 is below imported towers"] * bool(slices)
+        views = {"recall_at_1": 0.5, "photo/image/recall_at_1": image, "slices": slices, "warnings": warned}
         figures.write_text(json.dumps({**known, **views}))
         export.run(export.ExportConfig(run=run, out=tmp_path / f"both-{n}", onnx=False))
         said = capsys.readouterr().out
         assert (f"seen as both and as image: all products 0.500 and {image:.3f}" in said) == told, said
         assert ("products never trained on 0.200 and 0.700. --view image" in said) == bool(slices)
-    export.run(export.ExportConfig(run=run, out=tmp_path / "image", view="image", onnx=False))
-    assert "--view" not in capsys.readouterr().out
+        assert ("is below imported towers" in said) == bool(slices)
+        # The mean of both kinds of products decides: 0.350 and 0.550 in the last case.
+        assert export._best_view(json.loads(figures.read_text()), figures) == ("image" if told else "both")
+    export.run(export.ExportConfig(run=run, out=tmp_path / "image", view="best", onnx=False))
+    said = capsys.readouterr().out
+    assert "products never trained on 0.200 and 0.700. exported as image" in said and "--view" not in said
+    assert json.loads((tmp_path / "image" / "artefact.json").read_text())["view"] == "image"
+    assert export._best_view({"recall_at_1": 0.5, "slices": []}, figures) == "both"  # nothing to compare
+    figures.unlink()
+    with pytest.raises(UserError, match="training did not evaluate step-00000003"):
+        export.run(export.ExportConfig(run=run, out=tmp_path / "best", view="best"))
     both, image = (
         np.array(ds.dataset(path / "documents").to_table(["embedding"])["embedding"].to_pylist(), np.float32)
         for path in (artefact, tmp_path / "image")
     )
     (wanted,) = ranks(1).run(documents_seen, trained, catalogue, "image")
     assert np.allclose(image, wanted.numpy(), atol=1e-6) and not np.allclose(image, both, atol=1e-3)
-    with pytest.raises(UserError, match=r"--view is title\. The views of oclear are both, image"):
+    with pytest.raises(UserError, match=r"--view is title\. The views of oclear are both, image, best"):
         export.run(export.ExportConfig(run=run, out=tmp_path / "title", view="title"))
 
 

@@ -117,6 +117,9 @@ def test_answers_are_those_of_the_artefact(service: Running, artefact: Path, pho
     first = found["found"][0]
     title, item = (opened.documents.column(name)[first["row"]].as_py() for name in ("title", "item"))
     assert (first["title"], first["id"]) == (title, item) and first["description"].startswith("A ")
+    shares = {name: opened.documents.column(f"part_{name}")[first["row"]].as_py() for name in ("image", "concepts")}
+    assert first["parts"] == pytest.approx(shares, abs=1e-6) and sum(shares.values()) == pytest.approx(1)
+    assert {*facts["filters"]} == {"colour", "shape"} == {*first["attributes"]}
     nothing = service.ask("POST", "/search?filter=colour=no+such+colour", photos[0], "image/png")
     assert nothing.status == 200 and nothing.content["found"] == []
     picture = service.ask("GET", f"/{first['thumbnail']}")

@@ -150,6 +150,11 @@ def test_a_photo_a_part_of_it_and_filters(chromium: Any, service: Running, artef
         title = page.locator(".card b").first.inner_text()
         assert page.inner_text("#detail-title") == title and page.locator("#detail").is_visible()
         assert page.evaluate("document.querySelector('#detail-photo').naturalWidth") > 0
+        shares = Artefact(artefact).documents.slice(rows(page)[0], 1).to_pylist()[0]
+        image, concepts = (round(100 * shares[f"part_{name}"]) for name in ("image", "concepts"))
+        assert page.locator("#made-parts li").all_inner_texts() == [f"Image {image} %", f"Concepts {concepts} %"]
+        widths = [page.locator("#made-bar i").nth(n).bounding_box()["width"] for n in range(2)]
+        assert widths[0] / sum(widths) == pytest.approx(shares["part_image"], abs=0.02)
         page.locator("#why").wait_for()
         assert page.locator("#why-photo").get_attribute("aria-label").startswith("Most like it: row ")
         page.keyboard.press("Escape")

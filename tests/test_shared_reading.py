@@ -83,8 +83,11 @@ def test_ranks_that_share_the_reading_have_what_each_would_have_read(
     micro_batches: int,
     sizes: tuple[int, int],
 ) -> None:
-    """Parts of unequal size, empty ones, damaged images; damage is told once, by the rank that met it."""
+    """Parts of unequal size, empty ones, damaged images, mosaics of all ranks' parts; damage is told once, by the rank
+    that met it.
+    """
     settings = {
+        "data.mosaic": 0.5,
         "data.backend": backend,
         "data.micro_batches": micro_batches,
         "data.queries_per_step": sizes[0],

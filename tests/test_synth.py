@@ -16,10 +16,11 @@ import pytest
 from PIL import Image
 
 from harness.catalogue.synth.clicks import LogShape, draw_log, make_truth
+from harness.catalogue.synth.photo import lifestyle
 from harness.catalogue.synth.products import KINDS, make_products
 from harness.catalogue.synth.shapes import cutout
 from harness.commands import ingest
-from harness.commands.synth import SynthConfig, run
+from harness.commands.synth import SynthConfig, _together, run
 from harness.core.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -167,8 +168,55 @@ def test_every_kind_has_a_shape_of_its_own() -> None:
         assert nearest > 0.01, kind
 
 
+def test_lifestyle_documents_are_the_only_change(demo: Path, tmp_path: Path) -> None:
+    """Of their share, named in a column of their products' rows; all else keeps its bytes."""
+    config = replace(SMALL, out=tmp_path / "mixed", lifestyle=0.5)
+    assert run(config)["lifestyle_documents"] == 6
+    plain, mixed = tree(demo), tree(config.out)
+    changed = {name for name in plain if name.endswith(".jpg") and plain[name] != mixed[name]}
+    rows = manifest(config.out)
+    several = {row["image"] for row in rows if (row["kind"], row["lifestyle"]) == ("document", "yes")}
+    assert changed == several and len(several) == 6 and plain["clicks.parquet"] == mixed["clicks.parquet"]
+    assert [{**row, "lifestyle": "no"} for row in manifest(demo)] == [{**row, "lifestyle": "no"} for row in rows]
+    assert len({(row["class_id"], row["lifestyle"]) for row in rows}) == 12, "a product's photos go with its document"
+    assert "lifestyle" not in manifest(demo)[0] and b"lifestyle" not in plain["synth.json"]
+
+
+def test_a_lifestyle_document_shows_two_to_four_kinds() -> None:
+    products, rng = make_products(60, 0.10, 0.15, 0), np.random.default_rng(0)
+    numbers = Counter()
+    for product in products:
+        together = _together(product, [other for other in products if other is not product], rng)
+        assert together[0] is product and len({other.kind for other in together}) == len(together)
+        numbers[len(together)] += 1
+    assert numbers.keys() == {2, 3, 4}
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_every_product_of_a_lifestyle_document_is_seen(count: int) -> None:
+    """None by its place in the list more than another: the picture does not say which is for sale."""
+    colours = [(255, 0, 255, 255), (0, 255, 255, 255), (255, 255, 0, 255), (255, 0, 0, 255)]
+    pictures = [Image.new("RGBA", (60, 80), colour) for colour in colours[:count]]
+    areas = []
+    for seed in range(24):
+        scene = np.asarray(lifestyle(pictures, 128, np.random.default_rng(seed)), int)[8:120, 8:120]
+        areas.append([(np.abs(scene - colour[:3]).max(-1) < 40).mean() for colour in colours[:count]])
+    areas = np.array(areas)
+    assert areas.min() > 0.03
+    assert np.abs(areas.mean(0) / areas.mean() - 1).max() < 0.15
+
+
 @pytest.mark.parametrize(
-    "change", [{"products": 7}, {"products": 2001}, {"photos": 0}, {"held_out": 0}, {"unseen": 0.6}, {"seed": -1}]
+    "change",
+    [
+        {"products": 7},
+        {"products": 2001},
+        {"photos": 0},
+        {"held_out": 0},
+        {"unseen": 0.6},
+        {"lifestyle": 1.1},
+        {"seed": -1},
+    ],
 )
 def test_values_out_of_range_are_refused(tmp_path: Path, change: dict) -> None:
     with pytest.raises(UserError, match="It must be from"):

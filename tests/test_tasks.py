@@ -143,7 +143,9 @@ def evaluated(catalogue: Path, settings: dict[str, Any]) -> tuple[Report, dict[s
             for seen in ("both", "title", "image")
         }
         vectors["texts"] = evaluation.embedder.embed_texts(method, task.queries.texts)
-        weights, _ = evaluation.embedder.apply(method, task.documents, method.modal_weights, 3)
+        weights, _ = evaluation.embedder.apply(
+            method, task.documents, lambda batch: method.explain_document(batch).weights, 3
+        )
     columns = {name: column.tolist() for name, column in task.documents.columns.items()}
     return report, {**vectors, "weights": weights, "columns": columns}
 

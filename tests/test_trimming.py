@@ -122,7 +122,7 @@ def results(config: Any, batch: Batch, mesh: Any) -> tuple[list[Tensor], list[tu
         with torch.no_grad():
             vectors = [method.embed_document(batch)]
             if isinstance(config, MakeConfig):
-                vectors += [method.embed_query(batch), method.modal_weights(batch)]
+                vectors += [method.embed_query(batch), method.explain_document(batch).weights]
             if isinstance(config, ItemConfig):
                 vectors.append(method.both_views(batch))
     none = torch.zeros(())

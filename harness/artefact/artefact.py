@@ -9,7 +9,7 @@ hits = artefact.search(artefact.embed(["photo.jpg"]), 5)[0]
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from harness.artefact.documents import read_documents
+from harness.artefact.documents import parts_of, read_documents
 from harness.artefact.index_read import open_index
 from harness.artefact.query_encoder import read_model, read_query_encoder
 from harness.artefact.removed import read_kept
@@ -113,12 +113,15 @@ class Photo:
 
 @dataclass(frozen=True)
 class Hit:
-    """A document found: its row in the index, its id, title, and cosine similarity to the query."""
+    """A document found: its row in the index, its id, title, cosine similarity to the query, and the share of each part
+    in its embedding, which add up to 1; empty where the artefact has none.
+    """
 
     row: int
     id: str
     title: str
     score: float
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 class Artefact:
@@ -134,7 +137,8 @@ class Artefact:
         meta: content of artefact.json.
         model: configuration of the method.
         documents: the id map, row i = document i of the index: sample_id, item, title, description, attributes,
-            class_key, thumbnail.
+            class_key, thumbnail, shares of the embeddings' parts.
+        texts: names of their columns of text.
         kept: bool [documents], False for those that `shelfmark remove` took out; None: all are there.
 
     Raises:
@@ -158,6 +162,8 @@ class Artefact:
             self._index = open_index(path, record, self.model.embedding_dim, count)
             self._index.kept = self.kept = read_kept(path, record, count)
             self.documents = read_documents(path, count)
+            self.texts = [field.name for field in self.documents.schema if field.type == pa.string()]
+            self._parts = parts_of(self.documents.schema)
         except OSError as error:
             raise UserError(
                 f"artefact {path}: {error.filename or 'a file'} cannot be read ({error.strerror})"
@@ -244,11 +250,10 @@ class Artefact:
         Raises:
             UserError: there is no such column.
         """
-        texts = [field.name for field in self.documents.schema if field.type == pa.string()]
         passing = np.ones(len(self.documents), bool)
         for name, values in where.items():
-            if name not in texts:
-                near = ", ".join(printable(other, 40) for other in nearest_first(name, texts)[:20])
+            if name not in self.texts:
+                near = ", ".join(printable(other, 40) for other in nearest_first(name, self.texts)[:20])
                 raise UserError(f"{self.path} has no column '{printable(name)}' of texts", f"It has {near}")
             found = pc.is_in(self.documents.column(name), value_set=pa.array([*values], pa.string()))
             passing &= found.to_numpy()
@@ -274,11 +279,15 @@ class Artefact:
             raise UserError(
                 f"{self.path}: the encoder or the index gives vectors that are not numbers of length 1", "Export again"
             ) from error
-        ids, titles = self.documents.column("item"), self.documents.column("title")
         return [
-            [Hit(row, ids[row].as_py(), titles[row].as_py(), score) for row, score in zip(*pair, strict=True)]
+            [self._hit(row, score) for row, score in zip(*pair, strict=True)]
             for pair in zip(rows.tolist(), scores.tolist(), strict=True)
         ]
+
+    def _hit(self, row: int, score: float) -> Hit:
+        cells = {name: self.documents.column(name)[row].as_py() for name in ("item", "title", *self._parts.values())}
+        shares = {part: round(cells[name], 6) for part, name in self._parts.items()}
+        return Hit(row, cells["item"], cells["title"], score, shares)
 
     def thumbnail(self, row: int) -> Image.Image:
         """The thumbnail of a document; grey if none was exported, or it is not a picture."""

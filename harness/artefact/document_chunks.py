@@ -16,7 +16,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
+from harness.artefact.documents import PART
 from harness.catalogue.pixels import Colour
 from harness.core.errors import UserError
 from harness.core.files import read_json, write_json
@@ -26,6 +29,7 @@ from harness.core.waiting import in_own_time, of_all_ranks, on_first_rank
 from harness.evaluate.contact_sheet import picture
 from harness.evaluate.embed import Embedder, Side
 from harness.text.tokenizer import FIELDS
+from models.batch import Batch
 from models.comm import share
 from models.method import Method
 
@@ -44,12 +48,14 @@ class Columns:
         thumbnail: longest side of the small pictures in pixels; 0: none.
         background: shows through transparent pixels.
         threads: that draw them.
+        parts: of the embeddings, whose shares are columns; the method's, or none.
     """
 
     dtype: str
     thumbnail: int
     background: Colour
     threads: int
+    parts: tuple[str, ...] = ()
 
 
 def chunk_rows(rows: int, batch_size: int) -> int:
@@ -99,7 +105,7 @@ def embed_documents(
     write = partial(_write, folder, columns=columns)
 
     def embed() -> None:
-        function = partial(method.embed_document, seen=view)
+        function = partial(_explained, method) if columns.parts else partial(method.embed_document, seen=view)
         blocks = embedder.stream(method, side, function, [chunks[number] for number in mine])
         with ThreadPoolExecutor(1, "write") as pool:
             writing: Future[None] | None = None
@@ -125,6 +131,12 @@ def embed_documents(
         bad.update(np.setdiff1d(side.sample_ids[chunks[number].start : chunks[number].stop], written).tolist())
     embedder.note_bad(side, bad)
     return side.select(~embedder.missing(side))
+
+
+def _explained(method: Method, batch: Batch) -> Tensor:
+    """Unit embeddings and the shares of their parts, [n, d + parts]."""
+    found = method.explain_document(batch)
+    return torch.cat([found.vectors, found.shares.to(found.vectors)], 1)
 
 
 def place_parts(folders: Sequence[Path], documents: Path) -> None:
@@ -177,24 +189,28 @@ def _write(folder: Path, number: int, side: Side, vectors: np.ndarray, columns: 
 
 
 def write_documents(file: Path, side: Side, vectors: np.ndarray, columns: Columns) -> None:
-    """Writes a Parquet file of the documents of a side and their vectors float32 [n, d]."""
-    width, catalogue = vectors.shape[1], side.catalogue
+    """Writes a Parquet file of the documents of a side and their vectors float32 [n, d + parts], the shares of their
+    parts behind them.
+    """
+    width, catalogue = vectors.shape[1] - len(columns.parts), side.catalogue
     texts = ["class_key", "item", *FIELDS, *catalogue.attributes]
     schema = pa.schema(
         [
             ("sample_id", pa.int64()),
             *((name, pa.string()) for name in texts),
             ("thumbnail", pa.binary()),
+            *((f"{PART}{name}", pa.float32()) for name in columns.parts),
             ("embedding", pa.list_(pa.from_numpy_dtype(columns.dtype), width)),
         ]
     )
     small = partial(_thumbnail, side.catalogue, size=columns.thumbnail, background=columns.background)
     with pq.ParquetWriter(file, schema) as writer, ThreadPoolExecutor(columns.threads) as pool:
         for number, table in enumerate(side.read(texts, range(len(side.ids)), _ROWS)):
-            part = vectors[number * _ROWS :][: len(table)].astype(columns.dtype)
+            vectors_of_rows, shares = np.split(vectors[number * _ROWS :][: len(table)], [width], axis=1)
+            part = vectors_of_rows.astype(columns.dtype)
             thumbnails = pa.array([*pool.map(small, table["sample_id"].to_pylist())], pa.binary())
             flat = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), width)
-            made = [*table.combine_chunks().columns, thumbnails, flat]
+            made = [*table.combine_chunks().columns, thumbnails, *map(pa.array, shares.T), flat]
             writer.write_table(pa.Table.from_arrays(made, schema=schema))
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from harness.core.errors import UserError
 from harness.core.files import printable
 
+PART = "part_"  # begins the name of a column of shares: of a part of the document's embedding
 _TEXTS = ("class_key", "item", "title", "description")
 _BATCH = 256  # rows read before their size can be checked
 _MOST = 64  # bytes in memory for one in the file; each row has its embedding there, so no real one comes near
@@ -38,6 +40,11 @@ def read_documents(folder: Path, count: int) -> pa.Table:
     return pa.concat_tables(tables)
 
 
+def parts_of(schema: pa.Schema) -> dict[str, str]:
+    """Names of the parts of an embedding whose shares are columns -> their columns."""
+    return {f.name.removeprefix(PART): f.name for f in schema if f.name.startswith(PART) and f.type == pa.float32()}
+
+
 def _read(part: Path, most_rows: int) -> pa.Table:
     with pq.ParquetFile(part) as file:
         schema = file.schema_arrow.remove_metadata()
@@ -63,4 +70,7 @@ def _read(part: Path, most_rows: int) -> pa.Table:
         table = pa.Table.from_batches(batches, pa.schema([schema.field(name) for name in names]))
     if any(table.column(name).null_count for name in ("sample_id", *_TEXTS)):
         raise UserError(f"{part} has rows without {', '.join(('sample_id', *_TEXTS))}", "Export again")
+    for name in parts_of(table.schema).values():
+        if not pc.all(pc.fill_null(pc.is_finite(table.column(name)), False)).as_py():
+            raise UserError(f"{part} has shares in {name} that are not numbers", "Export again")
     return table

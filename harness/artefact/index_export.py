@@ -15,7 +15,7 @@ from harness.artefact.index_build import build_index, use_threads
 from harness.artefact.index_kinds import FLAT, KINDS, shown
 from harness.artefact.index_plan import plan_seconds
 from harness.artefact.index_read import read_kind
-from harness.artefact.index_tune import DEPTH, exact_nearest, tune
+from harness.artefact.index_tune import DEPTH, exact_nearest, halves, tune
 from harness.artefact.vector_index import VectorIndex
 from harness.artefact.vectors_file import open_vectors, write_vectors
 from harness.core.errors import UserError
@@ -24,7 +24,7 @@ from harness.evaluate.embed import Embedder, Side, side_of
 from harness.text.tokenizer import FIELDS
 from models.method import Method, query_kind
 
-QUERIES = 1000  # that an index is tuned on
+QUERIES = 1000  # half of them tune an index, half measure its recall
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,8 @@ def make_index(
         first: vectors in it.
 
     Returns:
-        kind, parameters of a search, recall_at_10, queries (that it was measured on), ram_bytes, build_seconds.
+        kind, parameters of a search, recall_at_10, queries (held out, that it was measured on), ram_bytes,
+        build_seconds.
 
     Raises:
         UserError: the kind does not reach the recall.
@@ -109,13 +110,14 @@ def make_index(
         index = VectorIndex(read_kind(stage / FILE, kind, width, rows), kind, vectors)
         tuned, knob = tune(index, queries, nearest, config.recall), KINDS[kind].knob
         parameters = {**({knob: tuned.effort} if knob else {}), "k_factor": tuned.factor}
-        told = ", ".join(f"{name} {value}" for name, value in parameters.items())
-        print(f"index: recall@{DEPTH} {tuned.recall:.4f} of {len(queries):,} queries with {told}", flush=True)
+        told, held_out = ", ".join(f"{name} {value}" for name, value in parameters.items()), halves(len(queries))[1]
+        count = len(queries[held_out])
+        print(f"index: recall@{DEPTH} {tuned.recall:.4f} of {count:,} held-out queries with {told}", flush=True)
         return {
             "kind": kind,
             "parameters": parameters,
             "recall_at_10": tuned.recall,
-            "queries": len(queries),
+            "queries": count,
             "ram_bytes": (stage / FILE).stat().st_size,
             "build_seconds": round(seconds, 3),
         }

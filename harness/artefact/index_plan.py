@@ -18,11 +18,16 @@ from harness.artefact.index_kinds import IndexKind
 from harness.artefact.vectors_file import sample
 
 _ROWS = 1 << 13  # of a calibration
-_GRAPH_SHARE = 64  # one in so many rows, if more
+_GRAPH_ROWS, _GRAPH_SHARE = 1 << 14, 32  # of that of a graph; one in so many rows, if more
 _WRITTEN = 1 << 25  # bytes of a test of the disk
 
 
-def plan_seconds(kind: IndexKind, vectors: np.ndarray, ranks: int, folder: Path) -> float:
+Clock = Callable[[], float]
+
+
+def plan_seconds(
+    kind: IndexKind, vectors: np.ndarray, ranks: int, folder: Path, clock: Clock = time.perf_counter
+) -> float:
     """Seconds to train, fill and write an index of `vectors`, computed from small parts of this work done now.
 
     Args:
@@ -30,29 +35,31 @@ def plan_seconds(kind: IndexKind, vectors: np.ndarray, ranks: int, folder: Path)
         vectors: float32 or float16 [n, d].
         ranks: that fill lists at once.
         folder: on the disk that the index is written to.
+        clock: gives seconds.
     """
     rows, width = vectors.shape
     index, seconds = kind.make(width, rows), 0.0
     for _, wanted, rounds, step in training(index, rows):
         lists = 1 if index_lists(index) is None else index_lists(index).nlist
         part, fewer = sample(vectors, min(wanted, max(_ROWS, 2 * lists))), min(rounds, 2)
-        seconds += _timed(partial(step, part, fewer)) * wanted * rounds / (len(part) * fewer)
-    part = sample(vectors, max(_ROWS, rows // _GRAPH_SHARE) if kind.knob == "efSearch" else _ROWS)
+        seconds += _timed(partial(step, part, fewer), clock) * wanted * rounds / (len(part) * fewer)
+    part = sample(vectors, max(_GRAPH_ROWS, rows // _GRAPH_SHARE) if kind.knob == "efSearch" else _ROWS)
+    written = _writing(kind, vectors, folder, clock)
     if kind.knob == "efSearch":
-        return seconds + _graph_seconds(index, part, rows) + _writing(kind, vectors, folder)
-    spent = _timed(lambda: add(index, part, range(len(part)), shown=False))
+        return seconds + _graph_seconds(index, part, rows, clock) + written
+    spent = _timed(lambda: add(index, part, range(len(part)), shown=False), clock)
     if index_lists(index) is None:
-        return seconds + spent * rows / len(part) + _writing(kind, vectors, folder)
-    return seconds + spent * rows / len(part) / ranks + 2 * _writing(kind, vectors, folder)  # shards, then all of them
+        return seconds + spent * rows / len(part) + written
+    return seconds + spent * rows / len(part) / ranks + 2 * written  # shards, then all of them
 
 
-def _graph_seconds(index: Any, part: np.ndarray, rows: int) -> float:
+def _graph_seconds(index: Any, part: np.ndarray, rows: int, clock: Clock) -> float:
     """Seconds to add so many rows to a graph: those of one row grow as the logarithm of the rows before it."""
-    ends = [len(part) // 8, len(part) // 4, len(part) // 2, len(part)]
+    ends = [len(part) // 16, len(part) // 8, len(part) // 4, len(part) // 2, len(part)]
     add(index, part, range(ends[0]), shown=False)
     sizes, costs = [], []
     for start, end in pairwise(ends):
-        spent = _timed(partial(add, index, part, range(start, end), shown=False))
+        spent = _timed(partial(add, index, part, range(start, end), shown=False), clock)
         sizes.append(math.log((start + end) / 2))
         costs.append(spent / (end - start))
     growth, base = np.polyfit(sizes, costs, 1)
@@ -61,7 +68,7 @@ def _graph_seconds(index: Any, part: np.ndarray, rows: int) -> float:
     return float(base * rows + growth * (rows * math.log(rows) - rows))
 
 
-def _writing(kind: IndexKind, vectors: np.ndarray, folder: Path) -> float:
+def _writing(kind: IndexKind, vectors: np.ndarray, folder: Path, clock: Clock) -> float:
     """Seconds to write the index once."""
     file, block = folder / "disk-test", bytes(_WRITTEN)
 
@@ -71,12 +78,12 @@ def _writing(kind: IndexKind, vectors: np.ndarray, folder: Path) -> float:
             os.fsync(out.fileno())
 
     try:
-        return _timed(write) * kind.ram_bytes(vectors.shape[1], len(vectors)) / _WRITTEN
+        return _timed(write, clock) * kind.ram_bytes(vectors.shape[1], len(vectors)) / _WRITTEN
     finally:
         file.unlink(missing_ok=True)
 
 
-def _timed(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
+def _timed(work: Callable[[], Any], clock: Clock) -> float:
+    started = clock()
     work()
-    return time.perf_counter() - started
+    return clock() - started

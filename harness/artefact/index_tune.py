@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from harness.artefact.exact import Found, merged, ordered
 from harness.artefact.flat_index import import_faiss
 from harness.artefact.index_build import index_lists
 from harness.artefact.index_kinds import FLAT, KINDS
-from harness.artefact.vector_index import VectorIndex
+from harness.artefact.vector_index import SPARE, VectorIndex
 from harness.core.errors import UserError
 from harness.core.waiting import of_all_ranks
 from models.comm import share
@@ -24,6 +26,8 @@ FACTORS = (1, 2, 4, 8, 16, 32, 64)  # candidates for each document wanted
 _MOST_KEPT = 1 << 12  # nodes kept in a search of a graph
 _BLOCK = 1 << 16  # vectors compared at once
 _RANDOM = 4  # bytes read in order in the time of one read at random
+_VISITED = 16  # nodes compared for each that a search of a graph keeps
+_STEP = 1.25  # of the cost, if queries held out find too few
 _GAIN = 0.002  # recall that twice the work must add
 
 
@@ -36,31 +40,39 @@ class Tuned(NamedTuple):
 
 
 def exact_nearest(vectors: np.ndarray, queries: np.ndarray, mesh: Mesh) -> np.ndarray:
-    """Rows of the DEPTH nearest vectors of each query, int64 [q, DEPTH]; each rank compares its share; collective."""
+    """Rows of the DEPTH nearest vectors of each query, int64 [q, DEPTH]; each rank compares its share; collective.
 
-    def own() -> tuple[np.ndarray, np.ndarray]:
+    The order is that of every search, also among equal vectors. FAISS's matrix product in float32 finds candidates,
+    since `harness.artefact.exact` needs five times as long to compare all of them.
+    """
+    faiss, asked = import_faiss(), torch.from_numpy(queries)
+
+    def exact(rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.asarray(vectors[rows], np.float32))
+
+    def own() -> Found:
         mine = share(len(vectors), mesh.world_size, mesh.rank)
-        scores, rows = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+        scores: np.ndarray = np.empty((len(queries), 0), np.float32)
+        rows: np.ndarray = np.empty((len(queries), 0), np.int64)
         for start in range(mine.start, mine.stop, _BLOCK):
             block = np.asarray(vectors[start : min(start + _BLOCK, mine.stop)], np.float32)
-            faiss = import_faiss()
-            found = faiss.knn(queries, block, min(DEPTH, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
-            scores, rows = _best(np.hstack([scores, found[0]]), np.hstack([rows, found[1] + start]))
-        return scores, rows
+            wanted = min(DEPTH + SPARE, len(block))
+            found = faiss.knn(queries, block, wanted, metric=faiss.METRIC_INNER_PRODUCT)
+            scores, rows = np.hstack([scores, found[0]]), np.hstack([rows, found[1] + start])
+            best = np.argsort(-scores, 1, kind="stable")[:, : DEPTH + SPARE]
+            scores, rows = np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)
+        return ordered(exact, asked, torch.from_numpy(rows), min(DEPTH, rows.shape[1]))
 
-    parts = of_all_ranks(own, mesh, "exact search")
-    return _best(*(np.hstack([part[n] for part in parts]) for n in (0, 1)))[1]
-
-
-def _best(scores: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    order = np.argsort(-scores, 1, kind="stable")[:, :DEPTH]
-    return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+    nearest: np.ndarray = merged(of_all_ranks(own, mesh, "exact search"), DEPTH)[0].numpy()
+    return nearest
 
 
 def tune(index: VectorIndex, queries: np.ndarray, nearest: np.ndarray, recall: float) -> Tuned:
     """Sets the cheapest effort and factor of `index` with which its search finds `recall` of `nearest`.
 
-    Cost is counted in bytes read, not measured, so that equal artefacts have equal settings.
+    Half of the queries choose, with a standard error to spare. The others are held out: the recall returned is theirs,
+    and where it is less than `recall`, the next better setting is taken. Cost is counted in bytes read, not measured,
+    so that equal artefacts have equal settings.
 
     Args:
         index: an index of any kind but flat.
@@ -71,23 +83,61 @@ def tune(index: VectorIndex, queries: np.ndarray, nearest: np.ndarray, recall: f
     Raises:
         UserError: no setting reaches it; says what limits the index, and what would reach it.
     """
+    chosen, held_out = ((queries[part], nearest[part]) for part in halves(len(queries)))
+
+    curves: dict[int, list[float]] = {}
+
+    def found(effort: int) -> list[float]:
+        if effort not in curves:
+            places = _places(index, *chosen, effort)
+            curves[effort] = [_surely((places < factor * nearest.shape[1]).mean(1)) for factor in FACTORS]
+        return curves[effort]
+
+    above, reached = 0.0, 0.0
+    while tuned := _cheapest(index, found, recall, above):
+        index.effort, index.factor = tuned.effort, tuned.factor
+        reached = measured(index, *held_out)
+        if reached >= recall:
+            return tuned._replace(recall=reached)
+        above = _STEP * _cost(index, tuned)
+    if not above:
+        index.effort, index.factor = max(curves), FACTORS[-1]
+        reached = measured(index, *held_out)
+    raise _unreached(index, reached, recall)
+
+
+def _surely(recalls: np.ndarray) -> float:
+    """Mean of the queries' recalls, less its standard error."""
+    return float(recalls.mean() - recalls.std() / np.sqrt(len(recalls)))
+
+
+def halves(queries: int) -> tuple[slice, slice]:
+    """Rows of queries that choose a setting, and of those that are held out; of a single one both."""
+    return (slice(0, None, 2), slice(1, None, 2)) if queries > 1 else (slice(None), slice(None))
+
+
+def _cheapest(index: VectorIndex, found: Callable[[int], list[float]], recall: float, above: float) -> Tuned | None:
+    """The setting of the least cost that reaches a recall; None where none does.
+
+    Args:
+        index: the index.
+        found: recall with each of FACTORS at an effort.
+        recall: to be reached.
+        above: the cost must be more.
+    """
     best: tuple[float, Tuned] | None = None
     curve: list[float] = []
     for effort in _efforts(index):
-        places = _places(index, queries, nearest, effort)
-        found = [float((places < factor * nearest.shape[1]).mean()) for factor in FACTORS]
-        curve.append(found[-1])
-        enough = [Tuned(effort, *pair) for pair in zip(FACTORS, found, strict=True) if pair[1] >= recall]
-        if enough:
-            best = min([*([best] if best else []), (_cost(index, enough[0]), enough[0])])
-            if enough[0].factor == 1 or best[1].effort * 4 <= effort:
+        curve.append(found(effort)[-1])
+        enough = [Tuned(effort, *pair) for pair in zip(FACTORS, found(effort), strict=True) if pair[1] >= recall]
+        priced = [(_cost(index, setting), setting) for setting in enough]
+        if priced := [pair for pair in priced if pair[0] > above]:
+            best = min(priced if best is None else [best, *priced])
+            if priced[0][1].factor == 1 or best[1].effort * 4 <= effort:
                 break
-        elif len(curve) > 2 and curve[-1] - curve[-3] < _GAIN:
+        elif curve[-1] < recall and len(curve) > 2 and curve[-1] - curve[-3] < _GAIN:
             break  # the codes limit it
-    if best is None:
-        raise _unreached(index, effort, curve[-1], recall)
-    index.effort, index.factor = best[1].effort, best[1].factor
-    return best[1]._replace(recall=measured(index, queries, nearest))
+    return best and best[1]
 
 
 def measured(index: VectorIndex, queries: np.ndarray, nearest: np.ndarray) -> float:
@@ -106,6 +156,8 @@ def _efforts(index: VectorIndex) -> Iterator[int]:
         effort = min(16, most)
     while effort < most:
         yield effort
+        if 1 < effort < most * 2 // 3:
+            yield effort * 3 // 2
         effort *= 2
     yield most
 
@@ -126,20 +178,24 @@ def _cost(index: VectorIndex, tuned: Tuned) -> float:
     """Bytes that a query reads."""
     vector, kind = 4 * index.width, KINDS[index.kind]
     refined = _RANDOM * tuned.factor * DEPTH * vector
-    if kind.knob != "nprobe":
-        return refined + tuned.effort
+    if kind.knob == "efSearch":
+        return (
+            refined + _RANDOM * tuned.effort * _VISITED * import_faiss().downcast_index(index.index.storage).code_size
+        )
+    if not kind.knob:
+        return refined
     ivf = index_lists(index.index)
     return refined + ivf.nlist * vector + tuned.effort / ivf.nlist * index.rows * ivf.code_size
 
 
-def _unreached(index: VectorIndex, effort: int, reached: float, recall: float) -> UserError:
+def _unreached(index: VectorIndex, reached: float, recall: float) -> UserError:
     name, knob = index.kind, KINDS[index.kind].knob
     sizes = {other: kind.ram_bytes(index.width, index.rows) for other, kind in KINDS.items()}
     larger = [other for other in ("ivf_sq8", "ivf_flat", "hnsw") if sizes[other] > sizes[name]]
-    setting = f"{knob} = {effort} and " if knob else ""
+    setting = f"{knob} = {index.effort} and " if knob else ""
     return UserError(
-        f"an index of kind {name} finds {reached:.3f} of the {DEPTH} nearest documents with {setting}{FACTORS[-1]} "
-        f"candidates for each, less than --index.recall {recall:g}; more of either adds nothing",
+        f"an index of kind {name} finds {reached:.3f} of the {DEPTH} nearest documents with {setting}"
+        f"{index.factor} candidates for each, less than --index.recall {recall:g}; more of either adds nothing",
         f"Take --index.kind {', '.join(larger)}{' or ' if larger else ''}{FLAT}, which keep more of each vector, or "
         f"--index.recall {int(100 * reached) / 100:g}",
     )

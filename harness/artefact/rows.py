@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from harness.artefact.documents import parts_of
+from harness.artefact.exact import best_of_blocks
 from harness.core.errors import UserError
 from harness.core.files import printable
-from harness.evaluate.ranking import Embedded, top_k
 
 AT_ONCE = 4096  # rows in memory
 _KEPT = ("sample_id", "thumbnail", "embedding")
@@ -31,6 +32,7 @@ class Rows:
         count: number of rows that are read.
         width: of the vectors.
         texts: names of the columns of text: class_key, item, title, description, then the catalogue's attributes.
+        shares: names of the columns of float32 with the shares of the embeddings' parts.
 
     Raises:
         UserError: the files cannot be read, or hold no vectors.
@@ -52,6 +54,7 @@ class Rows:
         self._kept = np.ones(written, bool) if kept is None else kept
         self.count = int(self._kept.sum())
         self.width: int = kind.list_size
+        self.shares = [*parts_of(schema).values()]
         self.texts = [field.name for field in schema if field.type == pa.string() and field.name not in _KEPT]
 
     def batches(self, columns: Sequence[str], first: int = 0) -> Iterator[pa.Table]:
@@ -102,8 +105,7 @@ def vectors_of(table: pa.Table) -> np.ndarray:
 
 
 def exact_top(rows: Rows, queries: Tensor, k: int, where: tuple[str, str] | None = None) -> tuple[Tensor, Tensor]:
-    """The best rows of each query, int64 [n, min(k, rows that pass)], and their scores, float64, best first: exact, in
-    the order of evaluation (`harness.evaluate.ranking.top_k`).
+    """The best rows of each query, int64 [n, min(k, rows that pass)], and their scores, float64, best first: exact.
 
     Args:
         rows: the documents.
@@ -111,21 +113,14 @@ def exact_top(rows: Rows, queries: Tensor, k: int, where: tuple[str, str] | None
         k: rows wanted.
         where: a column and the text that it must have.
     """
-    best, scores = torch.empty(len(queries), 0, dtype=torch.int64), torch.empty(len(queries), 0).double()
-    columns = ["embedding", *([where[0]] if where else [])]
-    for number, table in enumerate(rows.batches(columns)):
-        ids = torch.arange(number * rows.at_once, number * rows.at_once + len(table))
-        vectors = torch.from_numpy(vectors_of(table))
-        if where:
-            passing = torch.tensor([text == where[1] for text in table.column(where[0]).to_pylist()])
-            ids, vectors = ids[passing], vectors[passing]
-        found = top_k(_unlabelled(queries, torch.arange(len(queries))), _unlabelled(vectors, ids), k)
-        best, scores = (torch.cat(pair, 1) for pair in zip((best, scores), found, strict=True))
-        # Parts come in the order of their rows, so that a stable sort leaves those of equal score in order.
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
-        best, scores = best.gather(1, order)[:, :k], scores[:, :k]
-    return best, scores
 
+    def blocks() -> Iterator[tuple[Tensor, Tensor]]:
+        for number, table in enumerate(rows.batches(["embedding", *([where[0]] if where else [])])):
+            ids = torch.arange(number * rows.at_once, number * rows.at_once + len(table))
+            vectors = torch.from_numpy(vectors_of(table))
+            if where:
+                passing = torch.tensor([text == where[1] for text in table.column(where[0]).to_pylist()])
+                ids, vectors = ids[passing], vectors[passing]
+            yield ids, vectors
 
-def _unlabelled(vectors: Tensor, ids: Tensor) -> Embedded:
-    return Embedded(vectors, ids, torch.full_like(ids, -1))
+    return best_of_blocks(queries, blocks(), k)

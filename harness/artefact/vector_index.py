@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harness.artefact.exact import best_of_blocks, ordered
 from harness.artefact.flat_index import import_faiss
 from harness.artefact.index_kinds import FLAT, KINDS
 from harness.core.errors import UserError
-from harness.evaluate.ranking import Embedded, best_candidates, top_k
 
 SCANNED_ROWS = 4096  # so few rows are compared one by one
 SCANNED_SHARE = 0.02  # so small a share too: an index must look at 1 / share as many vectors for each that passes
-_SPARE = 32  # documents that an exact index finds beyond those wanted, to be ordered exactly
-_AT_ONCE = 1 << 22  # numbers of candidates' vectors in memory
-_REPEATS = 16  # of that, for a scan
+SPARE = 32  # documents that an exact index finds beyond those wanted, to be ordered exactly
+_QUERIES = 1 << 12  # asked at once
+_SCANNED = 1 << 26  # numbers compared at once by a scan
 
 
 class VectorIndex:
@@ -68,9 +68,8 @@ class VectorIndex:
         k = min(k, count)
         if passing is not None and count <= max(SCANNED_ROWS, SCANNED_SHARE * self.rows):
             return self._scan(queries, k, np.flatnonzero(passing))
-        wanted = min(self.rows, k * self.factor + (_SPARE if self.exact is None else 0))
-        step = max(1, _AT_ONCE // (wanted * self.width))
-        parts = [self._search(part, k, wanted, passing) for part in queries.split(step)]
+        wanted = min(self.rows, k * self.factor + (SPARE if self.exact is None else 0))
+        parts = [self._search(part, k, wanted, passing) for part in queries.split(_QUERIES)]
         return torch.cat([rows for rows, _ in parts]), torch.cat([scores for _, scores in parts])
 
     def _search(self, queries: Tensor, k: int, wanted: int, passing: np.ndarray | None) -> tuple[Tensor, Tensor]:
@@ -78,8 +77,7 @@ class VectorIndex:
         found = self.candidates(queries.numpy(), wanted, effort, passing)
         if found.max() >= self.rows:
             raise UserError("the index names rows that it does not have")
-        vectors = self.vectors(np.maximum(found, 0).reshape(-1)).view(*found.shape, self.width)
-        rows, scores = best_candidates(queries, vectors, torch.from_numpy(found), k)
+        rows, scores = ordered(self.vectors, queries, torch.from_numpy(found), k)
         few = (rows < 0).any(1)
         if few.any():
             allowed = np.arange(self.rows) if passing is None else np.flatnonzero(passing)
@@ -100,18 +98,6 @@ class VectorIndex:
 
     def _scan(self, queries: Tensor, k: int, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """The same of all `rows` compared one by one."""
-        best, scores = torch.empty(len(queries), 0, dtype=torch.int64), torch.empty(len(queries), 0).double()
-        step = max(1, _REPEATS * _AT_ONCE // self.width)
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step]
-            found = top_k(_unlabelled(queries), _unlabelled(self.vectors(part), torch.from_numpy(part)), k)
-            best, scores = (torch.cat(pair, 1) for pair in zip((best, scores), found, strict=True))
-            # Parts come in ascending order of their rows, so that a stable sort leaves those of equal score in order.
-            scores, order = scores.sort(dim=1, descending=True, stable=True)
-            best, scores = best.gather(1, order)[:, :k], scores[:, :k]
-        return best, scores
-
-
-def _unlabelled(vectors: Tensor, ids: Tensor | None = None) -> Embedded:
-    ids = torch.arange(len(vectors)) if ids is None else ids
-    return Embedded(vectors, ids, torch.full_like(ids, -1))
+        step = max(1, _SCANNED // self.width)
+        parts = (rows[start : start + step] for start in range(0, len(rows), step))
+        return best_of_blocks(queries, ((torch.from_numpy(part), self.vectors(part)) for part in parts), k)

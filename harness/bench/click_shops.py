@@ -67,7 +67,7 @@ def synthetic(
 
 
 def real(folder: Path, path: Path, shape: LogShape, embeddings: tuple[Path, ...]) -> Shop:
-    """The samples of a catalogue's split train, with its class column as truth; products of a category look alike.
+    """The samples of a catalogue's split train, with its class column as truth.
 
     Args:
         folder: to make; the catalogue stays as it is.
@@ -76,8 +76,17 @@ def real(folder: Path, path: Path, shape: LogShape, embeddings: tuple[Path, ...]
         embeddings: of the catalogue's samples.
     """
     catalogue = Catalogue(path)
+    truth, queries, documents = truth_of(catalogue)
+    _write_catalogue(folder, catalogue.table(["kind"])["kind"].to_numpy())
+    return Shop(truth, shape, folder, queries, documents, embeddings)
+
+
+def truth_of(catalogue: Catalogue) -> tuple[Truth, np.ndarray, np.ndarray]:
+    """The class column of a catalogue's split train as truth, and the sample ids, int64, of its queries and documents.
+    Products of a category look alike.
+    """
     category = "category" if "category" in catalogue.attributes else "class_key"
-    table = catalogue.table(["kind", "class_key", category], split=SPLIT)
+    table = catalogue.table(["kind", *{"class_key", category}], split=SPLIT)
     ids, kinds, keys, categories = (table[name].to_numpy() for name in ("sample_id", "kind", "class_key", category))
     known = np.isin(keys, keys[kinds == "document"])  # a query whose class has no document finds nothing
     ids, kinds, keys, categories = ids[known], kinds[known], keys[known].astype(str), categories[known].astype(str)
@@ -86,9 +95,7 @@ def real(folder: Path, path: Path, shape: LogShape, embeddings: tuple[Path, ...]
     group[labels] = np.unique(categories, return_inverse=True)[1]
     is_query = kinds == "query"
     order = np.argsort(labels[~is_query], kind="stable")
-    truth = Truth(labels[is_query], labels[~is_query][order], group)
-    _write_catalogue(folder, catalogue.table(["kind"])["kind"].to_numpy())
-    return Shop(truth, shape, folder, ids[is_query], ids[~is_query][order], embeddings)
+    return Truth(labels[is_query], labels[~is_query][order], group), ids[is_query], ids[~is_query][order]
 
 
 def _names(ids: np.ndarray) -> list[str]:

@@ -194,7 +194,7 @@ def _draw_tokens(folder: Path, documents: int, total: int, phrases: dict[str, li
 class Drawn:
     """A method whose vectors are waves of the sample's number, or of a text's tokens."""
 
-    modalities = ()
+    parts = ()
 
     def __init__(self, width: int) -> None:
         self.towers = nn.Linear(1, 1)

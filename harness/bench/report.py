@@ -17,7 +17,7 @@ import dataclasses
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -88,14 +88,19 @@ def print_report(report: Mapping[str, Any]) -> None:
 
 
 def bench_main(
-    module: str, config_class: Callable[..., Any], run: Callable[[Any], dict[str, Any]], sentence: str, example: str
+    module: str,
+    config_class: Callable[..., Any],
+    run: Callable[[Any], dict[str, Any] | Iterator[dict[str, Any]]],
+    sentence: str,
+    example: str,
 ) -> int:
     """Entry point of a benchmark's module: flags from its configuration class, and --json FILE for the report.
 
     Args:
         module: dotted name of the module.
         config_class: frozen dataclass whose docstring describes every field.
-        run: takes the configuration, prints and returns the report.
+        run: takes the configuration, prints and returns the report, or gives it again after each row, so that a stop
+            keeps the rows before it.
         sentence: subject of the measurement, for --help.
         example: a command line that works.
 
@@ -110,8 +115,9 @@ def bench_main(
         parser.add_argument("--json", type=Path | None, default=None, help="file for the report")
         values = parser.parse(sys.argv[1:]).as_dict()
         json_file = values.pop("json")
-        report = run(config_class(**values))
-        if is_first():
-            write_figures(json_file, report)
+        made = run(config_class(**values))
+        for report in [made] if isinstance(made, dict) else made:
+            if is_first():
+                write_figures(json_file, report)
 
     return run_command(body)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import shutil
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from harness.artefact.artefact import ARTEFACT_FORMAT, open_record
 from harness.artefact.decoder_check import compare_decoders
 from harness.artefact.document_chunks import Columns, embed_documents, place_parts
+from harness.artefact.documents import PART, parts_of
 from harness.artefact.flat_index import import_faiss
 from harness.artefact.golden import write_golden
 from harness.artefact.index_export import IndexConfig, make_index
@@ -53,7 +54,7 @@ from harness.evaluate.embed import Embedder, Side, side_of
 from harness.text.tokenizer import Tokenizer
 from harness.train.config import RunConfig
 from harness.train.open_run import find_checkpoint, load_method, open_settings
-from models.method import MethodConfig, query_kind
+from models.method import Method, MethodConfig, query_kind
 from models.ranges import NonNegativeInt, PositiveInt
 from models.registry import METHODS
 
@@ -75,7 +76,8 @@ class ExportConfig:
         checkpoint: a step folder of the run, or best (train.keep_best); the newest complete one by default.
         catalogue: another catalogue to export; the run's own by default.
         split: documents of this split and of split 'all'; every document by default.
-        view: what is seen of documents: both, or another view of the method, as image; evaluation measures them.
+        view: what is seen of documents: both, another view of the method, as image, or best: the view with the highest
+            Recall@1 when training evaluated this checkpoint, of all products and of those never trained on alike.
         thumbnail: longest side in pixels of the small picture kept of each document, for contact sheets; 0 keeps none.
         vectors: numbers of the embeddings that are kept of the documents.
         index: the index.
@@ -120,7 +122,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     if config.onnx or config.int8:
         require_onnx(config.int8, config.golden)
     settings = open_settings(config.run, config.tensor_parallel)
-    if config.view not in (views := METHODS[settings.method].views):
+    if (asked := config.view) not in (views := (*METHODS[settings.method].views, "best")):
         raise UserError(f"--view is {config.view}", f"The views of {settings.method} are {', '.join(views)}")
     catalogue = Catalogue(config.catalogue or settings.data.catalogue)
     tokenizer = Tokenizer.load(config.run)
@@ -134,14 +136,18 @@ def run(config: ExportConfig) -> dict[str, Any]:
         stage, kept = _shared_stage(config, mesh, stack)  # before the work: another process may be at it
         require_whole(catalogue, mesh)
         path = find_checkpoint(config.run, config.checkpoint, mesh)
+        figures = on_first_rank(lambda: _evaluated(config.run, path), mesh, "reading the evaluation")
+        if asked == "best":
+            config = replace(config, view=_best_view(figures, path))
         method, model = load_method(settings, path, tokenizer, mesh)
         old = _earlier(config, path, side, mesh) if config.append else None
         wanted = config.index.kind if old is None else old.kind
         kind = choose_kind(wanted, config.index.ram, model.embedding_dim, len(side.ids))
         decoders = compare_decoders(method, settings, catalogue, config.split, tokenizer, mesh)
         embedder = Embedder(settings.data, model, tokenizer, config.batch_size, mesh)
-        columns = Columns(config.vectors, config.thumbnail, settings.data.preprocess.background, threads)
-        depends = _dependencies(config, path, catalogue, mesh)
+        parts = _parts(config, method, catalogue) if old is None else old.parts  # an older version wrote none
+        columns = Columns(config.vectors, config.thumbnail, settings.data.preprocess.background, threads, parts)
+        depends = {**_dependencies(config, path, catalogue, mesh), "parts": parts}
         new = side if old is None else side.select(~np.isin(side.sample_ids, old.samples))
         new = embed_documents(method, embedder, new, config.view, columns, kept, depends)
         folders = [kept] if old is None else [config.out / "documents", kept]
@@ -175,33 +181,71 @@ def run(config: ExportConfig) -> dict[str, Any]:
     if mesh.rank == 0:
         print(f"{config.out}: {count:,} documents of {catalogue.path} in {seconds:.1f} s")
         print(f"{config.out}/{MANIFEST}: SHA-256 {fingerprint(config.out)}")
-        if better := _better_view(config, settings, path):
-            print(better)
+        for line in _remarks(asked, config.view, figures, settings.evaluation.split):
+            print(line)
     return {"documents": count, "embedding_dim": model.embedding_dim, "seconds": round(seconds, 3)}
 
 
-def _better_view(config: ExportConfig, settings: RunConfig, checkpoint: Path) -> str:
-    """A line on another view by which the run's evaluation of this checkpoint found more, of all products or of those
-    never trained on; empty without one.
+def _parts(config: ExportConfig, method: Method, catalogue: Catalogue) -> tuple[str, ...]:
+    """Parts of the embeddings whose shares become columns."""
+    parts = method.parts if config.view == "both" else ()
+    for name in catalogue.attributes:
+        if name in [f"{PART}{part}" for part in parts]:
+            raise UserError(f"{catalogue.path} has an attribute {name}, which export writes itself", "Rename it")
+    return parts
+
+
+def _evaluated(run: Path, checkpoint: Path) -> dict[str, Any]:
+    """The run's evaluation of this checkpoint; empty without one."""
+    file = run / f"eval-{checkpoint.name.removeprefix('step-')}.json"
+    return read_json(file) if file.exists() else {}
+
+
+def _recalls(figures: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Recall@1 of an evaluation by view of the documents, both first: of all products, and of those never trained on,
+    as far as every view has it.
     """
-    file = config.run / f"eval-{checkpoint.name.removeprefix('step-')}.json"
-    figures = read_json(file) if config.view == "both" and file.exists() else {}
-    of_class = [row for row in figures.get("slices", []) if (row["slice"], row["value"]) == ("class", "never trained")]
-    new = {row.get("task", ""): row["recall_at_1"] for row in of_class}
-    for key in figures:
-        task, _, figure = key.rpartition("/")
-        if figure != "recall_at_1" or task.count("/") != 1:
-            continue
-        recalls = {"all products": (figures["recall_at_1"], figures[key])}
-        if new.keys() >= {"", task}:
-            recalls["products never trained on"] = (new[""], new[task])
-        recalls = {name: pair for name, pair in recalls.items() if None not in pair}  # of no query with an answer
-        if any(other > both for both, other in recalls.values()):
-            view = task.partition("/")[2]
-            told = ", ".join(f"{name} {both:.3f} and {other:.3f}" for name, (both, other) in recalls.items())
-            split = settings.evaluation.split
-            return f"{split} recall@1 of documents seen as both and as {view}: {told}. --view {view} exports the latter"
-    return ""
+    tasks = [key.rpartition("/")[0] for key in figures if key.endswith("/recall_at_1")]
+    views = {"both": ""} | {task.partition("/")[2]: task for task in tasks if task.count("/") == 1}
+    rows = [row for row in figures.get("slices", []) if (row["slice"], row["value"]) == ("class", "never trained")]
+    new = {row.get("task", ""): row["recall_at_1"] for row in rows}
+    kinds = {
+        "all products": {view: figures.get(f"{task}/recall_at_1".lstrip("/")) for view, task in views.items()},
+        "products never trained on": {view: new.get(task) for view, task in views.items()},
+    }
+    named = [name for name, recalls in kinds.items() if None not in recalls.values()]  # None: no query has an answer
+    return {view: {name: kinds[name][view] for name in named} for view in views}
+
+
+def _best_view(figures: dict[str, Any], checkpoint: Path) -> str:
+    """The view with the highest Recall@1 by an evaluation, the mean over `_recalls`; the first of equals.
+
+    Raises:
+        UserError: there was no evaluation, or it found no answer to any query.
+    """
+    recalls = _recalls(figures)
+    if not recalls["both"]:
+        raise UserError(
+            f"--view best: training did not evaluate {checkpoint.name}",
+            "Name a view, or a --checkpoint that was evaluated (train.evaluate_every)",
+        )
+    return max(recalls, key=lambda view: sum(recalls[view].values()))
+
+
+def _remarks(asked: str, view: str, figures: dict[str, Any], split: str) -> list[str]:
+    """Lines of the evaluation of a checkpoint that its export tells: the warnings, as of a recall below that of the
+    weights that the run started from, and Recall@1 by view where another view finds more or was looked for.
+    """
+    recalls = _recalls(figures)
+    better = [
+        other for other in recalls if any(value > recalls["both"][name] for name, value in recalls[other].items())
+    ]
+    lines = list(figures.get("warnings", []))
+    if asked == "best" or (asked == "both" and better):
+        told = (f"{name} {' and '.join(f'{r[name]:.3f}' for r in recalls.values())}" for name in recalls["both"])
+        chosen = f"exported as {view}" if asked == "best" else f"--view {better[0]} exports the latter"
+        lines.append(f"{split} recall@1 of documents seen as {' and as '.join(recalls)}: {', '.join(told)}. {chosen}")
+    return lines
 
 
 def _shared_stage(config: ExportConfig, mesh: Mesh, stack: ExitStack) -> tuple[Path, Path]:
@@ -217,11 +261,14 @@ def _shared_stage(config: ExportConfig, mesh: Mesh, stack: ExitStack) -> tuple[P
 
 
 class _Earlier(NamedTuple):
-    """The artefact that documents are added to: its index's kind, and the sample ids of its rows."""
+    """The artefact that documents are added to: its index's kind, the sample ids of its rows, the number of those that
+    were removed, and the parts whose shares it has.
+    """
 
     kind: str
     samples: np.ndarray
     removed: int
+    parts: tuple[str, ...]
 
     def carry(self, folder: Path, stage: Path) -> dict[str, int]:
         """Takes over what was removed, once the new query encoder is known to be the old one."""
@@ -252,7 +299,8 @@ def _earlier(config: ExportConfig, checkpoint: Path, side: Side, mesh: Mesh) -> 
     samples = np.concatenate([pq.read_table(part, columns=["sample_id"]).column(0).to_numpy() for part in parts])
     if np.isin(side.sample_ids, samples).all():
         raise UserError(f"{config.out} has all documents of {side.catalogue.path}", "Nothing was added")
-    return _Earlier(kind, samples, int(record.values.get("removed", 0)))
+    shares = tuple(parts_of(pq.read_schema(parts[0])))
+    return _Earlier(kind, samples, int(record.values.get("removed", 0)), shares)
 
 
 def _dependencies(config: ExportConfig, checkpoint: Path, catalogue: Catalogue, mesh: Mesh) -> dict[str, Any]:

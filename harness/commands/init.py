@@ -304,7 +304,7 @@ def following(out: Path) -> list[list[str]]:
     return [
         ["train", "--ranks", str(_ranks()), "--config", f"{out}/{RECIPE}", "--run-dir", f"{out}/run"],
         ["eval", f"{out}/run", "--split", "test"],
-        ["export", f"{out}/run", "--out", f"{out}/artefact"],
+        ["export", f"{out}/run", "--out", f"{out}/artefact", "--view", "best"],
         ["search", f"{out}/artefact", "photo.jpg", "--top", "5", "--sheet", "found.png"],
     ]
 

@@ -27,7 +27,8 @@ SMALL = 10_000  # rows that are compared one by one in a moment
 
 @dataclass(frozen=True, kw_only=True)
 class PublishConfig:
-    """Writes a row for each document: sample_id, item, title, class_key, the catalogue's attributes, the vector.
+    """Writes a row for each document: sample_id, item, title, class_key, the catalogue's attributes, shares of the
+    vector's parts, the vector.
 
     The same command again writes nothing; after a stop it goes on. Rows of an earlier artefact are replaced, and
     deleted where the new one lacks them. It ends with a comparison: rows, a sample of them, recall with and without a
@@ -69,7 +70,7 @@ def run(config: PublishConfig) -> dict[str, Any]:
                 raise UserError(f"{config.artefact} has an attribute 'artefact', which is taken", "Rename it")
             if config.replace:
                 store.drop()
-            store.create(Layout(publication.texts, rows.width, rows.count, kind))
+            store.create(Layout(publication.texts, rows.width, rows.count, kind, tuple(rows.shares)))
             if others := store.count() - store.count(publication.mark):
                 print(
                     f"{store.name}: {others:,} rows of another artefact are replaced; until then searches find both. "

@@ -33,6 +33,7 @@ class Stream(IntEnum):
     MEMBER = 2
     PAIR = 3
     AUGMENT = 4  # harness/data/preprocess.py
+    MOSAIC = 5  # harness/data/mosaic.py
     MASKED_WORDS = 16  # harness/data/masking.py
     MASKED_PATCHES = 17
     HEAVY_MASK = 18
@@ -52,6 +53,7 @@ class SynthStream(IntEnum):
     PRODUCTS = 0  # harness/catalogue/synth/products.py
     CLICKS = 1  # harness/catalogue/synth/clicks.py
     PHOTOS = 2  # harness/commands/synth.py
+    LIFESTYLE = 3
 
 
 def keyed_hash(key: Words, *words: Words) -> Hashes:

@@ -5,6 +5,7 @@ Checksums find damage. They do not authenticate a folder: who changes a file can
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -27,10 +28,15 @@ T = TypeVar("T")
 MANIFEST = "manifest.json"
 ALGORITHMS: dict[str, Callable[[], Any]] = {"xxh3-64": xxhash.xxh3_64, "sha256": hashlib.sha256}
 _UNLISTED = {1: {"towers/.metadata", "head/.metadata"}, 2: set()}  # by format: format 1 left hidden files out
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20  # fits a core's cache
 
 
-def write_manifest(folder: Path, mesh: Mesh | None = None, algorithm: str = "xxh3-64") -> None:
+def write_manifest(
+    folder: Path,
+    mesh: Mesh | None = None,
+    algorithm: str = "xxh3-64",
+    known: Mapping[str, tuple[int, str]] | None = None,
+) -> None:
     """Flushes every file under `folder` to disk and lists it in folder/manifest.json, hidden ones too.
 
     With `mesh` collective: each rank reads its share of the files, in its own time.
@@ -40,6 +46,10 @@ def write_manifest(folder: Path, mesh: Mesh | None = None, algorithm: str = "xxh
         mesh: the ranks that share the work.
         algorithm: xxh3-64, fast, for folders that stay here; sha256 for published ones, whose manifest can then be
             compared with its published checksum.
+        known: (bytes, checksum) of files that this rank has written and flushed; no rank reads them again.
+
+    Raises:
+        OSError: a known file has another size on the disk.
     """
 
     def flushed(name: str) -> tuple[int, str]:
@@ -47,17 +57,26 @@ def write_manifest(folder: Path, mesh: Mesh | None = None, algorithm: str = "xxh
             os.fsync(handle.fileno())
         return (folder / name).stat().st_size, checksum(folder / name, algorithm)
 
-    files = shared(at_first(lambda: file_sizes(folder), mesh), flushed, mesh)
-    if mesh is None or mesh.rank == 0:
-        content = {"format": 2, "algorithm": algorithm, "files": files}
-        write_whole(folder / MANIFEST, json.dumps(content, indent=1))
+    sizes = at_first(lambda: file_sizes(folder), mesh)
+    sums = _joined(known or {}, mesh)
+    for name, (size, _) in sums.items():
+        if sizes.get(name) != size:
+            raise OSError(errno.EIO, f"{name} has {sizes.get(name)} bytes, not the {size} that were written")
+    sums |= shared({name: size for name, size in sizes.items() if name not in sums}, flushed, mesh)
+    content = {"format": 2, "algorithm": algorithm, "files": {name: sums[name] for name in sizes}}
+    at_first(lambda: write_whole(folder / MANIFEST, json.dumps(content, indent=1)), mesh, "writing the manifest")
 
 
-def verify(folder: Path, mesh: Mesh | None = None) -> str:
+def verify(folder: Path, mesh: Mesh | None = None, read: Callable[[str], bool] = lambda _: True) -> str:
     """The first problem of a folder with a manifest; empty if it holds exactly the listed files, each with its
     checksum.
 
     With `mesh` collective, as in `write_manifest`, and the same on every rank.
+
+    Args:
+        folder: the folder.
+        mesh: the ranks that share the work.
+        read: tells of a file's name whether its checksum is compared; names and sizes are in any case.
     """
     listed = at_first(lambda: _listed(folder), mesh)
     if isinstance(listed, str):
@@ -71,7 +90,7 @@ def verify(folder: Path, mesh: Mesh | None = None) -> str:
             return f"{printable(name)} cannot be read ({error.strerror})"
         return "" if same else f"{printable(name)} has another checksum"
 
-    found = shared({name: size for name, (size, _) in files.items()}, problem, mesh)
+    found = shared({name: size for name, (size, _) in files.items() if read(name)}, problem, mesh)
     return next(filter(None, found.values()), "")
 
 
@@ -138,6 +157,15 @@ def at_first(make: Callable[[], T], mesh: Mesh | None, what: str = "listing file
     return on_first_rank(make, mesh, what)
 
 
+def _joined(own: Mapping[str, T], mesh: Mesh | None) -> dict[str, T]:
+    """Those of all ranks."""
+    if mesh is None:
+        return dict(own)
+    from harness.core.waiting import gather_objects
+
+    return {name: x for part in gather_objects(own) for name, x in part.items()}
+
+
 def shared(sizes: Mapping[str, int], work: Callable[[str], T], mesh: Mesh | None) -> dict[str, T]:
     """work(name) of every name, shared out over the ranks."""
 
@@ -188,8 +216,8 @@ def shared_out(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
 
 def checksum(file: Path, algorithm: str = "xxh3-64") -> str:
     """Hex digits of one of ALGORITHMS over a file."""
-    digest = ALGORITHMS[algorithm]()
-    with file.open("rb") as handle:
-        while chunk := handle.read(_CHUNK):
-            digest.update(chunk)
+    digest, buffer = ALGORITHMS[algorithm](), memoryview(bytearray(_CHUNK))
+    with file.open("rb", buffering=0) as handle:
+        while size := handle.readinto(buffer):
+            digest.update(buffer[:size])
     return str(digest.hexdigest())

@@ -45,6 +45,9 @@ ul.notes li.good { background: #f0f9f1 } code { background: #eef0f4; border-radi
 .bars { font-size: 13px }
 .bars > * { align-self: center; min-width: 0; overflow-wrap: anywhere } .bars .n { font-variant-numeric: tabular-nums }
 .bars i { display: block; height: 13px; background: var(--fill); border-radius: 2px }
+.stack { display: flex; height: 7px; margin-top: 3px; border-radius: 2px; overflow: hidden } .stack i { display: block }
+.sample { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr)); gap: 0 24px }
+.sample .bars { align-content: center }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: 13px; width: 100% }
 td, th { text-align: left; padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top }
 th { color: var(--soft); font-weight: 600 } td:first-child, th:first-child { min-width: 72px }

@@ -35,6 +35,8 @@ class DataConfig:
         max_bad_fraction: largest share of damaged samples among those read since the start; above it the run stops at a
             line of log, but not before 1,000 samples were read. Damaged samples have weight 0.
         preprocess: steps from an image to the model's input.
+        mosaic: probability that a document's training image becomes a mosaic: one of four parts shows it, the others
+            show other documents of the micro-batch; its text and class stay its own. 0 = off.
         query_attributes: fewest and most attributes in a text query that is made of attributes.
         masking: masks of masked modelling.
     """
@@ -49,6 +51,7 @@ class DataConfig:
     read_ahead_bytes: PositiveInt = 1 << 30
     max_bad_fraction: ClosedUnitInterval = 0.01
     preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
+    mosaic: ClosedUnitInterval = 0.0
     query_attributes: tuple[PositiveInt, PositiveInt] = (1, 4)
     masking: MaskConfig = field(default_factory=MaskConfig)
 

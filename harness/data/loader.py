@@ -1,7 +1,7 @@
 """This rank's part of every training step: positions -> samples -> bytes -> pixels and tokens.
 
 The loader has no state: the content of step k is a function of (order, k), and its cut over ranks and micro-batches a
-function of their numbers.
+function of their numbers. Only which documents a mosaic shows beside its own depends on the cut.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from harness.catalogue.pairs import Pairs
 from harness.data.collate import CONTENTS, Photos, Sources
 from harness.data.config import DataConfig
 from harness.data.images import ImageReader, Pixels, Request
+from harness.data.mosaic import Mosaics, draw_mosaics, with_mosaics
 from harness.data.order import ClassOrder, Draw, ledger
 from harness.data.preprocess import PreprocessSpec
 from harness.data.read_ahead import ReadAhead
@@ -203,7 +204,10 @@ class StepLoader:
                 ids, self.seed, np.concatenate([q.epochs, d.epochs]), np.concatenate([queries, documents]), train=True
             )
             own = answers[share(photos, self._pieces, piece)]
-            planned.append(_Planned(queries, documents, q, d, own, self.images.request(ids, parameters)))
+            mosaics = None
+            if self.config.mosaic:
+                mosaics = draw_mosaics(self.config.mosaic, self.seed, d.epochs, d.sample_ids, documents)
+            planned.append(_Planned(queries, documents, q, d, own, self.images.request(ids, parameters), mosaics))
         return planned
 
     def _piece(self, step: int, piece: int) -> tuple[Ints, Ints]:
@@ -216,7 +220,7 @@ class StepLoader:
         """Decodes this rank's share of a step and makes its batches without pixels."""
         batches, pixels, total, bad = [], [], 0, []
         read, seconds, texts = 0, 0.0, TextTokens()
-        for micro, (queries, documents, q, d, answers, request) in enumerate(planned):
+        for micro, (queries, documents, q, d, answers, request, _) in enumerate(planned):
             started = time.perf_counter()
             own = self.images.decode(request)
             seconds += time.perf_counter() - started
@@ -228,11 +232,13 @@ class StepLoader:
             read += len(request.ids)
             bad += request.ids[~own.ok.numpy()].tolist()
         event = None if self._stream is None else torch.cuda.current_stream().record_event()
-        wanted = [micro.request.wanted for micro in planned]
-        return _Decoded(StepData(batches, total % 2**64, bad, read, seconds, texts), pixels, wanted, event)
+        wanted, mosaics = [micro.request.wanted for micro in planned], [micro.mosaics for micro in planned]
+        return _Decoded(StepData(batches, total % 2**64, bad, read, seconds, texts), pixels, wanted, mosaics, event)
 
     def _whole(self, decoded: _Decoded) -> StepData:
-        """Adds the pixels, also those that other ranks read, safe for this thread's stream; collective over tp."""
+        """Adds the pixels, also those that other ranks read, and lays the mosaics, safe for this thread's stream;
+        collective over tp.
+        """
         if decoded.event is not None:
             stream = torch.cuda.current_stream()
             stream.wait_event(decoded.event)
@@ -240,9 +246,12 @@ class StepLoader:
                 if own.images.is_cuda:  # else the next decoding may have their memory while they are read
                     own.images.record_stream(stream)
         batches = []
-        for batch, own, wanted in zip(decoded.data.batches, decoded.pixels, decoded.wanted, strict=True):
-            content = self._contents[self._present.reads]
-            batches.append(content.with_pixels(batch, self.images.gather(own, wanted)))
+        content = self._contents[self._present.reads]
+        for batch, own, wanted, mosaics in zip(
+            decoded.data.batches, decoded.pixels, decoded.wanted, decoded.mosaics, strict=True
+        ):
+            whole = content.with_pixels(batch, self.images.gather(own, wanted))
+            batches.append(whole if mosaics is None else with_mosaics(whole, mosaics))
         return replace(decoded.data, batches=batches)
 
     def _sizes(self, micro: int) -> dict[str, list[int]]:
@@ -261,16 +270,18 @@ class _Planned(NamedTuple):
     d: Draw
     answers: Ints
     request: Request
+    mosaics: Mosaics | None
 
 
 class _Decoded(NamedTuple):
-    """A step without pixels and weights; for each micro-batch this rank's share of these and the number of samples over
-    all ranks that share the reading; the event after which the pixels are ready.
+    """A step without pixels and weights; for each micro-batch this rank's share of these, the number of samples over
+    all ranks that share the reading, and the mosaics, if there are any; the event after which the pixels are ready.
     """
 
     data: StepData
     pixels: list[Pixels]
     wanted: list[int]
+    mosaics: list[Mosaics | None]
     event: torch.cuda.Event | None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from harness.catalogue.wholeness import require_whole
 from harness.core.errors import UserError
 from harness.core.files import printable
 from harness.core.mesh import Mesh
+from harness.core.waiting import on_first_rank
 from harness.data.config import DataConfig
 from harness.evaluate.baselines import Baselines
 from harness.evaluate.calibration import CalibrationConfig, calibrate, documents_to_fit
 from harness.evaluate.embed import ClassKeys, Embedder, Side, side_of
+from harness.evaluate.explain import Why, explain
 from harness.evaluate.ranking import Embedded
 from harness.evaluate.slice_rows import largest
 from harness.evaluate.tasks.photo import PhotoTask
@@ -62,11 +64,13 @@ class Report:
     """Result of an evaluation; the same on every rank, `sample` excepted.
 
     found: task, or task/view, -> its figures and slices, the first task's view first; sample: on the first rank of dp
-    config.projector documents spread evenly over the catalogue's own, by id, on the CPU; None elsewhere.
+    config.projector documents spread evenly over the catalogue's own, by id, on the CPU; None elsewhere; why: id ->
+    explanation of the documents of the catalogue's own that the panel shows first, and of those of failures.
     """
 
     found: dict[str, Found]
     sample: Embedded | None
+    why: dict[int, Why] = field(default_factory=dict)
 
     @property
     def figures(self) -> dict[str, float]:
@@ -173,9 +177,17 @@ class Evaluation:
                     gallery.worst = worst if seen == self.config.views[0] else 0
                     name = task.name if seen == self.config.views[0] else f"{task.name}/{seen}"
                     found[name] = task.run(method, gallery, seen)
-            return Report(found, self._sample(gallery.own(self.config.views[0])))
+            report = Report(found, self._sample(gallery.own(self.config.views[0])))
+            return replace(report, why=self._why(method, report))
         finally:
             method.towers.train(training)
+
+    def _why(self, method: Method, report: Report) -> dict[int, Why]:
+        """`Report.why`; documents that were seen in part are not explained. Collective."""
+        if not method.parts or self.config.views[0] != "both":
+            return {}
+        shown = on_first_rank(lambda: _explained(report), self.mesh, "choosing documents to explain")
+        return explain(method, self.embedder, self.documents[0], shown)
 
     @property
     def sample(self) -> tuple[Side, Side] | None:
@@ -227,6 +239,16 @@ class Evaluation:
             return None
         order = ids.argsort()
         return Embedded(vectors[order], ids[order], labels[order])
+
+
+def _explained(report: Report) -> list[int]:
+    """Ids of documents whose explanation is shown."""
+    shown = [best[0] for _, best, _ in report.panel if best]
+    for found in report.found.values():
+        for miss in found.failures.worst if found.failures else ():
+            shown += [number for number, _, _ in miss.best]
+            shown += [] if miss.answer is None else [miss.answer]
+    return shown
 
 
 def _present(slices: tuple[str, ...], catalogue: Catalogue, mesh: Mesh) -> tuple[str, ...]:

@@ -1,12 +1,14 @@
-"""Page of an evaluation: worst queries with what they found, products most confused, scores, recall by slice."""
+"""Page of an evaluation: worst queries with what they found, reasons, products most confused, recall by slice."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from harness.core.page import Thumbnail, render, thumbnail
 from harness.evaluate.contact_sheet import picture
 from harness.evaluate.evaluation import COUNTS, Evaluation, Report
+from harness.evaluate.explain import COLOURS, Why, attention_picture
 from harness.evaluate.failures import Failures, Miss
 from harness.evaluate.slice_rows import largest
 from harness.evaluate.tasks.task import Found
@@ -19,8 +21,13 @@ SHOWN = ("recall_at_1", "recall_at_5", "recall_at_10", "map", "ndcg_at_10", "mrr
 def draw_report(report: Report, evaluation: Evaluation, title: str) -> str:
     """The page of a report with failures; on the first rank, which reads the pictures."""
     pages = _Pictures(evaluation)
-    tasks = [_task(name, found, evaluation, pages) for name, found in report.found.items()]
-    return render(PAGE, title=title, catalogue=str(evaluation.catalogue.path), tasks=tasks)
+    tasks = [_task(name, found, evaluation, pages, report.why) for name, found in report.found.items()]
+    samples = [
+        _sample(query, best[0], report.why, pages)
+        for query, best, _ in report.panel
+        if best[:1] and best[0] in report.why
+    ]
+    return render(PAGE, title=title, catalogue=str(evaluation.catalogue.path), tasks=tasks, samples=samples)
 
 
 class _Pictures:
@@ -43,8 +50,30 @@ class _Pictures:
             self._known[number] = (thumbnail(image), row["title"] or row["item"], row["class_key"] or "no product")
         return self._known[number]
 
+    def because(self, number: int, why: Why) -> dict[str, Any]:
+        """Explanation of one of the catalogue's own documents: its picture by attention, if there is any, the parts as
+        (name, share, weight, width of a bar in 0 to 100, colour), and a caption.
+        """
+        spec = self._evaluation.embedder.data.preprocess
+        shown, title, _ = self(number)
+        if why.attention is not None:
+            image = picture(self._evaluation.catalogue, number, spec.background)
+            shown = thumbnail(attention_picture(image, why.attention, spec))
+        positive = sum(max(0.0, share) for share in why.shares.values()) or 1.0
+        parts = [
+            (name, f"{share:.0%}", f"{why.weights[name]:.2f}", round(100 * max(0.0, share) / positive, 1), colour)
+            for (name, share), colour in zip(why.shares.items(), itertools.cycle(COLOURS), strict=False)
+        ]
+        return {"picture": shown, "looks": why.attention is not None, "parts": parts, "caption": f"{why} · {title}"}
 
-def _task(name: str, found: Found, evaluation: Evaluation, pages: _Pictures) -> dict[str, Any]:
+
+def _sample(query: int | str, document: int, why: dict[int, Why], pages: _Pictures) -> dict[str, Any]:
+    """A query of the panel, its first document and the explanation of that."""
+    asked = (None, query) if isinstance(query, str) else pages(query)[:2]
+    return {"asked": asked, "found": pages(document), **pages.because(document, why[document])}
+
+
+def _task(name: str, found: Found, evaluation: Evaluation, pages: _Pictures, why: dict[int, Why]) -> dict[str, Any]:
     """Parts of a task that the template shows."""
     figures = [
         (metric.replace("_", " "), f"{found.figures[metric]:.3f}") for metric in SHOWN if metric in found.figures
@@ -59,7 +88,7 @@ def _task(name: str, found: Found, evaluation: Evaluation, pages: _Pictures) -> 
         "bars": [] if found.failures is None else _bars(found.failures),
         "worst": []
         if found.failures is None
-        else [_miss(miss, name, evaluation, pages) for miss in found.failures.worst],
+        else [_miss(miss, name, evaluation, pages, why) for miss in found.failures.worst],
         "confused": [] if found.failures is None else _confused(found.failures, pages),
     }
 
@@ -79,8 +108,8 @@ def _bars(failures: Failures) -> list[dict[str, Any]]:
     ]
 
 
-def _miss(miss: Miss, name: str, evaluation: Evaluation, pages: _Pictures) -> dict[str, Any]:
-    """A query, the document that it should find, those that it found."""
+def _miss(miss: Miss, name: str, evaluation: Evaluation, pages: _Pictures, why: dict[int, Why]) -> dict[str, Any]:
+    """A query, the document that it should find, those that it found, and explanations of all these documents."""
     tasks = {task.name: task for task in (*evaluation.tasks, *evaluation.final_tasks)}
     texts = getattr(getattr(tasks[name], "queries", None), "texts", None)
     found = []
@@ -89,7 +118,15 @@ def _miss(miss: Miss, name: str, evaluation: Evaluation, pages: _Pictures) -> di
         found.append((uri, f"{score:.3f} {title} · {product}", "right" if right else "wrong"))
     asked = (None, texts[miss.query]) if texts is not None else pages(miss.query)[::2]
     answer = None if miss.answer is None else pages(miss.answer)
-    return {"asked": asked, "place": miss.rank + 1, "answer": answer, "found": found, "is_text": texts is not None}
+    documents = [] if miss.answer is None else [miss.answer]
+    documents += [number for number, _, _ in miss.best]
+    return {
+        "asked": asked,
+        "place": miss.rank + 1,
+        "answer": answer,
+        "found": found,
+        "because": [pages.because(number, why[number]) for number in documents if number in why],
+    }
 
 
 def _confused(failures: Failures, pages: _Pictures) -> list[dict[str, Any]]:
@@ -102,6 +139,12 @@ def _confused(failures: Failures, pages: _Pictures) -> list[dict[str, Any]]:
 PAGE = """\
 {% extends 'base' %}
 {% from 'macros' import figures, picture %}
+{% macro explained(because) %}
+<figure><div class="box"><img src="{{ because.picture }}" alt="" title="{{ because.caption }}"></div>
+<div class="stack">{% for _, _, _, width, colour in because.parts %}
+<i style="width: {{ width }}%; background: {{ colour }}"></i>{% endfor %}</div>
+<figcaption>{{ because.caption }}</figcaption></figure>
+{% endmacro %}
 {% block content %}
 <h1>{{ title }}</h1>
 <p class="soft small">Catalogue {{ catalogue }}</p>
@@ -122,6 +165,23 @@ PAGE = """\
 {% endif %}
 {% endfor %}
 </section>
+{% if loop.first and samples %}
+<section>
+<h2>Why documents are found</h2>
+<p class="soft small">Shares of the parts in a document's vector add up to 100 %; behind them the weights that the parts
+were added with.{% if samples[0].looks %} Third picture: the document as the model sees it; the darker a patch, the less
+its text looked at it.{% endif %}</p>
+{% for sample in samples %}
+<div class="group sample"><div class="strip">
+{{ picture(sample.asked[0], 'query · ' ~ sample.asked[1], 'asked', sample.asked[1]) }}
+{{ picture(sample.found[0], 'first · ' ~ sample.found[1]) }}
+{% if sample.looks %}{{ picture(sample.picture, 'patches its text looked at') }}{% endif %}
+</div><div class="bars">{% for name, share, weight, width, colour in sample.parts %}
+<span>{{ name }}</span><span><i style="width: {{ width }}%; background: {{ colour }}"></i></span>
+<span class="n">{{ share }} <span class="soft">({{ weight }})</span></span>{% endfor %}</div></div>
+{% endfor %}
+</section>
+{% endif %}
 {% if task.failures %}
 {% set f = task.failures %}
 <section>
@@ -168,7 +228,10 @@ Dark frame: the query; then a right document; then what was found.</p>
 {% if miss.answer %}
 {{ picture(miss.answer[0], 'right · ' ~ miss.answer[1] ~ ' · ' ~ miss.answer[2], 'right') }}{% endif %}
 {% for uri, caption, frame in miss.found %}{{ picture(uri, caption, frame) }}{% endfor %}
-</div></div>
+</div>
+{% if miss.because %}<details class="small"><summary>Why these documents</summary>
+<div class="strip">{% for because in miss.because %}{{ explained(because) }}{% endfor %}</div></details>{% endif %}
+</div>
 {% endfor %}
 {% else %}<p>None: every query finds a right document first.</p>{% endif %}
 </section>

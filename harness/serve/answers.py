@@ -19,6 +19,7 @@ class Found(BaseModel):
     description: str
     attributes: dict[str, str]
     score: float = Field(description="Cosine similarity to the query.")
+    parts: dict[str, float] = Field(description="Share of each part in the document's embedding; they add up to 1.")
     thumbnail: str = Field(description="Relative URL of a small picture.")
 
 
@@ -76,6 +77,7 @@ def _found(opened: Opened, hit: Hit) -> Found:
         description=description,
         attributes={name: str(value) for name, value in values.items() if value},
         score=round(hit.score, 6),
+        parts=hit.parts,
         thumbnail=f"documents/{hit.row}/thumbnail?artefact={opened.id}",
     )
 

@@ -15,7 +15,7 @@ from harness.artefact.artefact import Artefact, Hit, Photo
 from harness.core.errors import UserError
 from harness.core.manifest import fingerprint
 
-FIXED = {"sample_id", "item", "title", "description", "class_key", "thumbnail"}  # columns that are not attributes
+FIXED = {"item", "title", "description", "class_key"}  # columns of text that are not attributes
 MOST_VALUES, LONGEST_VALUE = 40, 80  # of an attribute, as filters to choose from
 BATCH_PIXELS = 64_000_000  # decoded at once
 
@@ -62,7 +62,7 @@ class Opened:
         self.artefact = Artefact(path, backend, threads)
         self.id = fingerprint(path)[:12]
         self.takes: str = self.artefact.meta["query"]
-        self.columns = [name for name in self.artefact.documents.column_names if name not in FIXED]
+        self.columns = [name for name in self.artefact.texts if name not in FIXED]
         self.filters = {name: self._values(name) for name in self.columns}
         self._pipeline = self.artefact.decoder(batch) if self.takes == "image" else None
         self._batch = batch

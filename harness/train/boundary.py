@@ -1,5 +1,5 @@
-"""Requests of the ranks at the boundary of a step: a stop, by a signal to any of them, and a checkpoint, by the first
-rank's clock.
+"""Requests of the ranks at the boundary of a step: a stop, by a signal to any of them, a checkpoint, by the first
+rank's clock, and the end of one that is written in the background, once all ranks have written it.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -30,12 +31,15 @@ class Boundary:
     Attributes:
         stop: a signal came to some rank; the same on every rank.
         save: a checkpoint is due; the same on every rank.
+        written: all ranks have written their part of a checkpoint in the background; the same on every rank.
+        own_written: tells whether this rank has.
         noted: name of the signal that came to this rank; empty without one.
     """
 
     def __init__(self, mesh: Mesh, minutes: float) -> None:
         self.mesh, self.minutes = mesh, minutes
-        self.stop = self.save = False
+        self.stop = self.save = self.written = False
+        self.own_written: Callable[[], bool] = lambda: False
         self.noted = ""
         self._handlers: dict[signal.Signals, Any] = {}
         self._terminal: list[int] = []  # descriptors of output that are one
@@ -65,15 +69,15 @@ class Boundary:
         self._saved, self.save = time.monotonic(), False
 
     def own(self, like: Tensor) -> list[Tensor]:
-        """Requests of this rank, to be summed over all: a stop, a checkpoint; [] each, of the type of `like`. Without a
-        wait for the device.
+        """Requests of this rank, to be summed over all: a stop, a checkpoint, the end of one; [] each, of the type of
+        `like`. Without a wait for the device.
         """
         due = self.mesh.rank == 0 and 0 < 60 * self.minutes <= time.monotonic() - self._saved
-        return [like.new_full((), float(asked)) for asked in (bool(self.noted), due)]
+        return [like.new_full((), float(asked)) for asked in (bool(self.noted), due, self.own_written())]
 
-    def agree(self, stop: float, save: float) -> None:
+    def agree(self, stop: float, save: float, written: float) -> None:
         """Takes the sums of `own` over all ranks."""
-        self.stop, self.save = self.stop or stop > 0, save > 0
+        self.stop, self.save, self.written = self.stop or stop > 0, save > 0, written == self.mesh.world_size
 
     def ask(self) -> None:
         """Sums the requests now, between two steps; collective, waits for the device."""

@@ -6,7 +6,9 @@ when a library unpickles it. Format: `harness.train.checkpoint`.
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import pickle
 import re
 import shutil
@@ -28,6 +30,7 @@ from harness.core.mesh import Mesh
 from harness.core.waiting import on_first_rank
 from harness.train.dcp_metadata import metadata_problem
 
+LEAST_FREE = 1 << 20  # bytes: for the small files of a checkpoint
 LONGEST_LEDGER = 1 << 16  # steps whose samples a resume may have to draw again
 _DELETING = "delete-checkpoints"  # name of a thread
 _STEP, _UNFINISHED, _DELETED = r"step-([0-9]{8,})", r"step-([0-9]{8,})\.tmp", r"\.step-([0-9]{8,})\.(?:old|replaced)"
@@ -118,7 +121,11 @@ def known_whole(folder: Path) -> list[Path]:
 
 
 def make_room(folder: Path) -> None:
-    """Makes `folder`, for a checkpoint to be written; waits until old ones are deleted, for the room on the disk."""
+    """Makes `folder`, for a checkpoint to be written; waits until old ones are deleted, for the room on the disk.
+
+    Raises:
+        OSError: the disk is full.
+    """
     for thread in threading.enumerate():
         if thread.name == _DELETING:
             thread.join()
@@ -126,6 +133,8 @@ def make_room(folder: Path) -> None:
         for gone in _steps(folder.parent, names):
             shutil.rmtree(gone, ignore_errors=True)
     (folder / "towers").mkdir(parents=True)
+    if shutil.disk_usage(folder).free < LEAST_FREE:  # here, where one rank's error is that of all
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def publish(temporary: Path, final: Path, keep: Keep) -> None:
@@ -175,29 +184,31 @@ def tidy(folder: Path, keep: Keep, resumed: Path, mesh: Mesh) -> None:
     on_first_rank(end, mesh, "removing old checkpoints")
 
 
-def newest(folder: Path, mesh: Mesh | None = None) -> tuple[Path | None, list[str]]:
+def newest(folder: Path, mesh: Mesh | None = None, head: bool = True) -> tuple[Path | None, list[str]]:
     """The newest complete checkpoint under `folder`, and a sentence for each that was passed over.
 
     With `mesh` collective, and the same on every rank: each reads its share of the files. Other names than those of
-    checkpoints are ignored.
+    checkpoints are ignored. `head`: see `problem`.
     """
     passed_over: list[str] = []
     for candidate in at_first(lambda: _steps(folder, rf"{_STEP}(?:\.tmp)?"), mesh, "listing checkpoints"):
-        wrong = "never finished" if candidate.suffix == ".tmp" else problem(candidate, mesh)
+        wrong = "never finished" if candidate.suffix == ".tmp" else problem(candidate, mesh, head)
         if not wrong:
-            WHOLE.add(candidate)
+            WHOLE.update({candidate} if head else ())
             return candidate, passed_over
         WHOLE.discard(candidate)
         passed_over.append(f"{candidate.name}: {wrong}")
     return None, passed_over
 
 
-def problem(checkpoint: Path, mesh: Mesh | None = None) -> str:
+def problem(checkpoint: Path, mesh: Mesh | None = None, head: bool = True) -> str:
     """Reason why a checkpoint cannot be loaded: a file that is damaged, or that would run code; empty if it can.
 
-    With `mesh` collective, as `harness.core.manifest.verify`, and the same on every rank.
+    With `mesh` collective, as `harness.core.manifest.verify`, and the same on every rank. Without `head`, for who loads
+    the towers only, the class rows, most of the bytes, are not read; their sizes are compared.
     """
-    return verify(checkpoint, mesh) or at_first(lambda: _odd(checkpoint), mesh, "reading what the checkpoint says")
+    wrong = verify(checkpoint, mesh, lambda name: head or not name.startswith("head/__"))
+    return wrong or at_first(lambda: _odd(checkpoint), mesh, "reading what the checkpoint says")
 
 
 def _odd(checkpoint: Path) -> str:

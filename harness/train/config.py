@@ -62,12 +62,19 @@ class TrainConfig:
         checkpoint_every: steps between two checkpoints; 0 saves none by the count of steps.
         checkpoint_minutes: minutes after a checkpoint until the next one; 0 saves none by the clock. A run also saves
             at its end, and when SIGTERM, SIGINT, SIGUSR1 or SIGHUP stops it.
+        checkpoint_async: write checkpoints in the background, from a copy of each rank's tensors in the host's memory,
+            while training goes on; at most one at a time. The last one of a run is waited for.
+        checkpoint_full_disk: stop ends the run where a checkpoint cannot be written; go_on says so and trains on, until
+            the last one.
         keep_checkpoints: newest checkpoints to keep.
         keep_every: also save at every multiple of this many steps, and keep these checkpoints; 0 keeps none of them.
         keep_best: figure of the evaluation (map, recall_at_1, photo/map, …): also save at every evaluation, and keep
             the checkpoint where it was highest, which `--checkpoint best` names; empty keeps none.
         early_stop: end the run after this many evaluations in a row that did not raise the figure of keep_best; 0
             trains to the last step. Wants evaluate_every.
+        nonfinite: stop ends the run where a loss or gradient norm is not finite; skip leaves the step out, without an
+            update, and names its samples in the run folder.
+        skip_budget: steps that a process may leave out before it stops all the same.
         resume: auto continues the newest checkpoint in the run folder if there is one; never starts from scratch and
             refuses a used folder.
         new_phase: a resume on a catalogue that was governed again continues with its classes and order, as a new data
@@ -92,10 +99,14 @@ class TrainConfig:
     evaluate_every: NonNegativeInt = 0
     checkpoint_every: NonNegativeInt = 0
     checkpoint_minutes: NonNegativeFloat = 15.0
+    checkpoint_async: bool = False
+    checkpoint_full_disk: Literal["stop", "go_on"] = "stop"
     keep_checkpoints: PositiveInt = 2
     keep_every: NonNegativeInt = 0
     keep_best: str = ""
     early_stop: NonNegativeInt = 0
+    nonfinite: Literal["stop", "skip"] = "stop"
+    skip_budget: NonNegativeInt = 10
     resume: Literal["auto", "never"] = "auto"
     new_phase: bool = False
     init_from: Path | None = None

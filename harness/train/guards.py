@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from harness.core.errors import UserError
@@ -12,6 +10,7 @@ from harness.core.mesh import Mesh
 from harness.core.waiting import gather_objects
 from harness.data.config import DataConfig
 from harness.data.step_data import StepData
+from harness.train.config import RunConfig
 from harness.train.run_log import RunLog
 
 # Samples that must have been read before damage can end a run: a few at its start say nothing about the rest.
@@ -73,27 +72,49 @@ class DamagedSamples:
         )
 
 
-def not_finite(
-    step: int, loss: float, norm: float, data: StepData, run_dir: Path, rank: int, just_resumed: bool
-) -> UserError:
-    """The error for a loss or gradient norm that is not finite; writes the step's samples into the run folder.
+class FiniteGate:
+    """Ends the run at a loss or gradient norm that is not finite, or leaves the step out (train.nonfinite).
 
-    Args:
-        step: finished steps.
-        loss: of the step.
-        norm: of its gradient.
-        data: this rank's part of it.
-        run_dir: the run folder.
-        rank: this process's.
-        just_resumed: the step is the first one after a resume, so that the checkpoint may be the cause.
+    Attributes:
+        skipped: steps that this process has left out.
     """
-    file = run_dir / f"nonfinite-step-{step}-rank-{rank}.json"
-    found = {"step": step, "loss": str(loss), "gradient_norm": str(norm), "sample_ids": sample_ids(data)}
-    write_json(file, found)
-    again = "the run resumes"
-    if just_resumed:
-        again += f", or move step-{step:08d} elsewhere, if it is ruined itself, to resume the checkpoint before it"
-    return UserError(
-        f"step {step}: loss {loss} or gradient norm {norm} is not finite; nothing was updated",
-        f"The samples are in {file}. Lower optimizer.lr or the margin, then start again: {again}",
-    )
+
+    def __init__(self, config: RunConfig, mesh: Mesh) -> None:
+        self.config, self.mesh = config, mesh
+        self.skipped = 0
+
+    def judge(
+        self, step: int, loss: float, norm: float, norms: dict[str, float], data: StepData, just_resumed: bool
+    ) -> str:
+        """Writes the step's samples and norms into the run folder, a file for each rank; alike on every rank.
+
+        Args:
+            step: finished steps.
+            loss: of the step.
+            norm: of its gradient.
+            norms: of this rank's share of the gradient, by part of the model.
+            data: this rank's part of the step.
+            just_resumed: the step is the first one after a resume, so that the checkpoint may be the cause.
+
+        Returns:
+            Why the step is left out, in words.
+
+        Raises:
+            UserError: it ends the run.
+        """
+        file = self.config.run_dir / f"nonfinite-step-{step}-rank-{self.mesh.rank}.json"
+        found = {"step": step, "loss": str(loss), "gradient_norm": str(norm), "sample_ids": sample_ids(data)}
+        write_json(file, {**found, "norms": {part: str(value) for part, value in norms.items()}})
+        what = f"step {step}: loss {loss} or gradient norm {norm} is not finite; nothing was updated"
+        train = self.config.train
+        if train.nonfinite == "skip" and self.skipped < train.skip_budget:
+            self.skipped += 1
+            return f"{what} ({self.skipped} of train.skip_budget = {train.skip_budget}); the samples are in {file}"
+        spent = f" and train.skip_budget = {train.skip_budget} is spent" if train.nonfinite == "skip" else ""
+        again = "the run resumes"
+        if just_resumed:
+            again += f", or move step-{step:08d} elsewhere, if it is ruined itself, to resume the checkpoint before it"
+        raise UserError(
+            f"{what}{spent}",
+            f"The samples are in {file}. Lower optimizer.lr or the margin, then start again: {again}",
+        )

@@ -28,9 +28,9 @@ def open_settings(run: Path, tensor_parallel: int) -> RunConfig:
     return settings
 
 
-def find_checkpoint(run: Path, wanted: Path | None, mesh: Mesh | None = None) -> Path:
+def find_checkpoint(run: Path, wanted: Path | None, mesh: Mesh | None = None, head: bool = False) -> Path:
     """The checkpoint `wanted`, the best one of `run` where that is `best`, or else its newest complete one. With `mesh`
-    collective: each rank checks its share of the files.
+    collective: each rank checks its share of the files, those of the class rows only with `head`.
 
     Raises:
         UserError: no checkpoint is complete, or `wanted` is not, or no best one was kept.
@@ -42,10 +42,10 @@ def find_checkpoint(run: Path, wanted: Path | None, mesh: Mesh | None = None) ->
         if wanted is None:
             raise UserError(f"{run} has no best checkpoint", "It keeps one where train.keep_best names a figure")
     if wanted is not None:
-        if problem := checkpoint_files.problem(wanted, mesh):
+        if problem := checkpoint_files.problem(wanted, mesh, head):
             raise UserError(f"{wanted}: {problem}", "Name another step folder, or leave out --checkpoint")
         return wanted
-    path, passed_over = checkpoint_files.newest(run / "checkpoints", mesh)
+    path, passed_over = checkpoint_files.newest(run / "checkpoints", mesh, head)
     if path is None:
         raise UserError(f"{run} has no complete checkpoint", "; ".join(passed_over))
     if os.environ.get("RANK", "0") == "0":

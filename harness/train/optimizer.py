@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -165,6 +167,17 @@ class TowerOptimizer:
             total += norm.double() ** 2
         return total
 
+    def part_norms(self) -> dict[str, float]:
+        """Norm of this rank's shard of the gradients by part of the towers, the first word of a parameter's name."""
+        squares: dict[str, float] = {}
+        names = {parameter: name for name, parameter in self.ddp.module.named_parameters()}
+        for optimizer in self._parts:
+            for parameter, (group, order) in optimizer.model_param_group_index_map.items():
+                grad, part = optimizer.optimizer.param_groups[group]["params"][order].grad, names[parameter]
+                part = part.partition(".")[0]
+                squares[part] = squares.get(part, 0.0) + (0.0 if grad is None else float(grad.double().norm()) ** 2)
+        return {part: math.sqrt(square) for part, square in squares.items()}
+
     def scale(self, factor: Tensor) -> None:
         """Multiplies this rank's shard of the gradients by `factor` []."""
         grads = [p.grad for p in self.optimizer.get_parameters() if p.grad is not None]
@@ -194,21 +207,49 @@ class TowerOptimizer:
                 if steps := [half["step"] for half in pair if "step" in half]:  # of a fused AdamW
                     group["step"] = max(steps)
 
-    def sharded_state_dict(self, model_state: dict[str, Any], metadata: dict[str, Any], loading: bool) -> Any:
-        """megatron-core's sharded state of the optimizer for `model_state`, the towers' own sharded state."""
+    def sharded_state_dict(self, model_state: dict[str, Any], loading: bool) -> dict[str, Any]:
+        """State of the optimizer for `model_state`, the towers' own as ShardedTensors: this rank's share of it, without
+        a copy.
+
+        megatron-core's own would first gather all of it on one rank. Its share of a parameter is a range of the flat
+        one, which lies in the checkpoint's tensor as a few blocks.
+        """
+        (part,) = self._parts
         with cuda_type_names():
-            return self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
+            if loading:
+                part.load_state_dict(part.state_dict())  # makes what is not there before the first step
+            state: dict[str, Any] = part.state_dict()
+        places = {id(sharded.data): sharded for sharded in model_state.values()}
+        moments: dict[str, Any] = {}
+        for parameter, flat in _ranges(part):
+            sharded, tensors = places[id(parameter)], part._get_main_param_and_optimizer_states(parameter)
+            for kind in ("param", "exp_avg", "exp_avg_sq"):
+                key, before = f"optimizer.state.{kind}.{sharded.key}", 0
+                for offsets, sizes in blocks(parameter.shape, flat.start, flat.end):
+                    numbers = tensors[kind].detach()[before : before + math.prod(sizes)].view(sizes)
+                    before += numbers.numel()
+                    moments[f"{kind}.{sharded.key}.{before}"] = replace(
+                        sharded,
+                        key=key,
+                        data=numbers,
+                        dtype=numbers.dtype,
+                        local_shape=sizes,
+                        global_offset=tuple(map(sum, zip(sharded.global_offset, offsets, strict=True))),
+                        axis_fragmentations=None,
+                        replica_id=(0, sharded.replica_id[1], 0),
+                    )
+        return {**state, "param_state": moments, "param_state_sharding_type": "fully_reshardable"}
 
     def load_state_dict(self, state: Any) -> None:
-        """Takes the moments, float32 weights and number of steps that dist_checkpointing loaded, and keeps the present
-        hyper-parameters.
+        """Takes the number of steps that dist_checkpointing loaded, and keeps the present hyper-parameters; moments and
+        float32 weights were loaded in place.
         """
         saved = state["optimizer"]["param_groups"][0]
         count = {"step": saved["step"]} if "step" in saved else {}
         own = ({key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups)
         state["optimizer"]["param_groups"] = [{**group, **count} for group in own]
         with cuda_type_names():
-            self.optimizer.load_state_dict(state)
+            self.optimizer.load_state_dict({key: x for key, x in state.items() if key != "param_state"})
         # After a load all parameters share one `step` tensor, and torch's AdamW then counts it up once per parameter.
         for part in self._parts:
             for entry in part.optimizer.state.values():
@@ -241,6 +282,35 @@ def _halves(group: dict[str, Any], held: set[Tensor]) -> tuple[dict[str, Any], d
     return {**group, "params": trained}, {**group, "params": still, "lr": 0.0, "weight_decay": 0.0}
 
 
+def _ranges(part: Any) -> Iterator[tuple[nn.Parameter, Any]]:
+    """(parameter, range of its flat form) of this rank's share of a DistributedOptimizer."""
+    for buffer in part.gbuf_ranges:
+        for buckets in buffer.values():
+            for bucket in buckets:
+                for parameter, ranges in bucket["param_map"].items():
+                    yield parameter, ranges["param"]
+
+
+def blocks(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(offsets, sizes) of the blocks that elements start:stop of a tensor of that shape, row by row, make up, in their
+    order; at most 2 x dimensions - 1.
+    """
+    if len(shape) < 2:
+        yield ((start,), (stop - start,)) if shape else ((), ())
+        return
+    row = math.prod(shape[1:])
+    while start < stop:
+        index, inside = divmod(start, row)
+        rows = 0 if inside else (stop - start) // row
+        end = start + rows * row if rows else min(stop, (index + 1) * row)
+        if rows:
+            yield (index, *[0] * (len(shape) - 1)), (rows, *shape[1:])
+        else:
+            for offsets, sizes in blocks(shape[1:], inside, end - index * row):
+                yield (index, *offsets), (1, *sizes)
+        start = end
+
+
 def _overrides(settings: Any, factors: dict[nn.Parameter, float]) -> dict[Any, Any]:
     """megatron-core's parameter groups (biases and norms without weight decay), split once more by the factor on the
     learning rate.
@@ -250,23 +320,3 @@ def _overrides(settings: Any, factors: dict[nn.Parameter, float]) -> dict[Any, A
         has_factor = ParamWithNamePredicate(name=f"lr x {factor}", fn=lambda p, _, factor=factor: factors[p] == factor)
         overrides[ParamKey(with_name_predicate=has_factor)] = {"lr_mult": factor}
     return overrides
-
-
-def _mend_loading() -> None:
-    """Mends megatron-core's fully reshardable load where TransformerEngine and apex are missing.
-
-    It asks the file for AdamW's `step` (KeyError) and writes in place to leaves; load_state_dict sets the step anyway.
-    """
-    original = distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
-
-    @torch.no_grad()
-    def with_step(self: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        original(self, model_param, {**tensors, "step": state["step"].clone()} if "step" in state else tensors)
-
-    distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = with_step
-
-
-if not distrib_optimizer.HAVE_APEX_OR_TE:
-    _mend_loading()

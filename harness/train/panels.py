@@ -13,9 +13,10 @@ from tensorboard.plugins import projector as plugin  # type: ignore[import-untyp
 
 from harness.catalogue.catalogue import Catalogue
 from harness.catalogue.pixels import Colour
-from harness.data.preprocess import WHITE
+from harness.data.preprocess import WHITE, PreprocessSpec
 from harness.evaluate.contact_sheet import LONGEST, draw_panel, picture, text_picture
 from harness.evaluate.evaluation import Report
+from harness.evaluate.explain import attention_picture, parts_picture
 from harness.evaluate.ranking import Embedded
 from harness.train.tensorboard import Board, one_line
 
@@ -81,9 +82,11 @@ class Projector:
         sprite.save(self.folder / "projector" / "sprite.png")
 
 
-def show(report: Report, step: int, board: Board, projector: Projector) -> None:
-    """Shows an evaluation after `step` finished steps."""
-    board.image("retrieval/panel", draw_panel(panel_rows(report, projector.catalogue, projector.background)), step)
+def show(report: Report, step: int, board: Board, projector: Projector, spec: PreprocessSpec) -> None:
+    """Shows an evaluation after `step` finished steps; `spec` is the run's."""
+    board.image("retrieval/panel", draw_panel(panel_rows(report, projector.catalogue, spec.background)), step)
+    if report.why:
+        board.image("retrieval/why", draw_panel(why_rows(report, projector.catalogue, spec)), step)
     if report.sample is not None and len(report.sample.ids):
         projector.write(step, report.sample)
 
@@ -94,8 +97,29 @@ def panel_rows(report: Report, catalogue: Catalogue, background: Colour = WHITE)
     titles = {row["sample_id"]: row["title"] for row in catalogue.rows(found, ["title"])}
     rows = []
     for query, best, relevant in report.panel:
-        shown = text_picture(query) if isinstance(query, str) else picture(catalogue, query, background)
+        shown = _asked(query, catalogue, background)
         # Distractors are left out: their pictures lie in other catalogues.
         known = [(i, right) for i, right in zip(best, relevant, strict=True) if i in titles]
         rows.append((shown, [(picture(catalogue, i, background), titles[i], right) for i, right in known]))
     return rows
+
+
+def why_rows(report: Report, catalogue: Catalogue, spec: PreprocessSpec) -> list[Any]:
+    """Rows for `draw_panel`: a query, its first document, the patches that the document's text looked at, where the
+    method has such, and the parts of the document's vector.
+    """
+    rows = []
+    for query, best, relevant in report.panel:
+        if not best or (why := report.why.get(best[0])) is None:
+            continue
+        image = picture(catalogue, best[0], spec.background)
+        (row,) = catalogue.rows([best[0]], ["title"])
+        cells: list[Any] = [(image, row["title"], relevant[0])]
+        if why.attention is not None:
+            cells.append((attention_picture(image, why.attention, spec), "patches its text looked at", None))
+        rows.append((_asked(query, catalogue, spec.background), [*cells, (parts_picture(why), str(why), None)]))
+    return rows
+
+
+def _asked(query: int | str, catalogue: Catalogue, background: Colour) -> Image.Image:
+    return text_picture(query) if isinstance(query, str) else picture(catalogue, query, background)

@@ -206,7 +206,7 @@ class Resume:
         """
         path = named
         if on_first_rank((named / "checkpoints").is_dir, self.mesh, "looking for checkpoints"):
-            path = find_checkpoint(named, None, self.mesh)
+            path = find_checkpoint(named, None, self.mesh, head=True)
         elif problem := checkpoint_files.problem(named, self.mesh):
             raise UserError(f"train.init_from {named}: {problem}", "Name a run folder or one of its step folders")
         state = checkpoint_files.read_state(path)

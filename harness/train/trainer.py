@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from harness.data.loader import StepLoader
 from harness.data.step_data import StepData
 from harness.evaluate.evaluation import Report
 from harness.text.tower_check import require_texts_fit
-from harness.train import checkpoint, checkpoint_files, guards, stage_start
+from harness.train import checkpoint, guards, stage_start
 from harness.train.boundary import Boundary
 from harness.train.config import RunConfig
 from harness.train.ema import Ema
@@ -31,6 +31,7 @@ from harness.train.optimizer import TowerOptimizer, sum_of_squares
 from harness.train.profiler import StepProfiler
 from harness.train.resume import Resume
 from harness.train.run_log import RunLog
+from harness.train.saver import Saver
 from harness.train.stages import stage_at, stages_of, stretches, trained_model
 from harness.train.stragglers import Stragglers
 from harness.train.throughput import StepClock, Throughput
@@ -50,12 +51,14 @@ class StepResult:
         names: of the metrics.
         sums: [k, 2], this rank's [sum, weight] of each metric.
         norm: of the gradient before clipping.
+        skipped: why the step updated nothing, in words; empty where it did.
     """
 
     loss: Tensor
     names: list[str]
     sums: Tensor
     norm: float
+    skipped: str = ""
 
 
 class Trainer:
@@ -64,7 +67,7 @@ class Trainer:
     Attributes:
         step: finished steps.
         notes: lines for the log about the start of the run.
-        saved: step of the newest checkpoint.
+        saver: writes its checkpoints.
         boundary: its `stop` tells whether a signal ended `fit`; all that it did is saved.
     """
 
@@ -99,13 +102,15 @@ class Trainer:
         self.clock = StepClock(mesh)
         self.throughput = Throughput(self.stages[0].config, self.model_config.text, self.loader, mesh)
         self.damaged = guards.DamagedSamples(config.data, mesh)
+        self.finite = guards.FiniteGate(config, mesh)
         self.stragglers = Stragglers(mesh)
         self.ledger = Ledger(mesh)
         self._data: StepData | None = None  # of the present step, once it is read
         # Start, or continuation
         self.resume = Resume(config, mesh, self.loader, self.method, self.parts, self.ledger)
-        self.step = self.saved = self.resume.step
+        self.step = self.resume.step
         self.boundary = Boundary(mesh, config.train.checkpoint_minutes)
+        self.saver = Saver(config, mesh, self.parts, self.resume, self.validation, self.boundary)
         averaged = [] if self.ema is None else [self.ema.note]
         self.notes = [*self.towers.notes, *averaged, *self.resume.notes]
 
@@ -134,6 +139,7 @@ class Trainer:
             total, names = total + loss.detach(), list(metrics)
             stacked = torch.stack(list(metrics.values()))
             sums = stacked if sums is None else sums + stacked
+        assert sums is not None, "a step has at least one micro-batch"
 
         with clock.others():
             self.towers.reduce()
@@ -147,7 +153,9 @@ class Trainer:
         squared_norm, *asked, loss_value = torch.cat([sums_of_ranks, total[None].to(squared.dtype)]).tolist()
         self.boundary.agree(*asked)
         norm = math.sqrt(squared_norm)
-        self._require_finite(loss_value, norm, data)
+        if skipped := self._not_finite(loss_value, norm, data):
+            self._end_step(data)
+            return StepResult(total, names, sums, norm, skipped)
         if config.optimizer.clip_norm and norm > config.optimizer.clip_norm:
             factor = torch.full((), config.optimizer.clip_norm / (norm + 1e-6), device=self.mesh.device)
             self.towers.scale(factor)
@@ -158,12 +166,15 @@ class Trainer:
             self.ema.update()
         if head is not None and self.rows is not None:
             self.rows.step(active, row_grad, lr)
-            head.end_step()
-        clock.mark("optimizer")
+        self._end_step(data)
+        return StepResult(total, names, sums, norm)
+
+    def _end_step(self, data: StepData) -> None:
+        if self.method.trained_head is not None:
+            self.method.trained_head.end_step()
+        self.clock.mark("optimizer")
         self.step += 1
         self.ledger.add(data.ledger)
-        assert sums is not None, "a step has at least one micro-batch"
-        return StepResult(total, names, sums, norm)
 
     def fit(self) -> dict[str, Any]:
         """Trains to the last step (or to train.stop_at, train.early_stop or a signal); returns the final figures."""
@@ -189,6 +200,8 @@ class Trainer:
                 result = self.train_step(data)
                 profiler.after(self.step - 1)
                 self.damaged.note(self.step, data, log)
+                if result.skipped:
+                    log.say(result.skipped)
                 speed.add(data)
                 last = self.step == end
                 log.advance({"loss": "-" if loss is None else f"{loss:.3f}"})
@@ -197,14 +210,18 @@ class Trainer:
                     if loss is None:
                         decoded = figures["speed/decode_images_per_second"]
                         log.say(f"step {self.step}: a rank reads and decodes {decoded:,.0f} images a second")
-                    loss = figures["train/loss"]
-                    log.scalars(self.step, figures)
+                    loss = figures["train/loss"] if math.isfinite(figures["train/loss"]) else loss
+                    log.scalars(self.step, {name: x for name, x in figures.items() if math.isfinite(x)})
                     self.damaged.require_few(self.step, int(figures["data/bad_samples"]), speed.images)
                     speed.start_window()
                 with speed.paused():
                     saves, evaluates = last or self._saves(), self.validation.due(self.step)
+                    if saves or self.boundary.written:
+                        self.saver.finish(log)
                     if saves:
-                        self.save()
+                        # The best checkpoint has to be there before best.json names it.
+                        waits = last or self.boundary.stop or (evaluates and train.keep_best != "")
+                        self.saver.save(self.step, log, waits, last)
                     if evaluates and not self.boundary.stop:
                         report = self.validation.run(self.step, log)
                     if (saves or evaluates) and not last:
@@ -213,7 +230,8 @@ class Trainer:
                     break
                 # The steps that end in a line of the log are timed exactly.
                 self.clock.start(exact=self.step % train.log_every == train.log_every - 1)
-            if self.saved < self.step:  # a signal came during an evaluation
+            self.saver.finish(log)
+            if self.saver.step < self.step:  # a signal came during an evaluation
                 self.save()
             if self.mesh.rank == 0 and (self.validation.ended or self.step == train.steps) and not self.boundary.stop:
                 log.board.finish()
@@ -246,15 +264,9 @@ class Trainer:
             yield from self.loader.steps(self.step, min(end, stage.end))
 
     def save(self) -> Path:
-        """Writes a checkpoint of the present step; collective."""
-        self.validation.calibrate(self.step)
-        folder, train = self.config.run_dir / "checkpoints", self.config.train
-        state = self.resume.state(self.step)
-        keep = checkpoint_files.Keep(train.keep_checkpoints, train.keep_every)
-        path = checkpoint.save(folder, self.step, self.parts, state, self.resume.classes, self.mesh, keep)
-        self.saved = self.step
-        self.boundary.saved()
-        return path
+        """Writes a checkpoint of the present step and waits for it; collective."""
+        self.saver.save(self.step)
+        return self.config.run_dir / "checkpoints" / f"step-{self.step:08d}"
 
     def _saves(self) -> bool:
         """True where a checkpoint belongs to the present step."""
@@ -302,11 +314,24 @@ class Trainer:
             **seconds,
         }
 
-    def _require_finite(self, loss: float, norm: float, data: StepData) -> None:
-        """Ends the run before a loss or gradient that is not finite reaches the weights and the next checkpoint."""
-        if not (math.isfinite(norm) and math.isfinite(loss)):
-            resumed = self.resume.checkpoint is not None and self.step == self.resume.step
-            raise guards.not_finite(self.step, loss, norm, data, self.config.run_dir, self.mesh.rank, resumed)
+    def _not_finite(self, loss: float, norm: float, data: StepData) -> str:
+        """Empty for a finite step; else, before it reaches the weights and the next checkpoint, why it is left out.
+
+        Raises:
+            UserError: train.nonfinite stops the run, or its budget is spent.
+        """
+        if math.isfinite(norm) and math.isfinite(loss):
+            return ""
+        head, norms = self.method.trained_head, self.towers.part_norms()
+        if head is not None:
+            norms["rows"] = float(head.row_grad[1].norm())
+        resumed = self.resume.checkpoint is not None and self.step == self.resume.step
+        try:
+            return self.finite.judge(self.step, loss, norm, norms, data, resumed)
+        except UserError:
+            with suppress(checkpoint.NotWritten):  # what ends the run is the step
+                self.saver.finish()
+            raise
 
     def _place(self) -> str:
         """Step, part of it and samples of this rank, for the error of the others if it stands still."""

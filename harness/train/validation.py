@@ -97,13 +97,13 @@ class Validation:
             log.say(line)
 
         def show() -> bool:
-            panels.show(report, step, log.board, self.projector)
+            panels.show(report, step, log.board, self.projector, config.data.preprocess)
             if len(told) > 1:
                 log.board.warn(told[1:], step)
             if metric := config.train.keep_best:
                 checkpoint_files.note_best(config.run_dir / "checkpoints", step, metric, report.figures)
             # Last, for its presence tells that the evaluation is complete.
-            write_json(self._file(step), {**report.figures, "slices": report.rows})
+            write_json(self._file(step), {**report.figures, "slices": report.rows, "warnings": told[1:]})
             return self._exhausted(step)
 
         self.ended = on_first_rank(show, self.mesh, "drawing the panel")

@@ -68,6 +68,7 @@ def contrastive_loss(
     weights: Tensor | None = None,
     log_scale: Tensor | None = None,
     negatives: tuple[Tensor, Tensor] | None = None,
+    negative_weights: Tensor | None = None,
     document_bank: MemoryBank | None = None,
     query_bank: MemoryBank | None = None,
     related: Related = same_product,
@@ -87,6 +88,7 @@ def contrastive_loss(
         weights: [n], default 1. A pair of weight 0 (a damaged image) does not count, not as a negative either.
         log_scale: [], the learned log(1 / temperature); default the config's constant.
         negatives: hard negatives of the pairs, ([n, k, d], their labels int64 [n, k, ...]).
+        negative_weights: [n, k], default 1: a hard negative of weight 0 does not count, nor one of a pair of weight 0.
         document_bank, query_bank: embeddings of earlier steps, the same on every rank; push this step's afterwards.
         related: (query labels [a, ...], document labels [b, ...]) -> bool [a, b], True where the document is not a
             negative of the query.
@@ -101,18 +103,21 @@ def contrastive_loss(
     sizes = sizes or shard_sizes(len(labels), group, labels.device)
     mine = own_slice(sizes, group.rank())
 
-    def everyone(x: Tensor, labels: Tensor, per_pair: int = 1) -> _Candidates:
-        """Embeddings x [n * per_pair, d] of all ranks, with their labels and the weights of their pairs."""
+    def everyone(x: Tensor, labels: Tensor, weights: Tensor, per_pair: int = 1) -> _Candidates:
+        """Embeddings x [n * per_pair, d] of all ranks, with their labels and weights."""
         counts = [size * per_pair for size in sizes]
         unit = gather_with_grad(F.normalize(x.to(kind), dim=-1), group, counts)
-        weight = gather_shards(weights.repeat_interleave(per_pair), group, counts)
+        weight = gather_shards(weights, group, counts)
         return _Candidates(unit, gather_shards(labels, group, counts), weight > 0)
 
-    query, document = everyone(queries, labels), everyone(documents, labels)
+    query, document = everyone(queries, labels, weights), everyone(documents, labels, weights)
     against_queries, against_documents = [query], [document]
     if negatives is not None:
         hard, hard_labels = negatives
-        against_documents.append(everyone(hard.flatten(0, 1), hard_labels.flatten(0, 1), hard.shape[1]))
+        of_pairs = weights[:, None].expand(hard.shape[:2])
+        hard_weights = of_pairs if negative_weights is None else of_pairs * negative_weights
+        flat = hard.flatten(0, 1), hard_labels.flatten(0, 1), hard_weights.flatten()
+        against_documents.append(everyone(*flat, hard.shape[1]))
     for bank, candidates in ((document_bank, against_documents), (query_bank, against_queries)):
         if bank is not None:
             unit, known, counts = bank.filled()

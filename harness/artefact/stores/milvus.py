@@ -42,6 +42,7 @@ class MilvusStore:
         self.name, self._module = without_password(parts), pymilvus
         self.errors: tuple[type[Exception], ...] = (pymilvus.MilvusException,)
         self._texts: dict[str, str] = {}
+        self._shares: tuple[str, ...] = ()
         if parts.scheme == "milvus+file":
             file = Path(unquote(parts.path))
             if not file.absolute().parent.is_dir():
@@ -67,7 +68,9 @@ class MilvusStore:
     def create(self, layout: Layout) -> None:
         """As the interface says. Names of columns are written with letters, digits and _."""
         self._texts = {name: re.sub(r"^(?=\d)|\W", "_", name, flags=re.ASCII) for name in layout.texts}
-        if len({*self._texts.values(), *_OWN}) < len(self._texts) + len(_OWN):
+        self._shares = layout.shares
+        names = [*self._texts.values(), *_OWN, *self._shares]
+        if len({*names}) < len(names):
             raise UserError(
                 f"{self.name}: Milvus takes letters, digits and _ in names of columns, and so {layout.texts} are not "
                 "different",
@@ -83,6 +86,8 @@ class MilvusStore:
         schema.add_field("artefact", kinds.VARCHAR, max_length=64)
         for name in self._texts.values():
             schema.add_field(name, kinds.VARCHAR, max_length=self.longest, nullable=True)
+        for name in self._shares:
+            schema.add_field(name, kinds.FLOAT)
         schema.add_field("embedding", kinds.FLOAT_VECTOR, dim=layout.width)
         index = self._client.prepare_index_params()
         graph = {"M": LINKS, "efConstruction": BUILD_EFFORT} if layout.index == "hnsw" else {}
@@ -93,7 +98,7 @@ class MilvusStore:
     def _require(self, layout: Layout) -> None:
         fields = {field["name"]: field for field in self._client.describe_collection(self._collection)["fields"]}
         width = int(fields.get("embedding", {}).get("params", {}).get("dim", 0))
-        if fields.keys() != {*self._texts.values(), *_OWN} or width != layout.width:
+        if fields.keys() != {*self._texts.values(), *self._shares, *_OWN} or width != layout.width:
             raise UserError(
                 f"{self.name} has other columns, or vectors of {width} numbers, not {layout.width}",
                 "Name another collection, or give --replace",
@@ -123,9 +128,9 @@ class MilvusStore:
 
     def fetch(self, sample_ids: Sequence[int]) -> pa.Table:
         """As the interface says."""
-        names = ["sample_id", "artefact", *self._texts.values(), "embedding"]
+        names = ["sample_id", "artefact", *self._texts.values(), *self._shares, "embedding"]
         found = self._client.get(self._collection, ids=[*sample_ids], output_fields=names)
-        return _table(found, self._texts)
+        return _table(found, self._texts, self._shares)
 
     def search(self, vector: np.ndarray, k: int, where: tuple[str, str] | None, effort: int) -> list[int]:
         """As the interface says."""
@@ -152,8 +157,9 @@ def _equal(column: str, text: str) -> str:
     return f"{column} == {json.dumps(text, ensure_ascii=False)}"
 
 
-def _table(rows: Sequence[Mapping[str, Any]], texts: Mapping[str, str]) -> pa.Table:
+def _table(rows: Sequence[Mapping[str, Any]], texts: Mapping[str, str], shares: Sequence[str]) -> pa.Table:
     columns = {name: pa.array([row[own] for row in rows], pa.string()) for name, own in texts.items()}
+    columns |= {name: pa.array([row[name] for row in rows], pa.float32()) for name in shares}
     vectors = pa.array([np.asarray(row["embedding"], np.float32) for row in rows], pa.list_(pa.float32()))
     ids, marks = (pa.array([row[name] for row in rows]) for name in ("sample_id", "artefact"))
     return pa.table({"sample_id": ids, "artefact": marks, **columns, "embedding": vectors})

@@ -88,6 +88,7 @@ class PostgresStore:
                 "Give --index flat, or publish to Milvus",
             )
         wanted = {"sample_id": "bigint", "artefact": "text", **dict.fromkeys(layout.texts, "text")}
+        wanted |= dict.fromkeys(layout.shares, "real")
         wanted["embedding"] = f"vector({layout.width})"
         there = self._columns()
         if there and there != wanted:
@@ -148,14 +149,15 @@ class PostgresStore:
 
     def fetch(self, sample_ids: Sequence[int]) -> pa.Table:
         """As the interface says."""
-        names = ["sample_id", "artefact", *self._layout.texts]
+        layout = self._layout
+        names = ["sample_id", "artefact", *layout.texts, *layout.shares]
         shown = ", ".join(map(self._identifier, names))
         found = self._connection.run(
             f"SELECT {shown}, embedding::text FROM {self._quoted} WHERE sample_id = ANY(:ids)", ids=[*sample_ids]
         )
         *columns, vectors = zip(*found, strict=True) if found else [()] * (len(names) + 1)
         read = [np.array(json.loads(vector), np.float32) for vector in vectors]
-        kinds = [pa.int64(), *[pa.string()] * (len(names) - 1)]
+        kinds = [pa.int64(), pa.string(), *[pa.string()] * len(layout.texts), *[pa.float32()] * len(layout.shares)]
         arrays = [pa.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
         return pa.table([*arrays, pa.array(read, pa.list_(pa.float32()))], names=[*names, "embedding"])
 
@@ -204,11 +206,11 @@ def copied(rows: pa.Table) -> io.BytesIO:
     head = struct.pack(">ihh", 4 + 4 * vectors.shape[1], vectors.shape[1], 0)
     columns = rows.drop_columns(["sample_id", "embedding"]).to_pydict().values()
     start = struct.pack(">hi", rows.num_columns, 8)
-    for sample, vector, *texts in zip(rows.column("sample_id").to_pylist(), vectors, *columns, strict=True):
+    for sample, vector, *values in zip(rows.column("sample_id").to_pylist(), vectors, *columns, strict=True):
         buffer.write(start + struct.pack(">q", sample))
-        for text in texts:
-            content = None if text is None else text.encode()
-            buffer.write(struct.pack(">i", -1) if content is None else struct.pack(">i", len(content)) + content)
+        for value in values:
+            content = struct.pack(">f", value) if isinstance(value, float) else (value or "").encode()
+            buffer.write(struct.pack(">i", -1) if value is None else struct.pack(">i", len(content)) + content)
         buffer.write(head + vector.tobytes())
     buffer.write(struct.pack(">h", -1))
     buffer.seek(0)

@@ -50,12 +50,18 @@ class Publication:
         """Columns of text that are published."""
         return tuple(name for name in self.rows.texts if name not in _LEFT_OUT)
 
+    @property
+    def columns(self) -> list[str]:
+        """Columns of the artefact that `prepared` reads."""
+        return ["sample_id", *self.texts, *self.rows.shares, "embedding"]
+
     def prepared(self, table: pa.Table) -> pa.Table:
         """Rows as the database gets them."""
         texts = {name: self.cleaned(table.column(name)) for name in self.texts}
+        shares = {name: table.column(name) for name in self.rows.shares}
         mark = pa.array([self.mark] * len(table))
         ids, vectors = table.column("sample_id"), table.column("embedding")
-        return pa.table({"sample_id": ids, "artefact": mark, **texts, "embedding": vectors})
+        return pa.table({"sample_id": ids, "artefact": mark, **texts, **shares, "embedding": vectors})
 
     def cleaned(self, column: pa.ChunkedArray) -> Any:
         """Texts without NUL, which PostgreSQL does not take, cut to the database's longest."""
@@ -73,11 +79,11 @@ def write(store: Store, publication: Publication) -> int:
     rows = publication.rows
     there = store.count(publication.mark)
     done = there if there == rows.count else there - there % rows.at_once
-    total, columns = -(-rows.count // rows.at_once), ["sample_id", *publication.texts, "embedding"]
+    total = -(-rows.count // rows.at_once)
     if done:
         print(f"{store.name}: {done:,} of {rows.count:,} rows are there already", flush=True)
     bar = progress(store.name, total, -(-done // rows.at_once), f" x {rows.at_once:,} rows")
-    for table in rows.batches(columns, first=done):
+    for table in rows.batches(publication.columns, first=done):
         store.upsert(publication.prepared(table))
         bar.update()
     bar.close()
@@ -120,7 +126,7 @@ def _sample(store: Store, publication: Publication) -> dict[str, Any]:
     """Compares rows spread evenly with those of the artefact; the vectors of some become queries."""
     rows, kept, first = publication.rows, [], 0
     wanted = np.unique(np.linspace(0, rows.count - 1, min(SAMPLE, rows.count)).astype(np.int64))
-    for table in rows.batches(["sample_id", *publication.texts, "embedding"]):
+    for table in rows.batches(publication.columns):
         inside = wanted[(wanted >= first) & (wanted < first + len(table))] - first
         if len(inside):
             kept.append(publication.prepared(table.take(pa.array(inside))))
@@ -136,7 +142,7 @@ def _sample(store: Store, publication: Publication) -> dict[str, Any]:
 
 
 def digest(rows: pa.Table) -> str:
-    """xxh3-64 over rows in the order of their sample ids: texts, and vectors as float32."""
+    """xxh3-64 over rows in the order of their sample ids: texts, shares, and vectors as float32."""
     rows = rows.sort_by("sample_id")
     total = xxhash.xxh3_64(vectors_of(rows).tobytes() if len(rows) else b"")
     total.update(repr(rows.drop_columns(["embedding"]).to_pylist()).encode())

@@ -1,7 +1,7 @@
 """Interface of a vector database: what publishing asks of it, and nothing else.
 
 A collection has a row for each document: sample_id (key), artefact (mark of the one that wrote it), columns of text,
-embedding.
+shares of the embedding's parts (float32), embedding.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ class Layout:
         width: numbers of a vector.
         rows: documents that will be there.
         index: compare every vector (flat), or a graph (hnsw).
+        shares: names of the columns of float32.
     """
 
     texts: tuple[str, ...]
     width: int
     rows: int
     index: IndexKind
+    shares: tuple[str, ...] = ()
 
 
 class Store(Protocol):
@@ -65,7 +67,7 @@ class Store(Protocol):
         ...
 
     def upsert(self, rows: pa.Table) -> None:
-        """Writes rows (sample_id, artefact, the texts, embedding), and replaces those of equal sample_id. What it
+        """Writes rows (sample_id, artefact, texts, shares, embedding), and replaces those of equal sample_id. What it
         returns from is kept, also if the process is killed then.
         """
         ...

@@ -1,4 +1,6 @@
-"""Photos made from clean pictures: ground, neighbours, perspective, light, occlusion, blur and noise."""
+"""Photos made from clean pictures: ground, neighbours, perspective, light, occlusion, blur and noise; and documents'
+pictures of several products.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,13 @@ from harness.catalogue.synth.draw import smooth
 Floats = npt.NDArray[np.float32]
 LONG_SIDE = (192, 256)  # pixels, least and most
 SHORT_SIDE = 192
+# Centres of the products in a picture of two, three and four, as shares of its side; least and most of their longer
+# side. Their edges stay within the window that evaluation cuts out, or nearly.
+_PLACES = {
+    2: (((0.29, 0.5), (0.71, 0.5)), (0.44, 0.54)),
+    3: (((0.3, 0.31), (0.7, 0.31), (0.5, 0.71)), (0.37, 0.45)),
+    4: (((0.3, 0.3), (0.7, 0.3), (0.3, 0.7), (0.7, 0.7)), (0.34, 0.42)),
+}
 
 
 def photograph(picture: Image.Image, others: Sequence[Image.Image], rng: np.random.Generator) -> Image.Image:
@@ -43,6 +52,30 @@ def photograph(picture: Image.Image, others: Sequence[Image.Image], rng: np.rand
     elif cover < 0.34:
         _paste(photo, others[2], _border_place(width, height, rng), rng.uniform(0.35, 0.5) * SHORT_SIDE, rng)
     return _expose(photo, rng)
+
+
+def lifestyle(pictures: Sequence[Image.Image], side: int, rng: np.random.Generator) -> Image.Image:
+    """A picture of several products side by side, none of them larger or more central than another by its place in the
+    list.
+
+    Args:
+        pictures: two to four products cut out, RGBA.
+        side: of the square result in pixels.
+        rng: the source of every choice.
+
+    Returns:
+        RGB, `side` x `side` pixels.
+    """
+    scene = Image.fromarray(_GROUNDS[int(rng.integers(len(_GROUNDS)))](side, side, rng))
+    places, (least, most) = _PLACES[len(pictures)]
+    turns = int(rng.integers(4))
+    for picture, place in zip(pictures, rng.permutation(len(places)), strict=True):
+        x, y = np.array(places[place]) - 0.5
+        for _ in range(turns):  # a quarter each
+            x, y = -y, x
+        x, y = side * (0.5 + np.array([x, y]) + rng.uniform(-0.03, 0.03, 2))
+        _paste(scene, picture, (float(x), float(y)), side * rng.uniform(least, most), rng)
+    return scene
 
 
 def _border_place(width: int, height: int, rng: np.random.Generator) -> tuple[float, float]:

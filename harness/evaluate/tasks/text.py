@@ -77,7 +77,7 @@ class TextTask(Task):
             if self.bare is not None:
                 stripped = joined([self.embedder.embed(method, self.bare, seen), *gallery.others(seen)])
                 figures |= {f"bare_{name}": value for name, value in self._search(texts, stripped).figures.items()}
-            if method.modalities:
+            if method.parts:
                 rows += self._weights(method)
                 figures |= rows[-1]["weights"]
         return Found(figures, rows, found.panel, failures=found.failures)
@@ -104,9 +104,9 @@ class TextTask(Task):
         return Found(figures, [], gathered(panel, self.mesh), failures=failures)
 
     def _weights(self, method: Method) -> list[dict[str, Any]]:
-        """Mean modal weights by category, and of all documents last."""
-        names = [f"weight_{name}" for name in method.modalities]
-        own, _ = self.embedder.apply(method, self.documents, method.modal_weights, len(names))
+        """Mean weights of the documents' parts by category, and of all documents last."""
+        names = [f"weight_{name}" for name in method.parts]
+        own, _ = self.embedder.apply(method, self.documents, lambda b: method.explain_document(b).weights, len(names))
         table = gather_shards(own, self.mesh.dp).double().cpu().numpy()
         groups = {}
         if self.category:

@@ -173,9 +173,22 @@ function showDetail(product) {
   $("detail-text").textContent = product.description;
   const facts = { similarity: product.score.toFixed(4), ...product.attributes, id: product.id };
   $("detail-facts").replaceChildren(...Object.entries(facts).flatMap(([name, value]) => [element("dt", "", label(name)), element("dd", "", value)]));
+  showParts(product.parts);
   $("why").hidden = true;
   $("detail").showModal();
   if (state.file && $("photo").naturalWidth) explain(product).catch(() => {}); // an extra: without it nothing is missing
+}
+
+// Shares of the parts in the product's embedding; a part may point away from the others and have less than none.
+function showParts(parts) {
+  const shares = Object.entries(parts);
+  $("made").hidden = !shares.length;
+  $("made-bar").replaceChildren(...shares.map(([, share]) => {
+    const bar = element("i");
+    bar.style.flexGrow = Math.max(0, share);
+    return bar;
+  }));
+  $("made-parts").replaceChildren(...shares.map(([name, share]) => element("li", "", `${label(name)} ${Math.round(100 * share)} %`)));
 }
 
 // Cells of the photo, or of its part, that are less like the product than others are darkened.
