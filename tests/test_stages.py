@@ -191,6 +191,7 @@ def test_a_staged_run_equals_dense_float64(
             assert error <= 1e-3 * moved + 2e-6, f"step {step}: {name} is off by {error:.1e}, moved by {moved:.1e}"
 
 
+@FULL
 def test_what_a_stage_freezes_and_what_it_resets(dense: list[Any], damaged: Path, tmp_path: Path) -> None:
     """Frozen parts and rows that no step trains, to the bit; one count of AdamW's updates, since the boundary."""
     steps, _, (updates, _) = trained(damaged, tmp_path / "run", 1, 4)
@@ -214,9 +215,10 @@ def require_equal(found: Any, wanted: Any) -> None:
     assert found[2] == wanted[2]
 
 
+@FULL
 @pytest.mark.parametrize(
     ("world", "tensor_parallel", "stop"),
-    [(2, 1, BOUNDARY), *(pytest.param(*x, marks=FULL) for x in ((2, 1, 2), (2, 1, 4), (1, 1, 4), (4, 2, BOUNDARY)))],
+    [(2, 1, BOUNDARY), (2, 1, 2), (2, 1, 4), (1, 1, 4), (4, 2, BOUNDARY)],
 )
 def test_resumed_equals_uninterrupted_to_the_digit(
     world: int, tensor_parallel: int, stop: int, catalogue: Path, tmp_path: Path
@@ -248,6 +250,7 @@ def test_a_boundary_that_was_interrupted_is_done_again(catalogue: Path, tmp_path
     require_equal(trained(catalogue, tmp_path / "b", 1, 6, WHOLE), straight)
 
 
+@FULL
 def test_random_rows_are_those_of_a_new_head_with_fresh_state(catalogue: Path, tmp_path: Path) -> None:
     settings = WHOLE | {"train.stages": [{"steps": 2}, {"steps": 4, "rows": "random"}]}
     _, before, _ = trained(catalogue, tmp_path / "run", 1, 2, settings)
@@ -261,6 +264,7 @@ def test_random_rows_are_those_of_a_new_head_with_fresh_state(catalogue: Path, t
         assert t.rows.log_decay < 0 and bool((state["paid"] == t.rows.log_decay).all())
 
 
+@FULL
 def test_one_stage_that_sets_nothing_is_a_run_without_stages(catalogue: Path, tmp_path: Path) -> None:
     plain = {key: value for key, value in WHOLE.items() if key != "train.stages"}
     without = trained(catalogue, tmp_path / "a", 1, 3, plain)
@@ -269,6 +273,7 @@ def test_one_stage_that_sets_nothing_is_a_run_without_stages(catalogue: Path, tm
     assert "stages" not in tiny_config(catalogue, tmp_path / "a", **plain).to_dict()["train"]
 
 
+@FULL
 def test_a_run_names_its_stages_and_goes_on_with_those_ahead(
     catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -326,12 +331,10 @@ def test_what_a_method_does_not_have_is_refused(tmp_path: Path) -> None:
             parse(["--method=item", f"--data.catalogue={tmp_path}", f"--train.stages={stages}"])
 
 
+@FULL
 def test_an_estimate_has_the_figures_of_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--num-classes=50", "--vocab-size=40"]
-    recipe = [word for word in arguments(Path("none"), Path("none")) if "stages" not in word]
-
     def of(**settings: Any) -> dict[str, Any]:
-        return estimate([*recipe, *sizes, *(f"--{key}={json.dumps(value)}" for key, value in settings.items())])
+        return estimate([*arguments(Path("none"), Path("none"), **settings), "--num-classes=50", "--vocab-size=40"])
 
     stages = [{"steps": 3, "objective": "contrastive", "image_size": 16, "frozen": ["vision"]}, {"steps": 1}]
     staged = of(**{"train.steps": 4, "train.stages": stages})
