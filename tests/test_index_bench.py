@@ -6,26 +6,26 @@ import numpy as np
 import pytest
 
 from harness.bench import export, index
-from harness.bench.mixture import FASHION, Mixture, cosines, write_drawn
+from harness.bench.mixture import FASHION, Mixture, cosines, write_synthetic
 from harness.core.errors import UserError
 from tests.test_bench import check_report
 
 
 def test_a_mixture_is_found_again_in_its_vectors() -> None:
-    drawn = FASHION.vectors(2000, 24)
-    fitted = Mixture.fitted(drawn)
-    assert np.allclose(np.linalg.norm(drawn, axis=1), 1, atol=1e-5) and np.isfinite(drawn).all()
+    vectors = FASHION.vectors(2000, 24)
+    fitted = Mixture.fitted(vectors)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5) and np.isfinite(vectors).all()
     again = fitted.vectors(2000, 24)
     # k-means cuts clusters smaller than they are, so that the fit is close, not equal.
-    spread = [np.sqrt(np.linalg.eigvalsh(np.cov(x.T))[::-1][[0, 3, 15]]) for x in (drawn, again)]
+    spread = [np.sqrt(np.linalg.eigvalsh(np.cov(x.T))[::-1][[0, 3, 15]]) for x in (vectors, again)]
     assert np.allclose(*spread, rtol=0.25)
-    near, far = cosines(drawn), cosines(again)
+    near, far = cosines(vectors), cosines(again)
     assert all(abs(near[name] - far[name]) < 0.1 for name in near)
     assert near["nearest"] > near["10th nearest"] > near["random"] + 0.2
 
 
-def test_drawn_vectors_are_unit_vectors_on_the_disk_and_queries_lie_farther_out(tmp_path: Path) -> None:
-    queries = write_drawn(FASHION, tmp_path / "v.npy", 3000, 16, 200)
+def test_synthetic_vectors_are_unit_vectors_on_the_disk_and_queries_lie_farther_out(tmp_path: Path) -> None:
+    queries = write_synthetic(FASHION, tmp_path / "v.npy", 3000, 16, 200)
     vectors = np.load(tmp_path / "v.npy")
     assert vectors.shape == (3000, 16) and vectors.dtype == np.float32 and queries.shape == (200, 16)
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)

@@ -19,7 +19,7 @@ from harness.artefact.index_read import read_kind
 from harness.artefact.index_tune import exact_nearest, measured, tune
 from harness.artefact.vector_index import VectorIndex
 from harness.core.errors import UserError
-from harness.evaluate.ranking import Embedded, top_k
+from harness.evaluate.ranking import VECTOR_BITS, Embedded, _on_grid, top_k
 from tests.pool import layout, ranks
 
 WIDTH = 16
@@ -118,6 +118,14 @@ def test_exact_answers_of_equal_vectors_are_those_of_a_search(world: int) -> Non
     best = expected(unit(30, 1), unit(1000, 0, copies=4), np.arange(1000), 10)[0]
     for nearest in ranks(world).run(nearest_of_copies):
         assert (nearest == best.numpy()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_grid_of_scores_is_that_of_float64(dtype: torch.dtype) -> None:
+    tiny, large = torch.randn(1000) * 1e-7, torch.rand(5000) * 2.02 - 1.01
+    steps = (torch.arange(1000) + 0.5) * 2.0**-VECTOR_BITS  # halfway
+    vectors = torch.cat([tiny, large, steps]).to(dtype)
+    assert torch.equal(_on_grid(vectors), (vectors.double() * 2**VECTOR_BITS).round())
 
 
 SMALL = [kind for kind in KINDS if kind not in ("flat", "ivf_pq")]

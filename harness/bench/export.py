@@ -41,9 +41,9 @@ from models.ranges import NonNegativeInt, PositiveInt
 
 MODULE = "harness.bench.export"
 EXAMPLE = f"python -m {MODULE} --documents 1000000 --kind ivf_sq8 --run-folder runs/demo/run --json export.json"
-_ROWS = 1 << 16  # of the catalogue drawn at once
+_ROWS = 1 << 16  # of the catalogue written at once
 _CLUSTERS, _COLOURS = 4096, 12
-_DRAWN = 4096  # vectors computed at once
+_COMPUTED = 4096  # vectors computed at once
 _KEPT = 16  # batches that the forward is timed on
 _BATCH, _THUMBNAIL = 128, 160  # the defaults of `shelfmark export`
 
@@ -161,7 +161,7 @@ def export(device: torch.device, folder: Path, config: ExportBenchConfig) -> lis
     out, kept = folder / "artefact", folder / "kept"
     model: Any = _Model(config.width)
     method: Any = Numbered(config.width)
-    embedder = Embedder(DataConfig(), model, None, _DRAWN, mesh)
+    embedder = Embedder(DataConfig(), model, None, _COMPUTED, mesh)
     setattr(embedder, "reader", lambda catalogue: Blank())  # noqa: B010  (one object)
     catalogue = Catalogue(folder / "catalogue")
 

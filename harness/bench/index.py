@@ -22,7 +22,7 @@ from harness.artefact.index_read import read_kind
 from harness.artefact.index_tune import DEPTH, Tuned, exact_nearest, measured, tune
 from harness.artefact.vector_index import VectorIndex
 from harness.artefact.vectors_file import open_vectors
-from harness.bench.mixture import FASHION, Mixture, cosines, write_drawn
+from harness.bench.mixture import FASHION, Mixture, cosines, write_synthetic
 from harness.bench.ranks import Memory, on_ranks
 from harness.bench.report import bench_main, command_line, finish, make_report
 from harness.core.errors import UserError
@@ -87,13 +87,13 @@ def fitted(file: Path) -> Mixture:
     """The mixture of a file's vectors; prints how near both are to each other."""
     vectors = np.load(file, mmap_mode="r")
     mixture = Mixture.fitted(vectors)
-    told = {"fitted": cosines(vectors), "drawn": cosines(mixture.vectors(len(vectors), vectors.shape[1]))}
+    told = {"fitted": cosines(vectors), "synthetic": cosines(mixture.vectors(len(vectors), vectors.shape[1]))}
     print(f"{mixture}\nmedian cosines of {vectors.shape} vectors: {told}", flush=True)
     return mixture
 
 
 def headline(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Figures of the rows so far."""
+    """Figures of the rows until now."""
     found = {"least_recall_at_10": min(row["recall_at_10"] for row in rows)}
     speeds = [row["of_faiss"] for row in rows if row["of_faiss"] is not None]
     if speeds:
@@ -107,7 +107,7 @@ def headline(rows: list[dict[str, Any]]) -> dict[str, float]:
 def prepare(device: torch.device, folder: Path, mixture: Mixture, config: IndexBenchConfig) -> None:
     """In a process of its own: vectors, queries and their exact answers, as files."""
     use_threads(config.threads)
-    queries = write_drawn(mixture, folder / "vectors.npy", config.vectors, config.width, 2 * config.queries)
+    queries = write_synthetic(mixture, folder / "vectors.npy", config.vectors, config.width, 2 * config.queries)
     vectors = open_vectors(folder, config.width, config.vectors)
     np.savez(
         folder / "queries.npz", queries=queries, nearest=exact_nearest(vectors, queries, Mesh(MeshConfig(device="cpu")))

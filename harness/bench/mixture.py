@@ -71,24 +71,24 @@ class Mixture:
         centres += (self.mean * direction / np.linalg.norm(direction)).astype(np.float32)
         sizes = np.cumsum(np.arange(1, clusters + 1) ** -self.zipf)
 
-        def drawn(count: int, noise: float) -> np.ndarray:
+        def next_vectors(count: int, noise: float) -> np.ndarray:
             own = np.searchsorted(sizes, rng.random(count) * sizes[-1])
             made = centres[own] + rng.standard_normal((count, width), dtype=np.float32) * (noise * within)
             made /= np.linalg.norm(made, axis=1, keepdims=True)
             turned: np.ndarray = made @ rotation
             return turned
 
-        return drawn
+        return next_vectors
 
 
-def write_drawn(mixture: Mixture, file: Path, rows: int, width: int, queries: int) -> np.ndarray:
+def write_synthetic(mixture: Mixture, file: Path, rows: int, width: int, queries: int) -> np.ndarray:
     """Writes `rows` vectors, float32, as a .npy file, block by block, and returns queries float32 [queries, width]."""
-    drawn = mixture.sampler(max(1, rows // _PER_CLUSTER), width)
+    next_vectors = mixture.sampler(max(1, rows // _PER_CLUSTER), width)
     vectors = np.lib.format.open_memmap(file, "w+", np.dtype("<f4"), (rows, width))
     for start in range(0, rows, _BLOCK):
-        vectors[start : start + _BLOCK] = drawn(min(_BLOCK, rows - start), 1.0)
+        vectors[start : start + _BLOCK] = next_vectors(min(_BLOCK, rows - start), 1.0)
     vectors.flush()
-    return drawn(queries, _QUERY_NOISE)
+    return next_vectors(queries, _QUERY_NOISE)
 
 
 def cosines(vectors: np.ndarray) -> dict[str, float]:
