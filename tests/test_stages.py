@@ -145,7 +145,7 @@ def reference(catalogue: Path, run: Path) -> list[Any]:
             queries, documents, _ = plain(batch.query_images, batch.document_images, batch.document_tokens)
             if step < BOUNDARY:
                 assert torch.equal(batch.query_labels, batch.document_labels)
-                loss = dense_pairs(queries, documents, batch, model.temperature)
+                loss = dense_pairs(model, queries, documents, batch, batch.document_weights)
             else:
                 assert len(documents) == 4
                 head = ClassHeadConfig(margin=(1.0, 0.0, MARGINS[step]), scale=16.0)
