@@ -69,7 +69,8 @@ class OclearConfig:
         contrast_weight: of InfoNCE over the step's pairs beside the classes; above 0 each photo brings a document of
             its class (data.documents_per_step has no effect).
         contrast_margin: taken off the cosine of each pair in InfoNCE: above 0 it is AM-softmax.
-        wrong_texts: each document's image with another document's text is one more negative in InfoNCE.
+        wrong_texts: each document's image with another document's text is one more negative in InfoNCE; no effect
+            without it.
         image_anchor: weight of a document's image alone as a further document of its class in training, relative to
             the fused one; 0 trains on none.
         fused_stop_gradient: losses of fused documents do not train the image tower; photos and images alone do.
@@ -114,8 +115,6 @@ class OclearConfig:
             )
         if not any(self.fusion_weights):
             errors.append("model.fusion_weights are all 0: a document has no vector")
-        if self.wrong_texts and not _pairs_up(self):
-            errors.append("model.wrong_texts are negatives of InfoNCE; set model.contrast_weight above 0")
         weightless = self.fusion_kind == "sum" and not any(self.fusion_weights[1:])
         if self.wrong_texts and (self.fusion_kind == "image" or weightless):
             errors.append("model.wrong_texts: the text is no part of a document's vector (model.fusion_kind)")
@@ -307,13 +306,19 @@ class Oclear(Method):
         tokens, padded = self._texts(batch)
         config = self.config
         queries, documents, gate = self.towers(
-            batch.query_images, batch.document_images, tokens, padded, config.image_anchor > 0, config.wrong_texts
+            batch.query_images,
+            batch.document_images,
+            tokens,
+            padded,
+            config.image_anchor > 0,
+            config.wrong_texts and _pairs_up(config),
         )
         return (queries, documents), gate
 
     def _kinds(self, documents: Tensor) -> dict[str, Tensor]:
         """Documents as `OclearTowers.forward` gives them, by what they are: each [n, d]."""
-        kinds = ["document", *["alone"] * (self.config.image_anchor > 0), *["wrong"] * self.config.wrong_texts]
+        wrong = self.config.wrong_texts and _pairs_up(self.config)
+        kinds = ["document", *["alone"] * (self.config.image_anchor > 0), *["wrong"] * wrong]
         return dict(zip(kinds, documents.unbind(1) if len(kinds) > 1 else [documents], strict=True))
 
     def _texts(self, batch: Batch) -> tuple[Tensor, bool]:

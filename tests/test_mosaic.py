@@ -72,6 +72,18 @@ def test_each_part_shows_its_whole_picture() -> None:
             torch.testing.assert_close(images[row, :, top:bottom, left:right], wanted, rtol=0, atol=1e-5)
 
 
+def test_parts_do_not_blend_wherever_the_lines_lie() -> None:
+    """Pictures of one colour each; the area of every part is what its lines cut off, to a row of pixels."""
+    images = torch.arange(60.0)[:, None, None, None].expand(60, 3, 16, 16).clone()
+    mosaics = drawn(np.arange(60))
+    lay(images, mosaics)
+    for image, parts, (x, y) in zip(images, mosaics.parts, mosaics.split.tolist(), strict=True):
+        colours = image.round()
+        assert (image - colours).abs().max() < 1e-3 and {*colours.unique().tolist()} == {*parts.tolist()}
+        for part, area in zip(parts, (x * y, (1 - x) * y, x * (1 - y), (1 - x) * (1 - y)), strict=True):
+            assert abs(float((colours[0] == part).float().mean()) - area) < 1 / 16
+
+
 def test_no_mosaic_leaves_the_images() -> None:
     images = torch.randn(2, 3, 8, 8)
     given = images.clone()
