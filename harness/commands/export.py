@@ -209,7 +209,7 @@ def _recalls(figures: dict[str, Any]) -> dict[str, dict[str, float]]:
     views = {"both": ""} | {task.partition("/")[2]: task for task in tasks if task.count("/") == 1}
     rows = [row for row in figures.get("slices", []) if (row["slice"], row["value"]) == ("class", "never trained")]
     new = {row.get("task", ""): row["recall_at_1"] for row in rows}
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "all products": {view: figures.get(f"{task}/recall_at_1".lstrip("/")) for view, task in views.items()},
         "products never trained on": {view: new.get(task) for view, task in views.items()},
     }
