@@ -1,4 +1,4 @@
-"""Exported artefacts: query encoder, id map and index, opened for search. `from harness.artefact import Artefact`."""
+"""Exported artefacts: query encoder, id map and index, opened for search. `from shelfmark import Artefact`."""
 
 from harness.artefact.artefact import Artefact, Hit, Photo
 

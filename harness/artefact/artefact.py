@@ -1,6 +1,6 @@
 """Search in an exported artefact: photos or texts in, the best documents out. Needs neither run nor catalogue.
 
-from harness.artefact import Artefact
+from shelfmark import Artefact
 
 artefact = Artefact("artefacts/products")
 hits = artefact.search(artefact.embed(["photo.jpg"]), 5)[0]
