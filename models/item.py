@@ -200,7 +200,7 @@ class ItemTowers(nn.Module):
         return F.normalize(self.aligned_parts(images, tokens, seen, padded).sum(1).float(), dim=-1)
 
     def aligned_parts(self, images: Tensor, tokens: Tensor, seen: str = "both", padded: bool = True) -> Tensor:
-        """What each view adds to the embedding before it is normalised: [b, views, h]. With `alignment` only."""
+        """Part of each view in the embedding before it is normalised: [b, views, h]. With `alignment` only."""
         assert self.alignment is not None, "the caller looked"
         image, title = (
             self.view(images, tokens, name, padded) if seen in (name, "both") else None for name in ("image", "title")

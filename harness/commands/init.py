@@ -291,8 +291,9 @@ def _write_recipe(config: InitConfig, classes: dict[str, Any], slices: tuple[str
     memory = ranks * (figures["peak_memory_per_rank"] + PROCESS_BYTES)
     if (epochs := steps * made.data.queries_per_step / facts.photos) < LEAST_EPOCHS:
         print(f"warning: {config.minutes:g} minutes are {epochs:.1f} epochs only; give more time with --minutes")
+    objective = made.model.objective  # type: ignore[attr-defined]
     print(
-        f"{recipe}: {made.model.objective}, {steps:,} steps, about {max(1, round(seconds / 60)):,} min on {ranks} "  # type: ignore[attr-defined]
+        f"{recipe}: {objective}, {steps:,} steps, about {max(1, round(seconds / 60)):,} min on {ranks} "
         f"{'GPU' if gpus else 'core'}{'s' * (ranks > 1)} and {memory / 1e9:.1f} GB (estimates)\n\nnext:"
     )
     print(*(f"  {line}" for line in commands), sep="\n")

@@ -207,7 +207,7 @@ def begun(settings: Sequence[StageConfig], step: int) -> list[tuple[int, StageCo
 
 
 def stretches(stages: Sequence[Stage]) -> list[Stretch]:
-    """What the loader reads in each stage."""
+    """Content and image size of each stage, for the loader."""
     return [
         Stretch(s.first, METHODS[s.config.method].reads(s.config.model), s.config.data.preprocess.image_size)
         for s in stages

@@ -183,7 +183,9 @@ class Layout:
         stem, _, leaf = part.rpartition(".")
         for key, end in ((f"{kind}{own}", end) for kind in kinds for own, end in ((part, ""), (f"{stem}.", leaf))):
             if key in self.names:
-                before, parts, after = re.fullmatch(r"([^(]*)\(?([^)]*)\)?(.*)", self.names[key]).groups()  # type: ignore[union-attr]
+                found = re.fullmatch(r"([^(]*)\(?([^)]*)\)?(.*)", self.names[key])
+                assert found is not None, "names are of this form"
+                before, parts, after = found.groups()
                 return tuple(f"{before}{one}{after}{end}" for one in parts.split("|"))
         raise WeightsError(f"{self.name} has no place for {part}")
 
