@@ -139,7 +139,7 @@ def test_a_step_holds_the_same_however_it_is_cut(kind: str, catalogue: Path) -> 
     shared = {"masked_tokens": (6, 12), "masked_words": (6, 12), "masked_patches": (6, 16), "masked_titles": (6,)}
     if kind == "make":
         texts = {"query_tokens": (6, 8), "categories": (6,), "keywords": (6, 12), "query_keywords": (6, 12)}
-        assert sizes == {**texts, **shared, "other_tokens": (0, 0), "answers": (0, 0)}
+        assert sizes == {**texts, **shared, "other_tokens": (0, 0), "answers": (0, 0), "document_mosaics": (0, 0)}
         assert torch.equal(wanted.query_ids, wanted.document_ids)
         assert torch.equal(wanted.query_labels, wanted.document_labels)
     else:

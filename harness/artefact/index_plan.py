@@ -56,6 +56,8 @@ def plan_seconds(
 def _graph_seconds(index: Any, part: np.ndarray, rows: int, clock: Clock) -> float:
     """Seconds to add so many rows to a graph: those of one row grow as the logarithm of the rows before it."""
     ends = [len(part) // 16, len(part) // 8, len(part) // 4, len(part) // 2, len(part)]
+    if not ends[0]:  # too few to measure, and built at once
+        return 0.0
     add(index, part, range(ends[0]), shown=False)
     sizes, costs = [], []
     for start, end in pairwise(ends):

@@ -47,8 +47,12 @@ class RowReader(FileSystemReader):
         place = self.storage_data[item.storage_index]
         with (self.path / place.relative_path).open("rb", buffering=0) as file:
             view: Any = _create_file_view(file, place.offset, place.length)
-            records: Any = torch._C.PyTorchFileReader(view)
-            if records.get_record_size(_RECORD) != chunk.sizes[0] * row:
+            try:
+                records: Any = torch._C.PyTorchFileReader(view)
+                size = records.get_record_size(_RECORD)
+            except RuntimeError:  # not a file of one tensor: torch's way has the words for it
+                return False
+            if size != chunk.sizes[0] * row:
                 return False
             file.seek(place.offset + records.get_record_offset(_RECORD) + item.storage_offsets[0] * row)
             for piece in into.split(max(1, PIECE // max(row, 1))):
@@ -57,9 +61,9 @@ class RowReader(FileSystemReader):
                 numbers: Any = host.view(torch.uint8).flatten().numpy()
                 left = memoryview(numbers)
                 while left:
-                    if not (size := file.readinto(left)):
+                    if not (got := file.readinto(left)):
                         raise ValueError(f"{place.relative_path} ends early")
-                    left = left[size:]
+                    left = left[got:]
                 if not direct:
                     piece.copy_(host)
         return True
