@@ -38,10 +38,6 @@ EXAMPLE = (
     "shelfmark estimate --config jobs/recipes/oclear_small.yaml --world 8 --tensor-parallel 2 --num-classes 1000000"
 )
 FP32 = 4
-# Bytes for each trained number that the first rank of a copy needs beside all else while it writes a checkpoint:
-# measured with megatron-core 0.16 (weights and two moments in fp32, three times: gathered, cut by parameter, copied for
-# the writer).
-_SAVING = 36
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +128,11 @@ def figures_of(config: RunConfig, num_classes: int, world: int, text_length: int
         "parameters_per_rank": run.parameters + own * model.embedding_dim,
         "memory_per_rank": memory,
         "peak_memory_per_rank": sum(memory.values()),
-        "saving_memory": float(_SAVING * run.trained),
         "flops_per_step": {name: asdict(part) for name, part in parts.items()},
         "flops_per_step_total": slowest.flops,
         "sent_per_step_and_rank": max((found.sent for found in stages), key=lambda sent: sum(sent.values())),
-        "checkpoint_bytes": checkpoint_bytes(config, num_classes, towers, trained, run.bank),
+        "checkpoint_bytes": (saved := checkpoint_bytes(config, num_classes, towers, trained, run.bank)),
+        "saving_memory": saved / world if config.train.checkpoint_async else 0.0,
     }
     if config.train.stages:
         figures["stages"] = [
@@ -266,7 +262,7 @@ def table(figures: Mapping[str, Any]) -> str:
         "parameters of a rank": f"{figures['parameters_per_rank']:,}",
         **terms("memory of a rank", "memory_per_rank"),
         "memory of a rank: peak of a step": _bytes(figures["peak_memory_per_rank"]),
-        "main memory of the first rank while it saves, beside": _bytes(figures["saving_memory"]),
+        "main memory of a rank for a checkpoint in the background": _bytes(figures["saving_memory"]),
     }
     for name, part in figures["flops_per_step"].items():
         said[f"FLOPs of a step: {name}"] = f"{sum(part.values()) / 1e9:,.3f} G"
