@@ -225,7 +225,9 @@ def goes_on(slurm: Cluster, project: Path, number: int) -> str:
     """The log of a job that is back in the queue, once it has ended well."""
 
     def queued() -> bool:
-        return slurm.job(number)["Restarts"] != "0" and slurm.job(number)["JobState"] == "PENDING"
+        # Without a process of its first start: SLURM itself would wait two minutes.
+        waits = slurm.job(number)["Restarts"] != "0" and slurm.job(number)["JobState"] == "PENDING"
+        return waits and not slurm.processes(number)
 
     until(queued, lambda: f"{slurm.job(number)} {slurm.logs()}")
     slurm.command("scontrol", "update", f"JobId={number}", "StartTime=now")  # SLURM would wait two minutes
