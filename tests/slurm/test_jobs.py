@@ -225,12 +225,13 @@ def goes_on(slurm: Cluster, project: Path, number: int) -> str:
     """The log of a job that is back in the queue, once it has ended well."""
 
     def queued() -> bool:
-        # Without a process of its first start: SLURM itself would wait two minutes.
-        waits = slurm.job(number)["Restarts"] != "0" and slurm.job(number)["JobState"] == "PENDING"
-        return waits and not slurm.processes(number)
+        job = slurm.job(number)
+        return job["Restarts"] != "0" and job["JobState"] == "PENDING"
 
     until(queued, lambda: f"{slurm.job(number)} {slurm.logs()}")
-    slurm.command("scontrol", "update", f"JobId={number}", "StartTime=now")  # SLURM would wait two minutes
+    # SLURM itself would wait two minutes. Not at once: a node refuses a job's new credential within the second in which
+    # it has revoked the old one, and the job has then failed.
+    slurm.command("scontrol", "update", f"JobId={number}", "StartTime=now+2")
     return log(slurm, project, "train", number, "COMPLETED")
 
 
