@@ -51,7 +51,7 @@ class DemoConfig:
         out: folder for everything; an earlier demo there is replaced.
         products: products to draw.
         vocab_size: pieces of the tokenizer.
-        steps: optimizer steps; those of the recipe by default.
+        steps: optimizer steps, in one stage; the stages of the recipe by default.
         ranks: processes that train; one for each GPU, two without any, by default.
         seed: of the drawing.
     """
@@ -112,7 +112,7 @@ def _stages(config: DemoConfig, out: Path) -> None:
     products, catalogue, run, artefact = (out / name for name in MADE[:4])
     ranks = config.ranks or torch.cuda.device_count() or 2
     torchrun = ["python", LAUNCHER, "--nproc-per-node", str(ranks), "-m"]
-    steps = [] if config.steps is None else ["--train.steps", str(config.steps)]
+    steps = [] if config.steps is None else ["--train.stages", "[]", "--train.steps", str(config.steps)]
     stages = Stages()
     stages.run("synth", "shelfmark", "synth", products, "--products", config.products, "--seed", config.seed)
     stages.run(

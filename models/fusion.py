@@ -137,6 +137,9 @@ class SumFusion(nn.Module):
 
     Args:
         weights: of image, steered average and text identity; not all 0.
+
+    Attributes:
+        part_weights: of the parts that there are, the image first; may be set anew, not all 0.
     """
 
     def __init__(
@@ -150,8 +153,10 @@ class SumFusion(nn.Module):
         text_dropout: float,
     ) -> None:
         super().__init__()
-        self.weights, self.text_dropout = weights, text_dropout
-        if weights[1]:
+        self.text_dropout = text_dropout
+        self.part_weights = (weights[0], *(weight for weight in weights[1:] if weight))
+        self.steers = bool(weights[1])
+        if self.steers:
             self.memory = nn.Parameter(torch.randn(slots, hidden_size) * hidden_size**-0.5)
             self.text_attention = CrossAttention(hidden_size, text_size, heads)
             self.patch_attention = CrossAttention(hidden_size, hidden_size, heads, residual=False)
@@ -175,7 +180,7 @@ class SumFusion(nn.Module):
         """
         attention = image.new_zeros(patches.shape[:2])[:, None]
         looks = [image]
-        if self.weights[1]:
+        if self.steers:
             concepts, _ = self.text_attention(self.memory.expand(len(image), -1, -1), words, words_hidden)
             read, maps = self.patch_attention(concepts, patches)
             looks.append(self.norm(read).mean(1))
@@ -186,10 +191,9 @@ class SumFusion(nn.Module):
         units = [F.normalize(part.float() if part.dtype == torch.bfloat16 else part, dim=-1) for part in parts]
         if self.identity is not None and self.training and self.text_dropout and not every_text:
             units[-1] = units[-1] * (torch.rand_like(units[-1][:, :1]) >= self.text_dropout)
-        weights = [self.weights[0], *(weight for weight in self.weights[1:] if weight)]
-        weighted = torch.stack([weight * unit for weight, unit in zip(weights, units, strict=True)])
+        weighted = torch.stack([weight * unit for weight, unit in zip(self.part_weights, units, strict=True)])
         total, nothing = weighted.sum(0).to(image.dtype), attention.new_zeros(len(image))
-        return Fused(total, nothing, attention, weighted.unbind(0), tuple(weights)), parts[0]
+        return Fused(total, nothing, attention, weighted.unbind(0), self.part_weights), parts[0]
 
 
 class ResidualTransform(nn.Module):

@@ -144,6 +144,7 @@ class Method(ABC):
         memory: state of training besides towers and head, the same on every rank: memory banks.
         parts: names of the parts that a document's vector is made of, as `explain_document` gives them; none where it
             cannot be taken apart.
+        part_weights: constants that its unit parts are added with, in their order; none where they are no constants.
     """
 
     config: Any
@@ -151,6 +152,7 @@ class Method(ABC):
     head: ClassParallelHead | None = None
     memory: nn.Module | None = None
     parts: tuple[str, ...] = ()
+    part_weights: tuple[float, ...] = ()
 
     @property
     def trained_head(self) -> ClassParallelHead | None:
@@ -179,6 +181,10 @@ class Method(ABC):
 
     def explain_document(self, batch: Batch) -> Explanation:
         """The vectors of `embed_document` with their parts, in the order of `parts`, and the attention over patches."""
+        raise NotImplementedError
+
+    def weigh_parts(self, weights: Sequence[float]) -> None:
+        """Sets `part_weights`, not all 0: documents are embedded with them from now on."""
         raise NotImplementedError
 
     @property

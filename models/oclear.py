@@ -263,6 +263,8 @@ class Oclear(Method):
     ) -> None:
         self.config, self.towers, self.head, self.data_group = config, towers, head, data_group
         self.parts = _parts(config)
+        if isinstance(towers.fusion, SumFusion):
+            self.part_weights = towers.fusion.part_weights
 
     @property
     def trained_head(self) -> ClassParallelHead | None:
@@ -428,6 +430,11 @@ class Oclear(Method):
         weights = torch.stack([parts.new_ones(len(parts)) * weight for weight in fused.weights], 1)
         attention = fused.attention.mean(1) if {"steered", "concepts"} & {*self.parts} else None
         return Explanation(F.normalize(vectors.float(), dim=-1), parts, weights, attention)
+
+    def weigh_parts(self, weights: Sequence[float]) -> None:
+        """See Method. Of a sum (`SumFusion`)."""
+        assert isinstance(self.towers.fusion, SumFusion) and len(weights) == len(self.parts), "the caller looked"
+        self.part_weights = self.towers.fusion.part_weights = (*weights,)
 
 
 def _parts(config: OclearConfig) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ and replaces the pool.
 from __future__ import annotations
 
 import atexit
-import functools
 import gc
 import multiprocessing
 import os
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 TIMEOUT = 240.0
+KEPT = 6  # ranks of all pools
 
 
 class Ranks:
@@ -54,22 +54,36 @@ class Ranks:
                 failures.append(f"rank {rank} of {self.world_size}:\n{value}")
         if failures:
             self.stop()
-            ranks.cache_clear()
             raise AssertionError("\n".join(failures))
         return results
 
     def stop(self) -> None:
-        """Kills the ranks."""
+        """Kills the ranks; the next that asks for such a pool gets a new one."""
+        for key in [key for key, pool in _pools.items() if pool is self]:
+            del _pools[key]
         for process in self.processes:
             process.kill()
 
 
-@functools.cache
 def ranks(world_size: int, purpose: str = "") -> Ranks:
-    """The pool of that world size; one of its own for a purpose that changes its processes for good."""
-    pool = Ranks(world_size)
-    atexit.register(pool.stop)
+    """The pool of that world size; one of its own for a purpose that changes its processes for good.
+
+    A rank holds half a gigabyte and more: pools that were used longest ago end where there are more than KEPT ranks.
+    """
+    key = (world_size, purpose)
+    pool = _pools[key] = _pools.pop(key, None) or Ranks(world_size)
+    while len(_pools) > 1 and sum(size for size, _ in _pools) > KEPT:
+        next(iter(_pools.values())).stop()
     return pool
+
+
+_pools: dict[tuple[int, str], Ranks] = {}  # the last used at the end
+
+
+@atexit.register
+def _stop_all() -> None:
+    for pool in [*_pools.values()]:
+        pool.stop()
 
 
 @contextmanager

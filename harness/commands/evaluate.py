@@ -21,7 +21,7 @@ from harness.text.tokenizer import Tokenizer
 from harness.train import run_baselines
 from harness.train.config import RunConfig
 from harness.train.frozen_eval import open_frozen
-from harness.train.open_run import find_checkpoint, load_weights, open_settings, start_method
+from harness.train.open_run import choose_part_weights, find_checkpoint, load_weights, open_settings, start_method
 from models.method import Method
 from models.ranges import PositiveInt
 
@@ -45,6 +45,8 @@ class EvalConfig:
         batch_size: images embedded at once.
         tensor_parallel: ranks that share one copy of the towers.
         device: cuda, cpu, or auto, the GPUs where there are any.
+        weigh_parts: choose the weights of the parts of a document's vector on the recipe's split (evaluation.split)
+            first, where documents are a sum of parts (OCLEAR's fusion_kind sum); as export does.
         report: HTML file to write: worst queries with what they found, products confused, scores, recall by slice.
     """
 
@@ -60,6 +62,7 @@ class EvalConfig:
     batch_size: PositiveInt = 128
     tensor_parallel: PositiveInt = 1
     device: Device = "auto"
+    weigh_parts: bool = False
     report: Path | None = None
 
 
@@ -86,9 +89,9 @@ def run(config: EvalConfig) -> dict[str, Any]:
 
 def _run_frozen(config: EvalConfig, weights: Path) -> dict[str, Any]:
     """`run` for imported weights."""
-    for name in ("checkpoint", "catalogue", "tasks", "views"):
+    for name in ("checkpoint", "catalogue", "tasks", "views", "weigh_parts"):
         if getattr(config, name):
-            raise UserError(f"--{name} is of a run, and --frozen has none", f"Leave out --{name}")
+            raise UserError(f"--{name.replace('_', '-')} is of a run, and --frozen has none", f"Leave out --{name}")
     catalogue, title = Catalogue(config.run), f"{weights}, image tower without training"
     with Mesh(MeshConfig(tensor_parallel=config.tensor_parallel, device=config.device)) as mesh:
         require_whole(catalogue, mesh, ("pairs",))
@@ -132,6 +135,10 @@ def _evaluate(
         baselines = run_baselines.kept(settings, evaluation, mesh)
         baselines = baselines or run_baselines.of_start(settings, evaluation, method, mesh)
     load_weights(method, settings, path, mesh)
+    if config.weigh_parts:
+        choice = choose_part_weights(settings, method, tokenizer, path, mesh)
+        if mesh.rank == 0:
+            print(choice)
     return _report(config, evaluation, method, f"{config.run} at {path.name}"), baselines
 
 

@@ -78,6 +78,8 @@ class ExportConfig:
         split: documents of this split and of split 'all'; every document by default.
         view: what is seen of documents: both, another view of the method, as image, or best: the view with the highest
             Recall@1 when training evaluated this checkpoint, of all products and of those never trained on alike.
+        weigh_parts: choose the weights of the parts of a document's vector, where it is a sum of parts (OCLEAR's
+            fusion_kind sum), by Recall@1 on the run's validation split; 0 leaves a part out.
         thumbnail: longest side in pixels of the small picture kept of each document, for contact sheets; 0 keeps none.
         vectors: numbers of the embeddings that are kept of the documents.
         index: the index.
@@ -97,6 +99,7 @@ class ExportConfig:
     catalogue: Path | None = None
     split: str | None = None
     view: str = "both"
+    weigh_parts: bool = False
     thumbnail: NonNegativeInt = 160
     vectors: Literal["float32", "float16"] = "float32"
     index: IndexConfig = field(default_factory=IndexConfig)
@@ -124,6 +127,9 @@ def run(config: ExportConfig) -> dict[str, Any]:
     settings = open_settings(config.run, config.tensor_parallel)
     if (asked := config.view) not in (views := (*METHODS[settings.method].views, "best")):
         raise UserError(f"--view is {config.view}", f"The views of {settings.method} are {', '.join(views)}")
+    if config.weigh_parts and (asked != "both" or config.append):
+        other = "--append keeps the weights that are there" if config.append else f"--view is {asked}"
+        raise UserError(f"--weigh-parts weighs all parts of all documents, and {other}", "Leave out one of them")
     catalogue = Catalogue(config.catalogue or settings.data.catalogue)
     tokenizer = Tokenizer.load(config.run)
     side, threads = side_of(catalogue, "document", config.split, [], None, 0), decoding_threads(settings.data.threads)
@@ -140,14 +146,18 @@ def run(config: ExportConfig) -> dict[str, Any]:
         if asked == "best":
             config = replace(config, view=_best_view(figures, path))
         method, model = load_method(settings, path, tokenizer, mesh)
+        choice = choose_part_weights(settings, method, tokenizer, path, mesh) if config.weigh_parts else None
         old = _earlier(config, path, side, mesh) if config.append else None
+        if old is not None and old.part_weights:
+            method.weigh_parts(old.part_weights)
+        weights = dict(zip(method.parts, method.part_weights, strict=False)) if config.view == "both" else {}
         wanted = config.index.kind if old is None else old.kind
         kind = choose_kind(wanted, config.index.ram, model.embedding_dim, len(side.ids))
         decoders = compare_decoders(method, settings, catalogue, config.split, tokenizer, mesh)
         embedder = Embedder(settings.data, model, tokenizer, config.batch_size, mesh)
         parts = _parts(config, method, catalogue) if old is None else old.parts  # an older version wrote none
         columns = Columns(config.vectors, config.thumbnail, settings.data.preprocess.background, threads, parts)
-        depends = {**_dependencies(config, path, catalogue, mesh), "parts": parts}
+        depends = {**_dependencies(config, path, catalogue, mesh), "parts": parts, "weights_of_parts": weights}
         new = side if old is None else side.select(~np.isin(side.sample_ids, old.samples))
         new = embed_documents(method, embedder, new, config.view, columns, kept, depends)
         folders = [kept] if old is None else [config.out / "documents", kept]
@@ -169,6 +179,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
             description |= {
                 "index": index,
                 "golden": len(golden.queries),
+                "part_weights": weights,
                 "onnx": onnx,
                 "decoders": decoders,
                 **removed,
@@ -181,6 +192,8 @@ def run(config: ExportConfig) -> dict[str, Any]:
     if mesh.rank == 0:
         print(f"{config.out}: {count:,} documents of {catalogue.path} in {seconds:.1f} s")
         print(f"{config.out}/{MANIFEST}: SHA-256 {fingerprint(config.out)}")
+        if choice is not None:
+            print(choice)
         for line in _remarks(asked, config.view, figures, settings.evaluation.split):
             print(line)
     return {"documents": count, "embedding_dim": model.embedding_dim, "seconds": round(seconds, 3)}
@@ -262,13 +275,14 @@ def _shared_stage(config: ExportConfig, mesh: Mesh, stack: ExitStack) -> tuple[P
 
 class _Earlier(NamedTuple):
     """The artefact that documents are added to: its index's kind, the sample ids of its rows, the number of those that
-    were removed, and the parts whose shares it has.
+    were removed, the parts whose shares it has, and the weights of parts, none of an older version's.
     """
 
     kind: str
     samples: np.ndarray
     removed: int
     parts: tuple[str, ...]
+    part_weights: tuple[float, ...]
 
     def carry(self, folder: Path, stage: Path) -> dict[str, int]:
         """Takes over what was removed, once the new query encoder is known to be the old one."""
@@ -300,7 +314,8 @@ def _earlier(config: ExportConfig, checkpoint: Path, side: Side, mesh: Mesh) -> 
     if np.isin(side.sample_ids, samples).all():
         raise UserError(f"{config.out} has all documents of {side.catalogue.path}", "Nothing was added")
     shares = tuple(parts_of(pq.read_schema(parts[0])))
-    return _Earlier(kind, samples, int(record.values.get("removed", 0)), shares)
+    weights = tuple(record.values.get("part_weights", {}).values())
+    return _Earlier(kind, samples, int(record.values.get("removed", 0)), shares, weights)
 
 
 def _dependencies(config: ExportConfig, checkpoint: Path, catalogue: Catalogue, mesh: Mesh) -> dict[str, Any]:

@@ -165,8 +165,12 @@ class Embedder:
         Raises:
             UserError: more images than data.max_bad_fraction allows cannot be decoded.
         """
-        embed = method.embed_query if side.kind == "query" else partial(method.embed_document, seen=seen)
-        vectors, own = self.apply(method, side, embed, self.model.embedding_dim)
+        function = method.embed_query if side.kind == "query" else partial(method.embed_document, seen=seen)
+        return self.embed_by(method, side, function, self.model.embedding_dim)
+
+    def embed_by(self, method: Method, side: Side, function: Callable[[Batch], Tensor], width: int) -> Embedded:
+        """As `embed`, with a `function` of the method's for the vectors, [n, width]."""
+        vectors, own = self.apply(method, side, function, width)
         good = ~self.missing(side)[own.start : own.stop]
         numbers = (torch.from_numpy(a[own.start : own.stop][good]) for a in (side.ids, side.labels))
         if not good.all():

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
+from harness.catalogue.catalogue import Catalogue
+from harness.catalogue.wholeness import require_whole
 from harness.core.build import build
 from harness.core.errors import UserError
 from harness.core.files import printable
 from harness.core.manifest import at_first
 from harness.core.mesh import Mesh
+from harness.evaluate.evaluation import Evaluation
+from harness.evaluate.part_weights import Choice, weigh_parts
 from harness.text.tokenizer import Tokenizer
 from harness.train import checkpoint, checkpoint_files
 from harness.train.config import RunConfig, load
@@ -61,6 +66,31 @@ def load_method(settings: RunConfig, path: Path, tokenizer: Tokenizer, mesh: Mes
     method, model = start_method(settings, tokenizer, mesh)
     load_weights(method, settings, path, mesh)
     return method, model
+
+
+def choose_part_weights(settings: RunConfig, method: Method, tokenizer: Tokenizer, path: Path, mesh: Mesh) -> Choice:
+    """Weighs the parts of a document's vector by the run's own catalogue and evaluation.split, for --weigh-parts;
+    collective.
+
+    Args:
+        settings: of the run.
+        method: with the weights of checkpoint `path`.
+        tokenizer: the run's.
+        path: the checkpoint, whose classes tell products never trained on from others.
+        mesh: the ranks.
+
+    Raises:
+        UserError: the documents are not a sum of parts, or there is no photo to choose by.
+    """
+    if not method.part_weights:
+        fusion = getattr(settings.model, "fusion_kind", "")
+        what = f"model.fusion_kind {fusion}" if fusion else settings.method
+        raise UserError(f"--weigh-parts weighs the parts of a sum, {what} has none", "OCLEAR's fusion_kind sum has")
+    task = replace(settings.evaluation, tasks=("photo",), final_tasks=(), distractors=())
+    catalogue, classes = Catalogue(settings.data.catalogue), path / "classes.parquet"
+    require_whole(catalogue, mesh, ("pairs",))
+    evaluation = Evaluation(task, settings.method, settings.data, settings.model, catalogue, tokenizer, classes, mesh)
+    return weigh_parts(evaluation, method)
 
 
 def start_method(settings: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Method, MethodConfig]:

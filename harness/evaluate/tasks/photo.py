@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from harness.evaluate.coded import Coded
 from harness.evaluate.embed import ClassKeys
 from harness.evaluate.failures import find_failures
 from harness.evaluate.metrics import slices, summarise
-from harness.evaluate.ranking import Embedded, relevant_ranks, top_k
+from harness.evaluate.ranking import Embedded, RelevantRanks, relevant_ranks, top_k
 from harness.evaluate.relevance import Relevance
 from harness.evaluate.signs import signs, trained_and_new
 from harness.evaluate.tasks.task import (
@@ -65,15 +66,12 @@ class PhotoTask(Task):
     def run(self, method: Method, gallery: Gallery, seen: str) -> Found:
         """See Task."""
         documents, queries = gallery.whole(seen), self.embedder.embed(method, self.queries)
-        ranks = relevant_ranks(queries, documents, self.mesh.dp, relevance=self.relevance)
+        ranks, figures, rows = self.measure(queries, documents)
         shown = spread(queries, self.queries.ids, self.panel)
         best, _ = top_k(shown, documents, SHOWN, self.mesh.dp)
         right = self.right(shown, best)
         own: list[Shown] = list(zip(shown.ids.tolist(), best.tolist(), right.tolist(), strict=True))
-        figures = summarise(ranks.ranks, ranks.offsets, grades=ranks.grades)
         figures["documents"] = float(total(documents, self.mesh))
-        groups = ordered(self.groups, self.queries.ids, ranks)
-        rows = slices(ranks.ranks, ranks.offsets, groups, grades=ranks.grades)
         found = signs(queries, documents, self.sample, self.mesh.dp) if len(self.sample[0].ids) else {}
         found |= trained_and_new(rows) if found else {}
         sides = (self.queries, self.documents)
@@ -81,6 +79,15 @@ class PhotoTask(Task):
             queries, documents, ranks, self.mesh, gallery.worst, SHOWN, sides, relevance=self.relevance
         )
         return Found(figures, rows, gathered(own, self.mesh), found, failures)
+
+    def measure(
+        self, queries: Embedded, documents: Embedded
+    ) -> tuple[RelevantRanks, dict[str, float], list[dict[str, Any]]]:
+        """Ranks, figures and slices of the task's queries among documents; collective."""
+        ranks = relevant_ranks(queries, documents, self.mesh.dp, relevance=self.relevance)
+        groups = ordered(self.groups, self.queries.ids, ranks)
+        rows = slices(ranks.ranks, ranks.offsets, groups, grades=ranks.grades)
+        return ranks, summarise(ranks.ranks, ranks.offsets, grades=ranks.grades), rows
 
     def right(self, queries: Embedded, best: Tensor) -> np.ndarray:
         """bool [n, k]: whether documents `best` (ids [n, k]) are relevant to their queries."""
