@@ -184,7 +184,7 @@ def training(index: Any, rows: int) -> list[tuple[str, int, int, Callable[[np.nd
 
     def fit_codes(x: np.ndarray, rounds: int) -> None:
         if product:
-            ivf.pq.cp.niter = rounds
+            ivf.pq.cp.niter, ivf.pq.cp.min_points_per_centroid = rounds, 1  # of a calibration
         (index if ivf is None else ivf).train(rotated(x))
         index.is_trained = True
 

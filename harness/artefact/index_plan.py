@@ -19,6 +19,7 @@ from harness.artefact.vectors_file import sample
 
 _ROWS = 1 << 13  # of a calibration
 _GRAPH_ROWS, _GRAPH_SHARE = 1 << 14, 32  # of that of a graph; one in so many rows, if more
+_GRAPH_BLOCK = 1 << 10  # of these at once, or more
 _WRITTEN = 1 << 25  # bytes of a test of the disk
 
 
@@ -39,35 +40,59 @@ def plan_seconds(
     """
     rows, width = vectors.shape
     index, seconds = kind.make(width, rows), 0.0
-    for _, wanted, rounds, step in training(index, rows):
-        lists = 1 if index_lists(index) is None else index_lists(index).nlist
-        part, fewer = sample(vectors, min(wanted, max(_ROWS, 2 * lists))), min(rounds, 2)
-        seconds += _timed(partial(step, part, fewer), clock) * wanted * rounds / (len(part) * fewer)
+    for step in training(index, rows):
+        seconds += _training_seconds(index, vectors, *step, clock)
     part = sample(vectors, max(_GRAPH_ROWS, rows // _GRAPH_SHARE) if kind.knob == "efSearch" else _ROWS)
     written = _writing(kind, vectors, folder, clock)
     if kind.knob == "efSearch":
         return seconds + _graph_seconds(index, part, rows, clock) + written
+    add(index, part, range(len(part)), shown=False)  # the first time is longer
     spent = _timed(lambda: add(index, part, range(len(part)), shown=False), clock)
     if index_lists(index) is None:
         return seconds + spent * rows / len(part) + written
     return seconds + spent * rows / len(part) / ranks + 2 * written  # shards, then all of them
 
 
+def _training_seconds(
+    index: Any,
+    vectors: np.ndarray,
+    name: str,
+    wanted: int,
+    rounds: int,
+    step: Callable[[np.ndarray, int], None],
+    clock: Clock,
+) -> float:
+    """Seconds of a step of the training, from one round and from three.
+
+    Args:
+        index: being trained.
+        vectors: [n, d].
+        name, wanted, rounds, step: as `harness.artefact.index_build.training` gives them.
+        clock: gives seconds.
+    """
+    if name == "rotation":  # its matrices do not shrink with the rows
+        return _timed(partial(step, sample(vectors, wanted), 1), clock) * rounds
+    lists = 1 if index_lists(index) is None else index_lists(index).nlist
+    part = sample(vectors, min(wanted, max(_ROWS, 2 * lists)))
+    step(part, 1)  # the first time is longer
+    once = _timed(partial(step, part, 1), clock)
+    each = max(0.0, (_timed(partial(step, part, 3), clock) - once) / 2) if rounds > 1 else 0.0
+    return (once + (rounds - 1) * each) * wanted / len(part)
+
+
 def _graph_seconds(index: Any, part: np.ndarray, rows: int, clock: Clock) -> float:
     """Seconds to add so many rows to a graph: those of one row grow as the logarithm of the rows before it."""
-    ends = [len(part) // 16, len(part) // 8, len(part) // 4, len(part) // 2, len(part)]
-    if not ends[0]:  # too few to measure, and built at once
-        return 0.0
-    add(index, part, range(ends[0]), shown=False)
     sizes, costs = [], []
-    for start, end in pairwise(ends):
+    for start, end in pairwise(range(0, len(part) + 1, max(_GRAPH_BLOCK, len(part) // 16))):
         spent = _timed(partial(add, index, part, range(start, end), shown=False), clock)
         sizes.append(math.log((start + end) / 2))
         costs.append(spent / (end - start))
-    growth, base = np.polyfit(sizes, costs, 1)
-    growth = max(growth, 0.0)  # of noise
+    sizes, costs = sizes[1:], costs[1:]  # the first time is longer
+    if len(costs) < 2:  # too few to measure, and built at once
+        return 0.0
+    growth = max(0.0, float(np.polyfit(sizes, costs, 1)[0]))  # less is noise
     base = float(np.mean(costs) - growth * np.mean(sizes))
-    return float(base * rows + growth * (rows * math.log(rows) - rows))
+    return base * rows + growth * (rows * math.log(rows) - rows)
 
 
 def _writing(kind: IndexKind, vectors: np.ndarray, folder: Path, clock: Clock) -> float:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from harness.artefact.exact import Found, merged, ordered
 from harness.artefact.flat_index import import_faiss
 from harness.artefact.index_build import index_lists
 from harness.artefact.index_kinds import FLAT, KINDS
 from harness.artefact.vector_index import SPARE, VectorIndex
+from harness.artefact.vectors_file import read_rows
 from harness.core.errors import UserError
 from harness.core.waiting import of_all_ranks
 from models.comm import share
@@ -47,9 +48,6 @@ def exact_nearest(vectors: np.ndarray, queries: np.ndarray, mesh: Mesh) -> np.nd
     """
     faiss, asked = import_faiss(), torch.from_numpy(queries)
 
-    def exact(rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.asarray(vectors[rows], np.float32))
-
     def own() -> Found:
         mine = share(len(vectors), mesh.world_size, mesh.rank)
         scores: np.ndarray = np.empty((len(queries), 0), np.float32)
@@ -61,7 +59,7 @@ def exact_nearest(vectors: np.ndarray, queries: np.ndarray, mesh: Mesh) -> np.nd
             scores, rows = np.hstack([scores, found[0]]), np.hstack([rows, found[1] + start])
             best = np.argsort(-scores, 1, kind="stable")[:, : DEPTH + SPARE]
             scores, rows = np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)
-        return ordered(exact, asked, torch.from_numpy(rows), min(DEPTH, rows.shape[1]))
+        return ordered(partial(read_rows, vectors), asked, torch.from_numpy(rows), min(DEPTH, rows.shape[1]))
 
     nearest: np.ndarray = merged(of_all_ranks(own, mesh, "exact search"), DEPTH)[0].numpy()
     return nearest

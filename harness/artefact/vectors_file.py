@@ -45,6 +45,14 @@ def open_vectors(folder: Path, width: int, count: int) -> np.ndarray:
     return vectors
 
 
+def read_rows(vectors: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
+    """Writes the vectors of rows int64 [n], each at least 0 and below their number, into float32 [n, d]."""
+    if vectors.dtype == out.dtype:
+        np.take(vectors, rows, 0, out, "clip")  # "raise" would copy `out`
+    else:
+        out[:] = np.take(vectors, rows, 0)
+
+
 def sample(vectors: np.ndarray, rows: int) -> np.ndarray:
     """At most `rows` vectors, evenly spread, float32."""
     return np.asarray(vectors[np.linspace(0, len(vectors) - 1, min(rows, len(vectors))).astype(np.int64)], np.float32)

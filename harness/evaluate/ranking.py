@@ -182,29 +182,24 @@ def top_k(
 
 
 @torch.no_grad()
-def best_candidates(queries: Tensor, vectors: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def best_candidates(dots: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The best of each query's own candidates; order and scores as in `top_k`.
 
     Args:
-        queries: [n, d].
-        vectors: [n, c, d].
+        dots: float64 [n, c], products of vectors in steps of 2**-VECTOR_BITS, counted in steps of their square;
+            overwritten.
         ids: [n, c] int64, unique for a query; below 0: there is none.
         k: documents wanted, at most c.
 
     Returns:
         Ids [n, k] int64, -1 where there are fewer, and their scores, float64.
-
-    Raises:
-        UserError: a vector is not finite or longer than 1.
     """
-    if not (_sound(queries) and _sound(vectors)):
-        raise _bad_vectors(0)
-    dots = torch.einsum("nd,ncd->nc", _on_grid(queries), _on_grid(vectors))
     best = torch.topk(_keys(dots, ids).where(ids >= 0, _LAST), k, largest=False).values
     return (best & _ID_MASK).where(best != _LAST, -1), (-(best >> ID_BITS)).double() / 2**SCORE_BITS
 
 
-def _bad_vectors(rank: int) -> UserError:
+def bad_vectors(rank: int) -> UserError:
+    """The error of vectors that are not finite or longer than MAX_NORM."""
     return UserError(
         f"Rank {rank} has embeddings that are not finite or longer than 1",
         "Normalise them; if the encoder gives NaN, training has diverged: evaluate an earlier checkpoint",
@@ -220,7 +215,7 @@ def _query_blocks(
     sizes, faults = gather_shards(facts, group, [1] * _world(group)).T.tolist()
     for rank, fault in enumerate(faults):
         if fault == 1:
-            raise _bad_vectors(rank)
+            raise bad_vectors(rank)
         if fault == 2:
             raise ValueError(f"rank {rank} has query or document ids outside of 0 .. 2**{ID_BITS} - 1")
     step = max(1, query_block // len(sizes))
