@@ -241,7 +241,9 @@ def test_parts_of_weight_0_have_no_parameters_and_the_others_add_up() -> None:
     vector = fusion(image, patches, words, nothing, transform)[0].vector
     steered = fusion.norm(fusion.patch_attention(fusion.text_attention(fusion.memory.expand(5, -1, -1), words)[0],
                                                  patches)[0]).mean(1)  # fmt: skip
-    parts = zip(fusion.part_weights, (transform(image), transform(steered), fusion.identity(words.mean(1))), strict=True)
+    parts = zip(
+        fusion.part_weights, (transform(image), transform(steered), fusion.identity(words.mean(1))), strict=True
+    )
     close(vector, sum(weight * F.normalize(x, dim=-1) for weight, x in parts), "sum")
 
 

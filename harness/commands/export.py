@@ -53,7 +53,7 @@ from harness.data.backends import decoding_threads
 from harness.evaluate.embed import Embedder, Side, side_of
 from harness.text.tokenizer import Tokenizer
 from harness.train.config import RunConfig
-from harness.train.open_run import find_checkpoint, load_method, open_settings
+from harness.train.open_run import choose_part_weights, find_checkpoint, load_method, open_settings
 from models.method import Method, MethodConfig, query_kind
 from models.ranges import NonNegativeInt, PositiveInt
 from models.registry import METHODS

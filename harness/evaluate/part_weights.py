@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
