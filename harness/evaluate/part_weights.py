@@ -15,6 +15,7 @@ from harness.evaluate.tasks.photo import PhotoTask
 from models.batch import Batch
 from models.method import Method
 
+PHOTOS = 1000  # that choose
 GRID = (0.0, 0.25, 0.5, 1.0, 2.0)  # of the parts behind the first, beside a first part of 1 or 0
 
 

@@ -14,7 +14,7 @@ from harness.core.files import printable
 from harness.core.manifest import at_first
 from harness.core.mesh import Mesh
 from harness.evaluate.evaluation import Evaluation
-from harness.evaluate.part_weights import Choice, weigh_parts
+from harness.evaluate.part_weights import PHOTOS, Choice, weigh_parts
 from harness.text.tokenizer import Tokenizer
 from harness.train import checkpoint, checkpoint_files
 from harness.train.config import RunConfig, load
@@ -86,7 +86,7 @@ def choose_part_weights(settings: RunConfig, method: Method, tokenizer: Tokenize
         fusion = getattr(settings.model, "fusion_kind", "")
         what = f"model.fusion_kind {fusion}" if fusion else settings.method
         raise UserError(f"--weigh-parts weighs the parts of a sum, {what} has none", "OCLEAR's fusion_kind sum has")
-    task = replace(settings.evaluation, tasks=("photo",), final_tasks=(), distractors=())
+    task = replace(settings.evaluation, tasks=("photo",), final_tasks=(), distractors=(), baselines=PHOTOS)
     catalogue, classes = Catalogue(settings.data.catalogue), path / "classes.parquet"
     require_whole(catalogue, mesh, ("pairs",))
     evaluation = Evaluation(task, settings.method, settings.data, settings.model, catalogue, tokenizer, classes, mesh)
