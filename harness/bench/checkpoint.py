@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import shutil
@@ -131,6 +132,7 @@ def _measure(
     if mesh.rank == 0:
         pq.write_table(pa.table({"class_id": pa.array([0]), "class_key": ["0"]}), classes)
     mesh.barrier()
+    gc.freeze()  # what the libraries made needs no look before each measurement
     rounds: list[dict[str, Any]] = []
     peaks: dict[str, float] = {}
     numbers, budget = itertools.count(), 0
