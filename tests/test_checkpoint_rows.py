@@ -75,10 +75,10 @@ def run(trained_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained_run, tmp_path / "run"))
 
 
-WORLDS = [2, 1, pytest.param(3, marks=pytest.mark.full)]
+FULL = pytest.mark.full
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", [2, pytest.param(1, marks=FULL), pytest.param(3, marks=FULL)])
 def test_rows_are_hashed_while_they_are_loaded(catalogue: Path, run: Path, world: int) -> None:
     found = ranks(world).run(started, tiny_config(catalogue, run, **SETTINGS))
     assert [state["step"] for *_, state in found] == [2] * world
@@ -87,7 +87,7 @@ def test_rows_are_hashed_while_they_are_loaded(catalogue: Path, run: Path, world
     assert not [name for name in read if name.startswith("head/__")]
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", [2, 1, pytest.param(3, marks=FULL)])
 def test_changed_rows_are_named_and_the_checkpoint_before_them_is_taken(catalogue: Path, run: Path, world: int) -> None:
     config = tiny_config(catalogue, run, **SETTINGS)
     (run / NEWER).rename(run / "aside")
@@ -109,7 +109,7 @@ def test_without_another_checkpoint_the_run_begins_from_scratch(catalogue: Path,
     require_same(found, ranks(2).run(started, tiny_config(catalogue, tmp_path / "other", **SETTINGS)))
 
 
-@pytest.mark.full
+@FULL
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_a_changed_byte_anywhere_is_named(catalogue: Path, run: Path, world: int) -> None:
     config = tiny_config(catalogue, run, **SETTINGS)
