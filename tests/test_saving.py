@@ -125,8 +125,10 @@ def test_rows_are_read_into_their_tensors_by_pieces(tmp_path: Path) -> None:
         unpickled.append(real(*given, **named))
         return unpickled[-1]
 
+    reader = checkpoint_reader.RowReader(tmp_path)
     with patch.object(checkpoint_reader, "PIECE", 4096), patch.object(torch, "load", counted):
-        dcp.load(found, storage_reader=checkpoint_reader.RowReader(tmp_path))
+        dcp.load(found, storage_reader=reader)
+    assert reader.sums == {f"{tmp_path.name}/__0_0.distcp": manifest.checksum(tmp_path / "__0_0.distcp")}
     assert all(torch.equal(found[name], saved[name]) for name in saved)
     assert [x.shape for x in unpickled] == [()], "only what is no row"
 

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
@@ -41,12 +40,10 @@ from harness.core.waiting import in_own_time, on_first_rank
 from harness.train import checkpoint_files
 from harness.train import checkpoint_tensors as tensors
 from harness.train.checkpoint_files import Keep, reason
-from harness.train.checkpoint_reader import RowReader
+from harness.train.checkpoint_rows import load_rows
 from harness.train.checkpoint_tensors import AVERAGE, MEMORY, Trainable
 from harness.train.checkpoint_writer import FolderWriter
-from harness.train.class_rows import ClassMap, move_rows
-from models.heads.class_parallel import ClassParallelHead, class_range
-from models.heads.row_optimizer import RowAdamW
+from harness.train.class_rows import ClassMap
 
 from megatron.core import dist_checkpointing  # isort: skip  (after the CPU proxy)
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist  # isort: skip
@@ -201,9 +198,10 @@ def load(checkpoint: Path, parts: Trainable, mesh: Mesh, classes: ClassMap | Non
 
     Without a tower_optimizer the towers take the average of the weights, if there is one. An `ema` that the checkpoint
     lacks restarts from its weights. With `classes`, rows and their optimizer state follow the class keys; those of new
-    classes stay as they are.
+    classes stay as they are. Without, the files of the rows are hashed while they are read.
 
     Raises:
+        DamagedRows: a file of the rows is damaged; the rows have changed, the towers have not.
         UserError: its tensors do not fit this model, or are not finite.
     """
     model, averaged = tensors.model_state(parts.towers, mesh), _averaged(checkpoint)
@@ -216,6 +214,8 @@ def load(checkpoint: Path, parts: Trainable, mesh: Mesh, classes: ClassMap | Non
         model |= {name: replace(model[name], key=AVERAGE + name) for name in averaged}
     with _load_errors(checkpoint), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if parts.head is not None:
+            load_rows(checkpoint, parts.head, parts.row_optimizer, mesh, classes)
         loaded = dist_checkpointing.load(wanted, str(checkpoint / "towers"))
         parts.towers.load_state_dict(loaded["model"])
         if parts.tower_optimizer is not None:
@@ -227,8 +227,6 @@ def load(checkpoint: Path, parts: Trainable, mesh: Mesh, classes: ClassMap | Non
         elif parts.ema is not None:  # in place: what was loaded may share its tensors
             for key, average in loaded["average"].items():
                 parts.ema.state[key.removeprefix(AVERAGE)].copy_(average)
-        if parts.head is not None:
-            _load_head(checkpoint / "head", parts.head, parts.row_optimizer, mesh, classes)
     if not _finite(parts, mesh):
         raise UserError(
             f"{checkpoint}: a weight is not finite, or beyond {LARGEST_WEIGHT:g}",
@@ -241,24 +239,6 @@ def _averaged(checkpoint: Path) -> list[str]:
     """Names of the parameters whose average a checkpoint holds."""
     keys = dist_checkpointing.load_tensors_metadata(str(checkpoint / "towers"))
     return [key.removeprefix(AVERAGE) for key in keys if key.startswith(AVERAGE)]
-
-
-def _load_head(
-    folder: Path, head: ClassParallelHead, optimizer: RowAdamW | None, mesh: Mesh, classes: ClassMap | None
-) -> None:
-    state = tensors.head_state(head, optimizer, mesh)
-    if classes is not None:
-        # One tensor at a time in its previous ranges, so that no more than one shard lies in memory twice.
-        first, last = class_range(classes.num_before, mesh.row_group.rank(), mesh.row_group.size())
-        for name, into in tensors.row_tensors(head, optimizer).items():
-            before = into.new_empty(last - first, *into.shape[1:])
-            dcp.load({name: tensors.logical(before, classes.num_before, mesh)}, storage_reader=RowReader(folder))
-            move_rows(before, into, classes, mesh.row_group)
-            del state[name], before
-    if state:
-        dcp.load(state, storage_reader=RowReader(folder))
-    if optimizer is not None:
-        optimizer.log_decay = float(state["log_decay"])
 
 
 @contextmanager

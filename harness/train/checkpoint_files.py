@@ -204,8 +204,9 @@ def newest(folder: Path, mesh: Mesh | None = None, head: bool = True) -> tuple[P
 def problem(checkpoint: Path, mesh: Mesh | None = None, head: bool = True) -> str:
     """Reason why a checkpoint cannot be loaded: a file that is damaged, or that would run code; empty if it can.
 
-    With `mesh` collective, as `harness.core.manifest.verify`, and the same on every rank. Without `head`, for who loads
-    the towers only, the class rows, most of the bytes, are not read; their sizes are compared.
+    With `mesh` collective, as `harness.core.manifest.verify`, and the same on every rank. Without `head`, for who does
+    not load the class rows, most of the bytes, or hashes them while loading, their files are not read; their sizes are
+    compared.
     """
     wrong = verify(checkpoint, mesh, lambda name: head or not name.startswith("head/__"))
     return wrong or at_first(lambda: _odd(checkpoint), mesh, "reading what the checkpoint says")

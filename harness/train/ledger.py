@@ -34,6 +34,11 @@ class Ledger:
         # One entry for each of the last steps: this rank's share. Of steps before a resume dp rank 0 has the whole.
         self._last: deque[int] = deque(maxlen=LEDGER_STEPS)
 
+    def restart(self) -> None:
+        """Forgets all steps."""
+        self.total = self._since = 0
+        self._last.clear()
+
     def add(self, share: int) -> None:
         """Adds this rank's share of one step."""
         self._since += share

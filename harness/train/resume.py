@@ -23,7 +23,8 @@ from harness.core.waiting import on_first_rank
 from harness.data.loader import StepLoader
 from harness.data.order import ClassOrder
 from harness.train import checkpoint, checkpoint_files
-from harness.train.class_rows import ClassMap, class_map, keep_classes, start_new_rows
+from harness.train.checkpoint_rows import DamagedRows, require_rows
+from harness.train.class_rows import ClassMap, class_map, keep_classes, start_at_random, start_new_rows
 from harness.train.config import RunConfig, difference, identity_changes
 from harness.train.imported_weights import init_towers
 from harness.train.ledger import Ledger
@@ -90,18 +91,28 @@ class Resume:
         self.catalogue = config.data.catalogue
         self.tokenizer_id = json.loads((self.catalogue / "tokenizer" / "tokenizer.json").read_text("utf-8"))["xxh3"]
         self.queries_id = None if loader.products is None else loader.products.meta["id"]
-        self.step = 0
-        self.phases: list[Phase] = []
-        self.checkpoint, passed_over = checkpoint_files.newest(config.run_dir / "checkpoints", mesh)
-        self.notes = [f"passed over checkpoint {line}" for line in passed_over]
-        if method.head is not None and loader.order.num_classes == 1:
-            self.notes.append(f"{self.catalogue} has one class only: the loss falls to 0 and teaches nothing")
-        if self.checkpoint is not None:
-            self._continue(self.checkpoint)
-        else:
-            self.phases = [self._begin(config.train.init_from)]
+        folder = config.run_dir / "checkpoints"
+        try:  # the class rows, most of the bytes, are hashed while they are loaded
+            self._start(*checkpoint_files.newest(folder, mesh, head=False))
+        except DamagedRows:
+            assert parts.head is not None and parts.row_optimizer is not None, "class rows are damaged"
+            start_at_random(parts.head, parts.row_optimizer)
+            self._start(*checkpoint_files.newest(folder, mesh))
         keep = partial(keep_classes, self.catalogue, loader.order.order_id, config.run_dir)
         self.classes = on_first_rank(keep, mesh, "copying the classes")
+
+    def _start(self, newest: Path | None, passed_over: list[str]) -> None:
+        """Continues the run from its checkpoint `newest`, or begins it."""
+        self.checkpoint, self.step, self.loader.first_step = newest, 0, 0
+        self.phases: list[Phase] = []
+        self.ledger.restart()
+        self.notes = [f"passed over checkpoint {line}" for line in passed_over]
+        if self.method.head is not None and self.loader.order.num_classes == 1:
+            self.notes.append(f"{self.catalogue} has one class only: the loss falls to 0 and teaches nothing")
+        if newest is not None:
+            self._continue(newest)
+        else:
+            self.phases = [self._begin(self.config.train.init_from)]
 
     def state(self, step: int) -> dict[str, Any]:
         """Content of state.json after `step` finished steps; collective over dp."""
@@ -146,8 +157,11 @@ class Resume:
         self.loader.first_step = self.phases[-1].first_step
         if not begins:
             self.notes += self.ledger.compare(path, state, self.loader)
+        if classes is not None:  # rows that move are read tensor by tensor
+            require_rows(path, self.mesh)
         # A memory bank labels its embeddings with class ids, which have another meaning in a new phase.
         self._load(path, replace(self.parts, memory=None) if begins else self.parts, classes)
+        checkpoint_files.WHOLE.add(path)
         keep = checkpoint_files.Keep(config.train.keep_checkpoints, config.train.keep_every)
         checkpoint_files.tidy(path.parent, keep, path, self.mesh)
         self._note_continued(path, state, changes, begins)
