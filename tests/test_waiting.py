@@ -187,7 +187,7 @@ def whole_run(rendezvous: Path, catalogue: Path, run: Path) -> list[str]:
         patch.object(checksums, "checksum", slow("save", 1, checksums.checksum)),
         patch.object(probe, "predicted", slow("probe", 0, probe.predicted)),
         patch.object(index_export, "write_index", slow("index", 0, index_export.write_index)),
-        patch.object(document_chunks, "write_documents", slow("documents", 0, document_chunks.write_documents)),
+        patch.object(document_chunks, "write_documents", slow("documents", 1, document_chunks.write_documents)),
     ):
         with trainer(tiny_config(catalogue, run, **settings)) as t:
             t.fit()
