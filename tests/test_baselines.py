@@ -1,11 +1,11 @@
-"""Baselines of photo search, signs of a search that does not work, and imported weights evaluated without training."""
+"""Baselines of a search, signs of a search that does not work, and imported weights evaluated without training."""
 
 from __future__ import annotations
 
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +21,19 @@ from harness.catalogue.catalogue import Catalogue
 from harness.commands import evaluate
 from harness.core import manifest
 from harness.core.errors import UserError
-from harness.evaluate.baselines import HISTOGRAM, IMPORTED, UNTRAINED, Baselines, histogram_recall, sampled
+from harness.evaluate.baselines import (
+    HISTOGRAM,
+    IMPORTED,
+    TITLES,
+    UNTRAINED,
+    Baselines,
+    Sample,
+    baselines_of,
+    histogram_recall,
+    sampled,
+    titles_recall,
+)
+from harness.evaluate.coded import Coded
 from harness.evaluate.embed import ClassKeys, Side, side_of
 from harness.evaluate.ranking import Embedded
 from harness.evaluate.signs import signs, trained_and_new, warnings
@@ -42,15 +54,42 @@ def side(kind: str, labels: list[int]) -> Side:
     return Side(SimpleNamespace(), kind, ids, ids, np.array(labels), {})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("limit,asked", [(0, 0), (1, 1), (3, 3), (99, 6)])
+@pytest.mark.parametrize("limit,asked", [(1, 1), (3, 3), (99, 6)])
 def test_a_sample_asks_for_what_it_holds(limit: int, asked: int) -> None:
     queries, documents = side("query", [7, -1, 3, 3, 9, 0, 1, 2]), side("document", [-1, 0, 1, 2, 3, 3, 5, 6, 7])
-    some, gallery = sampled(queries, documents, limit)
+    assert sampled(queries, documents, 0) is None and sampled(side("query", [-1, 9]), documents, 5) is None
+    found = sampled(queries, documents, limit)
+    assert found is not None
+    some, gallery = found.queries, found.documents
     assert len(some.ids) == asked and 50 not in some.ids, "nothing answers label 9"
     assert set(some.labels) <= set(gallery.labels) and -1 not in some.labels
     assert len(gallery.ids) == min(2 * limit, 9) and (np.diff(gallery.ids) > 0).all()
     if limit == 3:
         assert some.ids.tolist() == [10, 40, 70], "spread evenly over those with an answer"
+
+
+def test_a_sample_of_documents_holds_another_of_each_that_asks() -> None:
+    documents = side("document", [-1, 4, 5, 4, 6, 5, 4, -1, 6, 7])
+    found = sampled(documents, documents, 3, without_self=True)
+    assert found is not None and found.queries.ids.tolist() == [20, 40, 60], "7 has no other"
+    held = found.documents.labels.tolist()
+    assert len(held) == 6 and held.count(4) >= 2 and held.count(5) >= 2
+    assert sampled(side("document", [1, 2, -1, -1]), side("document", [1, 2, -1, -1]), 3, without_self=True) is None
+
+
+def test_titles_are_ranked_by_their_words() -> None:
+    """A title in other words is not found; of equal ones, and for a text of unknown words, the lowest id counts."""
+    titles = ["green disc", "Red box", None, "blue boxes, blue", "red box"]
+    documents = replace(side("document", [0, 1, 2, 3, 4]), columns={"title": Coded.of_list(titles)})
+    texts = ["disc", "blue box", "red box", "red box", "star", "star"]
+    for labels, recall in (([0, 3, 1, 1, 0, 0], 1.0), ([0, 3, 1, 4, 0, 1], 4 / 6), ([2, 2, 2, 2, 2, 2], 0.0)):
+        sample = Sample(side("text", labels), documents, tuple(texts))
+        assert titles_recall(sample) == pytest.approx(recall)
+        with layout() as mesh:
+            found = baselines_of(sample, "val", mesh)
+        assert str(found) == f"val recall@1 of 6 texts against 5 documents: {TITLES} {recall:.3f}"
+    wordless = replace(documents, columns={"title": Coded.of_list([None, "", "&", None, "!"])})
+    assert titles_recall(Sample(side("text", [0, 1]), wordless, ("red", "box"))) == 0.5
 
 
 @pytest.mark.parametrize("colours,expected", [(True, 1.0), (False, 0.0)])
@@ -70,7 +109,7 @@ def test_the_histogram_finds_by_colour_only(tmp_path: Path, colours: bool, expec
     keys, made = ClassKeys(), Catalogue(catalogue / "c")
     documents, queries = (side_of(made, kind, "test", [], keys, 0) for kind in ("document", "query"))
     with layout() as mesh:
-        assert histogram_recall(queries, documents, mesh) == expected
+        assert histogram_recall(Sample(queries, documents), mesh) == expected
 
 
 def overlaps(side: Side) -> np.ndarray:
@@ -94,15 +133,16 @@ def compared(catalogue: Path, settings: dict[str, Any]) -> tuple[Any, ...]:
 
 def test_every_number_of_ranks_finds_the_same(catalogue: Path) -> None:
     ((wanted, seen),) = ranks(1).run(compared, catalogue, SAMPLED)
-    assert (wanted["photos"], wanted["documents"]) == (7, 6) and set(wanted["recall"]) == {HISTOGRAM, UNTRAINED}
+    assert (wanted["queries"], wanted["asked"], wanted["documents"]) == (7, "photos", 6)
+    assert set(wanted["recall"]) == {HISTOGRAM, UNTRAINED}
     assert seen["sample_recall_at_1"] == wanted["recall"][UNTRAINED] and 0 < seen["document_cosine"] < 1
     for world in (2, 3):
         for found, figures in ranks(world).run(compared, catalogue, SAMPLED):
             assert found == wanted and figures == seen
     with trainer(tiny_config(catalogue, UNUSED, **SAMPLED), ready=False) as t:
-        queries, documents = t.validation.evaluation.sample
-    shared = np.minimum(overlaps(queries)[:, None], overlaps(documents)[None]).sum(2)
-    best = documents.labels[shared.argmax(1)] == queries.labels
+        sample = t.validation.evaluation.sample
+    shared = np.minimum(overlaps(sample.queries)[:, None], overlaps(sample.documents)[None]).sum(2)
+    best = sample.documents.labels[shared.argmax(1)] == sample.queries.labels
     assert wanted["recall"][HISTOGRAM] == best.mean() and 0 < best.mean() < 1
 
 
@@ -116,7 +156,7 @@ def told(
 ) -> tuple[Any, list[str]]:
     """Signs and warnings where query i asks for document i, and nothing else does."""
     labels = [*range(len(documents))]
-    sample = side("query", labels), side("document", labels)
+    sample = Sample(side("query", labels), side("document", labels))
     found = signs(embedded(queries, labels), embedded(documents, labels), sample, None)
     return found, warnings({**found, **trained_and_new(rows)}, baselines, "val")
 
@@ -135,10 +175,19 @@ def test_figures_of_vectors_that_are_known() -> None:
     assert lines == []
 
 
+def test_signs_of_documents_that_ask_leave_out_themselves() -> None:
+    """Pictures 0 and 1 find each other, 2 and 3 find 0."""
+    documents, labels = torch.eye(4), [0, 0, 1, 1]
+    pictures = torch.tensor([[1, 0.9, 0, 0], [0.9, 1, 0, 0], [0.5, 0, 1, 0], [0.5, 0, 0, 1]])
+    asked = side("document", labels)
+    found = signs(embedded(pictures, labels), embedded(documents, labels), Sample(asked, asked, (), True), None)
+    assert (found["sample_recall_at_1"], found["asked"], found["found"]) == (0.5, 2, 2)
+
+
 def test_each_warning_on_vectors_that_deserve_it_and_none_on_others() -> None:
     torch.manual_seed(0)
     apart = torch.randn(20, 16)
-    good = Baselines("val", 20, 20, {HISTOGRAM: 0.2, UNTRAINED: 0.05})
+    good = Baselines("val", 20, "photos", 20, {HISTOGRAM: 0.2, UNTRAINED: 0.05})
     found, lines = told(apart + 0.1 * torch.randn(20, 16), apart, good)
     assert found["sample_recall_at_1"] == 1.0 and lines == []
     _, lines = told(apart.roll(1, 0), apart, good)
@@ -163,7 +212,7 @@ def test_each_warning_on_vectors_that_deserve_it_and_none_on_others() -> None:
     assert trained_and_new([*rows, {**new, "queries": 9}]) == {}, "too few to tell"
     # All photos alike.
     found, lines = told(apart[:1].expand(20, -1), apart)
-    assert found["found"] == 1 and len(lines) == 1 and "photos of 20 classes find only 1 different" in lines[0]
+    assert found["found"] == 1 and len(lines) == 1 and "queries of 20 classes find only 1 different" in lines[0]
 
 
 def lines_of(output: str, start: str) -> list[str]:
@@ -191,7 +240,7 @@ def placeholders(folder: Path, kind: str) -> Path:
     "kind,sign",
     [
         ("document", "100% of the documents have almost the same vector as one of another class (mean cosine 1.00)"),
-        ("query", "photos of 6 classes find only 1 different document(s) first"),
+        ("query", "queries of 6 classes find only 1 different document(s) first"),
         ("none", ""),
     ],
 )
@@ -222,7 +271,7 @@ def test_a_run_computes_its_baselines_once(catalogue: Path, tmp_path: Path, caps
     (line,) = lines_of(first, "baselines")
     kept = json.loads((run / "baselines.json").read_text())
     recall = kept["baselines"]["recall"]
-    assert list(recall) == [HISTOGRAM, UNTRAINED] and kept["baselines"]["photos"] == 6
+    assert list(recall) == [HISTOGRAM, UNTRAINED] and kept["baselines"]["queries"] == 6
     shown = f"colour histogram {recall[HISTOGRAM]:.3f}, untrained {recall[UNTRAINED]:.3f}"
     assert line.split(maxsplit=1)[1] == f"val recall@1 of 6 photos against 6 documents: {shown}"
     (own,) = (json.loads(line) for line in (run / "log.jsonl").read_text().splitlines() if "retrieval/map" in line)

@@ -264,7 +264,6 @@ def test_towers_that_compute_something_else_are_not_timed(monkeypatch):
 
 def test_bm25_ranks_titles_as_by_hand(tmp_path):
     """Robertson's tf-idf with k1 1.5 and b 0.75, words without plural s; ties by id; a query of unknown words."""
-    pytest.importorskip("bm25s")
     rows = draw_rows(tmp_path, classes=5, queries=0, size=24, seed=0)
     looks = [("red", "disc"), ("red", "box"), ("red", "disc"), ("blue", "disc"), ("-", "&")]
     titles = ["Red box", "A box: reds and box", "Discs of the shop, red", "", "a pale disc of no colour"]
@@ -309,7 +308,6 @@ def test_bm25_predicts_categories_of_the_nearest_titles():
     """A rare word outweighs two votes of a common one; documents without category neither teach nor are asked; those
     asked do not teach.
     """
-    pytest.importorskip("bm25s")
     learned = {"title": ["blue sari", "blue shirt", "blue shirt", "red cap", None, "navy sari"]}
     learned["kind"] = ["Saree", "Shirt", "Shirt", "Cap", "Cap", ""]
     asked = {"title": ["blue saris", "a cap", "red shirt", "shirts of navy", "red shirt"]}

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,18 @@ from harness.commands.queries import QueriesConfig
 from harness.commands.queries import run as make_queries
 from harness.core.errors import UserError
 from harness.evaluate.attribute_queries import AttributeQueries, without_words
+from harness.evaluate.baselines import HISTOGRAM, TITLES, UNTRAINED
 from harness.evaluate.coded import Coded
 from harness.evaluate.embed import Side
 from harness.evaluate.evaluation import EvaluationConfig, Report
 from harness.evaluate.tasks.category import predicted
 from harness.text.catalogue_facts import prepared
+from harness.train import run_baselines
 from harness.train.config import RunConfig, parse
 from tests.catalogues import draw_rows, make_catalogue, write_manifest
 from tests.pool import ranks
 from tests.runs import UNUSED, tiny_config, trainer
+from tests.test_baselines import overlaps
 from tests.test_two_methods import MAKE
 
 TASKS: dict[str, Any] = {
@@ -217,6 +220,41 @@ def test_tasks_equal_a_full_matrix(found: tuple[Report, Any]) -> None:
     }
 
 
+def compared(catalogue: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+    """In a pool: baselines of the weights that the seed gives, and their signs."""
+    with trainer(config_of(catalogue, UNUSED, **settings), ready=False) as t:
+        evaluation = t.validation.evaluation
+        baselines = run_baselines.computed(t.config, evaluation, t.method, t.mesh)
+        return asdict(baselines), evaluation.run(t.method).signs
+
+
+@pytest.mark.parametrize("task,plain,counts", [("text", TITLES, (5, 10)), ("same_product", HISTOGRAM, (5, 10))])
+def test_searches_without_photos_of_queries_have_baselines(
+    products: Path, task: str, plain: str, counts: tuple[int, int]
+) -> None:
+    """Texts beside the words of titles, a product's own photo beside its colours; over the ranks as on one."""
+    settings = {"evaluation.tasks": [task], "evaluation.final_tasks": [], "evaluation.baselines": 5}
+    ((wanted, signs),) = ranks(1).run(compared, products, settings)
+    assert (wanted["queries"], wanted["documents"]) == counts and list(wanted["recall"]) == [plain, UNTRAINED]
+    assert signs["sample_recall_at_1"] == wanted["recall"][UNTRAINED] and signs["asked"] == 5
+    for found, seen in ranks(3).run(compared, products, settings):
+        assert found == wanted and seen == signs
+    with trainer(config_of(products, UNUSED, **settings), ready=False) as t:
+        sample = t.validation.evaluation.sample
+    labels = sample.documents.labels
+    if task == "text":  # of equal titles the lowest id is the first, and the words of each title are its product's
+        said = [row["title"].lower() for row in sample.documents.catalogue.rows(sample.documents.sample_ids, ["title"])]
+        words = [set(title.split()) for title in said]
+        first = [max(range(10), key=lambda n: (len(words[n] & {*text.split()}), -n)) for text in sample.texts]
+    else:
+        pictures = overlaps(sample.documents)
+        own = sample.documents.rows_of(sample.queries.ids)
+        shared = np.minimum(pictures[own][:, None], pictures[None]).sum(2)
+        shared[np.arange(5), own] = -1
+        first = shared.argmax(1).tolist()
+    assert wanted["recall"][plain] == np.mean(labels[first] == sample.queries.labels) > 0
+
+
 def test_views_leave_out_what_they_do_not_see(found: tuple[Report, Any]) -> None:
     known = {name: part.vectors for name, part in found[1].items() if name.split()[0] in ("own", "bare")}
     title, image = known["own title"], known["own image"]
@@ -322,7 +360,7 @@ def test_documents_without_all_attributes_make_no_query() -> None:
         AttributeQueries(documents, ["colour", "shape"])
 
 
-def test_tasks_are_logged_by_name(products: Path, tmp_path: Path) -> None:
+def test_tasks_are_logged_by_name(products: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The first task's metrics stand under retrieval, those of others under their own names; final tasks are asked at
     the end.
     """
@@ -330,6 +368,13 @@ def test_tasks_are_logged_by_name(products: Path, tmp_path: Path) -> None:
     settings = {"train.steps": 2, "train.evaluate_every": 1, "evaluation.views": ["both", "image"]}
     with trainer(config_of(products, run, **settings)) as t:
         t.fit()
+    shown = capsys.readouterr().out
+    (line,) = (line for line in shown.splitlines() if line.startswith("baselines"))
+    kept = json.loads((run / "baselines.json").read_text())["baselines"]
+    assert line.endswith(", ".join(f"{name} {recall:.3f}" for name, recall in kept["recall"].items()))
+    assert f"test recall@1 of {kept['queries']} texts against 24 documents: {TITLES}" in line
+    (own,) = (line for line in shown.splitlines() if line.startswith("step 2: test recall@1"))
+    assert own.endswith(f"; {line.split(': ')[1]}")
     board = EventAccumulator(str(run / "tensorboard"))
     board.Reload()
     steps = {tag: [event.step for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
@@ -338,6 +383,8 @@ def test_tasks_are_logged_by_name(products: Path, tmp_path: Path) -> None:
         "retrieval/map_test",
         "retrieval/bare_map_test",
         "retrieval/weight_title_test",
+        "retrieval/recall_at_1_BM25_of_titles_test",
+        "retrieval/recall_at_1_untrained_test",
         "text/image/map_test",
     ):
         assert steps[tag] == [1, 2], tag

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from harness.evaluate.embed import Side, side_of
 from harness.evaluate.metrics import summarise
 from harness.evaluate.tasks.category import NEIGHBOURS, scores
 from harness.evaluate.tasks.task import require_attributes
-from harness.text.product_queries import words_of
+from harness.evaluate.title_words import title_scorer, titles
 from harness.text.tokenizer import FIELDS
 
 MODULE = "harness.bench.bm25"
@@ -85,7 +84,7 @@ def run(config: Bm25Config) -> dict[str, Any]:
 
 def ranked(documents: Side, queries: AttributeQueries) -> dict[str, float]:
     """Metrics of ranking the titles of `documents` by BM25; ties by ascending id."""
-    score = scorer(documents)
+    score = title_scorer(documents)
     labels, ranks, offsets, graded = queries.labels_of(documents.ids), [], [0], []
     for query, text in enumerate(queries.texts):
         order = np.argsort(-score(text), kind="stable")
@@ -101,7 +100,7 @@ def nearest(learned: Side, asked: Side, category: str) -> dict[str, float]:
     """
     known = learned.select(~np.isin(learned.ids, asked.ids) & learned.columns[category].filled())
     values = known.columns[category].tolist()
-    said, truth, score = [], [], scorer(known)
+    said, truth, score = [], [], title_scorer(known)
     for title, value in zip(titles(asked), asked.columns[category].tolist(), strict=True):
         if value:
             found, votes = score(title), Counter[str]()
@@ -110,27 +109,6 @@ def nearest(learned: Side, asked: Side, category: str) -> dict[str, float]:
             said.append(votes.most_common(1)[0][0])
             truth.append(value)
     return {"asked": float(len(truth)), **scores(np.array(truth), np.array(said), "knn_")}
-
-
-def titles(side: Side) -> list[str]:
-    """Titles of a side, after its `retitle`."""
-    plain = [title or "" for title in side.columns["title"].tolist()]
-    return plain if side.retitle is None else [side.retitle(title) for title in plain]
-
-
-def scorer(documents: Side) -> Callable[[str], np.ndarray]:
-    """Returns a function from a text to the BM25 [n] of the titles of `documents`."""
-    import bm25s  # here: it is not a dependency of a run
-
-    engine = bm25s.BM25()
-    engine.index([words_of(title) for title in titles(documents)], show_progress=False)
-    nothing = np.zeros(len(documents.ids))
-
-    def score(text: str) -> np.ndarray:
-        words = words_of(text)
-        return engine.get_scores(words) if words else nothing
-
-    return score
 
 
 def main() -> int:

@@ -15,15 +15,23 @@ from harness.core.files import printable
 from harness.core.mesh import Mesh
 from harness.core.waiting import on_first_rank
 from harness.data.config import DataConfig
-from harness.evaluate.baselines import Baselines
+from harness.evaluate.baselines import Baselines, Sample
 from harness.evaluate.calibration import CalibrationConfig, calibrate, documents_to_fit
 from harness.evaluate.embed import ClassKeys, Embedder, Side, side_of
 from harness.evaluate.explain import Why, explain
 from harness.evaluate.ranking import Embedded
 from harness.evaluate.slice_rows import largest
-from harness.evaluate.tasks.photo import PhotoTask
 from harness.evaluate.tasks.registry import TASKS
-from harness.evaluate.tasks.task import CommonConfig, Found, Gallery, Shown, TaskInputs, require_attributes, spread
+from harness.evaluate.tasks.task import (
+    CommonConfig,
+    Found,
+    Gallery,
+    Shown,
+    Task,
+    TaskInputs,
+    require_attributes,
+    spread,
+)
 from harness.text.tokenizer import Tokenizer
 from models.comm import gather_to_first
 from models.method import Calibration, Method, MethodConfig
@@ -89,8 +97,13 @@ class Report:
 
     @property
     def signs(self) -> dict[str, float]:
-        """Those of the task photo, of all that the method sees; empty without it."""
-        return self.found[PhotoTask.name].signs if PhotoTask.name in self.found else {}
+        """Those of the task that is compared with baselines; empty without it."""
+        return self.found[self.compared].signs if self.compared else {}
+
+    @property
+    def compared(self) -> str | None:
+        """The first of `found` that has signs."""
+        return next((name for name, found in self.found.items() if found.signs), None)
 
     @property
     def panel(self) -> list[Shown]:
@@ -190,15 +203,20 @@ class Evaluation:
         return explain(method, self.embedder, self.documents[0], shown)
 
     @property
-    def sample(self) -> tuple[Side, Side] | None:
-        """Queries and documents of the task photo that baselines are computed on; None where there are none."""
-        tasks = [task for task in [*self.tasks, *self.final_tasks] if isinstance(task, PhotoTask)]
-        return tasks[0].sample if tasks and len(tasks[0].sample[0].ids) else None
+    def compared(self) -> Task | None:
+        """The first task that has a sample, which is compared with baselines."""
+        return next((task for task in [*self.tasks, *self.final_tasks] if task.sample), None)
 
     @property
-    def photo_group(self) -> str:
-        """First part of the keys of photo search in a log: figures of the first task have plain names."""
-        return "retrieval" if isinstance(self.tasks[0], PhotoTask) else PhotoTask.name
+    def sample(self) -> Sample | None:
+        """Queries and documents that baselines are computed on; None where there are none."""
+        return self.compared.sample if self.compared else None
+
+    @property
+    def compared_group(self) -> str:
+        """First part of its keys in a log: figures of the first task have plain names."""
+        compared = self.compared
+        return "retrieval" if compared is None or compared is self.tasks[0] else compared.name
 
     def side(self, kind: str, split: str) -> Side:
         """The catalogue's queries or documents of a split.
@@ -263,7 +281,7 @@ def _present(slices: tuple[str, ...], catalogue: Catalogue, mesh: Mesh) -> tuple
 
 
 def print_report(report: Report, title: str, baselines: Baselines | None = None) -> None:
-    """The report as tables on standard output, one for each task; the baselines stand in that of photo search."""
+    """The report as tables on standard output, one for each task; the baselines stand in that which is compared."""
     print(title)
     for name, found in report.found.items():
         metrics = [m for m in found.figures if m not in COUNTS and not m.startswith("weight_")]
@@ -271,11 +289,11 @@ def print_report(report: Report, title: str, baselines: Baselines | None = None)
         width = max(14, *(len(metric) + 2 for metric in plain))
         print(f"{name:<32}{'queries':>9}" + "".join(f"{metric:>{width}}" for metric in plain))
         print(_line("all", found.figures, plain, width))
-        if name == PhotoTask.name and baselines is not None:
+        if name == report.compared and baselines is not None:
             for other, recall in baselines.recall.items():
-                compared = {**dict.fromkeys(plain, math.nan), "queries": baselines.photos, "recall_at_1": recall}
+                compared = {**dict.fromkeys(plain, math.nan), "queries": baselines.queries, "recall_at_1": recall}
                 print(_line(other, compared, plain, width))
-            if (baselines.photos, baselines.documents) != (found.figures["queries"], found.figures["documents"]):
+            if (baselines.queries, baselines.documents) != (found.figures["queries"], found.figures["documents"]):
                 print(f"baselines: {baselines}; own on these {found.signs['sample_recall_at_1']:.3f}")
         if "bare_queries" in found.figures:
             bare = {m.removeprefix("bare_"): v for m, v in found.figures.items() if m.startswith("bare_")}

@@ -49,7 +49,7 @@ def weigh_parts(evaluation: Evaluation, method: Method) -> Choice:
         UserError: the split has no photo with a right document.
     """
     tasks = [task for task in evaluation.tasks if isinstance(task, PhotoTask)]
-    if not (tasks and len(tasks[0].sample[0].ids)):
+    if not tasks or (sample := tasks[0].sample) is None:
         raise UserError(
             f"Split '{evaluation.config.split}' of {evaluation.catalogue.path} has no photo to choose weights by",
             "Leave out --weigh-parts",
@@ -60,11 +60,10 @@ def weigh_parts(evaluation: Evaluation, method: Method) -> Choice:
     def units(batch: Batch) -> Tensor:
         return F.normalize(method.explain_document(batch).parts.float(), dim=-1).flatten(1)
 
-    photos, documents = task.sample
     kept = method.part_weights
     method.weigh_parts([1.0] * count)  # a part of weight 0 has no direction
-    queries = embedder.embed(method, photos)
-    whole = embedder.embed_by(method, documents, units, count * width)
+    queries = sample.asked(method, embedder)
+    whole = embedder.embed_by(method, sample.documents, units, count * width)
     parts = whole.vectors.unflatten(1, (count, width))
 
     def recall(weights: tuple[float, ...]) -> float:

@@ -1,4 +1,4 @@
-"""Signs of a photo search that does not work: documents of different classes that have almost the same vector, queries
+"""Signs of a search that does not work: documents of different classes that have almost the same vector, queries
 that all find the same documents, products never trained on that are hardly found, a recall below a baseline. A warning
 for each.
 """
@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from harness.evaluate.baselines import Baselines
-from harness.evaluate.embed import Side
+from harness.evaluate.baselines import Baselines, Sample
 from harness.evaluate.metrics import summarise
 from harness.evaluate.ranking import VECTOR_BITS, Embedded, relevant_ranks, top_k
 from models.comm import gather_shards
@@ -34,14 +33,14 @@ FEWEST_FOUND = 0.1  # different documents found first, as a share of the classes
 
 
 def signs(
-    queries: Embedded, documents: Embedded, sample: tuple[Side, Side], group: ProcessGroup | None
+    queries: Embedded, documents: Embedded, sample: Sample | None, group: ProcessGroup | None
 ) -> dict[str, float]:
     """Figures of a sample of an evaluation; collective, and the same on every rank.
 
     Args:
         queries: this rank's share of all queries.
         documents: this rank's share of the whole gallery.
-        sample: queries and documents that are looked at, each query with a relevant document.
+        sample: queries and documents that are looked at; None: nothing is.
         group: the ranks.
 
     Returns:
@@ -50,16 +49,20 @@ def signs(
         document_cosine, documents_alike: mean cosine between the sample's documents of different classes, and the share
             of them whose nearest of another class is at ALIKE or above; left out below two classes.
     """
-    asked, some = (_those(own, side.ids) for own, side in zip((queries, documents), sample, strict=True))
-    ranks = relevant_ranks(asked, some, group)
-    best, _ = top_k(asked, documents, 1, group)
+    if sample is None:
+        return {}
+    asked, some = _those(queries, sample.queries.ids), _those(documents, sample.documents.ids)
+    ranks = relevant_ranks(asked, some, group, without_self=sample.without_self)
+    best, _ = top_k(asked, documents, 2 if sample.without_self else 1, group)
+    if sample.without_self:
+        best = torch.where(best[:, 0] == asked.ids, best[:, 1], best[:, 0])
     figures = {
         "sample_recall_at_1": summarise(ranks.ranks, ranks.offsets, (1,))["recall_at_1"],
-        "asked": float(len(np.unique(sample[0].labels))),
+        "asked": float(len(np.unique(sample.queries.labels))),
         "found": float(len(gather_shards(best, group).unique())),
     }
-    labels, first = np.unique(sample[1].labels, return_index=True)
-    apart = _those(some, sample[1].ids[first[labels >= 0]])
+    labels, first = np.unique(sample.documents.labels, return_index=True)
+    apart = _those(some, sample.documents.ids[first[labels >= 0]])
     # On ranking's grid every sum is exact, in any order of the ranks.
     grid = (apart.vectors.double() * 2**VECTOR_BITS).round()
     _, scores = top_k(apart, apart, 2, group)  # itself and the nearest other, in either order where they are equal
@@ -102,10 +105,10 @@ def warnings(found: Mapping[str, float], baselines: Baselines | None, split: str
     better = {name: value for name, value in (baselines.recall if baselines else {}).items() if value > recall}
     if baselines is not None and better:
         named = " and ".join(f"{name} ({value:.3f})" for name, value in better.items())
-        error = max((value * (1 - value) / baselines.photos) ** 0.5 for value in (recall, *better.values()))
+        error = max((value * (1 - value) / baselines.queries) ** 0.5 for value in (recall, *better.values()))
         lines.append(
-            f"{split} recall@1 {recall:.3f} is below {named}, standard error {error:.3f} by {baselines.photos:,} "
-            "photos: train for more steps, or start from imported weights "
+            f"{split} recall@1 {recall:.3f} is below {named}, standard error {error:.3f} by {baselines.queries:,} "
+            f"{baselines.asked}: train for more steps, or start from imported weights "
             "(train.init_from, docs/weights.md)"
         )
     if found.get("documents_alike", 0) > MOST_ALIKE or found.get("document_cosine", 0) > HIGHEST_COSINE:
@@ -123,7 +126,7 @@ def warnings(found: Mapping[str, float], baselines: Baselines | None, split: str
         )
     if found["asked"] > 1 and found["found"] <= max(1, FEWEST_FOUND * found["asked"]):
         lines.append(
-            f"photos of {found['asked']:.0f} classes find only {found['found']:.0f} different document(s) first: "
+            f"queries of {found['asked']:.0f} classes find only {found['found']:.0f} different document(s) first: "
             "compare optimizer.lr and data.preprocess with a shipped recipe (docs/recipes.md)"
         )
     return [f"warning: {line}" for line in lines]

@@ -13,7 +13,7 @@ from harness.core.files import read_json, write_json
 from harness.core.manifest import at_first
 from harness.core.mesh import Mesh
 from harness.core.waiting import on_first_rank
-from harness.evaluate.baselines import IMPORTED, UNTRAINED, Baselines, baselines_of, from_json, towers_recall
+from harness.evaluate.baselines import IMPORTED, UNTRAINED, Baselines, Sample, baselines_of, from_json, towers_recall
 from harness.evaluate.embed import Embedder
 from harness.evaluate.evaluation import Evaluation
 from harness.evaluate.signs import warnings
@@ -44,19 +44,19 @@ def computed(config: RunConfig, evaluation: Evaluation, start: Method | None, me
         config: of the run.
         evaluation: of any split; it has a sample.
         start: the method with the weights that the run starts from, or None where they are gone: then there is the
-            histogram only.
+            plain one only.
     """
     assert evaluation.sample is not None, "the caller looked"
     baselines = baselines_of(evaluation.sample, evaluation.config.split, mesh, config.data.threads)
     if start is None:
         return baselines
-    name, embedder = start_of(config.train.init_from), evaluation.embedder
+    name, embedder = start_of(config.train.init_from, evaluation.sample), evaluation.embedder
     if name == IMPORTED:
         towers: Any = start.towers
         frozen = FrozenConfig(vision=towers.vision.config)
         embedder = Embedder(config.data, frozen, None, evaluation.config.batch_size, mesh)
         start = Frozen(towers)
-    recall = {**baselines.recall, name: towers_recall(start, embedder, *evaluation.sample)}
+    recall = {**baselines.recall, name: towers_recall(start, embedder, evaluation.sample)}
     return replace(baselines, recall=recall)
 
 
@@ -80,15 +80,16 @@ def of_start(config: RunConfig, evaluation: Evaluation, method: Method, mesh: Me
     return computed(config, evaluation, method, mesh)
 
 
-def start_of(init_from: Path | None) -> str:
-    """Name of the weights that a run starts from. An imported image tower is a baseline by itself: what the method adds
-    behind it is not trained yet.
+def start_of(init_from: Path | None, sample: Sample) -> str:
+    """Name of the weights that a run starts from. An imported image tower is a baseline by itself where photos are
+    asked: what the method adds behind it is not trained yet.
     """
     if init_from is None:
         return UNTRAINED
-    if not (init_from / "weights.json").is_file():
+    file = init_from / "weights.json"
+    imported = read_object(file).get("model", {}) if file.is_file() else None
+    if imported is None or sample.texts:
         return f"start from {init_from.name}"
-    imported = read_object(init_from / "weights.json").get("model", {})
     return IMPORTED if "vision" in imported else UNTRAINED
 
 
@@ -120,6 +121,7 @@ def _made_of(config: RunConfig, evaluation: Evaluation) -> dict[str, Any]:
         "catalogue": str(evaluation.catalogue.path),
         "samples": evaluation.catalogue.num_samples,
         "split": evaluation.config.split,
+        "task": evaluation.compared.name if evaluation.compared else None,
         "sample": evaluation.config.baselines,
         "init_from": None if config.train.init_from is None else str(config.train.init_from),
     }

@@ -80,7 +80,7 @@ class Validation:
         self.baselines = found
         log.say(f"{'baselines':<12}{found}")
         if self.mesh.rank == 0:
-            beside = run_baselines.scalars(evaluation.photo_group, {"recall_at_1": 0.0}, found)
+            beside = run_baselines.scalars(evaluation.compared_group, {"recall_at_1": 0.0}, found)
             log.board.compare([*beside], config.evaluation.split)
 
     def run(self, step: int, log: RunLog) -> Report:
@@ -90,7 +90,7 @@ class Validation:
         with self.averaged():
             report = evaluation.run(self.method, final=step == config.train.steps)
         named = {name if "/" in name else f"retrieval/{name}": value for name, value in report.figures.items()}
-        beside = run_baselines.scalars(evaluation.photo_group, report.signs, self.baselines)
+        beside = run_baselines.scalars(evaluation.compared_group, report.signs, self.baselines)
         log.scalars(step, {**named, **beside}, config.evaluation.split)
         told = run_baselines.judged(config, step, report.signs, self.baselines)
         for line in told:

@@ -72,7 +72,7 @@ class PhotoTask(Task):
         right = self.right(shown, best)
         own: list[Shown] = list(zip(shown.ids.tolist(), best.tolist(), right.tolist(), strict=True))
         figures["documents"] = float(total(documents, self.mesh))
-        found = signs(queries, documents, self.sample, self.mesh.dp) if len(self.sample[0].ids) else {}
+        found = signs(queries, documents, self.sample, self.mesh.dp)
         found |= trained_and_new(rows) if found else {}
         sides = (self.queries, self.documents)
         failures = find_failures(

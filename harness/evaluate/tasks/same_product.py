@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from harness.core.errors import UserError
+from harness.evaluate.baselines import sampled
 from harness.evaluate.failures import find_failures
 from harness.evaluate.metrics import slices, summarise
 from harness.evaluate.ranking import relevant_ranks
+from harness.evaluate.signs import signs
 from harness.evaluate.tasks.task import SHOWN, Found, Gallery, Task, TaskInputs, groups_of, ordered, total
 from models.method import Method
 
@@ -28,6 +30,7 @@ class SameProductTask(Task):
             )
         self.documents, self.mesh = documents, inputs.mesh
         self.groups = groups_of(documents, inputs.config.slices)
+        self.sample = sampled(documents, documents, inputs.config.baselines, without_self=True)
 
     def run(self, method: Method, gallery: Gallery, seen: str) -> Found:
         """See Task."""
@@ -38,4 +41,4 @@ class SameProductTask(Task):
         rows = slices(ranks.ranks, ranks.offsets, ordered(self.groups, self.documents.ids, ranks))
         sides = (self.documents, self.documents)
         failures = find_failures(queries, documents, ranks, self.mesh, gallery.worst, SHOWN, sides, without_self=True)
-        return Found(figures, rows, failures=failures)
+        return Found(figures, rows, signs=signs(queries, documents, self.sample, self.mesh.dp), failures=failures)

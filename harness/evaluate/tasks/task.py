@@ -19,6 +19,7 @@ import torch.distributed as dist
 from harness.core.errors import UserError
 from harness.core.mesh import Mesh
 from harness.core.waiting import gather_objects
+from harness.evaluate.baselines import Sample
 from harness.evaluate.coded import Coded
 from harness.evaluate.embed import ClassKeys, Embedder, Side
 from harness.evaluate.failures import Failures
@@ -50,8 +51,9 @@ class CommonConfig:
         distractors: other catalogues whose documents join the gallery, relevant to nothing.
         panel: queries shown with their best documents in TensorBoard.
         projector: at most so many of the catalogue's documents shown in TensorBoard's projector; 0 shows none.
-        baselines: at most so many query photos, and twice as many documents, of which the task photo compares Recall@1
-            with a colour histogram and with the towers before training; 0 compares nothing.
+        baselines: at most so many queries, and twice as many documents, of which the first search among the tasks
+            compares Recall@1 with a plain method (photos with a colour histogram, texts with BM25 over titles) and with
+            the towers before training; 0 compares nothing.
     """
 
     split: str = "val"
@@ -72,7 +74,7 @@ class CommonConfig:
 class Found:
     """Result of a task, the same on every rank: metric -> value, `queries` (their number) among them; a row for each
     slice; rows of the panel; what `harness.evaluate.signs` looks at.
-    slice; rows of the panel. On the first rank of dp only: failures, where Gallery.worst asks for them.
+    On the first rank of dp only: failures, where Gallery.worst asks for them.
     """
 
     figures: dict[str, float]
@@ -113,6 +115,7 @@ class Task(ABC):
         name: its name in `evaluation.tasks`.
         config: frozen dataclass of its own keys under `evaluation`, derived from CommonConfig; that where it has none.
         attributes: those keys that name attributes of the catalogue, which the columns of its sides are then.
+        sample: of a search, what baselines are computed on and signs look at; None where there is nothing.
 
     Raises:
         UserError: the catalogue has nothing that it could ask.
@@ -121,6 +124,7 @@ class Task(ABC):
     name: ClassVar[str]
     config: ClassVar[type[CommonConfig]] = CommonConfig
     attributes: ClassVar[tuple[str, ...]] = ()
+    sample: Sample | None = None
 
     @abstractmethod
     def __init__(self, inputs: TaskInputs) -> None: ...

@@ -9,9 +9,12 @@ import numpy as np
 import torch
 
 from harness.evaluate.attribute_queries import DEPTH, GRADED, AttributeQueries, without_words
+from harness.evaluate.baselines import sampled
+from harness.evaluate.embed import Side
 from harness.evaluate.failures import find_failures
 from harness.evaluate.metrics import summarise
 from harness.evaluate.ranking import Embedded, relevant_ranks, top_k
+from harness.evaluate.signs import signs
 from harness.evaluate.tasks.task import (
     SHOWN,
     CommonConfig,
@@ -59,6 +62,10 @@ class TextTask(Task):
         self.embedder, self.mesh = inputs.embedder, inputs.mesh
         self.bare = without_words(self.documents, config.bare_titles) if config.bare_titles else None
         count = len(self.queries.texts)
+        places = np.arange(count)
+        asked = Side(self.documents.catalogue, "text", places, places, places, {})
+        judged = replace(self.documents, labels=self.queries.labels_of(self.documents.ids))
+        self.sample = sampled(asked, judged, config.baselines, self.queries.texts)
         self.shown = {int(place) for place in np.linspace(0, count - 1, min(config.panel, count))}
 
     @staticmethod
@@ -80,7 +87,7 @@ class TextTask(Task):
             if method.parts:
                 rows += self._weights(method)
                 figures |= rows[-1]["weights"]
-        return Found(figures, rows, found.panel, failures=found.failures)
+        return replace(found, figures=figures, rows=rows)
 
     def _search(self, texts: Embedded, documents: Embedded, worst: int = 0) -> Found:
         queries = self.queries
@@ -101,7 +108,8 @@ class TextTask(Task):
             "documents": float(total(documents, self.mesh)),
         }
         failures = find_failures(texts, documents, ranks, self.mesh, worst, SHOWN)
-        return Found(figures, [], gathered(panel, self.mesh), failures=failures)
+        found = signs(texts, documents, self.sample, self.mesh.dp)
+        return Found(figures, [], gathered(panel, self.mesh), found, failures)
 
     def _weights(self, method: Method) -> list[dict[str, Any]]:
         """Mean weights of the documents' parts by category, and of all documents last."""
