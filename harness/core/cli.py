@@ -32,6 +32,7 @@ from models.ranges import Range
 USER_ERROR_CODE = 2
 MOST_KEYS = 60  # of a recipe's that --help lists one by one
 LONGEST_LINE = 2000  # characters of an error that are printed
+_SAID = "said-"  # files in `start_folder`: mistakes that a rank of this node has told
 OTHERS_WAIT = 1.0  # seconds; torchrun looks after its ranks ten times in one
 # Errors that are the machine's, not the program's, and what to do about them.
 _SYSTEM = {
@@ -344,8 +345,9 @@ def tell(error: Exception) -> int:
     """Prints `error`, once however often it is told, and returns its exit code; 0, without a word, where the
     interpreter tells it well enough.
 
-    A mistake that all ranks of a node have met is told by the first of them. One that only follows from the end of
-    another rank waits a moment, in which torchrun ends this rank too.
+    A mistake that all ranks of a node have met is told by the first of them. An error that only follows from the end
+    of another rank waits a moment, in which torchrun ends this rank too; where one of this node has told a mistake, it
+    is not told.
     """
     mistake = _mistake(error)
     if mistake is None and not _has_peers():
@@ -358,6 +360,8 @@ def tell(error: Exception) -> int:
     if mistake is None:
         if _FOLLOWS.search(str(error)):
             time.sleep(OTHERS_WAIT)
+            if (folder := start_folder()) is not None and any(folder.glob(f"{_SAID}*")):
+                return code
         lines = [f"[rank {rank}] {line}" for line in "".join(traceback.format_exception(error)).splitlines()]
     elif _first_to_say(str(mistake)):
         lines = [f"error: {mistake}" if rank == "0" else f"error: rank {rank}: {mistake}"]
@@ -397,7 +401,7 @@ def _first_to_say(what: str) -> bool:
         return True
     key = hashlib.sha256(re.sub(r"\d", "", what).encode()).hexdigest()[:16]
     try:
-        (folder / f"said-{key}").touch(exist_ok=False)
+        (folder / f"{_SAID}{key}").touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:  # better twice than never

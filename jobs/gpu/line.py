@@ -93,6 +93,8 @@ def main() -> None:
         0.9,
         "--train.steps",
         steps,
+        "--train.stages",  # one loss over all steps
+        "[]",
         "--train.log_every",
         1,
         "--data.threads",

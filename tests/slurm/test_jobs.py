@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -11,13 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from harness.bench import click_log
 from harness.catalogue.catalogue import Catalogue
 from harness.train.tensorboard import tag
 from tests.catalogues import make_catalogue
@@ -282,6 +285,10 @@ def test_a_job_goes_on_when_a_node_has_died(slurm: Cluster, project: Path, recip
     """SLURM takes the node for down, and has the job back in the queue until the node is up again."""
     number, run = started(slurm, project, recipe, "node", save_every=5)
     slurm.kill_node("node2")
+    for folder in slurm.processes(number):  # a dead machine answers nobody, and does not close its connections
+        with suppress(ProcessLookupError, FileNotFoundError):
+            if b"\0SLURMD_NODENAME=node2\0" in (folder / "environ").read_bytes():
+                os.kill(int(folder.name), signal.SIGSTOP)
     try:
         until(lambda: slurm.job(number)["Restarts"] == "1", lambda: f"{slurm.job(number)} {slurm.logs()}")
 
@@ -413,6 +420,49 @@ def test_a_pipeline_runs_its_stages_and_leaves_out_what_is_finished(
     assert (out["artefact"] / "index.faiss").is_file() and (out["run"] / "checkpoints" / "latest").is_file()
     said = [line.split(" ", 2)[2] for line in (state / "log").read_text().splitlines()]
     assert [line.split()[0] for line in said[-5:]] == ["govern", "tokenizer", "train", "eval", "export"]
+    assert set(submit().values()) == {"finished before"}
+
+
+@pytest.mark.full
+def test_a_pipeline_governs_clicks_again_by_what_it_has_trained(
+    slurm: Cluster, project: Path, recipe: Path, tmp_path: Path
+) -> None:
+    """--refine: the first run's embeddings of documents and photos filter the clicks, and a second run starts from the
+    first.
+    """
+    shop, clicks = make_catalogue(tmp_path / "shop", classes=12, queries=8), tmp_path / "clicks.parquet"
+    with redirect_stdout(io.StringIO()):
+        click_log.run(click_log.ClickLogConfig(catalogue=shop, out=clicks))
+    settings = {
+        **SETTINGS, "INGEST_PARTS": "1", "INGEST_ARGS": "--workers 1", "TOKENIZER_ARGS": "--vocab-size 48",
+        "TRAIN_ARGS": "--train.steps 2", "GOVERN_ARGS": "--min-queries 1", "REFINE_ARGS": "--min-similarity -1",
+        "INGEST_SBATCH": "--cpus-per-task 1", "COMMAND_SBATCH": "--cpus-per-task 1",
+    }  # fmt: skip
+    out = {name: tmp_path / name for name in ("catalogue", "run", "artefact")}
+    words = [
+        *("jobs/pipeline.sh", "--manifest", shop.parent / "manifest.tsv", "--images", shop.parent, "--recipe", recipe),
+        *("--catalogue", out["catalogue"], "--run-dir", out["run"], "--artefact", out["artefact"]),
+        *("--clicks", clicks, "--refine"),
+    ]
+
+    def submit() -> dict[str, str]:
+        lines = slurm.command("bash", *words, cwd=project, **settings).splitlines()
+        return {line[:16].strip(): line[16:].strip() for line in lines}
+
+    refining = ["refine-export", "refine-embed", "refine-govern", "refine-train"]
+    jobs = submit()
+    assert [*jobs] == ["ingest", "merge", "govern", "tokenizer", "train", *refining, "eval", "export"]
+    for said in jobs.values():
+        assert slurm.wait(said.removeprefix("job "))["JobState"] == "COMPLETED", slurm.logs()
+    report = json.loads((out["catalogue"] / "classes" / "report.json").read_text())
+    samples = Catalogue(out["catalogue"]).num_samples
+    assert report["embeddings"]["samples"] == samples, "documents and photos"
+    history = pq.read_table(out["catalogue"] / "classes" / "history.parquet")
+    assert set(history["event"].to_pylist()) & {"kept", "merged", "split", "moved"}, "compared with the first classes"
+    text = (project / f"shelfmark-train-{jobs['refine-train'].removeprefix('job ')}.log").read_text()
+    assert f"started from {out['run']}/checkpoints/step-00000002 (its step 2" in text, text
+    described = json.loads((out["artefact"] / "artefact.json").read_text())
+    assert described["run"] == "run-refined", described
     assert set(submit().values()) == {"finished before"}
 
 
