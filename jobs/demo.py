@@ -1,8 +1,9 @@
 """`make demo`: every stage on a synthetic catalogue, on this machine, by the commands that a user would type.
 
 Draws products, photos of them and a click log, makes a catalogue, makes classes of the clicks, trains OCLEAR from
-scratch, measures it on held-out photos, exports it, and searches for eight of those photos. Writes everything to
-runs/demo, the figures to summary.json.
+scratch on pairs of a class, makes the classes again by the clicks and the embeddings of that training, trains on,
+measures on held-out photos, exports, and searches for eight of those photos. Writes everything to runs/demo, the
+figures to summary.json.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+import yaml
 from PIL import Image
 
 from harness.artefact.artefact import Artefact
@@ -37,7 +39,7 @@ LAUNCHER = os.path.relpath(Path(__file__).parent / "torchrun.py")
 RECIPE = os.path.relpath(Path(__file__).parent / "recipes" / "oclear_demo.yaml")
 MARK = ".demo"  # a folder with this file is a demo's, and may be replaced
 MADE = (
-    *("products", "catalogue", "run", "artefact"),
+    *("products", "catalogue", "run", "artefact", "embeddings", "photos.parquet"),
     *("train.json", "eval.json", "search.json", "contact_sheet.png", "summary.json"),
 )
 PHOTOS, LOCK = 8, ".lock"
@@ -51,7 +53,8 @@ class DemoConfig:
         out: folder for everything; an earlier demo there is replaced.
         products: products to draw.
         vocab_size: pieces of the tokenizer.
-        steps: optimizer steps, in one stage; the stages of the recipe by default.
+        steps: optimizer steps, in one stage, a third of them before the classes are made again; the stages of the
+            recipe by default.
         ranks: processes that train; one for each GPU, two without any, by default.
         seed: of the drawing.
     """
@@ -109,10 +112,14 @@ def clear(out: Path) -> None:
 
 def _stages(config: DemoConfig, out: Path) -> None:
     started = time.perf_counter()
-    products, catalogue, run, artefact = (out / name for name in MADE[:4])
+    products, catalogue, run, artefact, embeddings, photo_embeddings = (out / name for name in MADE[:6])
     ranks = config.ranks or torch.cuda.device_count() or 2
     torchrun = ["python", LAUNCHER, "--nproc-per-node", str(ranks), "-m"]
-    steps = [] if config.steps is None else ["--train.stages", "[]", "--train.steps", str(config.steps)]
+    first, steps = yaml.safe_load(Path(RECIPE).read_text(encoding="utf-8"))["train"]["stages"][0]["steps"], []
+    if config.steps is not None:
+        first, steps = max(1, config.steps // 3), ["--train.stages", "[]", "--train.steps", str(config.steps)]
+    govern = ["shelfmark", "govern", catalogue, "--clicks", products / "clicks.parquet"]
+    train = [*torchrun, "harness.train", "--config", RECIPE, "--data.catalogue", catalogue, "--run-dir", run, *steps]
     stages = Stages()
     stages.run("synth", "shelfmark", "synth", products, "--products", config.products, "--seed", config.seed)
     stages.run(
@@ -120,13 +127,14 @@ def _stages(config: DemoConfig, out: Path) -> None:
         *("shelfmark", "ingest", "--manifest", products / "manifest.tsv", "--images", products, "--out", catalogue),
         *("--attribute-columns", "category,colour,pattern,brand"),
     )
-    stages.run("govern", "shelfmark", "govern", catalogue, "--clicks", products / "clicks.parquet")
+    stages.run("govern", *govern)
     stages.run("tokenizer", "shelfmark", "tokenizer", catalogue, "--vocab-size", config.vocab_size)
-    stages.run(
-        "train",
-        *(*torchrun, "harness.train", "--config", RECIPE, "--data.catalogue", catalogue, "--run-dir", run, *steps),
-        *("--json", out / "train.json"),
-    )
+    by_clicks = class_quality(catalogue)
+    stages.run("train on pairs", *train, "--train.stop_at", first)
+    stages.run("embed documents", *torchrun, "harness", "export", run, "--out", embeddings, "--onnx", "false")
+    stages.run("embed photos", "shelfmark", "embed", embeddings, catalogue, "--out", photo_embeddings)
+    stages.run("govern again", *govern, "--embeddings", f"{embeddings / 'documents'},{photo_embeddings}")
+    stages.run("train", *train, "--train.new_phase", "true", "--json", out / "train.json")
     stages.run("eval", *torchrun, "harness", "eval", run, "--split", "test", "--json", out / "eval.json")
     stages.run("export", *torchrun, "harness", "export", run, "--out", artefact)
     photos = held_out_photos(products, PHOTOS)
@@ -134,7 +142,7 @@ def _stages(config: DemoConfig, out: Path) -> None:
     stages.run("search", "shelfmark", "search", artefact, *(products / p for p in photos), "--top", 5, "--json", found)
     draw_sheet(out, list(photos.values()))
 
-    summary = summarise(out, stages.seconds, time.perf_counter() - started)
+    summary = {**summarise(out, stages.seconds, time.perf_counter() - started), "classes_by_clicks": by_clicks}
     write_json(out / "summary.json", summary)
     print_summary(summary, out)
 
@@ -162,7 +170,7 @@ def draw_sheet(out: Path, classes: list[str]) -> None:
     save_sheet(rows, out / "contact_sheet.png")
 
 
-def class_quality(catalogue: Path) -> dict[str, Any]:
+def class_quality(catalogue: Path) -> dict[str, float]:
     """Pairwise precision and recall of the classes made of clicks, beside the class column, which they did not read.
 
     All training samples count; one without a class is a class of its own.
@@ -198,7 +206,7 @@ def summarise(out: Path, seconds: dict[str, float], total: float) -> dict[str, A
 
 def print_summary(summary: dict[str, Any], out: Path) -> None:
     """The closing table, and where to look next."""
-    seconds = summary["seconds"]
+    seconds, before = summary["seconds"], summary["classes_by_clicks"]
     lines = [
         "",
         f"{'Recall@1 of held-out photos':<44}{summary['recall_at_1']:>8.3f}   "
@@ -209,7 +217,8 @@ def print_summary(summary: dict[str, Any], out: Path) -> None:
         f"{'Recall@1 by colour histogram, to compare':<44}{summary['recall_at_1_histogram']:>8.3f}",
         f"{'Classes from clicks: pairwise precision':<44}{summary['class_precision']:>8.3f}   "
         f"{summary['classes']} classes, beside the class column that they did not read",
-        f"{'Classes from clicks: pairwise recall':<44}{summary['class_recall']:>8.3f}",
+        f"{'Classes from clicks: pairwise recall':<44}{summary['class_recall']:>8.3f}   "
+        f"by the clicks alone {before['class_precision']:.3f} and {before['class_recall']:.3f}",
         f"{'images per second in training':<44}{summary['images_per_second']:>8.1f}",
         "",
         "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()),

@@ -160,7 +160,7 @@ class Method(ABC):
         return self.head
 
     def change_objective(self, **changes: Any) -> None:
-        """Trains from now on with these fields of the configuration, which are TRAINING_ONLY or the objective."""
+        """Trains from now on with these fields of the configuration, which are TRAINING_ONLY."""
         self.config = replace(self.config, **changes)
 
     @abstractmethod

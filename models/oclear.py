@@ -88,7 +88,7 @@ class OclearConfig:
     text_dropout: ClosedUnitInterval = field(default=0.0, metadata=TRAINING_ONLY)
     separate_transforms: bool = True
     transform_dropout: ClosedUnitInterval = field(default=0.0, metadata=TRAINING_ONLY)
-    objective: Literal["classification", "contrastive"] = "classification"
+    objective: Literal["classification", "contrastive"] = field(default="classification", metadata=TRAINING_ONLY)
     temperature: PositiveFloat = field(default=0.07, metadata=TRAINING_ONLY)
     contrast_weight: NonNegativeFloat = field(default=0.0, metadata=TRAINING_ONLY)
     contrast_margin: NonNegativeFloat = field(default=0.0, metadata=TRAINING_ONLY)

@@ -341,6 +341,23 @@ def test_a_run_starts_from_the_weights_of_another(
     refused("manifest.json is missing", **{"train.init_from": grown})
 
 
+def test_a_run_on_classes_starts_from_one_on_pairs(catalogues: Catalogues, tmp_path: Path) -> None:
+    """Which has no class rows: they are those of a new run."""
+    source, more = tmp_path / "pairs", {"model.objective": "contrastive"}
+    with trainer(tiny_config(catalogues[0], source, **{**SETTINGS, **more}), ready=False) as t:
+        for data in t.loader.steps(0, 2):
+            t.train_step(data)
+        t.save()
+        towers = merged_state_dict(t.method.towers, t.mesh.tp)
+    held = ranks(2).run(train, catalogues[1], tmp_path / "run", {"train.init_from": source}, 0)[0]
+    fresh = ranks(2).run(train, catalogues[1], tmp_path / "fresh", {}, 0)[0]
+    same(held["towers"], towers)
+    assert torch.equal(held["rows"], fresh["rows"]) and held["step"] == 0
+    rows, started = held["notes"]
+    assert rows == f"{source}/checkpoints/step-00000002 has no class rows: they start at random"
+    assert started.startswith(f"started from {source}/checkpoints/step-00000002 (its step 2): ")
+
+
 def test_a_warm_start_in_bf16_reaches_the_masters(
     trained: tuple[Path, dict[str, Any]], catalogues: Catalogues, tmp_path: Path
 ) -> None:

@@ -38,7 +38,10 @@ def test_demo_runs_to_its_table(tmp_path: Path) -> None:
     assert summary["recall_at_1_unseen"] == unseen[0]["recall_at_1"]
     assert 0 < summary["queries_unseen"] == unseen[0]["queries"] < summary["queries"]
     assert summary["images_per_second"] > 0 and 0 <= summary["recall_at_1_histogram"] <= 1
-    stages = ("synth", "ingest", "govern", "tokenizer", "train", "eval", "export", "search", "all")
+    stages = (
+        *("synth", "ingest", "govern", "tokenizer", "train on pairs", "embed documents", "embed photos"),
+        *("govern again", "train", "eval", "export", "search", "all"),
+    )
     assert tuple(summary["seconds"]) == stages and all(f"[{stage}]" in done.stdout for stage in stages[:-1])
     sheet = Image.open(out / "contact_sheet.png")
     assert sheet.width == 6 * 152 and sheet.height == demo.PHOTOS * 180
@@ -47,6 +50,13 @@ def test_demo_runs_to_its_table(tmp_path: Path) -> None:
     classes = pq.read_table(out / "catalogue" / "classes" / "classes.parquet")
     assert summary["classes"] == len(classes) and "catalogue_keys" in classes.column_names
     assert 0.5 < summary["class_precision"] <= 1 and 0.5 < summary["class_recall"] <= 1
+    # And again from the embeddings of documents and photos, with which the same run goes on.
+    report = json.loads((out / "catalogue" / "classes" / "report.json").read_text())
+    photos = len(Catalogue(out / "catalogue").table(["kind"], kind="query", split="train"))
+    assert report["embeddings"] == {"samples": 14 + photos}
+    log = [json.loads(line) for line in (out / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "train/loss" in line][-1] == 6
+    assert "resumed step-00000002" in done.stdout
     assert (out / "catalogue" / "classes" / "report.html").exists() and "classes/report.html" in done.stdout
 
     # The photos searched for were held out of training, and a stage that fails stops the demo and is named.

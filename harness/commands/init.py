@@ -270,11 +270,11 @@ def _write_recipe(config: InitConfig, classes: dict[str, Any], slices: tuple[str
         ranks=ranks,
         minutes=config.minutes,
         slices=slices,
-        has_text=_has_text(Catalogue(out / CATALOGUE)),
+        has_text=has_text(Catalogue(out / CATALOGUE)),
     )
     changes = {**shape(facts), "data.catalogue": (out / CATALOGUE, "made by `shelfmark init`")}
     recipe = out / RECIPE
-    commands = [shlex.join(["shelfmark", *words]) for words in following(out)]
+    commands = [shlex.join(["shelfmark", *words]) for words in following(out, facts.has_text)]
     head = (
         f"OCLEAR on {facts.classes:,} classes with {facts.photos:,} train photos, by `shelfmark init`.\n\n"
         f"Command:  {commands[0]}\n\n"
@@ -300,12 +300,15 @@ def _write_recipe(config: InitConfig, classes: dict[str, Any], slices: tuple[str
     return {"steps": steps, "seconds": seconds, "memory": memory}
 
 
-def following(out: Path) -> list[list[str]]:
-    """Words of the commands that come after init, `shelfmark` left out."""
+def following(out: Path, has_text: bool) -> list[list[str]]:
+    """Words of the commands that come after init, `shelfmark` left out; `has_text`: documents have texts, whose weight
+    is chosen after training.
+    """
+    weighs = ["--weigh-parts"] if has_text else []
     return [
         ["train", "--ranks", str(_ranks()), "--config", f"{out}/{RECIPE}", "--run-dir", f"{out}/run"],
-        ["eval", f"{out}/run", "--split", "test"],
-        ["export", f"{out}/run", "--out", f"{out}/artefact", "--view", "best"],
+        ["eval", f"{out}/run", "--split", "test", *weighs],
+        ["export", f"{out}/run", "--out", f"{out}/artefact", *weighs],
         ["search", f"{out}/artefact", "photo.jpg", "--top", "5", "--sheet", "found.png"],
     ]
 
@@ -315,7 +318,7 @@ def _ranks() -> int:
     return torch.cuda.device_count() or min(len(os.sched_getaffinity(0)), MOST_CORES)
 
 
-def _has_text(catalogue: Catalogue) -> bool:
+def has_text(catalogue: Catalogue) -> bool:
     """True where a document has a title or a description."""
     batches = catalogue.batches(["title", "description"], kind="document")
     return any(cell.strip() for batch in batches for name in FIELDS for cell in batch.column(name).to_pylist())

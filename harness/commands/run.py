@@ -59,8 +59,9 @@ def run(config: InitConfig) -> dict[str, Any]:
 def _steps(out: Path) -> list[tuple[str, list[str], Path]]:
     """Command of each step, its words, and what tells that it is done."""
     artefact, reported, sheet = out / "artefact", out / "catalogue.html", out / "found.png"
-    commands = {name: words for name, *words in init.following(out)}
-    photos = [] if sheet.exists() else _photos(Catalogue(out / init.CATALOGUE), out / "photos")
+    catalogue = Catalogue(out / init.CATALOGUE)
+    commands = {name: words for name, *words in init.following(out, init.has_text(catalogue))}
+    photos = [] if sheet.exists() else _photos(catalogue, out / "photos")
     return [
         ("report", [str(out / init.CATALOGUE), "--out", str(reported)], reported),
         ("train", [*commands["train"], "--json", f"{out}/train.json"], out / "train.json"),

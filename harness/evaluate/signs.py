@@ -122,7 +122,7 @@ def warnings(found: Mapping[str, float], baselines: Baselines | None, split: str
         lines.append(
             f"{split} recall@1 is {new:.3f} for products never trained on and {trained:.3f} for trained ones: new "
             "products will hardly be found. Compare the figures of the images alone, which `export --view image` "
-            "takes, or let text count less (model.text_dropout, model.gate_init; docs/recipes.md)"
+            "takes, or let text count less (model.text_dropout, model.fusion_weights; docs/recipes.md)"
         )
     if found["asked"] > 1 and found["found"] <= max(1, FEWEST_FOUND * found["asked"]):
         lines.append(

@@ -193,6 +193,11 @@ def has_average(checkpoint: Path) -> bool:
     return bool(_averaged(checkpoint))
 
 
+def has_rows(checkpoint: Path) -> bool:
+    """True for a checkpoint with class rows: of a run that has an objective on classes in any stage."""
+    return (checkpoint / "head").is_dir()
+
+
 def load(checkpoint: Path, parts: Trainable, mesh: Mesh, classes: ClassMap | None = None) -> None:
     """Loads `parts` from a checkpoint, at any layout of the ranks; collective.
 

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from harness.catalogue.classes import KINDS
 from harness.core.errors import UserError
+from harness.core.manifest import at_first
 from harness.core.mesh import Mesh
 from harness.core.waiting import on_first_rank
 from harness.data.loader import StepLoader
@@ -202,7 +203,11 @@ class Resume:
         path, state = self._open_other_run(named)
         classes = self._compare_classes(path)
         weights = replace(self.parts, tower_optimizer=None, row_optimizer=None, ema=None, memory=None)
-        self._load(path, weights, classes)
+        if weights.head is None or at_first(lambda: checkpoint.has_rows(path), self.mesh, "looking for class rows"):
+            self._load(path, weights, classes)
+        else:
+            checkpoint.load(path, replace(weights, head=None), self.mesh)
+            self.notes.append(f"{path} has no class rows: they start at random")
         self._reload_optimizer()
         rows, head = self.parts.row_optimizer, self.parts.head
         if rows is not None and head is not None and "master" in rows.row_state():

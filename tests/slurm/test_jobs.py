@@ -435,7 +435,7 @@ def test_a_pipeline_governs_clicks_again_by_what_it_has_trained(
         click_log.run(click_log.ClickLogConfig(catalogue=shop, out=clicks))
     settings = {
         **SETTINGS, "INGEST_PARTS": "1", "INGEST_ARGS": "--workers 1", "TOKENIZER_ARGS": "--vocab-size 48",
-        "TRAIN_ARGS": "--train.steps 2", "GOVERN_ARGS": "--min-queries 1", "REFINE_ARGS": "--min-similarity -1",
+        "TRAIN_ARGS": "--train.steps 2", "GOVERN_ARGS": "--min-queries 1", "REFINE_ARGS": "--min-similarity 0",
         "INGEST_SBATCH": "--cpus-per-task 1", "COMMAND_SBATCH": "--cpus-per-task 1",
     }  # fmt: skip
     out = {name: tmp_path / name for name in ("catalogue", "run", "artefact")}
@@ -455,8 +455,9 @@ def test_a_pipeline_governs_clicks_again_by_what_it_has_trained(
     for said in jobs.values():
         assert slurm.wait(said.removeprefix("job "))["JobState"] == "COMPLETED", slurm.logs()
     report = json.loads((out["catalogue"] / "classes" / "report.json").read_text())
-    samples = Catalogue(out["catalogue"]).num_samples
-    assert report["embeddings"]["samples"] == samples, "documents and photos"
+    made = Catalogue(out["catalogue"])
+    trained = len(made.table(["kind"], kind="document")) + len(made.table(["kind"], kind="query", split="train"))
+    assert report["embeddings"]["samples"] == trained, "documents and photos"
     history = pq.read_table(out["catalogue"] / "classes" / "history.parquet")
     assert set(history["event"].to_pylist()) & {"kept", "merged", "split", "moved"}, "compared with the first classes"
     text = (project / f"shelfmark-train-{jobs['refine-train'].removeprefix('job ')}.log").read_text()
