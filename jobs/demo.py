@@ -135,8 +135,9 @@ def _stages(config: DemoConfig, out: Path) -> None:
     stages.run("embed photos", "shelfmark", "embed", embeddings, catalogue, "--out", photo_embeddings)
     stages.run("govern again", *govern, "--embeddings", f"{embeddings / 'documents'},{photo_embeddings}")
     stages.run("train", *train, "--train.new_phase", "true", "--json", out / "train.json")
-    stages.run("eval", *torchrun, "harness", "eval", run, "--split", "test", "--json", out / "eval.json")
-    stages.run("export", *torchrun, "harness", "export", run, "--out", artefact)
+    weigh = ["--weigh-parts", "true"]
+    stages.run("eval", *torchrun, "harness", "eval", run, "--split", "test", *weigh, "--json", out / "eval.json")
+    stages.run("export", *torchrun, "harness", "export", run, "--out", artefact, *weigh)
     photos = held_out_photos(products, PHOTOS)
     found = out / "search.json"
     stages.run("search", "shelfmark", "search", artefact, *(products / p for p in photos), "--top", 5, "--json", found)
