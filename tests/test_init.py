@@ -203,7 +203,7 @@ HERE = {"gpus": 0, "ranks": 2, "minutes": 20.0}
     [
         (
             FEW,
-            {"model.objective": "contrastive", "model.text_dropout": 0.5, "model.fusion_kind": "sum", "head.scale": 16.0},
+            {"model.objective": "contrastive", "model.fusion_kind": "sum", "head.scale": 16.0},
         ),
         (MANY, {"model.objective": "classification", "model.text_dropout": 0.5, "data.queries_per_step": 48}),
         ({**FEW, "has_text": False}, {"model.fusion_kind": "image", "model.text_dropout": 0.5}),
