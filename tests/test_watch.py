@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.core import cli
+from harness.core.errors import UserError
 from tests.runs import arguments
 
 LAUNCHERS = {"ours": ["jobs/torchrun.py"], "plain": ["-m", "torch.distributed.run"]}
@@ -245,3 +247,21 @@ def test_ranks_that_start_again_do_not_hear_of_the_failure_before(tmp_path: Path
         process.wait(PATIENCE)
     said = (tmp_path / "errors").read_text()
     assert process.returncode == 0 and said.count("the ranks start again") == 1, said
+
+
+def test_an_error_that_follows_is_not_told_after_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the ranks of a node that torchrun has started: one that only lost its peer says nothing."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "1" / "error.json"))
+    (tmp_path / "1").mkdir()
+    monkeypatch.setattr(cli, "_has_peers", lambda: True)
+    monkeypatch.setattr(cli, "OTHERS_WAIT", 0.0)
+    assert cli.tell(RuntimeError("Connection closed by peer")) == 1
+    assert "Connection closed by peer" in capsys.readouterr().err, "nobody has said why"
+    assert cli.tell(UserError("rank 0 was not heard of")) == cli.USER_ERROR_CODE
+    assert "rank 0 was not heard of" in capsys.readouterr().err
+    assert cli.tell(RuntimeError("Connection closed by peer")) == 1
+    assert capsys.readouterr().err == ""
+    assert cli.tell(RuntimeError("another")) == 1
+    assert "another" in capsys.readouterr().err
