@@ -19,7 +19,8 @@ from harness.artefact.vectors_file import sample
 
 _ROWS = 1 << 13  # of a calibration
 _GRAPH_ROWS, _GRAPH_SHARE = 1 << 14, 32  # of that of a graph; one in so many rows, if more
-_GRAPH_BLOCK = 1 << 10  # of these at once, or more
+_GRAPH_BYTES = 1 << 26  # of that graph, if it is at most a third of the index: more than processors' caches hold
+_GRAPH_BLOCK = 1 << 10  # rows of these at once, or more
 _WRITTEN = 1 << 25  # bytes of a test of the disk
 
 
@@ -42,7 +43,7 @@ def plan_seconds(
     index, seconds = kind.make(width, rows), 0.0
     for step in training(index, rows):
         seconds += _training_seconds(index, vectors, *step, clock)
-    part = sample(vectors, max(_GRAPH_ROWS, rows // _GRAPH_SHARE) if kind.knob == "efSearch" else _ROWS)
+    part = sample(vectors, _graph_rows(kind, width, rows) if kind.knob == "efSearch" else _ROWS)
     written = _writing(kind, vectors, folder, clock)
     if kind.knob == "efSearch":
         return seconds + _graph_seconds(index, part, rows, clock) + written
@@ -80,6 +81,12 @@ def _training_seconds(
     return (once + (rounds - 1) * each) * wanted / len(part)
 
 
+def _graph_rows(kind: IndexKind, width: int, rows: int) -> int:
+    """Rows of a calibration: a row costs several times as much where the graph has left the processor's caches."""
+    outside = rows * _GRAPH_BYTES // kind.ram_bytes(width, rows)
+    return max(_GRAPH_ROWS, rows // _GRAPH_SHARE, min(outside, rows // 3))
+
+
 def _graph_seconds(index: Any, part: np.ndarray, rows: int, clock: Clock) -> float:
     """Seconds to add so many rows to a graph: those of one row grow as the logarithm of the rows before it."""
     sizes, costs = [], []
@@ -87,7 +94,8 @@ def _graph_seconds(index: Any, part: np.ndarray, rows: int, clock: Clock) -> flo
         spent = _timed(partial(add, index, part, range(start, end), shown=False), clock)
         sizes.append(math.log((start + end) / 2))
         costs.append(spent / (end - start))
-    sizes, costs = sizes[1:], costs[1:]  # the first time is longer
+    warm = max(1, len(costs) // 4)  # the first blocks are in the caches
+    sizes, costs = sizes[warm:], costs[warm:]
     if len(costs) < 2:  # too few to measure, and built at once
         return 0.0
     growth = max(0.0, float(np.polyfit(sizes, costs, 1)[0]))  # less is noise

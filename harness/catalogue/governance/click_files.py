@@ -73,8 +73,9 @@ def write_files(
     out = local.keep("held-out", _held_out(members, held.inner_join(keys, "component"), found))
     _export(local, out, stage / "held_out.parquet", ["sample_id"])
     unfit = counts.filter(bad).select("component", unfit=reason)
-    left = found["nodes"].anti_join(trained, "sample_id").anti_join(out, "sample_id")
-    _export(local, _quarantine(left, members, unfit, found["lost"]), stage / "quarantine.parquet", ["sample_id"])
+    left = local.keep("left", found["nodes"].anti_join(trained, "sample_id").anti_join(out, "sample_id"))
+    why = local.keep("why", _why(left, members, unfit))  # one join of everything at a time is in memory
+    _export(local, _quarantine(why, found["lost"]), stage / "quarantine.parquet", ["sample_id"])
     summary = totals(local.read([stage / "classes.parquet"]))
     largest = summary.pop("largest_class")
     inside = row(counts.inner_join(ids, "component").agg(clicks=rules.total(_.clicks), asked=rules.total(_.asked)))
@@ -170,11 +171,15 @@ def _held_out(members: ibis.Table, held: ibis.Table, found: dict[str, ibis.Table
     return by_class.mutate(reason=ibis.literal("class")).union(by_time)
 
 
-def _quarantine(left: ibis.Table, members: ibis.Table, unfit: ibis.Table, lost: ibis.Table) -> ibis.Table:
-    """sample_id, class_key (null), reason of the samples `left`, which are in no class."""
+def _why(left: ibis.Table, members: ibis.Table, unfit: ibis.Table) -> ibis.Table:
+    """The samples `left`, which are in no class, with `unfit`: why their component is not one, or null."""
     why = members.inner_join(unfit, "component").select(unfit_sample=_.sample_id, unfit=_.unfit)
-    found = left.left_join(why, [("sample_id", "unfit_sample")])
-    found = found.left_join(
+    return left.left_join(why, [("sample_id", "unfit_sample")]).drop("unfit_sample")
+
+
+def _quarantine(why: ibis.Table, lost: ibis.Table) -> ibis.Table:
+    """sample_id, class_key (null), reason of the samples in no class."""
+    found = why.left_join(
         lost.select(lost_kind=_.kind, lost=_.node, rule=_.rule), [("kind", "lost_kind"), ("node", "lost")]
     )
     dropped = [(_.rule == place, f"its edges were dropped: {name}") for place, name in enumerate(rules.RULES) if name]
