@@ -26,10 +26,11 @@ def test_a_graph_is_planned_by_a_cost_that_grows_as_the_logarithm_of_its_rows() 
 
 
 @pytest.mark.parametrize(
-    ("rows", "part"), [(40_000, 16_384), (90_000, 30_000), (300_000, 85_598), (9_000_000, 281_250)]
+    ("rows", "part"),
+    [(40_000, 16_384), (90_000, 30_000), (300_000, 100_000), (1_000_000, 171_196), (9_000_000, 281_250)],
 )
 def test_a_graph_is_calibrated_on_more_than_caches_hold_or_a_third_of_it(rows: int, part: int) -> None:
-    """784 bytes a row: 64 MiB are 85,598 rows; from 2.7 million rows on a 32nd is more."""
+    """784 bytes a row: 128 MiB are 171,196 rows; from 5.5 million rows on a 32nd is more."""
     kind = KINDS["hnsw_bf16"]
     assert _graph_rows(kind, 256, rows) == pytest.approx(part, rel=0.01)
 

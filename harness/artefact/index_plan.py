@@ -19,7 +19,7 @@ from harness.artefact.vectors_file import sample
 
 _ROWS = 1 << 13  # of a calibration
 _GRAPH_ROWS, _GRAPH_SHARE = 1 << 14, 32  # of that of a graph; one in so many rows, if more
-_GRAPH_BYTES = 1 << 26  # of that graph, if it is at most a third of the index: more than processors' caches hold
+_GRAPH_BYTES = 1 << 27  # of that graph, if it is at most a third of the index: more than processors' caches hold
 _GRAPH_BLOCK = 1 << 10  # rows of these at once, or more
 _WRITTEN = 1 << 25  # bytes of a test of the disk
 
