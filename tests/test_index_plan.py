@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from harness.artefact.index_build import training
 from harness.artefact.index_kinds import KINDS
 from harness.artefact.index_plan import _graph_rows, _graph_seconds, _training_seconds
 
@@ -54,3 +55,14 @@ def test_work_that_rounds_do_not_repeat_is_planned_once(name: str, rounds: int) 
 
     planned = _training_seconds(index, vectors, name, 20_000, rounds, step, lambda: done[0])
     assert planned == pytest.approx(20_000 * (fixed + 2 * rounds))
+
+
+def test_product_codes_are_trained_on_a_larger_sample_than_scales() -> None:
+    """Name, rows and rounds of each step."""
+
+    def steps(kind: str) -> list[tuple[str, int, int]]:
+        return [step[:3] for step in training(KINDS[kind].make(16, 10**6), 10**6)]
+
+    lists = ("lists", 40 * 4096, 10)
+    assert steps("ivf_pq") == [("rotation", 1 << 14, 4), lists, ("codes", 1 << 16, 25)]
+    assert steps("ivf_sq8") == [lists, ("codes", 1 << 14, 1)]

@@ -146,8 +146,9 @@ def add(index: Any, vectors: np.ndarray, rows: range, shown: bool = True) -> Non
 
 
 def index_lists(index: Any) -> Any:
-    """The part of an index with inverted lists; None where it has none."""
-    return import_faiss().try_extract_index_ivf(index)
+    """The part of an index with inverted lists, as what it is; None where it has none."""
+    found = import_faiss().try_extract_index_ivf(index)
+    return found and import_faiss().downcast_index(found)
 
 
 def train_index(index: Any, vectors: np.ndarray) -> None:
@@ -185,6 +186,7 @@ def training(index: Any, rows: int) -> list[tuple[str, int, int, Callable[[np.nd
     def fit_codes(x: np.ndarray, rounds: int) -> None:
         if product:
             ivf.pq.cp.niter, ivf.pq.cp.min_points_per_centroid = rounds, 1  # of a calibration
+            ivf.do_polysemous_training = False  # its order of the codes is for filters by Hamming distance
         (index if ivf is None else ivf).train(rotated(x))
         index.is_trained = True
 

@@ -55,7 +55,7 @@ def read_kind(file: Path, name: str, width: int, count: int) -> Any:
     if head != faiss.serialize_index(like)[:4].tobytes() + struct.pack("<iq", width, count):
         raise fault
     limit = faiss.get_deserialization_vector_byte_limit()
-    empty = index_lists(like) and faiss.downcast_index(index_lists(like))
+    empty = index_lists(like)
     # FAISS computes tables of a product quantiser when it reads one, within the same limit.
     tables = 4 * empty.nlist * empty.pq.M * empty.pq.ksub if hasattr(empty, "pq") else 0
     try:
