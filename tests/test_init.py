@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from harness.catalogue.catalogue import Catalogue
 from harness.catalogue.pairs import Pairs
 from harness.catalogue.shop import Shop
 from harness.catalogue.splits import Photo, place
+from harness.commands import import_weights
 from harness.commands.init import InitConfig, run
 from harness.core.errors import UserError
+from harness.core.manifest import write_manifest
 from harness.train.config import parse
-from harness.train.first_recipe import Facts, length, shape, written
+from harness.train.first_recipe import Facts, length, shape, start, written
+from harness.train.frozen_eval import preprocess_of
+from harness.train.imported_weights import image_tower
+from models.oclear import OclearConfig, OclearTowers
+from models.plain.transformer import PlainBuilder
+from models.weights.convert import fitted
 from tests.catalogues import draw_image
 from tests.shops import draw_shop
+from tests.test_mbconv import saved
 
 
 def photos_of(products: int, each: int, **more: str) -> list[Photo]:
@@ -232,3 +242,46 @@ def test_the_rules_of_the_recipe(facts: dict[str, Any], expected: dict[str, Any]
     if seconds > 900:
         half, _ = length(Facts(**{**HERE, **facts, "minutes": 10.0}), 2e10, config.data.queries_per_step)
         assert abs(half["train.steps"][0] * 2 - train.steps) <= 20
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """EfficientNet-Lite0, imported."""
+    folder = tmp_path_factory.mktemp("imported")
+    import_weights.run(import_weights.ImportConfig(out=folder / "lite0", vision=saved(folder / "theirs")))
+    return folder / "lite0"
+
+
+def test_a_recipe_that_starts_from_imported_weights(weights: Path, tmp_path: Path) -> None:
+    draw_shop(tmp_path, products=6, photos=4, size=24)
+    out = tmp_path / "shop"
+    found = run(InitConfig(sources=(tmp_path / "products.tsv", tmp_path / "photos"), out=out, weights=weights))
+    config, _ = parse(["--config", str(out / "recipe.yaml")], 1)
+    assert isinstance(config.model, OclearConfig) and config.train.init_from == weights
+    towers = OclearTowers(config.model, PlainBuilder())
+    assert fitted(weights, towers).keys() == {name for name in towers.state_dict() if name.startswith("vision.")}
+    assert config.model.vision.image_size == config.data.preprocess.image_size == 128
+    assert config.data.preprocess.mean == (0.485, 0.456, 0.406)
+    first, second = config.train.stages
+    assert (first.frozen, second.frozen) == (("vision",), ()) and first.lr and second.lr and first.lr > second.lr
+    assert first.steps + second.steps == config.train.steps == found["steps"]
+
+
+def test_a_gpu_takes_the_pixels_that_the_tower_expects(weights: Path) -> None:
+    vision, _ = image_tower(weights)
+    assert start(weights, vision, preprocess_of(weights, vision), gpus=1)["data.preprocess.image_size"][0] == 224
+
+
+def test_weights_without_a_usable_tower_are_refused_before_anything_is_written(weights: Path, tmp_path: Path) -> None:
+    draw_shop(tmp_path, products=6, photos=4, size=24)
+    sources, out = (tmp_path / "products.tsv", tmp_path / "photos"), tmp_path / "shop"
+    with pytest.raises(UserError, match=r"imported weights .*nowhere"):
+        run(InitConfig(sources=sources, out=out, weights=tmp_path / "nowhere"))
+    both = tmp_path / "both"
+    shutil.copytree(weights, both)
+    recipe = yaml.safe_load((both / "recipe.yaml").read_text())
+    (both / "recipe.yaml").write_text(yaml.safe_dump({"model": recipe["model"] | {"text": {"num_layers": 2}}}))
+    write_manifest(both, algorithm="sha256")
+    with pytest.raises(UserError, match="holds a text tower too"):
+        run(InitConfig(sources=sources, out=out, weights=both))
+    assert not out.exists()

@@ -24,13 +24,17 @@ from harness.catalogue.shop import Shop
 from harness.catalogue.splits import Photo, Place, place
 from harness.commands import govern, ingest, pairs, tokenizer
 from harness.commands.estimate import EstimateConfig, figures_of, with_sizes
+from harness.core.cli import read_recipe
 from harness.core.errors import UserError
 from harness.core.files import printable, write_whole
 from harness.core.lock import locked
 from harness.text.tokenizer import FIELDS
 from harness.train.config import parse
-from harness.train.first_recipe import LEAST_EPOCHS, Facts, length, shape, written
+from harness.train.first_recipe import LEAST_EPOCHS, Facts, length, shape, start, written
+from harness.train.frozen_eval import preprocess_of
+from harness.train.imported_weights import image_tower
 from models.ranges import NonNegativeInt, PositiveFloat
+from models.vision import VisionConfig
 
 EXAMPLE = "shelfmark init products.tsv photos/ --out shop"
 MOST_VALUES = 20  # of a column that becomes an attribute
@@ -61,6 +65,7 @@ class InitConfig:
             test).
         kind_column: column that says query or document (default: kind).
         minutes: time to train.
+        weights: folder of `shelfmark import` with an image tower, which training starts from (default: from scratch).
         seed: of the splits.
     """
 
@@ -73,6 +78,7 @@ class InitConfig:
     split_column: str | None = None
     kind_column: str | None = None
     minutes: PositiveFloat = 20.0
+    weights: Path | None = None
     seed: NonNegativeInt = 0
 
 
@@ -84,8 +90,10 @@ def run(config: InitConfig) -> dict[str, Any]:
         steps, seconds (estimate of the training), memory (bytes of all processes, estimate).
 
     Raises:
-        UserError: a source or a column is not there, the photos cannot be split, or `out` holds something else.
+        UserError: a source or a column is not there, the photos cannot be split, `weights` holds no image tower, or
+            `out` holds something else.
     """
+    vision = None if config.weights is None else _tower_alone(config.weights)
     shop = Shop(config.sources)
     given = {name: getattr(config, f"{name}_column") for name in ("image", "product", "title", "description", "split")}
     columns = shop.choose({**given, "kind": config.kind_column})
@@ -106,7 +114,7 @@ def run(config: InitConfig) -> dict[str, Any]:
         classes = govern.run(govern.GovernConfig(catalogue=catalogue))
         words = tokenizer.run(tokenizer.TokenizerConfig(catalogue=catalogue))
         _say_splits(placed)
-        figures = _write_recipe(config, classes, tuple(attributes[:1]))
+        figures = _write_recipe(config, classes, tuple(attributes[:1]), vision)
     return {
         "columns": columns,
         "attributes": attributes,
@@ -116,6 +124,21 @@ def run(config: InitConfig) -> dict[str, Any]:
         "vocab_size": words["vocab_size"],
         **figures,
     }
+
+
+def _tower_alone(weights: Path) -> VisionConfig:
+    """The image tower of a folder that holds nothing else.
+
+    Raises:
+        UserError: it holds none, or a text tower too, which would need a vocabulary of its own.
+    """
+    vision, _ = image_tower(weights)
+    if "text" in read_recipe(weights / "recipe.yaml")["model"]:
+        raise UserError(
+            f"{weights} holds a text tower too; init makes a vocabulary of the shop's texts",
+            "Import the image tower by itself: shelfmark import OUT --vision NAME",
+        )
+    return vision
 
 
 def _require_own(out: Path) -> None:
@@ -260,7 +283,9 @@ def _say_splits(placed: Sequence[tuple[str, str, str]]) -> None:
     print(f"photos: {photos}; documents: {documents:,}; products held out from training: {_held_out(placed):,}")
 
 
-def _write_recipe(config: InitConfig, classes: dict[str, Any], slices: tuple[str, ...]) -> dict[str, Any]:
+def _write_recipe(
+    config: InitConfig, classes: dict[str, Any], slices: tuple[str, ...], vision: VisionConfig | None
+) -> dict[str, Any]:
     """Writes the recipe and prints the next commands; its steps, and estimates of seconds and bytes."""
     out, gpus, ranks = config.out, torch.cuda.device_count(), _ranks()
     facts = Facts(
@@ -271,8 +296,11 @@ def _write_recipe(config: InitConfig, classes: dict[str, Any], slices: tuple[str
         minutes=config.minutes,
         slices=slices,
         has_text=has_text(Catalogue(out / CATALOGUE)),
+        imported=vision is not None,
     )
     changes = {**shape(facts), "data.catalogue": (out / CATALOGUE, "made by `shelfmark init`")}
+    if config.weights is not None and vision is not None:
+        changes |= start(config.weights, vision, preprocess_of(config.weights, vision), gpus)
     recipe = out / RECIPE
     commands = [shlex.join(["shelfmark", *words]) for words in following(out, facts.has_text)]
     head = (

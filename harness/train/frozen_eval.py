@@ -15,12 +15,11 @@ from harness.core.mesh import Mesh
 from harness.data.config import DataConfig
 from harness.data.preprocess import PreprocessSpec
 from harness.evaluate.evaluation import Evaluation, EvaluationConfig
-from harness.train.imported_weights import LONGEST_LINE, require_whole
+from harness.train.imported_weights import LONGEST_LINE, image_tower
 from models.frozen import Frozen, FrozenConfig, FrozenTowers
 from models.plain_values import from_plain
 from models.tp_state import load_merged
 from models.vision import VisionConfig
-from models.weights.convert import read_converted
 from models.weights.rules import WeightsError
 
 
@@ -32,19 +31,15 @@ def open_frozen(weights: Path, config: EvaluationConfig, catalogue: Catalogue, m
     Raises:
         UserError: no such folder or a damaged one, one without an image tower, or a layout that does not divide it.
     """
-    require_whole(weights)
+    vision, state = image_tower(weights)
+    model = FrozenConfig(vision=vision)
+    if errors := model.errors(mesh.tp.size()):
+        raise UserError(errors[0])
+    set_precision("fp32")
+    mesh.seed_streams(0, -1)  # what builds tensor-parallel layers draws from them; nothing drawn stays
+    towers = FrozenTowers(model, builder(mesh)).to(mesh.device).eval()
     try:
-        configs, state = read_converted(weights)
-        vision = configs.get("vision")
-        if not isinstance(vision, VisionConfig):
-            raise UserError(f"{weights} holds no image tower", "Import one with --vision")
-        model = FrozenConfig(vision=vision)
-        if errors := model.errors(mesh.tp.size()):
-            raise UserError(errors[0])
-        set_precision("fp32")
-        mesh.seed_streams(0, -1)  # what builds tensor-parallel layers draws from them; nothing drawn stays
-        towers = FrozenTowers(model, builder(mesh)).to(mesh.device).eval()
-        load_merged(towers, {name: value for name, value in state.items() if name.startswith("vision.")}, mesh.tp)
+        load_merged(towers, state, mesh.tp)
     except WeightsError as error:
         raise UserError(printable(str(error), LONGEST_LINE), "Import the weights again") from error
     data = DataConfig(catalogue=catalogue.path, preprocess=preprocess_of(weights, vision))

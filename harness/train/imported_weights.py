@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from harness.core.errors import UserError
 from harness.core.files import printable
 from harness.core.manifest import verify
 from models.tp_state import load_merged
-from models.weights.convert import fitted
+from models.vision import VisionConfig
+from models.weights.convert import fitted, read_converted
 from models.weights.rules import WeightsError
 
 LONGEST_LINE = 1000  # characters of a message that names tensors
@@ -40,3 +41,20 @@ def require_whole(folder: Path) -> None:
     """Raises UserError where a file of an imported folder is damaged, missing or unknown."""
     if problem := verify(folder):
         raise UserError(f"imported weights {folder}: {problem}", "Copy them again, or run `shelfmark import` again")
+
+
+def image_tower(folder: Path) -> tuple[VisionConfig, dict[str, Tensor]]:
+    """The image tower of an imported folder: its configuration and its tensors.
+
+    Raises:
+        UserError: no such folder or a damaged one, or one without an image tower.
+    """
+    require_whole(folder)
+    try:
+        configs, state = read_converted(folder)
+    except WeightsError as error:
+        raise UserError(printable(str(error), LONGEST_LINE), "Import the weights again") from error
+    vision = configs.get("vision")
+    if not isinstance(vision, VisionConfig):
+        raise UserError(f"{folder} holds no image tower", "Import one with --vision")
+    return vision, {name: value for name, value in state.items() if name.startswith("vision.")}
