@@ -27,7 +27,6 @@ from harness import commands
 from harness.core.cli import Parser, check_figures, nearest, run_command, write_figures
 from harness.core.errors import UserError
 
-signal.signal(signal.SIGINT, _interrupt)
 RENAMED = {"evaluate": "eval", "import_weights": "import"}  # module -> command; `import` can be no module's name
 COMMANDS = {
     RENAMED.get(module.name, module.name.replace("_", "-")): f"harness.commands.{module.name}"
@@ -106,5 +105,6 @@ def main() -> int:
     return run_command(lambda: command(argv[0], argv[1:]))
 
 
+signal.signal(signal.SIGINT, _interrupt)
 if __name__ == "__main__":
     sys.exit(main())

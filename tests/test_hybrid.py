@@ -263,7 +263,8 @@ def test_the_stop_keeps_fused_losses_off_the_image_tower(config: OclearConfig) -
         rest = [p for name, p in towers.named_parameters() if not name.startswith(("vision.", "query_transform."))]
         learned = torch.autograd.grad(documents[:, 0].square().sum(), rest)
         found[stop] = [queries, documents, *learned]
-    assert all(torch.equal(a, b) for a, b in zip(found[False], found[True], strict=True))
+    for number, (a, b) in enumerate(zip(found[False], found[True], strict=True)):
+        close(a, b, f"tensor {number}")  # where fewer gradients are asked for, torch may add in another order
 
 
 @pytest.mark.parametrize("config", [SUM, BASE], ids=["sum", "concept"])
