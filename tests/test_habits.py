@@ -195,6 +195,29 @@ def test_ctrl_c_ends_every_stage_quietly(name: str, made: dict[str, Answer], sho
         assert not list(shop.glob("*again-*.tmp"))
 
 
+FINALIZER = """
+import signal, sys, time
+from harness.core.cli import run_command
+
+class Interrupted:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+        [None for _ in range(1000)]
+
+def body():
+    Interrupted()
+    time.sleep(60)
+
+sys.exit(run_command(body))
+"""
+
+
+def test_ctrl_c_in_a_finalizer_is_not_lost() -> None:
+    """Python drops what a finalizer raises."""
+    done = subprocess.run([sys.executable, "-c", FINALIZER], capture_output=True, encoding="utf-8", cwd=ROOT)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 def test_ctrl_c_while_python_imports_says_nothing(shop: Path) -> None:
     """The first half second of every command, also of one that only prints its help."""
     for number in range(5):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -29,6 +30,7 @@ from harness.commands.govern import run as govern
 from harness.core.errors import UserError
 from models.ranges import NonNegativeInt, PositiveInt
 
+Engine = Literal["duckdb", "spark"]
 MODULE = "harness.bench.governance_scale"
 EXAMPLE = f"python -m {MODULE} --rows 1000000,10000000 --memory 8GB --json governance_scale.json"
 SHOWN = 7  # documents that a query is shown: two of its product, four others, a hot one
@@ -48,6 +50,7 @@ class GovernanceScaleConfig:
     Args:
         rows: rows of each log.
         engine: as `shelfmark govern` takes it.
+        compare: with Spark: governs by DuckDB too and compares the files of both, byte for byte.
         master: of Spark.
         memory: limit, as 8GB.
         folder: for the logs and what spills; the system's temporary folder by default.
@@ -55,7 +58,8 @@ class GovernanceScaleConfig:
     """
 
     rows: tuple[PositiveInt, ...] = (1_000_000, 10_000_000)
-    engine: Literal["duckdb", "spark"] = "duckdb"
+    engine: Engine = "duckdb"
+    compare: bool = False
     master: str = "local[*]"
     memory: str = ""
     folder: Path | None = None
@@ -64,6 +68,8 @@ class GovernanceScaleConfig:
     def __post_init__(self) -> None:
         if min(self.rows, default=0) < 1000:
             raise UserError("--rows must name 1,000 rows or more")
+        if self.compare and self.engine == "duckdb":
+            raise UserError("--compare true compares Spark with DuckDB", "Add --engine spark")
 
 
 def run(config: GovernanceScaleConfig) -> dict[str, Any]:
@@ -72,28 +78,36 @@ def run(config: GovernanceScaleConfig) -> dict[str, Any]:
     Headline:
         seconds_N, cpu_seconds_N, peak_gb_N: of a log of N rows; seconds by the clock, cpu_seconds of all threads, the
             largest main memory of the process. Those of Spark's own processes are not counted.
+        same_N: with --compare: 1 if both engines wrote the same files, else 0.
     """
     rows: list[dict[str, Any]] = []
     headline: dict[str, float] = {}
     for count in config.rows:
         with tempfile.TemporaryDirectory(prefix="shelfmark-bench-", dir=config.folder) as name:
-            edges = draw(Path(name), count, config.seed)
-            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                row = {"rows": count, "edges": edges, **pool.submit(_measure, Path(name), config).result()}
-        rows.append(row)
-        headline |= {f"{what}_{count}": row[what] for what in ("seconds", "cpu_seconds", "peak_gb")}
+            folder = Path(name)
+            edges = draw(folder, count, config.seed)
+            engines: list[Engine] = ["spark", "duckdb"] if config.compare else [config.engine]
+            for engine in engines:
+                shutil.copytree(folder / "catalogue", folder / engine)
+                with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                    measured = pool.submit(_measure, folder, engine, config).result()
+                rows.append({"rows": count, "edges": edges, "engine": engine, **measured})
+            first = rows[-len(engines)]
+            headline |= {f"{what}_{count}": first[what] for what in ("seconds", "cpu_seconds", "peak_gb")}
+            if config.compare:
+                headline[f"same_{count}"] = float(_classes(folder / "spark") == _classes(folder / "duckdb"))
     return finish(MODULE, config, headline, rows)
 
 
-def _measure(folder: Path, config: GovernanceScaleConfig) -> dict[str, Any]:
-    """In a process of its own: governs, and says what it took."""
+def _measure(folder: Path, engine: Engine, config: GovernanceScaleConfig) -> dict[str, Any]:
+    """In a process of its own: governs folder/ENGINE, and says what it took."""
     started = time.perf_counter()
     with redirect_stdout(StringIO()):
         summary = govern(
             GovernConfig(
-                catalogue=folder / "catalogue",
+                catalogue=folder / engine,
                 clicks=folder / "clicks.parquet",
-                engine=config.engine,
+                engine=engine,
                 master=config.master,
                 memory=config.memory,
             )
@@ -105,6 +119,12 @@ def _measure(folder: Path, config: GovernanceScaleConfig) -> dict[str, Any]:
         "peak_gb": used.ru_maxrss / 1e6,
         "classes": summary["num_classes"],
     }
+
+
+def _classes(catalogue: Path) -> dict[str, bytes]:
+    """The tables and arrays of a catalogue's classes, by name."""
+    files = (catalogue / "classes").iterdir()
+    return {path.name: path.read_bytes() for path in files if path.suffix in (".parquet", ".npy")}
 
 
 def draw(folder: Path, rows: int, seed: int) -> int:

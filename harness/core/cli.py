@@ -12,11 +12,14 @@ import math
 import multiprocessing
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, get_origin
@@ -269,6 +272,8 @@ def run_command(body: Callable[[], Any]) -> int:
     """
     try:
         end_with_launcher()
+        if sys.unraisablehook is sys.__unraisablehook__:
+            sys.unraisablehook = _interrupt_again
         sys.stdout = _output(sys.stdout, sys.__stdout__, "standard output")
         sys.stderr = _output(sys.stderr, sys.__stderr__, "")
         try:
@@ -287,6 +292,18 @@ def run_command(body: Callable[[], Any]) -> int:
         sys.stdout.flush()
         os._exit(code)
     return code
+
+
+def _interrupt_again(dropped: Any) -> None:
+    """sys.unraisablehook: Ctrl-C that fell into a finalizer, where Python drops it, comes once more a moment later."""
+    if not issubclass(dropped.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(dropped)
+        return
+    main = threading.main_thread().ident
+    again = threading.Timer(0.01, signal.pthread_kill, [main, signal.SIGINT])
+    again.daemon = True
+    with suppress(RuntimeError):  # no threads any more: Python is about to end anyway
+        again.start()
 
 
 class _Output(io.FileIO):
