@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.bench import governance_scale
 from harness.commands.govern import GovernConfig, run
 from tests.click_logs import write_log
 from tests.test_governance import BAD_ROWS, TIMED, draw_rows, shop
@@ -36,3 +37,14 @@ def test_spark_gives_the_same_files(tmp_path: Path) -> None:
         found[engine] = files, summary
     assert found["spark"] == found["duckdb"]
     assert found["duckdb"][1]["components"]["split"]
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(importlib.util.find_spec("pyspark") is None, reason="pyspark is not installed")
+def test_the_benchmark_compares_the_files_of_both_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = governance_scale.GovernanceScaleConfig(rows=(3000,), engine="spark", compare=True, folder=tmp_path)
+    report = governance_scale.run(config)
+    assert report["headline"]["same_3000"] == 1 and [row["engine"] for row in report["rows"]] == ["spark", "duckdb"]
+    monkeypatch.setattr(governance_scale, "_classes", lambda catalogue: {catalogue.name: b""})
+    assert governance_scale.run(config)["headline"]["same_3000"] == 0
