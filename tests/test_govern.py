@@ -67,6 +67,7 @@ def account(catalogue: Path, split: str) -> dict[str, dict[str, list[int]]]:
         {"split": "val", "min_queries": 2},
         {"min_queries": 0, "min_documents": 0, "document_ratio": 3.0},
         {"min_queries": 5},
+        {"hold_out_classes": 0.5, "query_power": 1.0},
     ],
 )
 def test_classes_match_a_plain_account(skewed, options):
@@ -76,6 +77,7 @@ def test_classes_match_a_plain_account(skewed, options):
         key: members
         for key, members in account(skewed, config.split).items()
         if len(members["query"]) >= config.min_queries and len(members["document"]) >= config.min_documents
+        if xxhash.xxh3_64_intdigest(key.encode()) >= config.hold_out_classes * 2**64
     }
     keys = sorted(kept, key=lambda key: min(kept[key]["query"] + kept[key]["document"]))
     assert classes["class_key"].to_pylist() == keys
@@ -150,6 +152,7 @@ def test_summary_and_governance_json(skewed, capsys):
     assert meta["format"] == 1 and meta["num_classes"] == summary["num_classes"] == 4
     assert meta["options"] == {
         "split": "train", "min_queries": 2, "min_documents": 1, "query_power": 0.25, "document_ratio": 1.0,
+        "hold_out_classes": 0.0,
     }  # fmt: skip
     largest = {"class_id": 1, "class_key": "c5", "query_members": 25, "document_members": 1}
     assert meta["largest_class"] == summary["largest_class"] == largest
@@ -176,6 +179,27 @@ def test_a_failed_run_keeps_the_old_classes(skewed):
         govern(skewed, min_queries=1000)
     assert json.loads((skewed / "classes/governance.json").read_text())["order_id"] == before["order_id"]
     assert not list(skewed.glob("classes.tmp*"))
+
+
+def test_hold_out_of_the_class_column(skewed, capsys):
+    summary, classes, arrays = govern(skewed, hold_out_classes=0.5)
+    held = pq.read_table(skewed / "classes/held_out.parquet").to_pylist()
+    everything = account(skewed, "train")
+    keys = {row["class_key"] for row in held}
+    assert keys and classes.num_rows and not keys & set(classes["class_key"].to_pylist())
+    assert {row["sample_id"] for row in held} == {s for key in keys for kind in KINDS for s in everything[key][kind]}
+    assert not {row["sample_id"] for row in held} & {s for kind in KINDS for s in arrays[f"{kind}.members"].tolist()}
+    quarantined = pq.read_table(skewed / "classes/quarantine.parquet")
+    assert not keys & set(quarantined["class_key"].to_pylist())
+    assert summary["held_out"] == {"classes": len(keys), "samples": len(held)}
+    assert f"held out: {len(keys)} classes, {len(held)} samples" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--hold-out-classes leaves no class"):
+        govern(skewed, hold_out_classes=0.999999)
+
+
+def test_options_for_clicks_are_refused_without(skewed):
+    with pytest.raises(UserError, match="no use for --min-similarity, --engine"):
+        govern(skewed, engine="spark", min_similarity=0.5)
 
 
 def test_unknown_split_and_no_class_list_the_splits(skewed):

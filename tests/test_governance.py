@@ -349,7 +349,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(tmp_path):
     assert "no column time" in refusal(tmp_path, clicks=log, until="2026-01-01")
     assert "--until is 'soon'" in refusal(tmp_path, clicks=log, until="soon")
     assert "--engine" not in refusal(tmp_path, clicks=log, relations=tmp_path / "absent.tsv")
-    assert "belong to --clicks" in refusal(tmp_path, relations=log)
+    assert "no use for --relations" in refusal(tmp_path, relations=log)
     assert "lacks an integer column sample_id" in refusal(tmp_path, clicks=log, embeddings=(log,))
     lists = pa.array([[0.0], [1.0]], pa.list_(pa.float32()))
     pq.write_table(pa.table({"sample_id": [10**6, -1], "embedding": lists}), tmp_path / "other.parquet")

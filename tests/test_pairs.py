@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -172,6 +173,19 @@ def test_a_photo_is_a_member_of_the_class_of_each_right_answer(rooms: Path) -> N
     assert keys == ["c0", "c1", "c4", "c2", "c3", "c5"], "by the first sample; c1 and c4 share theirs"
     # The photo without a class is no longer one without a use; that of another split is not there.
     assert len(pq.read_table(rooms / "classes/quarantine.parquet")) == 0
+
+
+def test_a_photo_that_answers_a_held_out_class_is_in_no_other(rooms: Path, tmp_path: Path) -> None:
+    catalogue = tmp_path / "rooms"
+    shutil.copytree(rooms, catalogue)
+    members, shared = np.load(rooms / "classes/query.members.npy"), set[int]()
+    for share in (0.2, 0.4, 0.6, 0.8):
+        govern.run(govern.GovernConfig(catalogue=catalogue, hold_out_classes=share))
+        held = set(pq.read_table(catalogue / "classes/held_out.parquet")["sample_id"].to_pylist())
+        trained = set(np.load(catalogue / "classes/query.members.npy").tolist())
+        assert not held & trained and trained | held >= set(members.tolist())
+        shared |= held & {sample for sample in members.tolist() if (members == sample).sum() > 1}
+    assert shared
 
 
 def evaluated(catalogue: Path, settings: dict[str, Any]) -> tuple[Report, dict[str, Any]]:

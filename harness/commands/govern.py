@@ -7,7 +7,7 @@ the engine as a Parquet file, so that memory does not grow with the catalogue.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ def run(config: GovernConfig) -> dict[str, Any]:
         f"not trained: {summary['quarantined_classes']:,} classes with too few queries or documents, "
         f"{summary['quarantined_samples']:,} samples without a class (classes/quarantine.parquet has them)"
     )
+    if (held := summary.get("held_out", {})).get("samples"):
+        print(f"held out: {held['classes']:,} classes, {held['samples']:,} samples (classes/held_out.parquet)")
     if config.clicks is not None:
         print(f"{_told(summary)}\nreport: {config.catalogue}/classes/report.html")
     if summary["num_classes"] == 1:
@@ -64,7 +66,6 @@ def _told(summary: dict[str, Any]) -> str:
     def listed(figures: dict[str, int]) -> str:
         return ", ".join(f"{name} {count:,}" for name, count in figures.items())
 
-    held = summary["held_out"]
     lines = [
         f"rows of the log: {listed(summary['rows'])}",
         f"edges: {listed(summary['edges'])}",
@@ -72,8 +73,6 @@ def _told(summary: dict[str, Any]) -> str:
         f"{summary['purity']:.1%} of the clicks of the classes' queries fall into their class",
         f"compared with the previous classes: {listed(summary['history'])}",
     ]
-    if held["samples"]:
-        lines.append(f"held out: {held['classes']:,} classes, {held['samples']:,} samples (classes/held_out.parquet)")
     if backwards := summary["rows_backwards"]:
         lines.append(f"{backwards:,} rows are older than the row above them; the order of the rows does not matter")
     return "\n".join(lines)
@@ -105,9 +104,12 @@ def _govern(catalogue: Catalogue, config: GovernConfig, stage: Path) -> dict[str
 
 
 def _check_options(config: GovernConfig) -> None:
-    """Raises UserError for an option that has no effect without --clicks."""
-    if config.clicks is None and (config.relations is not None or config.embeddings or config.until):
-        raise UserError("--relations, --embeddings and --until belong to --clicks", "Name a click log")
+    """Raises UserError for options that have no effect without --clicks."""
+    known = ("catalogue", "clicks", "memory", *COMMON)
+    own = [field for field in fields(config) if field.name not in known]
+    given = [f"--{field.name.replace('_', '-')}" for field in own if getattr(config, field.name) != field.default]
+    if config.clicks is None and given:
+        raise UserError(f"classes of the class column have no use for {', '.join(given)}", "Name a click log: --clicks")
 
 
 def _check_split(catalogue: Catalogue, split: str) -> None:

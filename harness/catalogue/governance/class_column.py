@@ -10,7 +10,15 @@ import pyarrow as pa
 from ibis import _
 
 from harness.catalogue.catalogue import ALL_SPLITS, Catalogue
-from harness.catalogue.governance.class_files import counted, number_classes, too_small, totals, write_arrays
+from harness.catalogue.governance.class_files import (
+    counted,
+    hold_out,
+    nothing_left,
+    number_classes,
+    too_small,
+    totals,
+    write_arrays,
+)
 from harness.catalogue.governance.config import GovernConfig
 from harness.catalogue.governance.engine import Engine, row
 from harness.catalogue.pairs import Pairs
@@ -42,12 +50,13 @@ def quarantine(samples: ibis.Table, members: ibis.Table, counts: ibis.Table, con
 
 
 def write(catalogue: Catalogue, config: GovernConfig, stage: Path, spill: Path) -> dict[str, Any]:
-    """Writes classes.parquet, the arrays and quarantine.parquet; returns the summary.
+    """Writes classes.parquet, the arrays, quarantine.parquet and, with --hold-out-classes, held_out.parquet;
+    returns the summary.
 
     Raises:
-        UserError: no class is large enough.
+        UserError: no class is large enough, or all are held out.
     """
-    engine = Engine(spill)
+    engine = Engine(spill, config.memory)
     try:
         return _write(engine, catalogue, config, stage)
     finally:
@@ -60,11 +69,18 @@ def _write(engine: Engine, catalogue: Catalogue, config: GovernConfig, stage: Pa
     pairs, all_members = Pairs.open(catalogue.path), samples
     if pairs is not None:
         all_members = engine.keep("with-answers", with_answers(samples, pairs))
+    found: dict[str, Any] = {}
+    if config.hold_out_classes:
+        held, found["held_out"] = _hold_out(engine, all_members, config, stage / "held_out.parquet")
+        # A query photo of a held-out class is in no other class either.
+        samples, all_members = (table.anti_join(held, "sample_id") for table in (samples, all_members))
     counts = engine.keep("counts", counted(all_members.filter(_.class_key.notnull()), "class_key"))
     small, _reason = too_small(config)
     kept = counts.filter(~small)
     figures = row(kept.agg(classes=_.count(), mean=_.query_members.mean(), median=_.query_members.median()))
     if figures["classes"] == 0:
+        if found.get("held_out", {}).get("samples"):
+            raise nothing_left()
         _refuse_empty(catalogue, counts, config)
     numbered = number_classes(kept, figures["mean"], figures["median"], config)
     engine.write(numbered.order_by("class_id"), stage / "classes.parquet")
@@ -78,9 +94,20 @@ def _write(engine: Engine, catalogue: Catalogue, config: GovernConfig, stage: Pa
             quarantined_classes=_.count(where=_.sample_id < 0), quarantined_samples=_.count(where=_.sample_id >= 0)
         )
     )
-    found = totals(classes)
+    found |= totals(classes)
     largest = found.pop("largest_class")
     return {**found, **{name: int(value) for name, value in rejects.items()}, "largest_class": largest}
+
+
+def _hold_out(
+    engine: Engine, members: ibis.Table, config: GovernConfig, file: Path
+) -> tuple[ibis.Table, dict[str, int]]:
+    """The samples of classes that are held out, which `file` lists, and their number."""
+    keys = hold_out(engine, members.filter(_.class_key.notnull()).select("class_key").distinct(), config)
+    held = engine.keep("held-out", members.semi_join(keys, "class_key"))
+    engine.write(held.mutate(reason=ibis.literal("class")).order_by("sample_id", "class_key"), file)
+    figures = row(held.agg(classes=_.class_key.nunique(), samples=_.count()))
+    return held, {name: int(value) for name, value in figures.items()}
 
 
 def _refuse_empty(catalogue: Catalogue, counts: ibis.Table, config: GovernConfig) -> None:

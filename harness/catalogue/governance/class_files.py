@@ -7,13 +7,16 @@ from typing import Any
 
 import ibis
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 from ibis import _
 
 from harness.catalogue.classes import KINDS
 from harness.catalogue.governance.config import GovernConfig
 from harness.catalogue.governance.engine import Engine, row
 from harness.catalogue.writers import NpyWriter
+from harness.core.errors import UserError
 
 
 def number_classes(kept: ibis.Table, mean: float, median: float, config: GovernConfig) -> ibis.Table:
@@ -56,6 +59,22 @@ def too_small(config: GovernConfig) -> tuple[Any, Any]:
     between = ibis.ifelse(few_queries & few_documents, "; ", "")
     reason = ibis.ifelse(few_queries, queries, "") + between + ibis.ifelse(few_documents, documents, "")
     return few_queries | few_documents, reason
+
+
+def hold_out(engine: Engine, keys: ibis.Table, config: GovernConfig) -> ibis.Table:
+    """The rows of a table with the column class_key whose class is held out: a function of its key, so that it stays so
+    while it persists.
+    """
+    bound = config.hold_out_classes * 2.0**64
+    table = keys.to_pyarrow() if bound else keys.limit(0).to_pyarrow()
+    chosen = [xxhash.xxh3_64_intdigest(key.as_py().encode()) < bound for key in table["class_key"]]
+    pq.write_table(table.filter(pa.array(chosen, pa.bool_())), engine.spill / "held.parquet")
+    return engine.read([engine.spill / "held.parquet"])
+
+
+def nothing_left() -> UserError:
+    """What --hold-out-classes can lead to."""
+    return UserError("--hold-out-classes leaves no class to train on", "Lower it")
 
 
 def write_arrays(engine: Engine, members: ibis.Table, stage: Path) -> None:

@@ -8,12 +8,19 @@ from typing import Any
 import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 from ibis import _
 
 from harness.catalogue.catalogue import Catalogue
 from harness.catalogue.governance import rules, stable_ids
-from harness.catalogue.governance.class_files import counted, number_classes, too_small, totals, write_arrays
+from harness.catalogue.governance.class_files import (
+    counted,
+    hold_out,
+    nothing_left,
+    number_classes,
+    too_small,
+    totals,
+    write_arrays,
+)
 from harness.catalogue.governance.config import GovernConfig
 from harness.catalogue.governance.engine import Engine, row
 from harness.core.errors import UserError
@@ -52,11 +59,11 @@ def write_files(
         )
     folder = stable_ids.previous_classes(catalogue.path)
     keys, next_class = stable_ids.record(local, large.select("component", "first_id"), members, folder)
-    held = local.read([_hold_out(keys, config, local.spill / "held.parquet")])
+    held = hold_out(local, keys, config).select("component")
     kept = large.inner_join(keys, "component").anti_join(held, "component")
     figures = row(kept.agg(classes=_.count(), mean=_.query_members.mean(), median=_.query_members.median()))
     if not figures["classes"]:
-        raise UserError("--hold-out-classes leaves no class to train on", "Lower it")
+        raise nothing_left()
     numbered = local.keep("numbered", number_classes(kept, figures["mean"], figures["median"], config))
     ids = kept.select("component", "class_key").inner_join(numbered.select("class_key", "class_id"), "class_key")
     trained = local.keep("trained", members.inner_join(ids, "component"))
@@ -119,17 +126,6 @@ def _unfit(config: GovernConfig) -> tuple[Any, Any]:
         else_=percent + f" % of its queries' clicks fall into it, --min-purity is {config.min_purity}",
     )
     return small | large | impure, reason
-
-
-def _hold_out(keys: ibis.Table, config: GovernConfig, file: Path) -> Path:
-    """Writes the components whose class is held out: a function of its key, so that it stays so while it persists."""
-    held, bound = pa.array([], pa.int64()), config.hold_out_classes * 2.0**64
-    if bound:
-        table = keys.order_by("component").to_pyarrow()
-        chosen = [xxhash.xxh3_64_intdigest(key.as_py().encode()) < bound for key in table["class_key"]]
-        held = table["component"].filter(pa.array(chosen, pa.bool_()))
-    pq.write_table(pa.table({"component": held}), file)
-    return file
 
 
 def _with_catalogue_keys(numbered: ibis.Table, trained: ibis.Table, samples: ibis.Table) -> ibis.Table:

@@ -16,7 +16,7 @@ from models.ranges import (
 )
 
 # Fields that both sources of classes read.
-COMMON = ("split", "min_queries", "min_documents", "query_power", "document_ratio")
+COMMON = ("split", "min_queries", "min_documents", "query_power", "document_ratio", "hold_out_classes")
 
 
 @dataclass(frozen=True, kw_only=True)
