@@ -7,10 +7,11 @@ INSTALLED := .venv/installed
 SPARK := .venv/spark
 PIP := $(RUN) pip install -qq --disable-pip-version-check
 
-# Tests start many ranks on few cores: threads of their own would only fight for them. Files run side by side on WORKERS processes.
+# Tests start many ranks on few cores: threads of their own would only fight for them. Files run side by side on WORKERS processes, in the
+# order of their names: by their number of tests, files of few long tests would come last, and leave a worker idle.
 export OMP_NUM_THREADS := 1
 WORKERS ?= 2
-PYTEST := pytest -n $(WORKERS) --dist loadfile
+PYTEST := pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-full lint audit .venv
 

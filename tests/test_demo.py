@@ -27,7 +27,7 @@ def run_demo(*options: str) -> subprocess.CompletedProcess[str]:
 def test_demo_runs_to_its_table(tmp_path: Path) -> None:
     out = tmp_path / "my demo's"  # a blank and a quote
     small = ("--products", "14", "--vocab-size", "80", "--steps", "6")
-    done = run_demo("--out", str(out), *small)
+    done = run_demo("--out", str(out), *small, "--lifestyle", "0.5")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     summary = json.loads((out / "summary.json").read_text())
@@ -37,6 +37,8 @@ def test_demo_runs_to_its_table(tmp_path: Path) -> None:
     unseen = [row for row in evaluation["slices"] if row["value"] == "never trained"]
     assert summary["recall_at_1_unseen"] == unseen[0]["recall_at_1"]
     assert 0 < summary["queries_unseen"] == unseen[0]["queries"] < summary["queries"]
+    assert {row["value"] for row in evaluation["slices"] if row["slice"] == "lifestyle"} == {"yes", "no"}
+    assert summary["recall_at_1_images_alone"] == evaluation["photo/image/recall_at_1"]
     assert summary["images_per_second"] > 0 and 0 <= summary["recall_at_1_histogram"] <= 1
     stages = (
         *("synth", "ingest", "govern", "tokenizer", "train on pairs", "embed documents", "embed photos"),
