@@ -195,6 +195,8 @@ def test_hold_out_of_the_class_column(skewed, capsys):
     assert f"held out: {len(keys)} classes, {len(held)} samples" in capsys.readouterr().out
     with pytest.raises(UserError, match="--hold-out-classes leaves no class"):
         govern(skewed, hold_out_classes=0.999999)
+    with pytest.raises(UserError, match="at least 1000 queries"):
+        govern(skewed, hold_out_classes=0.5, min_queries=1000)
 
 
 def test_options_for_clicks_are_refused_without(skewed):

@@ -267,6 +267,15 @@ def test_a_recipe_that_starts_from_imported_weights(weights: Path, tmp_path: Pat
     assert first.steps + second.steps == config.train.steps == found["steps"]
 
 
+def test_with_many_photos_pairs_stand_beside_the_classes_of_an_imported_tower(weights: Path, tmp_path: Path) -> None:
+    draw_shop(tmp_path, products=2, photos=30, size=24)
+    out = tmp_path / "shop"
+    run(InitConfig(sources=(tmp_path / "products.tsv", tmp_path / "photos"), out=out, weights=weights))
+    config, _ = parse(["--config", str(out / "recipe.yaml")], 1)
+    assert isinstance(config.model, OclearConfig) and config.model.objective == "classification"
+    assert (config.model.contrast_weight, config.optimizer.rows.lr_factor) == (2.0, 10.0)
+
+
 def test_a_gpu_takes_the_pixels_that_the_tower_expects(weights: Path) -> None:
     vision, _ = image_tower(weights)
     assert start(weights, vision, preprocess_of(weights, vision), gpus=1)["data.preprocess.image_size"][0] == 224

@@ -69,6 +69,9 @@ def shape(facts: Facts) -> Changes:
         changes["data.queries_per_step"] = 32, "each brings a document of its own"
     if facts.imported:
         changes["data.queries_per_step"] = 24 if many else 16, "an imported tower takes longer for each"
+    if facts.imported and many:
+        changes["model.contrast_weight"] = 2.0, "pairs beside the classes"
+        changes["optimizer.rows"] = {"lr_factor": 10.0}, "class weights start from nothing, the tower does not"
     if not facts.has_text:
         changes["model.fusion_kind"] = "image", "no document has a text"
     scale, margin = (16.0, 0.1) if facts.classes < 1_000 else (32.0, 0.2) if facts.classes < 100_000 else (64.0, 0.4)

@@ -79,7 +79,7 @@ def _write(engine: Engine, catalogue: Catalogue, config: GovernConfig, stage: Pa
     kept = counts.filter(~small)
     figures = row(kept.agg(classes=_.count(), mean=_.query_members.mean(), median=_.query_members.median()))
     if figures["classes"] == 0:
-        if found.get("held_out", {}).get("samples"):
+        if found.get("held_out", {}).get("samples") and not row(counts.agg(classes=_.count()))["classes"]:
             raise nothing_left()
         _refuse_empty(catalogue, counts, config)
     numbered = number_classes(kept, figures["mean"], figures["median"], config)
