@@ -79,7 +79,8 @@ class ExportConfig:
         view: what is seen of documents: both, another view of the method, as image, or best: the view with the highest
             Recall@1 when training evaluated this checkpoint, of all products and of those never trained on alike.
         weigh_parts: choose the weights of the parts of a document's vector, where it is a sum of parts (OCLEAR's
-            fusion_kind sum), by Recall@1 on the run's validation split; 0 leaves a part out.
+            fusion_kind sum), by Recall@1 on the run's validation split; more than images only where it finds more
+            than a standard error; 0 leaves a part out.
         thumbnail: longest side in pixels of the small picture kept of each document, for contact sheets; 0 keeps none.
         vectors: numbers of the embeddings that are kept of the documents.
         index: the index.

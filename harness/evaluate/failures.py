@@ -93,7 +93,7 @@ def find_failures(
     """
     if not count:
         return None
-    first = _first_ranks(ranks)
+    first = ranks.first
     missed = np.flatnonzero(first > 0)
     worst = missed[np.argsort(-first[missed], kind="stable")[:count]]
     mine = torch.isin(queries.ids, torch.from_numpy(ranks.query_ids[worst]).to(queries.ids.device))
@@ -125,14 +125,6 @@ def find_failures(
         wrong_scores=bars[1][0].tolist(),
         confused=[] if sides is None else _confused(asked[missed], found[missed], *sides),
     )
-
-
-def _first_ranks(ranks: RelevantRanks) -> np.ndarray:
-    """int64 [n]: 0-based rank of each query's first right document, -1 where there is none."""
-    answered = np.diff(ranks.offsets) > 0
-    first = np.full(len(answered), -1)
-    first[answered] = ranks.ranks[ranks.offsets[:-1][answered]]
-    return first
 
 
 def _best(queries: Embedded, documents: Embedded, depth: int, mesh: Mesh, without_self: bool) -> tuple[Tensor, Tensor]:

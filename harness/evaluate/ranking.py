@@ -67,6 +67,14 @@ class RelevantRanks:
     offsets: np.ndarray
     grades: np.ndarray | None = None
 
+    @property
+    def first(self) -> np.ndarray:
+        """int64 [n]: 0-based rank of each query's first right document, -1 where there is none."""
+        answered = np.diff(self.offsets) > 0
+        first = np.full(len(answered), -1)
+        first[answered] = self.ranks[self.offsets[:-1][answered]]
+        return first
+
 
 @dataclass(frozen=True)
 class _Block:

@@ -100,6 +100,12 @@ class PhotoTask(Task):
         return np.where(named, grades > 0, right)
 
 
+def never_trained(task: PhotoTask, ranks: RelevantRanks) -> np.ndarray:
+    """bool [n]: whether the class of each of the queries that have ranks was never trained on."""
+    groups = ordered(task.groups, task.queries.ids, ranks)
+    return groups["class"].codes == NEVER if "class" in groups else np.zeros(len(ranks.query_ids), bool)
+
+
 def head_and_tail(classes: Path, keys: ClassKeys) -> np.ndarray:
     """Place in KINDS of each number of `keys`, and at last of -1: int32, from a run's classes.parquet.
 
