@@ -75,6 +75,8 @@ IMAGE, SOME_TEXT, TEXT = (1.0, 0.0, 0.0), (1.0, 0.0, 1.0), (0.0, 0.0, 1.0)
         ({IMAGE: [1] * 40 + [0] * 60, SOME_TEXT: [0] * 3 + [1] * 42 + [0] * 55}, IMAGE),
         # Text alone is best, image and text within the error, images alone are not: the largest share of the image.
         ({IMAGE: [0] * 100, SOME_TEXT: [1] * 50 + [0] * 50, TEXT: [1] * 51 + [0] * 49}, SOME_TEXT),
+        # It wins 3 and loses 1: as much as the error.
+        ({IMAGE: [1] * 40 + [0] * 60, SOME_TEXT: [0] + [1] * 42 + [0] * 57}, IMAGE),
         # No difference at all.
         ({SOME_TEXT: [1, 0], IMAGE: [1, 0]}, IMAGE),
     ],
