@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.principal import start_at_principal
+
 
 class CrossAttention(nn.Module):
     """Pre-norm multi-head attention of queries over a context, with a residual unless told otherwise; also returns the
@@ -216,3 +218,10 @@ class ResidualTransform(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[b, h] -> [b, d], not normalised."""
         return self.project(x + self.body(x))
+
+    @torch.no_grad()
+    def start_at_principal(self, count: Tensor, total: Tensor, products: Tensor) -> None:
+        """Sets the projection by `models.principal`, to the moments of what comes in, and the body to add nothing."""
+        start_at_principal(self.project, count, total, products)
+        for parameter in self.body[-1].parameters():
+            parameter.zero_()

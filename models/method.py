@@ -112,26 +112,35 @@ class CatalogueFacts(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """Statistics in the towers that are fitted to documents in closed form, never trained: before every evaluation and
-    checkpoint, by harness/evaluate/calibration.py.
+class Fit:
+    """Parameters that are set in closed form by the moments of vectors, by harness/evaluate/calibration.py.
 
     Args:
-        key: of the configuration that asks for it, for errors: aligned.
-        needs: column in which a document must have a text to take part.
-        module: its parameters are the statistics; float32.
-        vectors: batch of n documents -> [n, width], whose moments the fit takes.
+        module: has these parameters.
+        vectors: batch -> vectors [n, width], one of each sample that takes part.
         width: of these vectors.
         fit: (their count [], their sum [width], the sum of their outer products [width, width]; float64) -> sets the
-            statistics.
+            parameters.
     """
 
-    key: str
-    needs: str
     module: nn.Module
     vectors: Callable[[Batch], Tensor]
     width: int
     fit: Callable[[Tensor, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration(Fit):
+    """Statistics in the towers that are fitted to documents, never trained: before every evaluation and checkpoint.
+    Float32.
+
+    Args:
+        key: of the configuration that asks for it, for errors: aligned.
+        needs: column in which a document must have a text to take part.
+    """
+
+    key: str
+    needs: str
 
 
 class Method(ABC):
@@ -189,7 +198,14 @@ class Method(ABC):
 
     @property
     def calibration(self) -> Calibration | None:
-        """Statistics to be fitted; None: there are none."""
+        """Statistics to be fitted to documents; None: there are none."""
+        return None
+
+    @property
+    def projection(self) -> Fit | None:
+        """Layers from the image tower to the embeddings, which may start at the principal directions of its vectors;
+        the vectors of a batch are those of its photos, then of its documents' pictures. None: there are none.
+        """
         return None
 
 

@@ -31,7 +31,7 @@ from models.heads.contrastive import (
     same_product,
     same_product_or_answer,
 )
-from models.method import Method, MethodSpec
+from models.method import Fit, Method, MethodSpec
 from models.ranges import (
     ClosedUnitInterval,
     NonNegativeFloat,
@@ -430,6 +430,21 @@ class Oclear(Method):
         weights = torch.stack([parts.new_ones(len(parts)) * weight for weight in fused.weights], 1)
         attention = fused.attention.mean(1) if {"steered", "concepts"} & {*self.parts} else None
         return Explanation(F.normalize(vectors.float(), dim=-1), parts, weights, attention)
+
+    @property
+    def projection(self) -> Fit | None:
+        """Both transformation networks."""
+        towers = self.towers
+        networks = [towers.query_transform, towers.document_transform]
+
+        def vectors(batch: Batch) -> Tensor:
+            return towers.vision(torch.cat([batch.query_images, batch.document_images]))[1]
+
+        def fit(*moments: Tensor) -> None:
+            for network in networks:
+                network.start_at_principal(*moments)
+
+        return Fit(module=nn.ModuleList(networks), vectors=vectors, width=self.config.vision.pooled_size, fit=fit)
 
     def weigh_parts(self, weights: Sequence[float]) -> None:
         """See Method. Of a sum (`SumFusion`)."""

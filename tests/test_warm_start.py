@@ -18,9 +18,11 @@ from harness.commands.import_weights import run as import_weights
 from harness.core.cli import leaves
 from harness.core.errors import UserError
 from harness.train.config import parse
+from harness.train.projection import start_at_principal
 from models.tp_state import merged_state_dict
 from tests.pool import ranks
 from tests.runs import arguments, tiny_config, trainer
+from tests.test_two_methods import config_of
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,72 @@ def test_training_starts_from_imported_weights_at_any_layout(hub: Path, catalogu
 def state_of(state: dict[str, torch.Tensor], part: str, layer: int) -> torch.Tensor:
     (name,) = [key for key in state if f".{layer}." in key and key.endswith("weight") and (part in key or "fc1" in key)]
     return state[name]
+
+
+def starting(catalogue: Path, run: Path, settings: dict[str, Any], tensor_parallel: int) -> dict[str, Any]:
+    """A run's photos as its imported tower sees them, and what its first embeddings are."""
+    with trainer(tiny_config(catalogue, run, **settings), tensor_parallel) as t, torch.no_grad():
+        towers, batch = t.method.towers, t.loader.load(20).batches[0]
+        assert towers.training
+        towers.eval()
+        seen = []
+        for step in range(t.loader.first_step, 11):  # 4 x 32 channels, 12 images a step
+            first = t.loader.load(step).batches[0]
+            seen.append(towers.vision(torch.cat([first.query_images, first.document_images]))[1])
+        project = towers.query_transform.project
+        return {
+            "seen": torch.cat(seen).double(),
+            "photos": towers.vision(batch.query_images)[1].double(),
+            "embedded": t.method.embed_query(batch).double(),
+            "documents": t.method.embed_document(batch, "image").double(),
+            "pictures": towers.vision(batch.document_images)[1].double(),
+            "norm": project.weight.norm().item(),
+            "weight": project.weight.clone(),
+            "notes": t.notes,
+        }
+
+
+@pytest.mark.parametrize(("world", "tensor_parallel"), [(1, 1), (3, 1), (2, 2)])
+def test_a_projection_starts_at_the_principal_directions(
+    hub: Path, catalogue: Path, tmp_path: Path, world: int, tensor_parallel: int
+) -> None:
+    """Embeddings before the first step against the singular vectors, in float64, of what one rank sees."""
+    settings = start(hub, tmp_path / "start")
+    random = ranks(1).run(starting, catalogue, tmp_path / "random", settings, 1)[0]
+    settings["train.init_projection"] = "principal"
+    pool = ranks(world).run(starting, catalogue, tmp_path / "run", settings, tensor_parallel)
+    assert all(torch.equal(one["weight"], pool[0]["weight"]) for one in pool)
+    assert any("16 principal directions of the images of 11 steps" in note for note in pool[0]["notes"])
+    assert pool[0]["norm"] == pytest.approx(random["norm"], rel=1e-5)
+
+    seen = random["seen"]
+    centre = seen.mean(0)
+    variance = torch.linalg.svdvals(seen - centre) ** 2 / len(seen)
+    ridge = 1e-3 * variance.sum() / 32
+    directions = torch.linalg.svd(seen - centre).Vh[:16] / (variance[:16, None] + ridge) ** 0.25
+
+    def off(one: dict[str, Any], vectors: str, found: str) -> float:
+        """Largest difference of a cosine between two images from what it should be."""
+        expected = torch.nn.functional.normalize((one[vectors] - centre) @ directions.T)
+        return float((one[found] @ one[found].T - expected @ expected.T).abs().max())
+
+    for sides in (("photos", "embedded"), ("pictures", "documents")):
+        assert all(off(one, *sides) < 1e-3 for one in pool)
+        assert off(random, *sides) > 0.1  # it is not so by itself
+
+
+def test_a_projection_that_cannot_start_so_is_refused(hub: Path, catalogue: Path, tmp_path: Path) -> None:
+    principal = {"train.init_projection": "principal"}
+    with pytest.raises(UserError, match=r"init_projection principal wants train\.init_from"):
+        tiny_config(catalogue, tmp_path / "run", **principal)
+    wide = {**start(hub, tmp_path / "start"), **principal, "model.embedding_dim": 33}
+    with (
+        pytest.raises(UserError, match=r"at most 32 directions.*embedding_dim is 33"),
+        trainer(tiny_config(catalogue, tmp_path / "run", **wide)),
+    ):
+        pass
+    with trainer(config_of("item", catalogue, tmp_path / "item")) as t, pytest.raises(UserError, match="no layers"):
+        start_at_principal(t.method, t.loader, t.mesh)
 
 
 def test_towers_that_do_not_fit_are_named(hub: Path, catalogue: Path, tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from harness.core.errors import UserError
+from harness.core.mesh import Mesh
 from harness.evaluate.embed import Embedder, Side
 from harness.evaluate.tasks.task import CommonConfig
-from models.method import Calibration, Method
+from models.method import Calibration, Fit, Method
 from models.ranges import AtLeastTwo
 
 
@@ -62,10 +64,17 @@ def calibrate(method: Method, documents: Side, embedder: Embedder) -> None:
         )
     finally:
         method.towers.train(training)
-    vectors, weights = vectors[:, :width].double(), vectors[:, width].double()
+    fit_to(calibration, vectors[:, :width], vectors[:, width], embedder.mesh)
+
+
+def fit_to(fit: Fit, vectors: Tensor, weights: Tensor, mesh: Mesh) -> None:
+    """Fits to this rank's vectors [n, width], weighted by [n], and those of the other ranks of its dp; collective, and
+    the same on every rank.
+    """
+    vectors, weights, width = vectors.double(), weights.double(), fit.width
     moments = torch.cat([weights.sum()[None], weights @ vectors, (vectors.T * weights @ vectors).flatten()])
-    dist.all_reduce(moments, group=embedder.mesh.dp)
+    dist.all_reduce(moments, group=mesh.dp)
     count, total, products = moments.split([1, width, width * width])
-    calibration.fit(count[0], total, products.view(width, width))
-    for fitted in calibration.module.parameters():  # on two GPUs the same decomposition need not give the same bits
+    fit.fit(count[0], total, products.view(width, width))
+    for fitted in fit.module.parameters():  # on two GPUs the same decomposition need not give the same bits
         dist.broadcast(fitted.data, 0)

@@ -82,6 +82,9 @@ class TrainConfig:
         init_from: start from the towers and rows of this run folder's newest checkpoint, or of this step folder, with a
             fresh optimizer at step 0; rows follow their class keys. Or from a folder of `shelfmark import`. Without
             effect once the run has a checkpoint of its own.
+        init_projection: layers behind the image tower of a folder of `shelfmark import`: random, or principal, at the
+            principal directions of its vectors of the first steps' images, so that the run starts from what the tower
+            finds.
         ema_decay: in [0, 1): an average of the towers' weights, average = ema_decay x average + (1 - ema_decay) x
             weights after each step, is what evaluation, export and runs that start from this one take; 0 keeps none.
         loggers: wandb, mlflow: Weights & Biases, MLflow beside TensorBoard, each where its package is installed.
@@ -110,6 +113,7 @@ class TrainConfig:
     resume: Literal["auto", "never"] = "auto"
     new_phase: bool = False
     init_from: Path | None = None
+    init_projection: Literal["random", "principal"] = "random"
     ema_decay: UnitIntervalBelow1 = 0.0
     loggers: tuple[Literal["wandb", "mlflow"], ...] = ()
     profile_steps: str = ""
@@ -119,6 +123,9 @@ class TrainConfig:
         """Errors for folders and packages that do not exist, and for keys that need others; each names its key."""
         lost = self.init_from is not None and not self.init_from.is_dir()
         errors = [f"train.init_from {self.init_from} is not a folder"] if lost else []
+        imported = self.init_from is not None and (lost or (self.init_from / "weights.json").is_file())
+        if self.init_projection == "principal" and not imported:
+            errors.append("train.init_projection principal wants train.init_from, a folder of `shelfmark import`")
         if self.early_stop and not (self.keep_best and self.evaluate_every):
             errors.append(
                 f"train.early_stop {self.early_stop} wants train.keep_best, the figure, and train.evaluate_every"

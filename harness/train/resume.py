@@ -30,6 +30,7 @@ from harness.train.config import RunConfig, difference, identity_changes
 from harness.train.imported_weights import init_towers
 from harness.train.ledger import Ledger
 from harness.train.open_run import find_checkpoint
+from harness.train.projection import start_at_principal
 from harness.train.stages import Stages, begun
 from models.fields import training_only
 from models.method import Method
@@ -194,8 +195,10 @@ class Resume:
     def _from_imported(self, folder: Path) -> Phase:
         """Takes towers from a folder of `shelfmark import`."""
         init_towers(self.method.towers, folder, self.mesh.tp)
-        self._reload_optimizer()
         self.notes.append(f"started from the weights in {folder}")
+        if self.config.train.init_projection == "principal":
+            self.notes.append(start_at_principal(self.method, self.loader, self.mesh))
+        self._reload_optimizer()
         return _first_phase(self.loader.order)
 
     def _from_other_run(self, named: Path) -> Phase:
