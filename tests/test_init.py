@@ -262,9 +262,8 @@ def test_a_recipe_that_starts_from_imported_weights(weights: Path, tmp_path: Pat
     assert fitted(weights, towers).keys() == {name for name in towers.state_dict() if name.startswith("vision.")}
     assert config.model.vision.image_size == config.data.preprocess.image_size == 128
     assert config.data.preprocess.mean == (0.485, 0.456, 0.406)
-    first, second = config.train.stages
-    assert (first.frozen, second.frozen) == (("vision",), ()) and first.lr and second.lr and first.lr > second.lr
-    assert first.steps + second.steps == config.train.steps == found["steps"]
+    assert (config.train.init_projection, config.train.stages, config.optimizer.lr) == ("principal", (), 3e-4)
+    assert config.train.steps == found["steps"] and config.model.objective == "contrastive"
 
 
 def test_with_many_photos_pairs_stand_beside_the_classes_of_an_imported_tower(weights: Path, tmp_path: Path) -> None:
@@ -274,6 +273,8 @@ def test_with_many_photos_pairs_stand_beside_the_classes_of_an_imported_tower(we
     config, _ = parse(["--config", str(out / "recipe.yaml")], 1)
     assert isinstance(config.model, OclearConfig) and config.model.objective == "classification"
     assert (config.model.contrast_weight, config.optimizer.rows.lr_factor) == (2.0, 10.0)
+    (stage,) = config.train.stages
+    assert (stage.rows, stage.steps) == ("class_mean", config.train.steps)
 
 
 def test_a_gpu_takes_the_pixels_that_the_tower_expects(weights: Path) -> None:

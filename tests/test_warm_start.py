@@ -132,8 +132,11 @@ def test_a_projection_starts_at_the_principal_directions(
 
 def test_a_projection_that_cannot_start_so_is_refused(hub: Path, catalogue: Path, tmp_path: Path) -> None:
     principal = {"train.init_projection": "principal"}
-    with pytest.raises(UserError, match=r"init_projection principal wants train\.init_from"):
-        tiny_config(catalogue, tmp_path / "run", **principal)
+    with (
+        pytest.raises(UserError, match=r"needs imported weights, and train\.init_from is not set"),
+        trainer(tiny_config(catalogue, tmp_path / "run", **principal)),
+    ):
+        pass
     wide = {**start(hub, tmp_path / "start"), **principal, "model.embedding_dim": 33}
     with (
         pytest.raises(UserError, match=r"at most 32 directions.*embedding_dim is 33"),

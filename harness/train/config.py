@@ -123,9 +123,6 @@ class TrainConfig:
         """Errors for folders and packages that do not exist, and for keys that need others; each names its key."""
         lost = self.init_from is not None and not self.init_from.is_dir()
         errors = [f"train.init_from {self.init_from} is not a folder"] if lost else []
-        imported = self.init_from is not None and (lost or (self.init_from / "weights.json").is_file())
-        if self.init_projection == "principal" and not imported:
-            errors.append("train.init_projection principal wants train.init_from, a folder of `shelfmark import`")
         if self.early_stop and not (self.keep_best and self.evaluate_every):
             errors.append(
                 f"train.early_stop {self.early_stop} wants train.keep_best, the figure, and train.evaluate_every"

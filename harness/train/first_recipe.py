@@ -52,26 +52,29 @@ class Facts:
     slices: tuple[str, ...] = ()
     imported: bool = False
 
+    @property
+    def many(self) -> bool:
+        """Whether classes have photos enough to learn from."""
+        return self.photos / self.classes >= MANY_PHOTOS
+
 
 Changes = dict[str, tuple[Any, str]]  # dotted key -> value (None: the recipe's default), reason
 
 
 def shape(facts: Facts) -> Changes:
     """Values that follow from the catalogue and the machine, without the number of steps."""
-    each = facts.photos / facts.classes
-    many = each >= MANY_PHOTOS
-    seen = f"{each:.1f} train photos a class"
+    seen = f"{facts.photos / facts.classes:.1f} train photos a class"
     changes: Changes = {}
-    if many:
+    if facts.many:
         changes["model.objective"] = "classification", f"{seen}: classes learn from {MANY_PHOTOS} on"
+        changes["optimizer.rows"] = {"lr_factor": 10.0}, "a class is in few steps: its weights learn faster"
     else:
         changes["model.objective"] = "contrastive", f"{seen}: below {MANY_PHOTOS}, pairs learn faster than classes"
         changes["data.queries_per_step"] = 32, "each brings a document of its own"
     if facts.imported:
-        changes["data.queries_per_step"] = 24 if many else 16, "an imported tower takes longer for each"
-    if facts.imported and many:
+        changes["data.queries_per_step"] = 24 if facts.many else 16, "an imported tower takes longer for each"
+    if facts.imported and facts.many:
         changes["model.contrast_weight"] = 2.0, "pairs beside the classes"
-        changes["optimizer.rows"] = {"lr_factor": 10.0}, "class weights start from nothing, the tower does not"
     if not facts.has_text:
         changes["model.fusion_kind"] = "image", "no document has a text"
     scale, margin = (16.0, 0.1) if facts.classes < 1_000 else (32.0, 0.2) if facts.classes < 100_000 else (64.0, 0.4)
@@ -100,14 +103,14 @@ def start(weights: Path, vision: VisionConfig, pixels: PreprocessSpec, gpus: int
     tower = dict(leaves(read_recipe(weights / "recipe.yaml")["model"]["vision"]))
     return {
         "model.vision": ({**tower, "image_size": size}, f"the tower of {weights}"),
-        "model.embedding_dim": (256, f"of {vision.hidden_size:,} channels"),
+        "model.embedding_dim": (min(256, vision.pooled_size), f"of {vision.pooled_size:,} channels"),
         "data.preprocess.image_size": (size, why),
         "data.preprocess.mean": (list(pixels.mean), "the imported tower's"),
         "data.preprocess.std": (list(pixels.std), "the imported tower's"),
-        "optimizer.lr": (None, ""),  # each stage has its own
-        "optimizer.warmup_steps": (None, ""),
+        "optimizer.lr": (3e-4, "an imported tower needs small steps"),
         "optimizer.layer_decay": (0.9, "imported layers change the less the nearer they are to the pixels"),
         "train.init_from": (weights, "imported by `shelfmark import`"),
+        "train.init_projection": ("principal", "training starts from what the tower finds"),
     }
 
 
@@ -133,15 +136,9 @@ def length(facts: Facts, flops: float, queries: int) -> tuple[Changes, float]:
         "train.evaluate_every": (every, "six times in all, at least 50 steps apart"),
         "train.checkpoint_every": (every, "a stopped run loses at most these steps"),
     }
-    if facts.imported:
-        first = min(100, steps // 5)
-        stages = [
-            {"steps": first, "frozen": ["vision"], "lr": 1e-3, "warmup_steps": first // 5},
-            {"steps": steps - first, "lr": 3e-4, "warmup_steps": min(50, steps // 10)},
-        ]
-        changes["train.stages"] = stages, "what is new first: it would disturb the imported tower"
-    else:
-        changes["optimizer.warmup_steps"] = min(100, steps // 10), "a tenth of the steps, at most 100"
+    changes["optimizer.warmup_steps"] = min(100, steps // 10), "a tenth of the steps, at most 100"
+    if facts.imported and facts.many:
+        changes["train.stages"] = [{"steps": steps, "rows": "class_mean"}], "class weights start at their samples' means"
     return changes, steps * flops / rate
 
 

@@ -182,9 +182,16 @@ class Resume:
 
     def _begin(self, init_from: Path | None) -> Phase:
         """Begins a run at step 0."""
+        imported = init_from is not None and (init_from / "weights.json").is_file()
+        if self.config.train.init_projection == "principal" and not imported:
+            raise UserError(
+                "train.init_projection principal needs imported weights, and train.init_from "
+                + ("is not set" if init_from is None else f"{init_from} is a run"),
+                "Name a folder of `shelfmark import` as train.init_from, or set train.init_projection random",
+            )
         if init_from is None:
             phase = _first_phase(self.loader.order)
-        elif (init_from / "weights.json").is_file():
+        elif imported:
             phase = self._from_imported(init_from)
         else:
             phase = self._from_other_run(init_from)
