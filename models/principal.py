@@ -2,7 +2,7 @@
 tells them apart, and cosines of its output are those of the vectors.
 
 Known: principal directions and whitening of image descriptors (Jégou & Chum, ECCV 2012). Ours: half of the whitening,
-which unlike the whole of it also helps where queries and documents are pictures of two kinds (docs/results.md).
+because the whole of it hurts where queries and documents are pictures of two kinds (docs/results.md).
 """
 
 from __future__ import annotations
