@@ -130,6 +130,17 @@ def test_a_projection_starts_at_the_principal_directions(
         assert off(random, *sides) > 0.1  # it is not so by itself
 
 
+def test_the_optimizer_goes_on_from_a_projection_that_was_set(hub: Path, catalogue: Path, tmp_path: Path) -> None:
+    """Its float32 copies of bf16 weights are those of the projection: a step of next to no rate leaves it in place."""
+    settings = {**start(hub, tmp_path / "start"), "train.init_projection": "principal", "train.precision": "bf16"}
+    config = tiny_config(catalogue, tmp_path / "run", **settings, **{"optimizer.lr": 1e-12})
+    with trainer(config) as t:
+        weight = t.method.towers.query_transform.project.weight
+        before = weight.clone()
+        t.train_step(t.loader.load(0))
+        assert torch.equal(weight, before)
+
+
 def test_a_projection_that_cannot_start_so_is_refused(hub: Path, catalogue: Path, tmp_path: Path) -> None:
     principal = {"train.init_projection": "principal"}
     with (
