@@ -138,7 +138,7 @@ def length(facts: Facts, flops: float, queries: int) -> tuple[Changes, float]:
     }
     changes["optimizer.warmup_steps"] = min(100, steps // 10), "a tenth of the steps, at most 100"
     if facts.imported and facts.many:
-        changes["train.stages"] = [{"steps": steps, "rows": "class_mean"}], "class weights start at their samples' means"
+        changes["train.stages"] = [{"steps": steps, "rows": "class_mean"}], "class weights start at their samples"
     return changes, steps * flops / rate
 
 
