@@ -25,6 +25,7 @@ def start_at_principal(layer: nn.Linear, count: Tensor, total: Tensor, products:
         total: sum of v [h].
         products: sum of v v^T [h, h].
     """
+    count = count.clamp_min(1)  # there is none where no image could be read
     mean = total / count
     variance, directions = torch.linalg.eigh(products / count - mean[:, None] * mean)
     variance, directions = variance.clamp_min(0).flip(0), directions.flip(1)[:, : layer.out_features]

@@ -19,6 +19,7 @@ from harness.core.cli import leaves
 from harness.core.errors import UserError
 from harness.train.config import parse
 from harness.train.projection import start_at_principal
+from models.principal import start_at_principal as start_layer
 from models.tp_state import merged_state_dict
 from tests.pool import ranks
 from tests.runs import arguments, tiny_config, trainer
@@ -128,6 +129,16 @@ def test_a_projection_starts_at_the_principal_directions(
     for sides in (("photos", "embedded"), ("pictures", "documents")):
         assert all(off(one, *sides) < 1e-3 for one in pool)
         assert off(random, *sides) > 0.1  # it is not so by itself
+
+
+@pytest.mark.parametrize(
+    "vectors", [torch.zeros(0, 6), torch.ones(5, 6), torch.eye(6)[:2]], ids=["none", "equal", "few"]
+)
+def test_vectors_that_tell_few_directions_leave_finite_weights(vectors: torch.Tensor) -> None:
+    layer, vectors = torch.nn.Linear(6, 4), vectors.double()
+    size = float(layer.weight.detach().norm())
+    start_layer(layer, torch.tensor(len(vectors)).double(), vectors.sum(0), vectors.T @ vectors)
+    assert layer.bias.isfinite().all() and float(layer.weight.detach().norm()) == pytest.approx(size)
 
 
 def test_the_optimizer_goes_on_from_a_projection_that_was_set(hub: Path, catalogue: Path, tmp_path: Path) -> None:
