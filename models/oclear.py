@@ -433,9 +433,9 @@ class Oclear(Method):
 
     @property
     def projection(self) -> Fit | None:
-        """Both transformation networks."""
+        """The transformation networks."""
         towers = self.towers
-        networks = [towers.query_transform, towers.document_transform]
+        networks = [*dict.fromkeys([towers.query_transform, towers.document_transform])]  # may be one
 
         def vectors(batch: Batch) -> Tensor:
             return towers.vision(torch.cat([batch.query_images, batch.document_images]))[1]

@@ -54,7 +54,7 @@ class Facts:
 
     @property
     def many(self) -> bool:
-        """Whether classes have photos enough to learn from."""
+        """True where classes have photos enough to learn from."""
         return self.photos / self.classes >= MANY_PHOTOS
 
 

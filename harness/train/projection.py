@@ -13,7 +13,7 @@ from harness.data.loader import StepLoader
 from harness.evaluate.calibration import fit_to
 from models.method import Method
 
-IMAGES_PER_CHANNEL = 4  # more tell the directions no better
+IMAGES_PER_CHANNEL = 4  # below 1 some directions are not determined
 
 
 @torch.no_grad()
