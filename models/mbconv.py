@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -159,6 +160,8 @@ class MBConvTower(nn.Module):
         """images [b, 3, y, x], sides multiples of 32 -> (patches [b, P, hidden_size], row-major; pooled [b,
         hidden_size]).
         """
+        # Channels last: most of these convolutions are 1x1, which are plain matrix products then.
+        images = images.contiguous(memory_format=torch.channels_last)
         grid = F.relu6(self.last(self.block(F.relu6(self.stem(images)))))
         patches = grid.flatten(2).transpose(1, 2)
         return patches, patches.mean(1)
