@@ -197,6 +197,18 @@ def test_a_run_starts_from_imported_weights_and_goes_out(catalogue: Path, tmp_pa
         run_export(ExportWeightsConfig(source=start, out=tmp_path / "no", tower="vision", layout="vit"))
 
 
+def test_every_convolution_sees_channels_last() -> None:
+    """Whatever layout the images come in; and the patches need no copy."""
+    tower, strides = vision_tower(VisionConfig(**SMALL), PlainBuilder()), []
+    convolutions = [part for part in tower.modules() if isinstance(part, nn.Conv2d)]
+    for part in convolutions:
+        part.register_forward_pre_hook(lambda _, given: strides.append(given[0].stride(1)))
+    for images in (torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)):
+        patches, _ = tower(images)
+        assert patches.is_contiguous()
+    assert len(strides) == 2 * len(convolutions) and set(strides) == {1}
+
+
 def test_learning_rates_fall_block_by_block() -> None:
     towers = nn.ModuleDict({"vision": vision_tower(VisionConfig(**SMALL), PlainBuilder())})
     factors = lr_factors(towers, 0.5, ())
