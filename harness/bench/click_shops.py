@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from harness.catalogue.catalogue import CATALOGUE_FORMAT, INDEX_DTYPE, SAMPLE_SCHEMA, Catalogue, shard_name
+from harness.bench.catalogues import write_bare
+from harness.catalogue.catalogue import Catalogue
 from harness.catalogue.synth.clicks import Log, LogShape, Truth, make_truth
 
 GROUP, DIM, SPLIT = 20, 64, "train"
@@ -55,7 +54,7 @@ def synthetic(
     truth = make_truth(classes, queries, documents, GROUP, shape.seed)
     labels = np.concatenate([truth.query_class, truth.document_class])
     kinds = np.repeat(["query", "document"], [len(truth.query_class), len(truth.document_class)])
-    _write_catalogue(folder, kinds)
+    _write(folder, kinds)
     rng = np.random.default_rng([shape.seed, 0])
     group, own = (_unit(rng.normal(size=(count, DIM))) for count in (truth.group_of.max() + 1, len(truth.group_of)))
     centre = _unit(group[truth.group_of] + own)[labels]
@@ -77,7 +76,7 @@ def real(folder: Path, path: Path, shape: LogShape, embeddings: tuple[Path, ...]
     """
     catalogue = Catalogue(path)
     truth, queries, documents = truth_of(catalogue)
-    _write_catalogue(folder, catalogue.table(["kind"])["kind"].to_numpy())
+    _write(folder, catalogue.table(["kind"])["kind"].to_numpy())
     return Shop(truth, shape, folder, queries, documents, embeddings)
 
 
@@ -106,16 +105,6 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def _write_catalogue(folder: Path, kinds: np.ndarray) -> None:
-    """A catalogue without images and classes, all samples in split train."""
-    for name in ("samples", "shards"):
-        (folder / name).mkdir(parents=True)
-    (folder / "shards" / shard_name(0)).touch()
-    ids = np.arange(len(kinds))
-    columns: dict[str, Any] = {name: [""] * len(kinds) for name in SAMPLE_SCHEMA.names}
-    columns |= {"sample_id": ids, "item": _names(ids), "kind": kinds, "split": [SPLIT] * len(kinds)}
-    pq.write_table(pa.table(columns).cast(SAMPLE_SCHEMA), folder / "samples" / "part-00000.parquet")
-    np.save(folder / "index.npy", np.zeros(len(kinds), INDEX_DTYPE))
-    counts = {kind: int((kinds == kind).sum()) for kind in ("query", "document")}
-    meta = {"format": CATALOGUE_FORMAT, "num_samples": len(kinds), "num_shards": 1, "num_parts": 1, "attributes": []}
-    (folder / "catalogue.json").write_text(json.dumps({**meta, "counts": {**counts, "splits": {SPLIT: len(kinds)}}}))
+def _write(folder: Path, kinds: np.ndarray) -> None:
+    """A catalogue of samples of these kinds, all in split train and without classes."""
+    write_bare(folder, [{"item": _names(np.arange(len(kinds))), "kind": kinds, "split": SPLIT}])

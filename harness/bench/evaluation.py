@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,10 @@ from torch import Tensor, nn
 
 from harness.artefact.document_chunks import Columns, embed_documents, place_parts
 from harness.artefact.flat_index import write_index
-from harness.bench.ranks import Memory, is_first, on_ranks
-from harness.bench.report import bench_main, command_line, make_report, print_report
-from harness.catalogue.catalogue import CATALOGUE_FORMAT, INDEX_DTYPE, SAMPLE_SCHEMA, Catalogue, shard_name
+from harness.bench.catalogues import write_bare
+from harness.bench.ranks import MIB, Stages, on_ranks
+from harness.bench.report import bench_main, finish
+from harness.catalogue.catalogue import Catalogue
 from harness.catalogue.writers import ROW_GROUP, NpyWriter
 from harness.commands import tokenizer
 from harness.core.errors import UserError
@@ -39,7 +38,6 @@ from models.ranges import AtLeastTwo, PositiveInt
 
 MODULE = "harness.bench.evaluation"
 EXAMPLE = f"python -m {MODULE} --documents 1000000,2000000 --ranks 1,2 --json evaluation.json"
-MIB = 2**20
 PHRASES = 997  # distinct titles, and distinct descriptions
 COLOURS, CATEGORIES = 12, 50
 STAGES = ("open", "evaluate", "export")
@@ -97,10 +95,7 @@ def run(config: EvaluationBenchConfig) -> dict[str, Any]:
         every, own, rest = np.linalg.lstsq(sizes, np.array(most) * MIB, rcond=None)[0]
         headline |= {"bytes_per_document": every, "bytes_per_own_document": own}
         headline["computed_mib_10m_on_8_ranks"] = (rest + 10e6 * (every + own / 8)) / MIB
-    report = make_report("evaluation_memory", command_line(MODULE, config), headline, rows)
-    if is_first():
-        print_report(report)
-    return report
+    return finish(MODULE, config, headline, rows)
 
 
 def draw_catalogue(folder: Path, documents: int, queries: int) -> None:
@@ -111,44 +106,23 @@ def draw_catalogue(folder: Path, documents: int, queries: int) -> None:
         field: [" ".join(rng.choice(words, length)) for _ in range(PHRASES)]
         for field, length in zip(FIELDS, (12, 40), strict=True)
     }
-    for name in ("samples", "shards", "classes"):
-        (folder / name).mkdir(parents=True)
-    (folder / "shards" / shard_name(0)).touch()
-    schema = pa.schema([*SAMPLE_SCHEMA, ("colour", pa.string()), ("category", pa.string())])
-    with (
-        NpyWriter(folder / "index.npy", INDEX_DTYPE) as index,
-        pq.ParquetWriter(folder / "samples" / "part-00000.parquet", schema) as samples,
-    ):
-        for start in range(0, total, ROW_GROUP):
-            rows = range(start, min(start + ROW_GROUP, total))
-            index.append(np.ones(len(rows), INDEX_DTYPE))
-            samples.write_batch(pa.RecordBatch.from_pylist([_row(i, documents, phrases) for i in rows], schema))
-    (folder / "catalogue.json").write_text(
-        json.dumps(
-            {
-                "format": CATALOGUE_FORMAT,
-                "num_samples": total,
-                "num_shards": 1,
-                "num_parts": 1,
-                "attributes": ["colour", "category"],
-                "counts": {
-                    "query": queries,
-                    "document": documents,
-                    "splits": {"all": total, "test": queries},
-                },
-            }
-        )
-    )
+    batches = (range(start, min(start + ROW_GROUP, total)) for start in range(0, total, ROW_GROUP))
+    write_bare(folder, (_columns(ids, documents, phrases) for ids in batches), ("colour", "category"))
+    (folder / "classes").mkdir()
     classes = {"class_key": [f"class-{i}" for i in range(4)], "tail": [False, True] * 2}
     pq.write_table(pa.table(classes), folder / "classes" / "classes.parquet")
     _draw_tokens(folder, documents, total, phrases)
 
 
-def _row(i: int, documents: int, phrases: dict[str, list[str]]) -> dict[str, Any]:
+def _columns(ids: range, documents: int, phrases: dict[str, list[str]]) -> dict[str, list[str]]:
+    rows = [_row(i, documents, phrases) for i in ids]
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _row(i: int, documents: int, phrases: dict[str, list[str]]) -> dict[str, str]:
     photo = i >= documents
     split = "test" if photo else "train" if i % 10 == 0 else "all"
     return {
-        "sample_id": i,
         "item": f"photo-{i}" if photo else f"item-{i:09d}",
         "kind": "query" if photo else "document",
         "class_key": f"class-{(i - documents) * 7 % documents // 2 if photo else i // 2}",
@@ -163,15 +137,7 @@ def _row(i: int, documents: int, phrases: dict[str, list[str]]) -> dict[str, Any
 def _draw_tokens(folder: Path, documents: int, total: int, phrases: dict[str, list[str]]) -> None:
     """tokenizer/: learned from the phrases, whose tokens are repeated as their texts are."""
     small = folder.parent / "phrases"
-    for name in ("samples", "shards"):
-        (small / name).mkdir(parents=True)
-    rows = {name: [""] * PHRASES for name in SAMPLE_SCHEMA.names} | phrases
-    table = pa.table({**rows, "sample_id": range(PHRASES), "split": ["train"] * PHRASES}, schema=SAMPLE_SCHEMA)
-    pq.write_table(table, small / "samples" / "part-00000.parquet")
-    np.save(small / "index.npy", np.zeros(PHRASES, INDEX_DTYPE))
-    counts = {"query": 0, "document": PHRASES, "splits": {"train": PHRASES}}
-    meta = {"format": CATALOGUE_FORMAT, "num_samples": PHRASES, "num_shards": 0, "attributes": [], "counts": counts}
-    (small / "catalogue.json").write_text(json.dumps(meta))
+    write_bare(small, [{"item": phrases[FIELDS[0]], "kind": "document", "split": "train", **phrases}])
     tokenizer.run(tokenizer.TokenizerConfig(catalogue=small, vocab_size=400))
     copy_tokenizer(small, folder)
     learned = Tokenizer.load(folder)
@@ -238,7 +204,7 @@ class _Model:
 
 def measure(device: torch.device, folder: Path, config: EvaluationBenchConfig) -> list[dict[str, Any]]:
     """On every rank: a row for each of STAGES with the most memory that a rank held, and the seconds."""
-    mesh, memory, rows = Mesh(MeshConfig()), Memory(torch.device("cpu")), []
+    mesh, stages = Mesh(MeshConfig()), Stages()
     settings = EvaluationConfig(
         split="test",
         batch_size=512,
@@ -255,21 +221,11 @@ def measure(device: torch.device, folder: Path, config: EvaluationBenchConfig) -
     method: Any = Drawn(config.embedding_dim)
     model: Any = _Model(config.embedding_dim)
 
-    def staged(name: str, work: Callable[[], Any]) -> Any:
-        memory.start()
-        started = time.perf_counter()
-        made = work()
-        peaks = torch.tensor(memory.peak() / MIB)
-        mesh.barrier()
-        torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
-        rows.append({"stage": name, "peak_mib": float(peaks), "seconds": round(time.perf_counter() - started, 1)})
-        return made
-
-    evaluation = staged(
+    evaluation = stages.run(
         "open", lambda: Evaluation(settings, "make", DataConfig(), model, catalogue, learned, classes, mesh)
     )
     setattr(evaluation.embedder, "reader", lambda catalogue: Blank())  # noqa: B010  (one object, for all tasks)
-    staged("evaluate", lambda: evaluation.run(method))
+    stages.run("evaluate", lambda: evaluation.run(method))
     embedder = evaluation.embedder
 
     def export() -> None:
@@ -281,8 +237,8 @@ def measure(device: torch.device, folder: Path, config: EvaluationBenchConfig) -
         on_first_rank(lambda: write_index(out, config.embedding_dim), mesh, "writing the index")
         write_manifest(out, mesh)
 
-    staged("export", export)
-    return rows
+    stages.run("export", export)
+    return stages.rows
 
 
 def main() -> int:

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
 from harness.artefact.document_chunks import Columns, embed_documents, place_parts
 from harness.artefact.index_export import IndexConfig, make_index
 from harness.artefact.index_kinds import KINDS
-from harness.bench.evaluation import MIB, Blank
-from harness.bench.ranks import Memory, on_ranks
+from harness.bench.catalogues import numbered, write_bare
+from harness.bench.evaluation import Blank
+from harness.bench.ranks import Stages, on_ranks
 from harness.bench.report import bench_main, finish
-from harness.catalogue.catalogue import CATALOGUE_FORMAT, INDEX_DTYPE, SAMPLE_SCHEMA, Catalogue, shard_name
-from harness.catalogue.writers import NpyWriter
+from harness.catalogue.catalogue import Catalogue
 from harness.core.errors import UserError
 from harness.core.manifest import write_manifest
 from harness.core.mesh import Mesh, MeshConfig
@@ -34,7 +30,7 @@ from harness.data.backends import decoding_threads
 from harness.data.config import DataConfig
 from harness.data.preprocess import WHITE
 from harness.evaluate.embed import Embedder, side_of
-from harness.text.tokenizer import FIELDS, Tokenizer
+from harness.text.tokenizer import Tokenizer
 from harness.train.open_run import find_checkpoint, load_method, open_settings
 from models.batch import Batch
 from models.ranges import NonNegativeInt, PositiveInt
@@ -85,7 +81,7 @@ def run(config: ExportBenchConfig) -> dict[str, Any]:
     headline: dict[str, float] = {}
     if config.documents:
         with tempfile.TemporaryDirectory(prefix="shelfmark-bench-") as name:
-            draw_catalogue(Path(name) / "catalogue", config.documents)
+            write_bare(Path(name) / "catalogue", drawn(config.documents), ("colour",))
             rows = on_ranks(config.ranks, export, Path(name), config)
         headline["largest_peak_mib"] = max(row["peak_mib"] for row in rows)
         headline["export_documents_s"] = config.documents / sum(row["seconds"] for row in rows)
@@ -94,36 +90,21 @@ def run(config: ExportBenchConfig) -> dict[str, Any]:
     return finish(MODULE, config, headline, rows)
 
 
-def draw_catalogue(folder: Path, documents: int) -> None:
-    """A catalogue of documents without images and texts, with a colour each."""
-    for name in ("samples", "shards"):
-        (folder / name).mkdir(parents=True)
-    (folder / "shards" / shard_name(0)).touch()
-    schema = pa.schema([*SAMPLE_SCHEMA, ("colour", pa.string())])
-    with (
-        NpyWriter(folder / "index.npy", INDEX_DTYPE) as index,
-        pq.ParquetWriter(folder / "samples" / "part-00000.parquet", schema) as samples,
-    ):
-        for start in range(0, documents, _ROWS):
-            ids = pa.array(np.arange(start, min(start + _ROWS, documents)))
-            index.append(np.ones(len(ids), INDEX_DTYPE))
-            numbers = ids.cast(pa.string())
-            fixed = {"kind": "document", "split": "all", "image": "", **dict.fromkeys(FIELDS, "")}
-            columns: dict[str, Any] = {name: pa.repeat(pa.scalar(text), len(ids)) for name, text in fixed.items()}
-            columns |= {"sample_id": ids, "class_key": numbers}
-            columns["item"] = pc.binary_join_element_wise("item", numbers, "-")
-            colours = pa.array(np.arange(start, start + len(ids)) % _COLOURS).cast(pa.string())
-            columns["colour"] = pc.binary_join_element_wise("colour", colours, " ")
-            samples.write_table(pa.table([columns[name] for name in schema.names], schema=schema))
-    counts = {"query": 0, "document": documents, "splits": {"all": documents}}
-    meta = {"format": CATALOGUE_FORMAT, "num_samples": documents, "num_shards": 1, "num_parts": 1}
-    (folder / "catalogue.json").write_text(json.dumps({**meta, "attributes": ["colour"], "counts": counts}))
+def drawn(documents: int) -> Iterator[dict[str, Any]]:
+    """Columns of documents without texts, with a colour each."""
+    for start in range(0, documents, _ROWS):
+        ids = np.arange(start, min(start + _ROWS, documents))
+        yield {
+            "item": numbered("item-", ids),
+            "kind": "document",
+            "class_key": numbered("", ids),
+            "split": "all",
+            "colour": numbered("colour ", ids % _COLOURS),
+        }
 
 
 class Numbered:
     """A method whose vectors follow from the sample's number: clusters, and waves around their centres."""
-
-    modalities = ()
 
     def __init__(self, width: int) -> None:
         self.towers = nn.Linear(1, 1)
@@ -157,7 +138,7 @@ class _Model:
 
 def export(device: torch.device, folder: Path, config: ExportBenchConfig) -> list[dict[str, Any]]:
     """On every rank: a row for each stage with the most memory that a rank held, and the seconds."""
-    mesh, memory, rows = Mesh(MeshConfig(device="cpu")), Memory(torch.device("cpu")), []
+    mesh, stages = Mesh(MeshConfig(device="cpu")), Stages()
     out, kept = folder / "artefact", folder / "kept"
     model: Any = _Model(config.width)
     method: Any = Numbered(config.width)
@@ -165,28 +146,18 @@ def export(device: torch.device, folder: Path, config: ExportBenchConfig) -> lis
     setattr(embedder, "reader", lambda catalogue: Blank())  # noqa: B010  (one object)
     catalogue = Catalogue(folder / "catalogue")
 
-    def staged(name: str, work: Callable[[], Any]) -> Any:
-        memory.start()
-        started = time.perf_counter()
-        made = work()
-        peak = torch.tensor(memory.peak() / MIB)
-        mesh.barrier()
-        torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
-        rows.append({"stage": name, "peak_mib": float(peak), "seconds": round(time.perf_counter() - started, 1)})
-        return made
-
     def place() -> None:
         out.mkdir()
         place_parts([kept], out / "documents")
 
     index = IndexConfig(kind=config.kind, recall=config.recall)
-    side = staged("open", lambda: side_of(catalogue, "document", None, [], None, 0))
+    side = stages.run("open", lambda: side_of(catalogue, "document", None, [], None, 0))
     columns = Columns("float32", 0, WHITE, 1)
-    staged("documents", lambda: embed_documents(method, embedder, side, "both", columns, kept, {}))
+    stages.run("documents", lambda: embed_documents(method, embedder, side, "both", columns, kept, {}))
     on_first_rank(place, mesh, "placing the documents")
-    staged("index", lambda: make_index(index, config.kind, out, method, embedder, side, "float32", 1))
-    staged("checksums", lambda: write_manifest(out, mesh, "sha256"))
-    return rows
+    stages.run("index", lambda: make_index(index, config.kind, out, method, embedder, side, "float32", 1))
+    stages.run("checksums", lambda: write_manifest(out, mesh, "sha256"))
+    return stages.rows
 
 
 class _Kept:

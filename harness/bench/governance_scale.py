@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -18,13 +18,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from harness.bench.catalogues import numbered, write_bare
 from harness.bench.report import bench_main, finish
-from harness.catalogue.catalogue import CATALOGUE_FORMAT, INDEX_DTYPE, SAMPLE_SCHEMA
-from harness.catalogue.writers import NpyWriter
 from harness.commands.govern import GovernConfig
 from harness.commands.govern import run as govern
 from harness.core.errors import UserError
@@ -134,7 +132,7 @@ def draw(folder: Path, rows: int, seed: int) -> int:
     """
     queries = rows // SHOWN + 1
     products = queries // QUERIES_OF_A_PRODUCT + HOT
-    _write_catalogue(folder / "catalogue", 2 * products, queries)
+    write_bare(folder / "catalogue", _samples(2 * products, queries))
     clicked = 0
     with pq.ParquetWriter(folder / "clicks.parquet", LOG) as writer:
         for first in tqdm(range(0, queries, AT_ONCE), "log", unit=f" x {AT_ONCE} queries", leave=False, delay=5):
@@ -149,39 +147,19 @@ def draw(folder: Path, rows: int, seed: int) -> int:
             clicks = rng.binomial(impressions, RATES)
             order = rng.permutation(document.size)[: rows - first * SHOWN]
             query = np.repeat(first + np.arange(count), SHOWN)
-            table = [_names("q", query[order]), _names("d", document.ravel()[order])]
+            table = [numbered("q", query[order]), numbered("d", document.ravel()[order])]
             clicked += int((clicks.ravel()[order] > 0).sum())
             numbers = [pa.array(values.ravel()[order]) for values in (clicks, impressions)]
             writer.write_table(pa.table([*table, *numbers], schema=LOG))
     return clicked
 
 
-def _names(prefix: str, numbers: np.ndarray) -> pa.Array:
-    return pc.binary_join_element_wise(prefix, pa.array(numbers).cast(pa.string()), "")
-
-
-def _write_catalogue(folder: Path, documents: int, queries: int) -> None:
-    """A catalogue whose images are not there: documents, then queries."""
-    for name in ("samples", "shards"):
-        (folder / name).mkdir(parents=True)
-    total = documents + queries
-    with (
-        NpyWriter(folder / "index.npy", INDEX_DTYPE) as index,
-        pq.ParquetWriter(folder / "samples/part-00000.parquet", SAMPLE_SCHEMA) as samples,
-    ):
-        for kind, offset, count in (("document", 0, documents), ("query", documents, queries)):
-            for first in range(0, count, AT_ONCE):
-                ids = np.arange(first, min(first + AT_ONCE, count))
-                index.append(np.zeros(len(ids), INDEX_DTYPE))
-                columns = {name: pa.repeat(pa.scalar(""), len(ids)) for name in SAMPLE_SCHEMA.names}
-                columns |= {"sample_id": pa.array(offset + ids), "kind": pa.repeat(pa.scalar(kind), len(ids))}
-                columns |= {"item": _names(kind[0], ids), "split": pa.repeat(pa.scalar("all"), len(ids))}
-                samples.write_table(pa.table(columns, schema=SAMPLE_SCHEMA))
-    meta = {
-        "format": CATALOGUE_FORMAT, "num_samples": total, "num_shards": 0, "num_parts": 1, "attributes": [],
-        "counts": {"query": queries, "document": documents, "splits": {"all": total}},
-    }  # fmt: skip
-    (folder / "catalogue.json").write_text(json.dumps(meta))
+def _samples(documents: int, queries: int) -> Iterator[dict[str, Any]]:
+    """Columns of a catalogue of documents, then queries."""
+    for kind, count in (("document", documents), ("query", queries)):
+        for first in range(0, count, AT_ONCE):
+            ids = np.arange(first, min(first + AT_ONCE, count))
+            yield {"item": numbered(kind[0], ids), "kind": kind, "split": "all"}
 
 
 def main() -> int:

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.bench.head import MB, Setting, measure_memory
-from harness.bench.ranks import on_ranks
+from harness.bench.ranks import MIB, on_ranks
 from harness.bench.report import bench_main, finish
 from harness.core.errors import UserError
 from models.ranges import PositiveInt, UnitIntervalAbove0
 
 MODULE = "harness.bench.head_memory"
 EXAMPLE = f"python -m {MODULE} --num-classes 1000000 --ranks 8 --json head_memory.json"
-MIB = 2**20
 MILLIONS, GPUS = (1, 10, 29, 67, 100), (1, 8, 16, 64)
 
 # Bytes per row and column: (kept for every row, more for an active one). Moments: AdamW keeps two, momentum one.

@@ -10,6 +10,7 @@ import itertools
 import multiprocessing
 import os
 import re
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from harness.core.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)
+MIB = 1 << 20
 # Imported once and not in every rank. torch's first optimizer would import torch._dynamo: 180 MB that no measurement
 # should count.
 PRELOAD = ["harness.bench.report", "models.heads.row_optimizer", "torch._dynamo", __name__]
@@ -151,6 +153,29 @@ class Memory:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return _kilobytes("/proc/self/status", "VmHWM")
+
+
+class Stages:
+    """Peak memory and time of a measurement's stages, on the CPU.
+
+    Attributes:
+        rows: a row for each stage, the same on every rank: the most memory that a rank held, and this rank's seconds.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._memory = Memory(torch.device("cpu"))
+
+    def run(self, name: str, work: Callable[[], Any]) -> Any:
+        """Does `work` on every rank as the stage `name`; returns what it makes."""
+        self._memory.start()
+        started = time.perf_counter()
+        made = work()
+        peak = torch.tensor(self._memory.peak() / MIB)
+        dist.barrier()
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        self.rows.append({"stage": name, "peak_mib": float(peak), "seconds": round(time.perf_counter() - started, 1)})
+        return made
 
 
 def _kilobytes(file: str, key: str) -> int:

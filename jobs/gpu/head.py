@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from harness.bench.gpu import Program, bandwidth, matrix_rate
 from harness.bench.head import PHASES, SIDES, Setting, draw, make_side
-from harness.bench.head_memory import MIB, PER_VALUE, HeadMemoryConfig, computed_mib
+from harness.bench.head_memory import PER_VALUE, HeadMemoryConfig, computed_mib
+from harness.bench.ranks import MIB
 
 MEASURED = ["ours_bf16_8bit", "partial_fc_fused", "ours", "ours_bf16", "full_softmax"]
 COMPUTED = {
