@@ -86,11 +86,13 @@ class StreamConfig(TransformerShape):
         vocab_size: number of word pieces; 0 takes the catalogue's tokenizer.
         max_length: tokens of one title; longer ones are cut.
         pad_id: the id of padding.
+        frame_ids: ids that begin a text and end its fields: a product whose text has no others has no title.
     """
 
     vocab_size: OptionalSize = field(default=0, metadata=TRAINING_ONLY)
     max_length: Size = 64
     pad_id: OptionalSize = 0
+    frame_ids: tuple[OptionalSize, ...] = (2, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,8 +207,10 @@ class ItemTowers(nn.Module):
         image, title = (
             self.view(images, tokens, name, padded) if seen in (name, "both") else None for name in ("image", "title")
         )
-        titled = (tokens != self.config.text.pad_id).any(1)
-        return self.alignment.parts(image, title, titled)
+        words = tokens != self.config.text.pad_id
+        for token in self.config.text.frame_ids:
+            words &= tokens != token
+        return self.alignment.parts(image, title, words.any(1))
 
     def view(self, images: Tensor, tokens: Tensor, seen: str, padded: bool = True) -> Tensor:
         """The global vector as a unit vector, float32 [b, h]."""

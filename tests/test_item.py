@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.core.errors import UserError
 from harness.data.masking import MaskConfig
+from harness.text.tokenizer import TokenStore
+from harness.text.tower_check import require_texts_fit
 from models.batch import Batch
 from models.item import Item, ItemConfig, ItemQuery, ItemTowers, ItemWeights, PatchConfig, StreamConfig
 from models.plain.transformer import PlainBuilder
@@ -22,6 +26,7 @@ from tests.twins import (
     LENGTH,
     PATCH,
     PATCHES,
+    SPECIAL,
     VOCAB,
     half_precision,
     losses,
@@ -263,6 +268,24 @@ def test_a_query_photo_is_a_product_without_title(aligned: bool) -> None:
     torch.testing.assert_close(item.embed_query(batch), item.embed_document(untitled), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(item.embed_query(batch), item.embed_document(batch, "image"), atol=1e-6, rtol=1e-6)
     assert torch.equal(item.embed_query(batch), ItemQuery(item.towers)(batch.query_images))
+
+
+def test_an_empty_text_is_no_title() -> None:
+    """Its row of tokens is not empty: it has those that begin a text and end its fields."""
+    word = np.array([7], np.int32)
+    ends = {"title": np.array([0, 0, 1, 1]), "description": np.array([0, 0, 0, 1])}  # no text, a title, a description
+    store = TokenStore({"title": word, "description": word}, ends, SPECIAL)
+    require_texts_fit(store.special, replace(PATCHED, aligned=True))
+    tokens = torch.from_numpy(store.batch(np.arange(3), LENGTH))
+    assert ((tokens != 0).sum(1) == torch.tensor([3, 4, 4])).all()
+    item, batch = fitted(aligned=True), replace(products(3, 3), document_tokens=tokens)
+    pair = item.embed_document(batch), item.embed_document(batch, "image")
+    alike = F.cosine_similarity(*pair)
+    assert alike[0] > 1 - 1e-6 and alike[1:].max() < 0.999
+    other = replace(store.special, bos=None, eos=5)
+    with pytest.raises(UserError, match=r"frames texts with \[5\], model.text.frame_ids is \[2, 3\]"):
+        require_texts_fit(other, replace(PATCHED, aligned=True))
+    require_texts_fit(other, PATCHED)
 
 
 def test_configuration_errors_name_the_key() -> None:
