@@ -51,6 +51,7 @@ from harness.core.versions import versions
 from harness.core.waiting import on_first_rank
 from harness.data.backends import decoding_threads
 from harness.evaluate.embed import Embedder, Side, side_of
+from harness.evaluate.view_choice import best_view, recalls_by_view, remark
 from harness.text.tokenizer import Tokenizer
 from harness.train.config import RunConfig
 from harness.train.open_run import choose_part_weights, find_checkpoint, load_method, open_settings
@@ -144,8 +145,9 @@ def run(config: ExportConfig) -> dict[str, Any]:
         require_whole(catalogue, mesh)
         path = find_checkpoint(config.run, config.checkpoint, mesh)
         figures = on_first_rank(lambda: _evaluated(config.run, path), mesh, "reading the evaluation")
+        recalls = recalls_by_view(figures, settings.evaluation, settings.method)
         if asked == "best":
-            config = replace(config, view=_best_view(figures, path))
+            config = replace(config, view=best_view(recalls, path.name))
         method, model = load_method(settings, path, tokenizer, mesh)
         choice = choose_part_weights(settings, method, tokenizer, path, mesh) if config.weigh_parts else None
         old = _earlier(config, path, side, mesh) if config.append else None
@@ -195,7 +197,8 @@ def run(config: ExportConfig) -> dict[str, Any]:
         print(f"{config.out}/{MANIFEST}: SHA-256 {fingerprint(config.out)}")
         if choice is not None:
             print(choice)
-        for line in _remarks(asked, config.view, figures, settings.evaluation.split):
+        told = remark(recalls, asked, config.view, settings.evaluation.split)
+        for line in [*figures.get("warnings", []), *told]:  # such as a recall below that of the imported weights
             print(line)
     return {"documents": count, "embedding_dim": model.embedding_dim, "seconds": round(seconds, 3)}
 
@@ -213,53 +216,6 @@ def _evaluated(run: Path, checkpoint: Path) -> dict[str, Any]:
     """The run's evaluation of this checkpoint; empty without one."""
     file = run / f"eval-{checkpoint.name.removeprefix('step-')}.json"
     return read_json(file) if file.exists() else {}
-
-
-def _recalls(figures: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Recall@1 of an evaluation by view of the documents, both first: of all products, and of those never trained on,
-    as far as every view has it.
-    """
-    tasks = [key.rpartition("/")[0] for key in figures if key.endswith("/recall_at_1")]
-    views = {"both": ""} | {task.partition("/")[2]: task for task in tasks if task.count("/") == 1}
-    rows = [row for row in figures.get("slices", []) if (row["slice"], row["value"]) == ("class", "never trained")]
-    new = {row.get("task", ""): row["recall_at_1"] for row in rows}
-    kinds: dict[str, dict[str, Any]] = {
-        "all products": {view: figures.get(f"{task}/recall_at_1".lstrip("/")) for view, task in views.items()},
-        "products never trained on": {view: new.get(task) for view, task in views.items()},
-    }
-    named = [name for name, recalls in kinds.items() if None not in recalls.values()]  # None: no query has an answer
-    return {view: {name: kinds[name][view] for name in named} for view in views}
-
-
-def _best_view(figures: dict[str, Any], checkpoint: Path) -> str:
-    """The view with the highest Recall@1 by an evaluation, the mean over `_recalls`; the first of equals.
-
-    Raises:
-        UserError: there was no evaluation, or it found no answer to any query.
-    """
-    recalls = _recalls(figures)
-    if not recalls["both"]:
-        raise UserError(
-            f"--view best: training did not evaluate {checkpoint.name}",
-            "Name a view, or a --checkpoint that was evaluated (train.evaluate_every)",
-        )
-    return max(recalls, key=lambda view: sum(recalls[view].values()))
-
-
-def _remarks(asked: str, view: str, figures: dict[str, Any], split: str) -> list[str]:
-    """Lines of the evaluation of a checkpoint that its export tells: the warnings, as of a recall below that of the
-    weights that the run started from, and Recall@1 by view where another view finds more or was looked for.
-    """
-    recalls = _recalls(figures)
-    better = [
-        other for other in recalls if any(value > recalls["both"][name] for name, value in recalls[other].items())
-    ]
-    lines = list(figures.get("warnings", []))
-    if asked == "best" or (asked == "both" and better):
-        told = (f"{name} {' and '.join(f'{r[name]:.3f}' for r in recalls.values())}" for name in recalls["both"])
-        chosen = f"exported as {view}" if asked == "best" else f"--view {better[0]} exports the latter"
-        lines.append(f"{split} recall@1 of documents seen as {' and as '.join(recalls)}: {', '.join(told)}. {chosen}")
-    return lines
 
 
 def _shared_stage(config: ExportConfig, mesh: Mesh, stack: ExitStack) -> tuple[Path, Path]:
