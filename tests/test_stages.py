@@ -89,6 +89,15 @@ def trained(catalogue: Path, run: Path, tensor_parallel: int, end: int, settings
         return steps, weights_of(t) | state, [sorted(float(entry["step"]) for entry in inner), t.rows.log_decay]
 
 
+def on_pairs(catalogue: Path, run: Path, settings: dict[str, Any]) -> None:
+    """Trains `run` to BOUNDARY and saves, without a class head."""
+    with trainer(tiny_config(catalogue, run, **settings), ready=False) as t:
+        assert t.method.head is None
+        for data in t.steps(BOUNDARY):
+            t.train_step(data)
+        t.save()
+
+
 def members(catalogue: Path, kind: str, label: int) -> list[int]:
     """Training samples of a class."""
     ids, offsets = (np.load(catalogue / f"classes/{kind}.{name}.npy") for name in ("members", "member_offsets"))
@@ -248,6 +257,19 @@ def test_a_boundary_that_was_interrupted_is_done_again(catalogue: Path, tmp_path
             if t.step == BOUNDARY:
                 t.save()
     require_equal(trained(catalogue, tmp_path / "b", 1, 6, WHOLE), straight)
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=FULL)])
+def test_a_stage_on_classes_is_added_to_a_run_on_pairs(world: int, catalogue: Path, tmp_path: Path) -> None:
+    """Its checkpoint has no class rows: as in a run that had the stage from the start, they begin as this stage says."""
+    pool, (first, second) = ranks(world), WHOLE["train.stages"]
+    straight = pool.run(trained, catalogue, tmp_path / "a", 1, 6, WHOLE)
+    pairs = WHOLE | {"train.stages": [first, {"steps": 3, "objective": "contrastive"}]}
+    pool.run(on_pairs, catalogue, tmp_path / "b", pairs)
+    assert not (tmp_path / "b" / "checkpoints" / f"step-{BOUNDARY:08d}" / "head").exists()
+    for found, wanted in zip(pool.run(trained, catalogue, tmp_path / "b", 1, 6, WHOLE), straight, strict=True):
+        assert len(found[0]) == 6 - BOUNDARY and second["rows"] == "class_mean"
+        require_equal(found, wanted)
 
 
 @FULL

@@ -159,7 +159,7 @@ class Resume:
         self.loader.first_step = self.phases[-1].first_step
         if not begins:
             self.notes += self.ledger.compare(path, state, self.loader)
-        if classes is not None:  # rows that move are read tensor by tensor
+        if classes is not None and self._has_rows(path):  # rows that move are read tensor by tensor
             require_rows(path, self.mesh)
         # A memory bank labels its embeddings with class ids, which have another meaning in a new phase.
         self._load(path, replace(self.parts, memory=None) if begins else self.parts, classes)
@@ -213,11 +213,7 @@ class Resume:
         path, state = self._open_other_run(named)
         classes = self._compare_classes(path)
         weights = replace(self.parts, tower_optimizer=None, row_optimizer=None, ema=None, memory=None)
-        if weights.head is None or at_first(lambda: checkpoint.has_rows(path), self.mesh, "looking for class rows"):
-            self._load(path, weights, classes)
-        else:
-            checkpoint.load(path, replace(weights, head=None), self.mesh)
-            self.notes.append(f"{path} has no class rows: they start at random")
+        self._load(path, weights, classes)
         self._reload_optimizer()
         rows, head = self.parts.row_optimizer, self.parts.head
         if rows is not None and head is not None and "master" in rows.row_state():
@@ -256,11 +252,20 @@ class Resume:
         return class_map(path / "classes.parquet", self.catalogue / "classes" / "classes.parquet", self.mesh)
 
     def _load(self, path: Path, parts: checkpoint.Trainable, classes: ClassMap | None) -> None:
-        """Loads `parts` from a checkpoint; rows of classes that it does not know start from their samples."""
+        """Loads `parts` from a checkpoint; rows of classes that it does not know start from their samples, all rows at
+        random where it has none: no stage before it had an objective on classes.
+        """
+        if parts.head is not None and not self._has_rows(path):
+            parts, classes = replace(parts, head=None, row_optimizer=None), None
+            self.notes.append(f"{path} has no class rows: they start at random")
         checkpoint.load(path, parts, self.mesh, classes)
         rows, batch_size = self.parts.row_optimizer, self.config.evaluation.batch_size
         if classes is not None and classes.new and rows is not None:
             start_new_rows(self.method, rows, classes, self.loader, batch_size, self.mesh)
+
+    def _has_rows(self, path: Path) -> bool:
+        """Whether checkpoint `path` has class rows, as rank 0 sees it; collective."""
+        return at_first(lambda: checkpoint.has_rows(path), self.mesh, "looking for class rows")
 
     def _reload_optimizer(self) -> None:
         """Copies the towers' weights, loaded without their optimizer, into its float32 copies."""
