@@ -19,7 +19,7 @@ from harness.catalogue.pairs import Pairs
 from harness.catalogue.shop import Shop
 from harness.catalogue.splits import Photo, place
 from harness.commands import import_weights
-from harness.commands.init import InitConfig, run
+from harness.commands.init import InitConfig, following, run
 from harness.core.errors import UserError
 from harness.core.manifest import write_manifest
 from harness.train.config import parse
@@ -201,6 +201,23 @@ def test_a_photo_of_several_products_is_stored_once(tmp_path: Path, capsys: pyte
     wanted = [{f"s{(number + k) % 8}" for k in range(3)} for number in range(6)]
     wanted[0].add("unseen")
     assert [named[row["sample_id"]] for row in shared] == wanted
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_weights_of_parts_are_chosen_where_a_photo_can_choose(alone: bool, tmp_path: Path) -> None:
+    """Not where every photo of val shows several products: no class tells its document then."""
+    rows = [(*row, "train" if number % 3 else "test") for number, row in enumerate(draw_shop(tmp_path, 8, 3, 24))]
+    for number in range(3):
+        name = f"rooms/{number}.jpg"
+        draw_image(tmp_path / "photos" / name, "red", "box", 24, np.random.default_rng([9, number]))
+        rows += [(f"s{number + k}", name, "room", "val") for k in range(1 if alone and not number else 3)]
+    lines = ["sku\tphoto\tname\tsplit", *("\t".join(row) for row in rows)]
+    (tmp_path / "products.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "manifest.parquet.tmp").touch()  # of an init that was killed while it wrote the table
+    run(InitConfig(sources=(tmp_path / "products.tsv", tmp_path / "photos"), out=tmp_path / "shop"))
+    weighed = [name for name, *words in following(tmp_path / "shop") if "--weigh-parts" in words]
+    assert weighed == (["eval", "export"] if alone else [])
 
 
 FEW = {"classes": 900, "photos": 2700, "has_text": True}

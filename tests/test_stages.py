@@ -261,7 +261,7 @@ def test_a_boundary_that_was_interrupted_is_done_again(catalogue: Path, tmp_path
 
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=FULL)])
 def test_a_stage_on_classes_is_added_to_a_run_on_pairs(world: int, catalogue: Path, tmp_path: Path) -> None:
-    """Its checkpoint has no class rows: as in a run that had the stage from the start, they begin as this stage says."""
+    """Its checkpoint has no class rows: they begin as this stage says, as in a run that had it from the start."""
     pool, (first, second) = ranks(world), WHOLE["train.stages"]
     straight = pool.run(trained, catalogue, tmp_path / "a", 1, 6, WHOLE)
     pairs = WHOLE | {"train.stages": [first, {"steps": 3, "objective": "contrastive"}]}

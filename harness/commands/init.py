@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -143,7 +144,7 @@ def _tower_alone(weights: Path) -> VisionConfig:
 
 def _require_own(out: Path) -> None:
     """Raises UserError unless `out` is new, or was left by an init that did not end."""
-    there = set(os.listdir(out)) - {LOCK} if out.is_dir() else set()
+    there = set(os.listdir(out)) - {LOCK, PAIRS, f"{TABLE}.tmp"} if out.is_dir() else set()
     if (out / RECIPE).exists() or (there and TABLE not in there) or (out.exists() and not out.is_dir()):
         raise UserError(f"{out} exists already", "Choose another --out, or remove it; nothing was written")
 
@@ -302,7 +303,7 @@ def _write_recipe(
     if config.weights is not None and vision is not None:
         changes |= start(config.weights, vision, preprocess_of(config.weights, vision), gpus)
     recipe = out / RECIPE
-    commands = [shlex.join(["shelfmark", *words]) for words in following(out, facts.has_text)]
+    commands = [shlex.join(["shelfmark", *words]) for words in following(out)]
     head = (
         f"OCLEAR on {facts.classes:,} classes with {facts.photos:,} train photos, by `shelfmark init`.\n\n"
         f"Command:  {commands[0]}\n\n"
@@ -328,11 +329,10 @@ def _write_recipe(
     return {"steps": steps, "seconds": seconds, "memory": memory}
 
 
-def following(out: Path, has_text: bool) -> list[list[str]]:
-    """Words of the commands that come after init, `shelfmark` left out; `has_text`: documents have texts, whose weight
-    is chosen after training.
-    """
-    weighs = ["--weigh-parts"] if has_text else []
+def following(out: Path) -> list[list[str]]:
+    """Words of the commands that come after init, `shelfmark` left out."""
+    catalogue = Catalogue(out / CATALOGUE)
+    weighs = ["--weigh-parts"] if has_text(catalogue) and _has_judges(catalogue) else []
     return [
         ["train", "--ranks", str(_ranks()), "--config", f"{out}/{RECIPE}", "--run-dir", f"{out}/run"],
         ["eval", f"{out}/run", "--split", "test", *weighs],
@@ -350,3 +350,11 @@ def has_text(catalogue: Catalogue) -> bool:
     """True where a document has a title or a description."""
     batches = catalogue.batches(["title", "description"], kind="document")
     return any(cell.strip() for batch in batches for name in FIELDS for cell in batch.column(name).to_pylist())
+
+
+def _has_judges(catalogue: Catalogue) -> bool:
+    """True where a photo of split val shows one product, which has a document: only such photos choose weights."""
+    photos = catalogue.table(["class_key"], kind="query", split="val")["class_key"]
+    wanted = pc.unique(photos.filter(pc.not_equal(photos, "")))
+    batches = catalogue.batches(["class_key"], kind="document", split="val")
+    return any(pc.any(pc.is_in(batch.column("class_key"), wanted)).as_py() for batch in batches)

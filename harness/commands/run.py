@@ -60,7 +60,7 @@ def _steps(out: Path) -> list[tuple[str, list[str], Path]]:
     """Command of each step, its words, and what tells that it is done."""
     artefact, reported, sheet = out / "artefact", out / "catalogue.html", out / "found.png"
     catalogue = Catalogue(out / init.CATALOGUE)
-    commands = {name: words for name, *words in init.following(out, init.has_text(catalogue))}
+    commands = {name: words for name, *words in init.following(out)}
     photos = [] if sheet.exists() else _photos(catalogue, out / "photos")
     return [
         ("report", [str(out / init.CATALOGUE), "--out", str(reported)], reported),
