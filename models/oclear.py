@@ -400,9 +400,12 @@ class Oclear(Method):
             sides.append(torch.cat(pieces).double().sum())
         sums = torch.stack(sides)
         dist.all_reduce(sums, group=self.data_group)
-        total, sums = sums[:2].sum(), sums.clamp_min(torch.finfo(sums.dtype).tiny)
+        total, present, tiny = sums[:2].sum(), (sums > 0).to(sums), torch.finfo(sums.dtype).tiny
+        sums = sums.clamp_min(tiny)
         both = 1 + anchor * sums[2] / sums[1]  # a document's weight with its image alone
-        photo, document = (1 - share) / sums[0], share / sums[1] / both
+        photo, document = (1 - share) * present[0], share * present[1]  # without one side the other has all
+        whole = (photo + document).clamp_min(tiny)
+        photo, document = photo / whole / sums[0], document / whole / sums[1] / both
         if not share:
             photo = document = 1 / (sums[0] + both * sums[1])
         return total * photo, total * document, total * document * anchor

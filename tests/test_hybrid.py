@@ -50,6 +50,8 @@ STEPS = {
     "sum, mosaics, sides, pairs": replace(SUM, contrast_weight=1.0, image_anchor=0.5, document_share=0.3),
     "sum, mosaics": replace(SUM, image_anchor=0.5),
     "sum, images alone": replace(SUM, image_anchor=0.5),
+    "sum, sides, no document that can be read": replace(SUM, image_anchor=0.5, document_share=0.3),
+    "concept, sides, no photo that can be read": replace(BASE, document_share=0.6),
     "concept, sides": replace(BASE, document_share=0.6, separate_transforms=False),
     "sum, pairs and images alone": replace(SUM, objective="contrastive", image_anchor=2.0),
     "steered only": replace(SUM, fusion_weights=(0.0, 1.0, 0.0), image_anchor=1.0),
@@ -132,13 +134,12 @@ def dense_step(config: OclearConfig, batch: Batch, towers: OclearTowers, rows: T
     known = batch.query_labels >= 0
     photo = batch.query_weights.double() * known
     document = torch.cat([batch.document_weights.double() * known, anchor * unmixed.double() * known])
-    if share:
+    if share and photo.any() and document.any():
         photo, document = (1 - share) * photo / photo.sum(), share * document / document.sum()
     weights = torch.cat([photo, document])
     found, labels = torch.cat([queries, fused, alone]), batch.query_labels.repeat(3)
-    return dense_loss(found, rows, labels, weights, replace(HEAD, scale=2**0.5 * torch.tensor(6.0).double().log())) + (
-        config.contrast_weight * pair_loss
-    )
+    loss = dense_loss(found, rows, labels, weights, replace(HEAD, scale=2**0.5 * torch.tensor(6.0).double().log()))
+    return loss + config.contrast_weight * pair_loss if config.contrast_weight else loss
 
 
 def check_step(name: str, tensor_parallel: int, micro_batches: int, first_empty: bool) -> None:
@@ -147,6 +148,10 @@ def check_step(name: str, tensor_parallel: int, micro_batches: int, first_empty:
     config, whole = STEPS[name], pairs()
     if "mosaics" in name:
         whole = replace(whole, document_mosaics=torch.arange(len(whole.document_ids)) % 3 == 1)
+    for side in ("document", "photo"):
+        if f"no {side}" in name:
+            field = f"{'query' if side == 'photo' else side}_weights"
+            whole = replace(whole, **{field: torch.zeros_like(whole.document_weights)})
     if config.wrong_texts:  # equal texts of two classes beside each other
         whole = replace(whole, document_tokens=whole.document_tokens[[0, 0, 2, 3, 4, 5, 6]])
     with layout(tensor_parallel) as mesh:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from harness.train.param_groups import split_factor
 from models.heads.row_optimizer import RowOptimizerConfig
-from models.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, UnitIntervalAbove0
+from models.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, UnitIntervalAbove0, UnitIntervalBelow1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class OptimizerConfig:
     min_lr_factor: NonNegativeFloat = 0.01
     warmup_steps: NonNegativeInt = 100
     weight_decay: NonNegativeFloat = 0.05
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[UnitIntervalBelow1, UnitIntervalBelow1] = (0.9, 0.98)
     eps: NonNegativeFloat = 1e-8
     clip_norm: NonNegativeFloat = 1.0
     frozen: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class OptimizerConfig:
         errors = []
         for entry in self.lr_factors:
             try:
-                good = split_factor(entry)[1] > 0
+                good = 0 < split_factor(entry)[1] < math.inf
             except ValueError:
                 good = False
             if not good:

@@ -15,7 +15,7 @@ from kernels import row_update as twin
 from kernels.keyed import mix
 from kernels.row_update import RowTable, row_state
 from models.heads.class_parallel import ClassParallelHead
-from models.ranges import NonNegativeFloat
+from models.ranges import NonNegativeFloat, UnitIntervalBelow1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class RowOptimizerConfig:
     """
 
     lr_factor: NonNegativeFloat = 1.0
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[UnitIntervalBelow1, UnitIntervalBelow1] = (0.9, 0.999)
     eps: NonNegativeFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     state: Literal["fp32", "8bit"] = "fp32"
