@@ -36,7 +36,7 @@ def state(made: Any) -> torch.Tensor:
 def two_steps(made: Any, mesh: Any, num_classes: int) -> tuple[list[float], torch.Tensor]:
     """Loss and gradient norm of both, and how far they moved the state."""
     if (head := made.method.head) is not None:  # a device draws other rows than a CPU
-        head.rows.copy_(head.initial_rows(torch.device("cpu"), head.rows.dtype).to(head.rows.device))
+        head.rows.copy_(head.draw(torch.empty_like(head.rows, device="cpu")).to(head.rows.device))
     data, before = own_step(made.config, num_classes, mesh), state(made)
     results = [made.train_step(data) for _ in range(2)]
     return [x for r in results for x in (r.loss.item(), r.norm)], state(made) - before

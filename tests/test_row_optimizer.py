@@ -404,7 +404,7 @@ def test_a_head_on_a_device_draws_its_rows_there() -> None:
     config = ClassHeadConfig(num_classes=10_000_000, embedding_dim=512)
     head: Any = SimpleNamespace(config=config, start=0, stop=10_000_000)
     with Counted() as counted:
-        rows = ClassParallelHead.initial_rows(head, torch.device("meta"), torch.bfloat16)
+        rows = ClassParallelHead.draw(head, torch.empty(10_000_000, 512, dtype=torch.bfloat16, device="meta"))
     assert counted.launches < 100 * (rows.numel() / LARGE + 1) and counted.on_host == 8, (
         counted.launches,
         counted.on_host,
@@ -413,7 +413,5 @@ def test_a_head_on_a_device_draws_its_rows_there() -> None:
         fill_normal(rows, 0.05, 0, seed=0)
     assert counted.largest <= 4 * LARGE, counted.largest
     config = ClassHeadConfig(num_classes=5, embedding_dim=4, seed=2**63 - 1)
-    rows = ClassParallelHead.initial_rows(
-        SimpleNamespace(config=config, start=0, stop=5), torch.device("cpu"), torch.float32
-    )  # type: ignore[arg-type]
-    assert rows.shape == (5, 4), "any seed of 63 bits"
+    head = SimpleNamespace(config=config, start=0, stop=5)
+    assert ClassParallelHead.draw(head, torch.full((5, 4), torch.nan)).isfinite().all(), "any seed of 63 bits"

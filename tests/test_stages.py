@@ -278,7 +278,7 @@ def test_random_rows_are_those_of_a_new_head_with_fresh_state(catalogue: Path, t
     _, before, _ = trained(catalogue, tmp_path / "run", 1, 2, settings)
     with trainer(tiny_config(catalogue, tmp_path / "run", **settings), ready=False) as t:
         head, state = t.method.head, t.rows.row_state()
-        new = head.initial_rows(head.rows.device, head.rows.dtype)
+        new = head.draw(torch.empty_like(head.rows))
         assert not torch.equal(head.rows, new) and before["row_step"].any() and before["exp_avg"].any()
         next(t.steps(6))
         assert torch.equal(head.rows, new)

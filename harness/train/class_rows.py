@@ -216,7 +216,7 @@ def start_at_class_means(
 @torch.no_grad()
 def start_at_random(head: ClassParallelHead, optimizer: RowAdamW) -> None:
     """Sets all rows to those that a new head has, with fresh state of the optimizer."""
-    head.rows.copy_(head.initial_rows(head.rows.device, head.rows.dtype))
+    head.draw(head.rows)
     optimizer.restart()
 
 

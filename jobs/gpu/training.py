@@ -233,7 +233,7 @@ def take_rows_of_a_cpu(trainer: Any) -> None:
     """Gives the class rows, fresh ones, the numbers that a CPU draws; a GPU draws others."""
     head = trainer.method.head
     if head is not None:
-        head.rows.copy_(head.initial_rows(torch.device("cpu"), head.rows.dtype))
+        head.rows.copy_(head.draw(torch.empty_like(head.rows, device="cpu")))
         if "master" in (state := trainer.rows.row_state()):
             state["master"].copy_(head.rows)
 

@@ -130,18 +130,20 @@ class ClassParallelHead(nn.Module):
                 f"{row_group.size()} ranks share the rows, but {data_group.size()} x {copies} bring samples"
             )
         self.start, self.stop = class_range(config.num_classes, row_group.rank(), row_group.size())
-        self.rows = self.initial_rows(torch.device(device), dtype or ROW_DTYPES[config.row_dtype])
+        size = (self.stop - self.start, config.embedding_dim)
+        self.rows = self.draw(torch.empty(size, dtype=dtype or ROW_DTYPES[config.row_dtype], device=device))
         # Without sampling every step has the same active rows: one list for all of them.
         self._every_row = torch.arange(len(self.rows) if config.sample_rate == 1.0 else 0, device=device)
         self._step: _Step | None = None
 
-    def initial_rows(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Rows keyed by class ids, on a CPU by blocks of them, so that they do not depend on the number of ranks; a GPU
-        draws other numbers.
+    def draw(self, rows: Tensor) -> Tensor:
+        """Fills `rows` [n, d] with the initial values of this rank's rows, and returns them.
+
+        They are keyed by class ids, on a CPU by blocks of them, so that they do not depend on the number of ranks; a
+        GPU draws other numbers.
         """
         config = self.config
-        rows = torch.empty(self.stop - self.start, config.embedding_dim, device=device, dtype=dtype)
-        if device.type != "cpu":
+        if rows.device.type != "cpu":
             fill_normal(rows, config.init_std, self.start, config.seed)
             return rows
         for block in range(self.start // ID_BLOCK, -(-self.stop // ID_BLOCK) if len(rows) else 0):
