@@ -138,7 +138,13 @@ class SumFusion(nn.Module):
     out, parameters included. Training leaves out the text identity of a share `text_dropout` of the documents.
 
     Args:
+        hidden_size: width of the patches.
+        text_size: width of the words.
+        embedding_dim: width of the embedding.
+        slots: concepts.
+        heads: of both attentions.
         weights: of image, steered average and text identity; not all 0.
+        text_dropout: share of documents without text identity in training.
 
     Attributes:
         part_weights: of the parts that there are, the image first; may be set anew, not all 0.

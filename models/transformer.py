@@ -272,7 +272,6 @@ class MegatronBuilder:
 
     Args:
         groups: process groups; `groups.tp` shards the weights.
-        init_std: standard deviation of the word embeddings' initial weights.
         sequence_parallel: between the linear layers every rank of `groups.tp` holds a range of the tokens; after the
             last backward of a step models.sequence.sum_partial_gradients is due. Without effect on one rank.
         recompute: parts whose activations backward recomputes: none, selective (attention cores) or full (layers).
@@ -284,14 +283,12 @@ class MegatronBuilder:
     def __init__(
         self,
         groups: ProcessGroupCollection,
-        init_std: float = WORD_STD,
         sequence_parallel: bool = False,
         recompute: str = "none",
         layer_norm: LayerNormFunction | None = None,
         backend: str = "",
     ) -> None:
         self.groups, self.backend = groups, backend
-        self.init_std = init_std
         self.sequence_parallel = sequence_parallel and groups.tp.size() > 1
         self.recompute = recompute
         self.layer_norm = ModuleSpec(module=LayerNorm, params={"fused": layer_norm})
@@ -364,7 +361,7 @@ class MegatronBuilder:
         return tensor_parallel.VocabParallelEmbedding(
             num_embeddings,
             hidden_size,
-            init_method=lambda weight: torch.nn.init.normal_(weight, std=self.init_std),
+            init_method=lambda weight: torch.nn.init.normal_(weight, std=WORD_STD),
             config=ModelParallelConfig(use_cpu_initialization=True, tensor_model_parallel_size=self.groups.tp.size()),
             tp_group=self.groups.tp,
         )

@@ -25,6 +25,7 @@ from harness.artefact.rows import Rows, exact_top
 from harness.catalogue.catalogue import Catalogue, CorruptSample, open_array
 from harness.catalogue.images import Rejected, check_image
 from harness.core.errors import UserError
+from harness.core.evenly import evenly
 from harness.core.files import read_record, write_json
 from harness.data.backends import open_pipeline
 from harness.data.config import DataConfig
@@ -99,7 +100,7 @@ def write_golden(
         told, inputs = _photos(folder, catalogue, spec, data.backend, min(count, MOST, room))
     else:
         rows = [row for row in _samples(catalogue, ("document", None)) if row["title"].strip()]
-        chosen = _spread(rows, min(count, MOST))
+        chosen = [rows[place] for place in evenly(len(rows), min(count, MOST))]
         told = [{"text": row["title"][:_LONGEST], "class_key": row["class_key"] or ""} for row in chosen]
         store = TokenStore.encode(tokenizer, {"query": [row["text"] for row in told]})
         inputs = torch.from_numpy(store.batch(np.arange(len(told)), model.query_text.max_length, ["query"]))
@@ -124,11 +125,6 @@ def _samples(catalogue: Catalogue, *choices: tuple[str, str | None]) -> list[dic
     return []
 
 
-def _spread(rows: list[Any], count: int) -> list[Any]:
-    """`count` of the rows, spread evenly."""
-    return [rows[i] for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
-
-
 def _photos(
     folder: Path, catalogue: Catalogue, spec: PreprocessSpec, backend: str, count: int
 ) -> tuple[list[dict[str, Any]], Tensor]:
@@ -136,7 +132,8 @@ def _photos(
     told: list[dict[str, Any]] = []
     photos: list[bytes] = []
     sizes: list[tuple[int, int]] = []
-    for row in _spread(_samples(catalogue, ("query", "test"), ("query", None), ("document", None)), count):
+    rows = _samples(catalogue, ("query", "test"), ("query", None), ("document", None))
+    for row in (rows[place] for place in evenly(len(rows), count)):
         try:
             data = catalogue.read_bytes(row["sample_id"])
             image = check_image(data, 1 << 24, halve=False)

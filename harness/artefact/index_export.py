@@ -19,6 +19,7 @@ from harness.artefact.index_tune import DEPTH, exact_nearest, halves, tune
 from harness.artefact.vector_index import VectorIndex
 from harness.artefact.vectors_file import open_vectors, write_vectors
 from harness.core.errors import UserError
+from harness.core.evenly import evenly
 from harness.core.waiting import gather_objects, on_first_rank
 from harness.evaluate.embed import Embedder, Side, side_of
 from harness.text.tokenizer import FIELDS
@@ -131,17 +132,13 @@ def tuning_queries(method: Method, embedder: Embedder, documents: Side) -> np.nd
     """
     catalogue, model, mesh = documents.catalogue, embedder.model, embedder.mesh
     if query_kind(model) == "text":
-        chosen = documents.select(_spread(len(documents.ids)))
+        chosen = documents.select(evenly(len(documents.ids), QUERIES))
         (table,) = chosen.read(FIELDS[:1], range(len(chosen.ids)), QUERIES)
         own = embedder.embed_texts(method, table.column(FIELDS[0]).to_pylist())
     else:
         splits = [name for name in ("val", "test") if name in catalogue.meta["counts"]["splits"]]
         photos = side_of(catalogue, "query", splits[0], [], None, 0) if splits else None
         asked = photos if photos is not None and len(photos.ids) else documents
-        own = embedder.embed(method, replace(asked.select(_spread(len(asked.ids))), kind="query"))
+        own = embedder.embed(method, replace(asked.select(evenly(len(asked.ids), QUERIES)), kind="query"))
     parts = gather_objects(own.vectors.float().cpu().numpy(), mesh.dp)
     return np.concatenate(parts)
-
-
-def _spread(rows: int) -> np.ndarray:
-    return np.unique(np.linspace(0, rows - 1, min(rows, QUERIES)).astype(np.int64))

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from harness.core.errors import UserError
+from harness.core.evenly import evenly
 
 FILE = "vectors.npy"
-TYPES = ("float32", "float16")
 _ROWS = 4096  # vectors in memory at once
 
 
@@ -55,4 +55,4 @@ def read_rows(vectors: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
 
 def sample(vectors: np.ndarray, rows: int) -> np.ndarray:
     """At most `rows` vectors, evenly spread, float32."""
-    return np.asarray(vectors[np.linspace(0, len(vectors) - 1, min(rows, len(vectors))).astype(np.int64)], np.float32)
+    return np.asarray(vectors[evenly(len(vectors), rows)], np.float32)

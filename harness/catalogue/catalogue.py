@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from harness.catalogue.store import RemoteStore, Store, open_store
+from harness.catalogue.store import Store, open_store
 from harness.core.errors import UserError
 from harness.core.files import Record, printable, read_record
 
@@ -103,7 +103,6 @@ class Catalogue:
         num_samples: global sample ids are 0 .. num_samples - 1.
         index: [num_samples] memory-mapped records of INDEX_DTYPE; width and height in pixels, upright.
         attributes: names of the attribute columns.
-        remote: True if its shards lie on a server, where a read waits for an answer.
         sample_files: Parquet files with the samples' rows, in the order of their ids.
 
     Raises:
@@ -129,7 +128,6 @@ class Catalogue:
         if self._samples.schema.names != [*SAMPLE_SCHEMA.names, *self.attributes]:
             self._refuse("samples/ holds other columns than catalogue.json says")
         self._store = store or open_store(self.path)
-        self.remote = isinstance(self._store, RemoteStore)
         self._names = self._list_shards(self._store.names())
 
     def _read_meta(self) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from torch import Tensor
 from harness.artefact.artefact import Artefact, Hit, Photo
 from harness.artefact.golden import lowest_cosine, read_golden
 from harness.catalogue.catalogue import Catalogue
-from harness.commands.embed import files
 from harness.core.errors import UserError
-from harness.core.files import printable
+from harness.core.evenly import evenly
+from harness.core.files import files_in, printable
 from harness.core.tables import format_table
 from models.ranges import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 
@@ -110,13 +110,14 @@ def _queries(config: CompareConfig, before: Artefact, after: Artefact) -> list[Q
     if (config.photos or config.catalogue) and before.meta["query"] != "image":
         raise UserError(f"{config.before} answers texts, not photos", "Leave the photos out: golden texts are compared")
     if config.photos:
-        return [Query(Photo.open(path)) for path in _spread(files(config.photos), config.most)]
+        paths = files_in(config.photos)
+        return [Query(Photo.open(paths[place])) for place in evenly(len(paths), config.most)]
     if config.catalogue:
         catalogue = Catalogue(config.catalogue)
         rows = catalogue.table(["class_key"], kind="query", split=config.split).to_pylist()
         if not rows:
             raise UserError(f"{catalogue.path} has no query photo in split '{config.split}'", "Name another (--split)")
-        return [_photo_of(catalogue, row) for row in _spread(rows, config.most)]
+        return [_photo_of(catalogue, row) for row in (rows[place] for place in evenly(len(rows), config.most))]
     found: dict[str | bytes, Query] = {}
     for artefact in (before, after):
         for query in read_golden(artefact.path, artefact.model.embedding_dim).queries:
@@ -131,10 +132,6 @@ def _photo_of(catalogue: Catalogue, row: dict[str, Any]) -> Query:
     entry = catalogue.index[row["sample_id"]]
     photo = Photo(catalogue.read_bytes(row["sample_id"]), (0, 0, int(entry["width"]), int(entry["height"])))
     return Query(photo, row["class_key"] or "")
-
-
-def _spread(things: Any, most: int) -> list[Any]:
-    return [things[i] for i in np.linspace(0, len(things) - 1, min(most, len(things))).astype(int)]
 
 
 def _ask(artefact: Artefact, queries: Sequence[Query], top: int) -> tuple[Tensor, list[list[Hit]], float]:
@@ -194,8 +191,9 @@ def _drift(first: Tensor, second: Tensor, before: Artefact, after: Artefact) -> 
         return {}
     told: dict[str, Any] = {"query_cosine": _cosines(first, second)}
     place = pc.index_in(_items(before), value_set=_items(after)).fill_null(-1).to_numpy()
-    shared = _spread(np.flatnonzero(place >= 0), SHARED)
-    if shared:
+    shared = np.flatnonzero(place >= 0)
+    shared = shared[evenly(len(shared), SHARED)]
+    if len(shared):
         ours = torch.cat([before.vector(int(row)) for row in shared])
         theirs = torch.cat([after.vector(int(place[row])) for row in shared])
         told["document_cosine"] = _cosines(ours, theirs)

@@ -5,9 +5,7 @@ The query photos of a catalogue become Parquet with their sample ids, which `she
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from tqdm import tqdm
 from harness.artefact import Artefact, Photo
 from harness.catalogue.catalogue import Catalogue, CorruptSample
 from harness.core.errors import UserError
-from harness.core.files import printable, write_whole
+from harness.core.files import files_in, printable, require_writable, write_whole
 from models.ranges import PositiveInt
 
 EXAMPLE = "shelfmark embed artefacts/grocery photos/ --out photos.npy"
@@ -62,14 +60,13 @@ def run(config: EmbedConfig) -> dict[str, Any]:
     if config.out.suffix != suffix:
         raise UserError(f"--out {config.out} is not a {suffix}", "Name a file with this suffix")
     names = config.out.with_suffix(".txt")
-    if not os.access(config.out.absolute().parent, os.W_OK):  # before the work
-        raise UserError(f"--out {config.out} cannot be written", "Name a file in a folder that exists")
+    require_writable(config.out, "--out")
     artefact = Artefact(config.artefact)
     if artefact.meta["query"] != "image":
         raise UserError(f"{config.artefact} takes texts, not photos")
     if whole:
         return _embed_catalogue(artefact, Catalogue(config.photos[0]), config)
-    paths = files(config.photos)
+    paths = files_in(config.photos)
     embedded: list[str] = []
     vectors = [np.empty((0, artefact.model.embedding_dim), np.float32)]
     for first in tqdm(range(0, len(paths), AT_ONCE), "embedding", unit=f" x {AT_ONCE}", leave=False, delay=5):
@@ -125,12 +122,3 @@ def _embed_catalogue(artefact: Artefact, catalogue: Catalogue, config: EmbedConf
     temporary.replace(config.out)
     print(f"{config.out}: {done:,} embeddings of {width} numbers, of the query photos of {catalogue.path}")
     return {"photos": done, "left_out": total - done, "embedding_dim": width}
-
-
-def files(given: Iterable[Path]) -> list[Path]:
-    """Files that are named, and all in folders that are, but hidden ones; in order."""
-    found = []
-    for path in given:
-        inside = (file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-        found += sorted(inside) if path.is_dir() else [path]
-    return found

@@ -9,8 +9,9 @@ from typing import Any
 from harness.catalogue.catalogue import Catalogue
 from harness.catalogue.wholeness import require_whole
 from harness.core.errors import UserError
+from harness.core.files import require_writable
 from harness.core.mesh import Device, Mesh, MeshConfig
-from harness.core.page import require_writable, save
+from harness.core.page import save
 from harness.core.waiting import on_first_rank
 from harness.evaluate.baselines import Baselines, baselines_of
 from harness.evaluate.evaluation import Evaluation, EvaluationConfig, Report, print_report

@@ -15,7 +15,8 @@ from harness.catalogue.paths import find_image
 from harness.catalogue.pixels import on_background, open_picture, upright
 from harness.catalogue.survey import Survey
 from harness.catalogue.wholeness import require_whole
-from harness.core.page import Thumbnail, render, require_writable, save, thumbnail
+from harness.core.files import require_writable
+from harness.core.page import Thumbnail, render, save, thumbnail
 from harness.evaluate.contact_sheet import picture
 from models.ranges import NonNegativeInt
 

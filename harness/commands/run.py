@@ -9,11 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from harness.catalogue.catalogue import Catalogue
 from harness.commands import init
 from harness.commands.init import InitConfig
+from harness.core.evenly import evenly
 from harness.core.launcher import Forward
 from harness.core.lock import locked
 
@@ -74,10 +73,9 @@ def _steps(out: Path) -> list[tuple[str, list[str], Path]]:
 def _photos(catalogue: Catalogue, folder: Path) -> list[str]:
     """Files of some photos of split test, spread evenly, as they were ingested."""
     samples = catalogue.table(["image"], kind="query", split="test").to_pylist()
-    chosen = np.linspace(0, len(samples) - 1, min(PHOTOS, len(samples))).astype(int)
     folder.mkdir(exist_ok=True)
     files = []
-    for place, row in enumerate(samples[n] for n in chosen):
+    for place, row in enumerate(samples[n] for n in evenly(len(samples), PHOTOS)):
         file = folder / f"{place}{Path(row['image']).suffix}"
         file.write_bytes(catalogue.read_bytes(row["sample_id"]))
         files.append(str(file))

@@ -12,7 +12,7 @@ from PIL import Image
 from harness.artefact.artefact import Artefact, Hit, Photo
 from harness.catalogue.images import MOST_PIXELS
 from harness.core.errors import UserError
-from harness.core.files import printable
+from harness.core.files import printable, writing
 from harness.evaluate.contact_sheet import draw_panel, text_picture
 from models.ranges import PositiveInt
 
@@ -135,10 +135,6 @@ def save_sheet(rows: list[tuple[Image.Image, list[tuple[Image.Image, str, bool |
     Raises:
         UserError: the file cannot be written.
     """
-    try:
+    with writing(f"contact sheet {file}"):
         Image.fromarray(draw_panel(rows)).save(file)
-    except OSError as error:
-        raise UserError(
-            f"contact sheet {file}: {error.strerror or error}", "Name a file in a folder that exists"
-        ) from error
     print(f"contact sheet: {file}")

@@ -28,7 +28,7 @@ import jsonargparse
 from jsonargparse.typing import register_type
 
 from harness.core.errors import UserError
-from harness.core.files import printable, read_yaml
+from harness.core.files import printable, read_yaml, require_writable, writing
 from harness.core.launcher import end_with_launcher, start_folder
 from models.ranges import Range
 
@@ -244,8 +244,8 @@ def _plain(message: str) -> str:
 
 def check_figures(path: Path | None) -> None:
     """Raises UserError if --json `path` cannot be written; to be called before hours of work."""
-    if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-        raise UserError(f"--json {path} cannot be written", "Name a file in a folder that exists")
+    if path is not None:
+        require_writable(path, "--json")
 
 
 def write_figures(path: Path | None, figures: Mapping[str, Any]) -> None:
@@ -256,10 +256,8 @@ def write_figures(path: Path | None, figures: Mapping[str, Any]) -> None:
     """
     if path is None:
         return
-    try:
+    with writing(f"--json {path}"):
         path.write_text(json.dumps(figures, indent=1, default=str) + "\n")
-    except OSError as error:
-        raise UserError(f"--json {path}: {error.strerror}", "Name a file in a folder that exists") from error
 
 
 def run_command(body: Callable[[], Any]) -> int:

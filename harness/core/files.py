@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -211,3 +212,27 @@ def printable(text: str, most: int = 200) -> str:
         c if c.isprintable() or c in _HARMLESS else c.encode("unicode_escape").decode() for c in text[: most + 1]
     )
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"
+
+
+def require_writable(file: Path, flag: str) -> None:
+    """Raises UserError if `file`, given by `flag`, cannot be written; to be called before long work."""
+    if file.is_dir() or not os.access(file.absolute().parent, os.W_OK):
+        raise UserError(f"{flag} {file} cannot be written", "Name a file in a folder that exists")
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Turns the OSError of a block that writes a file into a UserError about `what`, its flag and name."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror or error}", "Name a file in a folder that exists") from error
+
+
+def files_in(given: Iterable[Path]) -> list[Path]:
+    """Files that are named, and all in folders that are, but hidden ones; in order."""
+    found = []
+    for path in given:
+        inside = (file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+        found += sorted(inside) if path.is_dir() else [path]
+    return found

@@ -42,7 +42,7 @@ class Stream(IntEnum):
     ATTRIBUTE_ORDER = 25
     WORDING = 26
     CLICKED_TEXT = 27
-    PROBE_SAMPLE = 40  # harness/evaluate/category.py
+    PROBE_SAMPLE = 40  # harness/evaluate/tasks/category.py
     SPLIT = 48  # harness/catalogue/splits.py
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from harness.core.errors import UserError
-from harness.core.files import printable, write_whole
+from harness.core.files import printable, write_whole, writing
 
 EDGE = 128  # pixels of a thumbnail's longer side at most
 
@@ -132,20 +130,12 @@ def render(template: str, **values: Any) -> str:
     return pages.get_template("page").render(**values)
 
 
-def require_writable(file: Path, flag: str) -> None:
-    """Raises UserError if `file`, given by `flag`, cannot be written; to be called before long work."""
-    if file.is_dir() or not os.access(file.absolute().parent, os.W_OK):
-        raise UserError(f"{flag} {file} cannot be written", "Name a file in a folder that exists")
-
-
 def save(file: Path, page: str, flag: str) -> None:
     """Writes a page that `render` gave.
 
     Raises:
         UserError: the file cannot be written.
     """
-    try:
+    with writing(f"{flag} {file}"):
         write_whole(file, page)
-    except OSError as error:
-        raise UserError(f"{flag} {file}: {error.strerror}", "Name a file in a folder that exists") from error
     print(f"report: {file}")

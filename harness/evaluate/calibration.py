@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from harness.core.errors import UserError
+from harness.core.evenly import evenly
 from harness.core.mesh import Mesh
 from harness.evaluate.embed import Embedder, Side
 from harness.evaluate.tasks.task import CommonConfig
@@ -45,7 +46,7 @@ def documents_to_fit(calibration: Calibration, documents: Side, limit: int) -> S
             f"Set {key} to false, or choose another evaluation.learn_split",
         )
     chosen = np.zeros(len(documents.ids), dtype=bool)
-    chosen[filled[np.linspace(0, len(filled) - 1, min(limit, len(filled))).astype(int)]] = True
+    chosen[filled[evenly(len(filled), limit)]] = True
     return documents.select(chosen)
 
 

@@ -45,6 +45,7 @@ def computed(config: RunConfig, evaluation: Evaluation, start: Method | None, me
         evaluation: of any split; it has a sample.
         start: the method with the weights that the run starts from, or None where they are gone: then there is the
             plain one only.
+        mesh: the ranks.
     """
     assert evaluation.sample is not None, "the caller looked"
     baselines = baselines_of(evaluation.sample, evaluation.config.split, mesh, config.data.threads)
@@ -67,6 +68,7 @@ def of_start(config: RunConfig, evaluation: Evaluation, method: Method, mesh: Me
         config: of the run.
         evaluation: of any split; it has a sample.
         method: with the weights that the run's seed gives; imported ones are loaded into it.
+        mesh: the ranks.
     """
     folder = config.train.init_from
     if folder is None:

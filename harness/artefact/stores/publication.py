@@ -20,6 +20,7 @@ from torch import Tensor
 from harness.artefact.rows import Rows, exact_top, vectors_of
 from harness.artefact.stores.store import Store
 from harness.core.errors import UserError
+from harness.core.evenly import evenly
 from harness.core.progress import progress
 
 SAMPLE = 256  # rows that are compared byte by byte
@@ -125,7 +126,7 @@ def prove(store: Store, publication: Publication, queries: Tensor, least_recall:
 def _sample(store: Store, publication: Publication) -> dict[str, Any]:
     """Compares rows spread evenly with those of the artefact; the vectors of some become queries."""
     rows, kept, first = publication.rows, [], 0
-    wanted = np.unique(np.linspace(0, rows.count - 1, min(SAMPLE, rows.count)).astype(np.int64))
+    wanted = evenly(rows.count, SAMPLE)
     for table in rows.batches(publication.columns):
         inside = wanted[(wanted >= first) & (wanted < first + len(table))] - first
         if len(inside):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from harness.core.evenly import evenly
 from harness.evaluate.attribute_queries import DEPTH, GRADED, AttributeQueries, without_words
 from harness.evaluate.baselines import sampled
 from harness.evaluate.embed import Side
@@ -66,7 +67,7 @@ class TextTask(Task):
         asked = Side(self.documents.catalogue, "text", places, places, places, {})
         judged = replace(self.documents, labels=self.queries.labels_of(self.documents.ids))
         self.sample = sampled(asked, judged, config.baselines, self.queries.texts)
-        self.shown = {int(place) for place in np.linspace(0, count - 1, min(config.panel, count))}
+        self.shown = set(evenly(count, config.panel).tolist())
 
     @staticmethod
     def errors(config: TextTaskConfig) -> list[str]:
