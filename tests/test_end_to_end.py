@@ -99,8 +99,8 @@ def test_real_photos(tmp_path: Path) -> None:
     catalogue = prepare(GROCERY / "manifest.tsv", tmp_path, "department,coarse_name", 600)
     run(
         "torchrun --nproc-per-node 2 -m harness.train --config jobs/recipes/oclear_grocery.yaml --data.catalogue {c} "
-        "--run-dir {o} --train.stages {s} --train.evaluate_every 60 --train.margin_warmup 40 --optimizer.warmup_steps 10 "
-        "--json {f}/train.json",
+        "--run-dir {o} --train.stages {s} --train.evaluate_every 60 --train.margin_warmup 40 "
+        "--optimizer.warmup_steps 10 --json {f}/train.json",
         **{"c": catalogue, "o": tmp_path / "run", "f": tmp_path, "s": '[{"steps":40,"image_size":64},{"steps":20}]'},
     )
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
