@@ -117,7 +117,7 @@ def _queries(config: CompareConfig, before: Artefact, after: Artefact) -> list[Q
         rows = catalogue.table(["class_key"], kind="query", split=config.split).to_pylist()
         if not rows:
             raise UserError(f"{catalogue.path} has no query photo in split '{config.split}'", "Name another (--split)")
-        return [_photo_of(catalogue, row) for row in (rows[place] for place in evenly(len(rows), config.most))]
+        return [_photo_of(catalogue, rows[place]) for place in evenly(len(rows), config.most)]
     found: dict[str | bytes, Query] = {}
     for artefact in (before, after):
         for query in read_golden(artefact.path, artefact.model.embedding_dim).queries:
