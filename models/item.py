@@ -124,6 +124,11 @@ class ItemConfig:
         """Width of the embeddings: that of the global vector."""
         return self.text.hidden_size
 
+    @property
+    def framed(self) -> tuple[int, ...] | None:
+        """Ids that are no words, where an embedding depends on whether there is a word."""
+        return self.text.frame_ids if self.aligned else None
+
     def errors(self, tensor_parallel: int) -> list[str]:
         """Errors for values that do not fit together; each names its key."""
         errors = VisionConfig(**vars(self.vision)).errors("model.vision")

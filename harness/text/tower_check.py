@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from harness.core.errors import UserError
 from harness.text.special_tokens import SpecialTokens
-from models.item import ItemConfig
 from models.method import MethodConfig, TextInput, text_inputs
 from models.text import TextConfig
 
 
 def require_texts_fit(special: SpecialTokens, model: MethodConfig) -> None:
-    """`require_fit` for every text tower of a method's configuration; ITEm with model.aligned has to know the ids that
-    are no words, too.
+    """`require_fit` for every text tower of a method's configuration, and of its ids that are no words, where it
+    has to know them (`framed`).
     """
     for name, text in text_inputs(model).items():
         require_fit(special, text, f"model.{name}")
-    if isinstance(model, ItemConfig) and model.aligned:
-        frame = [token for token in (special.bos, special.eos) if token is not None]
-        if set(frame) != set(model.text.frame_ids):
-            raise UserError(
-                f"the catalogue's tokenizer frames texts with {frame}, model.text.frame_ids is "
-                f"{list(model.text.frame_ids)}",
-                f"Give the tower these values: --model.text.frame_ids {frame}",
-            )
+    known: Sequence[int] | None = getattr(model, "framed", None)
+    frame = [token for token in (special.bos, special.eos) if token is not None]
+    if known is not None and {*known} != {*frame}:
+        raise UserError(
+            f"the catalogue's tokenizer frames texts with {frame}, model.text.frame_ids is {list(known)}",
+            f"Give the tower these values: --model.text.frame_ids {frame}",
+        )
 
 
 def require_fit(special: SpecialTokens, text: TextInput, where: str) -> None:
