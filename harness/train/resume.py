@@ -264,7 +264,7 @@ class Resume:
             start_new_rows(self.method, rows, classes, self.loader, batch_size, self.mesh)
 
     def _has_rows(self, path: Path) -> bool:
-        """Whether checkpoint `path` has class rows, as rank 0 sees it; collective."""
+        """True where checkpoint `path` has class rows, as rank 0 sees it; collective."""
         return at_first(lambda: checkpoint.has_rows(path), self.mesh, "looking for class rows")
 
     def _reload_optimizer(self) -> None:
