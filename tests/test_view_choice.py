@@ -42,9 +42,12 @@ def test_views_of_other_tasks_do_not_count() -> None:
         "same_product/title/recall_at_1": 0.1,
         "same_product/image/recall_at_1": 1,
     }
-    found = recalls_by_view({**figures, **others}, config, "make")
+    figures |= others
+    found = recalls_by_view(figures, config, "make")
     assert found == {"both": {ALL: 0.5}, "title": {ALL: 0.45}, "image": {ALL: 0.4}}
     assert best_view(found, "step") == "both" and remark(found, "both", "both", "val") == []
+    del figures["text/title/recall_at_1"]  # a view that only the other task was asked for
+    assert recalls_by_view(figures, config, "make") == {"both": {ALL: 0.5}, "image": {ALL: 0.4}}
 
 
 def test_the_plain_figures_are_those_of_the_first_view() -> None:
